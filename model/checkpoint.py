@@ -1,0 +1,116 @@
+"""Hugging Face checkpoints in and out: `config.json` and safetensors, one file or shards. Never pickle.
+
+The names in the file are the names of the modules, so loading is a loop over tensors; what is added to that loop is
+strictness, since a tensor that silently stays random is the worst kind of bug.
+"""
+
+import json
+import shutil
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model.errors import InputError
+from model.files import read_json, written_beside
+from model.transformer import Config, Transformer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json")
+HUB_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
+
+
+def resolve(path: str | Path) -> Path:
+    """A local checkpoint folder as it is; a hub id (`org/name`) fetched into huggingface_hub's cache, safetensors only."""
+    path = Path(path)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
+        raise InputError(f"{path}: there is no such checkpoint folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub raises a dozen kinds of error; each means that there is no checkpoint
+        raise InputError(f"{path}: neither a local folder nor a checkpoint that the hub gave us "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, each known to exist."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise InputError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not names:
+        raise InputError(f"{index}: weight_map names no file")
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise InputError(f"{index}: the shard {name!r} lies outside the checkpoint's folder")
+        if not (folder / name).exists():
+            raise InputError(f"{index}: the shard {name} is missing")
+    return [folder / name for name in names]
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """Read a checkpoint folder (or hub id) into a frozen Transformer in evaluation mode.
+
+    The model is laid out without memory and then given one tensor after the other, read straight to `device` and
+    cast there to `dtype`: the peak is the model plus one tensor. Needs no tokenizer files.
+
+    Raises InputError naming the file and the tensor when one is missing, extra, of another shape, or not finite in
+    `dtype`. Two exceptions: `lm_head.weight` of a model whose head is tied, and the old `rotary_emb.inv_freq` tables.
+    """
+    folder = resolve(path)
+    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head appears once
+    loaded = set()
+    for file in shards(folder):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for name in tensors.keys():
+                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+                        continue
+                    if name not in wanted:
+                        raise InputError(f"{file}: the tensor {name} is not part of this architecture")
+                    tensor = tensors.get_tensor(name)
+                    if tensor.shape != wanted[name]:
+                        raise InputError(f"{file}: the tensor {name} has the shape {tuple(tensor.shape)}, "
+                                         f"but config.json asks for {tuple(wanted[name])}")
+                    tensor = tensor.to(dtype)
+                    if not tensor.isfinite().all():
+                        raise InputError(f"{file}: the tensor {name} is not finite in {dtype}")
+                    owner, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+                    loaded.add(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: cannot be read as safetensors, it may be truncated ({error})") from None
+    if missing := sorted(wanted.keys() - loaded):
+        raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.source = folder.absolute()
+    return model.eval()
+
+
+def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> None:
+    """Write the base weights to folder `path` in the form that Hugging Face reads, in the model's dtype.
+
+    config.json and the tokenizer's files come from the folder `like`, whose architecture the model has. An adapter
+    must have been merged or removed before.
+    """
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        raise InputError("the model still carries an adapter: merge or remove it before saving")
+    like = resolve(like)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    config = {**read_json(like / "config.json"), "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    with written_beside(path) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in TOKENIZER_FILES:
+            if (like / name).exists():
+                shutil.copyfile(like / name, folder / name)

@@ -1,0 +1,127 @@
+"""Reading JSON with errors that name the file, hashing files once, and writing them all or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.errors import InputError
+
+# "path" or "path#tensors" -> [size, modification time in ns, sha256]. A run keeps this table in its run.json, so that
+# a 16 GB checkpoint is hashed once.
+HASHES: dict[str, list] = {}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; InputError naming the file (and line) when it is not there or not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object was expected")
+    return value
+
+
+def cached_hash(key: str, path: Path, compute) -> str:
+    """The hash stored under `key`, computed again when the file's size or time has changed."""
+    stat = path.stat()
+    known = HASHES.get(key)
+    if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+        known = HASHES[key] = [stat.st_size, stat.st_mtime_ns, compute(path)]
+    return known[2]
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    path = Path(path).absolute()
+
+    def whole(path: Path) -> str:
+        with open(path, "rb") as f:
+            return digest(f, path.stat().st_size)
+
+    return cached_hash(str(path), path, whole)
+
+
+def digest(f, size: int) -> str:
+    """sha256 of the next `size` bytes of an open file, read in pieces."""
+    state = hashlib.sha256()
+    while size > 0 and (piece := f.read(min(size, 1 << 20))):
+        state.update(piece)
+        size -= len(piece)
+    return state.hexdigest()
+
+
+def tensors_hash(folder: str | Path) -> str:
+    """One hash of all tensors of a checkpoint (name, dtype, shape, bytes), whichever way they are spread over files.
+
+    The tensors' own sha256 are added up modulo 2^256, so that neither their order nor the sharding matters.
+    """
+    from model.checkpoint import shards
+
+    files = [file.absolute() for file in shards(Path(folder))]
+    total = sum(int(cached_hash(f"{file}#tensors", file, sum_of_tensors), 16) for file in files)
+    return f"{total % 2**256:064x}"
+
+
+def sum_of_tensors(file: Path) -> str:
+    """tensors_hash's sum for one safetensors file."""
+    total = 0
+    with open(file, "rb") as f:
+        header = safetensors_header(f)
+        start = f.tell()
+        for name, info in header.items():
+            if name != "__metadata__":
+                begin, end = info["data_offsets"]
+                f.seek(start + begin)
+                line = f"{name} {info['dtype']} {info['shape']} {digest(f, end - begin)}"
+                total += int(hashlib.sha256(line.encode()).hexdigest(), 16)
+    return f"{total % 2**256:064x}"
+
+
+def safetensors_header(f) -> dict:
+    """The JSON header of an open safetensors file: tensor name -> dtype, shape, data_offsets; and `__metadata__`."""
+    return json.loads(f.read(int.from_bytes(f.read(8), "little")))
+
+
+def metadata(file: str | Path) -> dict[str, str]:
+    """The strings that a safetensors file carries beside its tensors: here, what the file was made from."""
+    try:
+        with open(file, "rb") as f:
+            return safetensors_header(f).get("__metadata__") or {}
+    except (OSError, ValueError, MemoryError) as error:
+        raise InputError(f"{file}: cannot be read as safetensors ({error})") from None
+
+
+@contextmanager
+def written_beside(path: str | Path):
+    """A folder to write into that becomes `path` (replacing it) when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(path)
+    beside.rename(path)
+
+
+@contextmanager
+def file_beside(path: str | Path):
+    """A file name to write to that becomes `path` when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

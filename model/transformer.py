@@ -1,0 +1,234 @@
+"""A decoder-only transformer of the Llama family. Reads bottom up: norm, rotary embedding, attention, MLP, block, model.
+
+Every module has the name that Hugging Face gives it, so a public checkpoint's tensors fit without a mapping table.
+Shapes in trailing comments: B rows, T tokens, D hidden size, H query heads, K key-value heads, E head size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.errors import InputError
+from model.lora import LoRALinear
+
+
+@dataclass
+class Config:
+    """The fields of a Hugging Face `config.json` that change what the model computes."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    attention_bias: bool = False  # on q, k, v and o
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str) -> "Config":
+        """Read `config.json`'s dictionary; `where` names the file in errors.
+
+        Raises InputError for an architecture, activation or rope type that is not implemented here: none of them is
+        ever run approximately.
+        """
+        if raw.get("model_type") != "llama":
+            raise InputError(f"{where}: model_type {raw.get('model_type')!r} is not implemented here (only 'llama' is)")
+        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise InputError(f"{where}: hidden_act {raw['hidden_act']!r} is not implemented here (only 'silu' is)")
+        try:
+            hidden, heads = raw["hidden_size"], raw["num_attention_heads"]
+            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the newer spelling, then the older one
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind not in ("default", "linear", "llama3"):
+                raise InputError(f"{where}: rope type {kind!r} is not implemented here (default, linear and llama3 are)")
+            if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+                raise InputError(f"{where}: partial_rotary_factor is not implemented here")
+            return cls(
+                vocab_size=raw["vocab_size"],
+                hidden_size=hidden,
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or hidden // heads,
+                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+                rope_scaling=None if kind == "default" else {**rope, "rope_type": kind},
+                attention_bias=raw.get("attention_bias", False),
+                mlp_bias=raw.get("mlp_bias", False),
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            )
+        except KeyError as error:
+            raise InputError(f"{where}: the field {error} is missing") from None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 and handed on in the weights' dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(self.weight.dtype) * self.weight
+
+
+def rope_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Angle per position of each of the E/2 rotated pairs, float32 [E/2], with the config's long-context scaling."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    inverse = config.rope_theta**-exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inverse
+    try:
+        if scaling["rope_type"] == "linear":
+            return inverse / scaling["factor"]
+        # llama3: wavelengths that the original context holds many times stay, those longer than it are stretched
+        # by `factor`, and between the two bounds the stretch is interpolated.
+        turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        return inverse * (smooth + (1 - smooth) / scaling["factor"])
+    except KeyError as error:
+        raise InputError(f"config.json: rope_scaling of type {scaling['rope_type']!r} lacks {error}") from None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the split-half layout: channel i turns with channel i + E/2. x: (B, heads, T, E)."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, for generation; one slot per position and row."""
+
+    def __init__(self, config: Config, rows: int, length: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, K, T, E) at `positions` (B, T); return all slots of the layer (B, K, length, E)."""
+        keys, values = self.keys[layer], self.values[layer]
+        index = positions[:, None, :, None].expand_as(k)  # (B, K, T, E)
+        keys.scatter_(2, index, k)
+        values.scatter_(2, index, v)
+        return keys, values
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which groups of query heads share a key-value head."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = LoRALinear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = LoRALinear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = LoRALinear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = LoRALinear(queries, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v = cache.update(self.layer, positions, k, v)  # (B, K, S, E), S slots
+            # `is_causal` would align query 0 with slot 0; with a cache each query sees the slots up to its position.
+            mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        # The flash kernels read grouped keys as they are; float32 has no such kernel on CUDA and the CPU's is slower.
+        grouped = x.is_cuda and x.dtype != torch.float32
+        if self.groups > 1 and not grouped:
+            k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)  # (B, H, S, E)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped and self.groups > 1)  # (B, H, T, E)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = LoRALinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = LoRALinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = LoRALinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP around a residual stream that stays in float32 whatever the weights' dtype."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """What Hugging Face calls `model`: the embedding, the blocks, the last norm."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """Token ids [B, T] to final-norm hidden states [B, T, D]; `lm_head` maps those to logits.
+
+    The head is left to the caller so that logits are built only where a loss or a next token is needed.
+    Rows are padded on the right: under causal attention a real token never sees what is to its right, so no padding
+    mask exists anywhere.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.source = None  # the folder that the weights came from; set by load_checkpoint
+        self.model = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """ids: int64 [B, T]. positions: int64 [B, T], 0..T-1 by default. cache: only for generation."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)  # (B or 1, 1, T, E/2)
+        cos, sin = angles.cos(), angles.sin()
+        x = self.model.embed_tokens(ids).float()  # (B, T, D)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, positions, cache)
+        return self.model.norm(x)
