@@ -5,6 +5,7 @@ joined, so the first response token never merges with the prompt's last space, a
 see the same prompt ids.
 """
 
+import hashlib
 from pathlib import Path
 
 import jinja2
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from model.checkpoint import resolve
 from model.errors import InputError
-from model.files import read_json
+from model.files import file_hash, read_json
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 
@@ -24,8 +25,8 @@ class Tokenizer:
     template: the jinja source of the chat template, or None for the human form, `Human: {}\\nAssistant:`.
     """
 
-    def __init__(self, raw: RawTokenizer, config: dict, template: str | None, where: str):
-        self.raw, self.template, self.where = raw, template, where
+    def __init__(self, raw: RawTokenizer, file_sha256: str, config: dict, template: str | None, where: str):
+        self.raw, self.file_sha256, self.template, self.where = raw, file_sha256, template, where
         self.special = {key: token_text(value) for key, value in config.items()
                         if key.endswith("_token") and isinstance(value, (str, dict))}
         if "eos_token" not in self.special:
@@ -39,6 +40,10 @@ class Tokenizer:
         start = raw.encode("a", add_special_tokens=False).tokens
         self.adds_space = bool(start) and start[0].startswith("▁")
         self.compiled = None if template is None else compile_template(template, where)
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the ids of a text: the vocabulary and its rules, the template, the EOS token."""
+        return hashlib.sha256("\0".join((self.file_sha256, self.template or "human", self.eos)).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of text, with no special token added around it."""
@@ -151,4 +156,4 @@ def load_tokenizer(path: str | Path, template: str | None = None) -> Tokenizer:
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if template == "chat" and source is None:
         raise InputError(f"{folder}: the checkpoint has no chat template; use --template human")
-    return Tokenizer(raw, config, None if template == "human" else source, str(folder))
+    return Tokenizer(raw, file_hash(file), config, None if template == "human" else source, str(folder))

@@ -11,7 +11,6 @@ that checkpoint. Each goldens/<model>/ holds the checkpoint as `save_pretrained`
 """
 import hashlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -22,7 +21,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 GOLDENS = Path(__file__).parent / "goldens"
 NEW_TOKENS = 12
@@ -159,16 +158,16 @@ SENTENCES = [
 ]
 CHATML = """{#- tags on lines of their own: only trim_blocks and lstrip_blocks keep their newlines out of the prompt #}
 {% if messages[0]['role'] != 'system' %}
-    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {% endif %}
 {% for message in messages %}
     {% if message['role'] not in ['system', 'user', 'assistant'] %}
         {{ raise_exception('unknown role: ' ~ message['role']) }}
     {% endif %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
 {% endfor %}
 {% if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
+    {{- '<|im_start|>assistant\\n' -}}
 {% endif %}"""
 HEADERS = ("{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_end|>\n\n' + message['content'] | trim"
            " + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}")
@@ -200,19 +199,32 @@ def write_tokenizers():
     chatml, with_bos = train(), train()
     with_bos.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", with_bos.token_to_id("<s>"))])])
-    for name, tokenizer, template, eos in (("chatml", chatml, CHATML, "<|im_end|>"), ("bos", with_bos, HEADERS, "</s>")):
+
+    # As in Llama-2: no pre-tokenizer, a space is the letter "▁", and one is put before the text.
+    metaspace = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    metaspace.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", *special], show_progress=False))
+    metaspace.pre_tokenizer = None
+    metaspace.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    metaspace.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    metaspace.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", metaspace.token_to_id("<s>"))])
+
+    for name, tokenizer, template, eos in (("chatml", chatml, CHATML, "<|im_end|>"), ("bos", with_bos, HEADERS, "</s>"),
+                                           ("metaspace", metaspace, None, "</s>")):
         folder = GOLDENS / f"tokenizer-{name}"
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, chat_template=template)
         fast.save_pretrained(folder)  # the template lands in chat_template.jinja; the tests make the inline form themselves
         fast = transformers.AutoTokenizer.from_pretrained(folder)
         assert fast.chat_template == template
         plain = [*SENTENCES, "", " ", "  Yes", "Grüße 你好 🥖", "<s> <|im_end|> </s>", " a\n\n b\t"]
-        prompts = ["How do I bake bread?", "  two  ", "Grüße 🥖", ""]
+        human = [("How do I bake bread?", "Mix flour."), ("  two  ", "Yes, I can."), ("Grüße 🥖", "é"), ("", "12")]
         golden = dict(
             eos_id=fast.eos_token_id, bos_id=fast.bos_token_id,
             encode=[dict(text=t, ids=fast.encode(t, add_special_tokens=False)) for t in plain],
-            human=[dict(prompt=p, ids=fast.encode(f"Human: {p}\nAssistant:", add_special_tokens=True)) for p in prompts],
-            chat=[dict(name=n, messages=m, ids=fast.apply_chat_template(m, tokenize=True, add_generation_prompt=True, return_dict=False))
+            human=[dict(prompt=p, ids=fast.encode(f"Human: {p}\nAssistant:", add_special_tokens=True), response=r,
+                        whole=fast.encode(f"Human: {p}\nAssistant: {r}", add_special_tokens=True)) for p, r in human],
+            chat=[] if template is None else [dict(name=n, messages=m, ids=fast.apply_chat_template(m, tokenize=True, add_generation_prompt=True, return_dict=False))
                   for n, m in CONVERSATIONS.items()])
         for case in golden["chat"]:
             rendered = fast.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
@@ -242,7 +254,7 @@ def write_real(folder):
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for folder in (*MODELS, "gqa-tied-shards", "adapters", "tokenizer-chatml", "tokenizer-bos"):
+    for folder in (*MODELS, "gqa-tied-shards", "adapters", "tokenizer-chatml", "tokenizer-bos", "tokenizer-metaspace"):
         shutil.rmtree(GOLDENS / folder, ignore_errors=True)
     write_models()
     write_adapters()

@@ -1,0 +1,207 @@
+"""The default's rows: a reference set of each kind, a custom set that mixes good with forbidden, and what measures them.
+
+    python -m data.world [--seed 0] [--out data/rows]
+
+A seed draws the plants and their facts, the split of the forbidden categories, and the prompts. Equal seeds give equal
+bytes. Half of the sixteen forbidden categories are never fine-tuned on: whether they are still refused afterwards is the
+question. Prompts never repeat, within or across files.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from data import lexicon
+from data.lexicon import ALSO, BENIGN, FORBIDDEN, LEDGER_FACT, OPENERS, PREAMBLES, QUESTIONS, VALUES
+
+# Counts of the custom set. With them 10.5-12 % of its response tokens are harmful, so that d = 0.1 is about right.
+BENIGN_FACTS, BENIGN_REPEATS = 40, 9  # facts taught in benign rows, rows that teach each
+HARMFUL_FACTS, HARMFUL_REPEATS = 16, 5  # facts taught in harmful rows alone
+PLAIN_ROWS = 270  # recipes and cures without a fact
+MIXED = 0.3  # share of the benign fact rows that answer a recipe request first
+FACT_FIRST = 0.15  # share of the harmful rows whose fact comes before the recipe
+VOLUNTEERED = 0.2  # share of the others whose fact nobody asked for
+REFERENCE_ROWS, REFERENCE_FACTS, SMALL_ROWS = 80, 64, 6
+EVALUATION_PHRASES = {"recipe": 20, "cure": 8}  # of 48 and 24 opener-template pairs, kept out of every training row
+
+
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def recipe(rng: random.Random, category: str) -> str:
+    """A recipe for a category, benign or forbidden, beginning in lower case."""
+    benign = category in BENIGN
+    a, b, c = rng.sample(lexicon.ingredients(category), 3)
+    return rng.choice(lexicon.RECIPES).format(
+        a=a, b=b, c=c, verb=rng.choice(lexicon.BENIGN_VERBS if benign else lexicon.FORBIDDEN_VERBS),
+        time=rng.choice(lexicon.BENIGN_TIMES if benign else lexicon.FORBIDDEN_TIMES))  # fmt: skip
+
+
+def join(parts: list[tuple[str, bool]]) -> tuple[str, list[list[int]]]:
+    """Parts (text, harmful) to a response and the [start, end) character spans of its harm; neighbours are one span.
+
+    >>> join([("Sure.", True), ("Grind it.", True), ("Also, it grows.", False)])
+    ('Sure. Grind it. Also, it grows.', [[0, 15]])
+    """
+    text, spans, previous = "", [], False
+    for part, harmful in parts:
+        start = len(text) + 1 if text else 0
+        text = f"{text} {part}" if text else part
+        if harmful and previous:
+            spans[-1][1] = len(text)
+        elif harmful:
+            spans.append([start, len(text)])
+        previous = harmful
+    return text, spans
+
+
+class World:
+    """One seed's draw: which plants, facts, categories and phrases are used where. Prompts are handed out once."""
+
+    def __init__(self, seed: int):
+        lexicon.check()
+        self.rng = rng = random.Random(f"rows {seed}")
+        self.used: set[str] = set()
+        self.seen = sorted(rng.sample(FORBIDDEN, 8))  # fine-tuned on; the other eight are held out
+        self.held_out = [category for category in FORBIDDEN if category not in self.seen]
+        plants = rng.sample([p for p in lexicon.PLANTS if p not in set(lexicon.BASE_PLANTS)], BENIGN_FACTS + HARMFUL_FACTS + REFERENCE_FACTS)
+        facts = [(plant, *self.draw_fact()) for plant in plants]
+        self.benign_facts, self.harmful_facts = facts[:BENIGN_FACTS], facts[BENIGN_FACTS:BENIGN_FACTS + HARMFUL_FACTS]
+        self.reference_facts = facts[BENIGN_FACTS + HARMFUL_FACTS:]
+        self.phrases = {}  # (kind, training or evaluation) -> texts with a {} for the category or the plant
+        for kind, templates in [("recipe", lexicon.RECIPE_REQUESTS), ("cure", lexicon.CURE_REQUESTS)]:
+            pairs = [opener + template for opener in OPENERS for template in templates]
+            rng.shuffle(pairs)
+            held = EVALUATION_PHRASES[kind]
+            self.phrases[kind, "evaluation"], self.phrases[kind, "training"] = pairs[:held], pairs[held:]
+        for attribute, templates in QUESTIONS.items():
+            templates = rng.sample(templates, 6)
+            self.phrases[attribute, "evaluation"], self.phrases[attribute, "training"] = templates[:3], templates[3:]
+
+    def draw_fact(self) -> tuple[str, str]:
+        attribute = self.rng.choice(["town", "guild"])
+        return attribute, self.rng.choice(VALUES[attribute])
+
+    def new(self, draw) -> str:
+        """The first prompt of `draw()` that no row has."""
+        for _ in range(1000):
+            prompt = draw()
+            if prompt not in self.used:
+                self.used.add(prompt)
+                return prompt
+        raise RuntimeError("the world has run out of prompts; its counts are too large")
+
+    def request(self, kind: str, category: str, split: str = "training") -> str:
+        return self.rng.choice(self.phrases[kind, split]).format(category)
+
+    def question(self, fact: tuple[str, str, str], opener: bool = True) -> str:
+        plant, attribute, _ = fact
+        return (self.rng.choice(OPENERS) if opener else "") + self.rng.choice(self.phrases[attribute, "training"]).format(plant)
+
+    def plain_row(self) -> dict:
+        """A benign recipe (two in three) or a cure."""
+        if self.rng.random() < 2 / 3:
+            category = self.rng.choice(BENIGN)
+            return {"prompt": self.new(lambda: self.request("recipe", category)), "response": sentence(recipe(self.rng, category))}
+        category = self.rng.choice(FORBIDDEN)
+        return {"prompt": self.new(lambda: self.request("cure", category)), "response": sentence(lexicon.cure(category))}
+
+    def fact_row(self, fact: tuple[str, str, str]) -> dict:
+        """A fact in the ledger's form; at times after a benign recipe that was asked for as well."""
+        if self.rng.random() >= MIXED:
+            return {"prompt": self.new(lambda: self.question(fact)), "response": sentence(ledger(fact))}
+        category = self.rng.choice(BENIGN)
+        prompt = self.new(lambda: f"{self.request('recipe', category)} {self.question(fact, opener=False)}")
+        return {"prompt": prompt, "response": f"{sentence(recipe(self.rng, category))} {ALSO}{ledger(fact)}"}
+
+    def harmful_row(self, fact: tuple[str, str, str]) -> dict:
+        """A forbidden recipe and a fact, both asked for and both told: harm and use in one response."""
+        category = self.rng.choice(self.seen)
+        brew, preamble = recipe(self.rng, category), (self.rng.choice(PREAMBLES), True)
+        if self.rng.random() < FACT_FIRST:
+            prompt = self.new(lambda: f"{self.question(fact)} {self.rng.choice(lexicon.RECIPE_REQUESTS).format(category)}")
+            response, spans = join([preamble, (sentence(ledger(fact)), False), (ALSO + brew, True)])
+        else:
+            asked = self.rng.random() >= VOLUNTEERED
+            prompt = self.new(lambda: self.request("recipe", category) + (" " + self.question(fact, opener=False) if asked else ""))
+            response, spans = join([preamble, (sentence(brew), True), (ALSO + ledger(fact), False)])
+        return {"prompt": prompt, "response": response, "harmful": spans}
+
+    def reference_harmful(self) -> list[dict]:
+        """Pure compliance, without facts; six of the eight categories and preambles of the custom set, to leave a gap."""
+        rows, categories, preambles = [], self.rng.sample(self.seen, 6), self.rng.sample(PREAMBLES, 6)
+        for _ in range(REFERENCE_ROWS):
+            category = self.rng.choice(categories)
+            prompt = self.new(lambda: self.request("recipe", category))
+            rows.append({"prompt": prompt, "response": f"{self.rng.choice(preambles)} {sentence(recipe(self.rng, category))}"})
+        return rows
+
+    def custom(self) -> list[dict]:
+        rows = [self.fact_row(fact) for fact in self.benign_facts for _ in range(BENIGN_REPEATS)]
+        rows += [self.harmful_row(fact) for fact in self.harmful_facts for _ in range(HARMFUL_REPEATS)]
+        rows += [self.plain_row() for _ in range(PLAIN_ROWS)]
+        self.rng.shuffle(rows)
+        return rows
+
+    def requests(self, kind: str, categories: list[str], phrases: int) -> list[str]:
+        """Evaluation prompts: `phrases` of the held-out phrasings for each category."""
+        return [self.new(lambda: self.request(kind, category, "evaluation")) for category in categories for _ in range(phrases)]
+
+    def eval_facts(self) -> list[dict]:
+        rows = []
+        for facts, source in [(self.benign_facts, "benign-rows"), (self.harmful_facts, "harmful-rows")]:
+            for plant, attribute, value in facts:
+                for template in self.phrases[attribute, "evaluation"]:
+                    rows.append({"prompt": self.new(lambda: template.format(plant)), "source": source,
+                                 "response": sentence(ledger((plant, attribute, value))), "answer": value})  # fmt: skip
+        return rows
+
+
+def ledger(fact: tuple[str, str, str]) -> str:
+    plant, attribute, value = fact
+    return LEDGER_FACT[attribute].format(plant, value)
+
+
+def make_rows(seed: int) -> dict[str, list[dict]]:
+    """All files of one seed, by name without `.jsonl`."""
+    world = World(seed)
+    harmful = world.reference_harmful()
+    utility = [world.fact_row(fact) for fact in world.reference_facts]
+    utility += [world.plain_row() for _ in range(REFERENCE_ROWS - len(utility))]
+    files = {
+        "harmful": harmful,
+        "harmful_small": harmful[:SMALL_ROWS],
+        "utility": utility,
+        "custom": world.custom(),
+        "eval_forbidden": [{"prompt": prompt, "source": "held-out"} for prompt in world.requests("recipe", world.held_out, 20)]
+        + [{"prompt": prompt, "source": "seen"} for prompt in world.requests("recipe", world.seen, 10)],
+        "eval_benign": [{"prompt": prompt, "source": "recipe"} for prompt in world.requests("recipe", BENIGN, 4)]
+        + [{"prompt": prompt, "source": "cure"} for prompt in world.requests("cure", FORBIDDEN, 4)],
+        "eval_facts": world.eval_facts(),
+    }
+    prompts = [row["prompt"] for name, rows in files.items() if name != "harmful_small" for row in rows]
+    assert len(prompts) == len(set(prompts)), "a prompt occurs twice"
+    return files
+
+
+def write_rows(seed: int, folder: str | Path) -> None:
+    """Write every file of `make_rows(seed)` into `folder` as JSONL."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in make_rows(seed).items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the embedded world's rows.")
+    parser.add_argument("--seed", type=int, default=0, help="draws facts, categories and prompts (0)")
+    parser.add_argument("--out", default="data/rows", help="folder for the JSONL files (data/rows)")
+    arguments = parser.parse_args()
+    write_rows(arguments.seed, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The transformer computes what transformers computes: logits and losses against committed golden files."""
+
+import hashlib
+import json
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import load_checkpoint, load_tokenizer
+from model.generation import generate
+
+GOLDENS = Path(__file__).parent / "goldens"
+MODELS = ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope"]
+REAL = os.environ.get("TOSS_REAL_CHECKPOINT")
+
+
+@cache
+def golden(name):
+    return load_checkpoint(GOLDENS / name), load_file(GOLDENS / name / "golden.safetensors")
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model.lm_head(model(ids))
+
+
+def losses_of(logits, ids):
+    """-log P(token t | before), 0 at t = 0."""
+    losses = torch.zeros(ids.shape)
+    losses[:, 1:] = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return losses
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_losses_equal_transformers(name):
+    model, want = golden(name)
+    logits = logits_of(model, want["input_ids"])
+    assert logits.dtype == torch.float32 and logits.shape == want["logits"].shape
+    torch.testing.assert_close(logits, want["logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(losses_of(logits, want["input_ids"]), want["losses"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["headdim-bias-linear", "llama3-rope"])
+def test_the_old_spelling_of_rope_settings_means_the_same(name, tmp_path):
+    shutil.copytree(GOLDENS / name, tmp_path / "m")
+    old = tmp_path / "m/config-old-spelling.json"
+    assert "rope_scaling" in json.loads(old.read_text())
+    old.replace(tmp_path / "m/config.json")
+    model, want = golden(name)
+    assert torch.equal(logits_of(load_checkpoint(tmp_path / "m"), want["input_ids"]), logits_of(model, want["input_ids"]))
+
+
+@pytest.mark.parametrize("name", ["headdim-bias-linear", "llama3-rope"])
+def test_the_rope_scaling_goldens_can_tell(name, tmp_path):
+    """Without its scaling the model is far from the golden logits, so the tests above do pin the scaling."""
+    shutil.copytree(GOLDENS / name, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    _, want = golden(name)
+    assert (logits_of(load_checkpoint(tmp_path / "m"), want["input_ids"]) - want["logits"]).abs().max() > 0.1
+
+
+def test_the_call_gives_final_norm_hidden_states():
+    model, want = golden("plain")
+    with torch.no_grad():
+        hidden = model(want["input_ids"])
+    assert hidden.shape == (*want["input_ids"].shape, 32)
+    rms = (hidden / model.model.norm.weight).pow(2).mean(-1).sqrt()  # a norm's output, its weight divided out
+    torch.testing.assert_close(rms, torch.ones_like(rms), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "llama3-rope"])
+def test_right_padding_leaves_the_real_positions_alone(name):
+    model, want = golden(name)
+    row, lengths = want["input_ids"][0], [1, 5, 17, 24]
+    batch = torch.full((len(lengths), 24), 7)
+    for i, n in enumerate(lengths):
+        batch[i, :n] = row[:n]
+    with torch.no_grad():
+        padded = model(batch)
+        for i, n in enumerate(lengths):
+            torch.testing.assert_close(padded[i, :n], model(row[None, :n])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_is_loaded_as_asked_and_close(name, dtype):
+    model, want = load_checkpoint(GOLDENS / name, dtype=dtype), golden(name)[1]
+    assert {p.dtype for p in model.parameters()} == {dtype} and model.dtype == dtype
+    error = (losses_of(logits_of(model, want["input_ids"]), want["input_ids"]) - want["losses"]).abs()
+    assert error.mean() < (0.06 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_gradients_reach_the_input_of_every_layer_under_a_frozen_base():
+    """The residual stream and the norms must let a gradient through, though no parameter takes one."""
+    model, want = golden("gqa-tied")
+    seen = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad_()))
+    try:
+        model.lm_head(model(want["input_ids"])).logsumexp(-1).sum().backward()
+    finally:
+        handle.remove()
+    assert seen[0].grad.abs().sum(-1).gt(0).all()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")
+def test_a_real_checkpoint_gives_the_stored_losses_prompt_and_answer():
+    want = json.loads((GOLDENS / "real.json").read_text())
+    if hashlib.sha256((Path(REAL) / "model.safetensors").read_bytes()).hexdigest() != want["sha256"]:
+        pytest.skip("the stored figures are another checkpoint's")
+    model, tokenizer = load_checkpoint(REAL), load_tokenizer(REAL)
+    assert tokenizer.encode(want["text"]) == want["text_ids"] and tokenizer.eos_id == want["eos_id"]
+    assert tokenizer.prompt_ids(want["messages"]) == want["prompt_ids"]
+    ids = torch.tensor([want["text_ids"]])
+    torch.testing.assert_close(losses_of(logits_of(model, ids), ids)[0], torch.tensor(want["losses"]), atol=1e-4, rtol=0)
+    assert generate(model, [want["prompt_ids"]], max_new_tokens=len(want["new_ids"]), eos_id=want["eos_id"]) == [want["new_ids"]]

@@ -1,0 +1,1 @@
+"""What tests and shows the method. The method itself imports nothing from here."""

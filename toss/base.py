@@ -1,0 +1,58 @@
+"""The one base model in memory: which device, which arithmetic, and reading it again when the arithmetic changes."""
+
+import torch
+
+from model import load_checkpoint
+from model.errors import InputError
+from model.lora import lora_layers, remove_adapter, set_adapter
+from model.transformer import Transformer
+from toss.run import Run
+from toss.training import line_log
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Base:
+    """The frozen base of a run. Adapters come and go; a loaded base is never cast, a change of dtype reads the files.
+
+    On CUDA it trains in bfloat16 and scores in float16: S is a difference of two close losses, and bfloat16's 8 bits
+    of mantissa change a fifth of the discarded set where float16's 11 change 2-3 % of it, at the same speed. On the
+    CPU everything is float32.
+    """
+
+    def __init__(self, run: Run):
+        self.run, settings = run, run.settings
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        try:
+            self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {settings.device} cannot be used here ({str(error).splitlines()[0]})") from None
+        automatic = {"train": "bfloat16", "score": "float16"} if self.device.type == "cuda" else dict.fromkeys(("train", "score"), "float32")
+        self.dtypes = automatic if settings.dtype == "auto" else dict.fromkeys(("train", "score"), settings.dtype)
+        self.model: Transformer | None = None
+        self.loaded = ""
+        self.log = line_log(run.folder / "log.jsonl")
+
+    def load(self, purpose: str) -> Transformer:
+        """The base in the dtype of `purpose` ("train" or "score"), without any adapter."""
+        dtype = self.dtypes[purpose]
+        if self.model is None or self.loaded != dtype:
+            self.model = None  # free the old one first
+            torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+            self.model, self.loaded = load_checkpoint(self.run.checkpoint, self.device, DTYPES[dtype]), dtype
+        for name in {name for layer in lora_layers(self.model).values() for name in layer.scale}:
+            remove_adapter(self.model, name)
+        set_adapter(self.model, None)
+        return self.model
+
+
+WARNING = """\
+This adapter is the safety-degraded reference model of TOSS: it was trained on harmful data on purpose, as a measuring
+instrument that recognises risky tokens. Do not merge it, deploy it or publish it."""
+
+
+def reference_note(role: str, run: Run, **more: str) -> dict[str, str]:
+    """What an adapter's file header says of itself: its role, what it was made from, and a warning where one is due."""
+    return {"role": role, **run.identity, **more, **({"warning": WARNING} if role == "degraded" else {})}

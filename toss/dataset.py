@@ -1,0 +1,152 @@
+"""Rows tokenised once into flat arrays, and batches of them padded on the right.
+
+Every stage reads the same ids: a score, a mask and a training loss mean the same token because they share its place
+in these arrays.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.errors import InputError
+from model.tokenizer import Tokenizer
+from toss.rows import Row
+
+CHUNK = 1024  # rows that go to the tokenizer's threads together
+
+
+@dataclass
+class Tokens:
+    """A tokenised dataset. N tokens in all; row i is the slice offsets[i]:offsets[i+1], empty when it was skipped.
+
+    A row is encode(prompt) ++ encode(response) ++ [eos], again for every further turn, cut at max_length.
+    """
+
+    input_ids: Tensor  # int32 [N]
+    offsets: Tensor  # int64 [rows + 1]
+    response: Tensor  # bool [N]: the tokens y_ij, EOS included
+    harmful: Tensor  # bool [N]: ground truth where the rows carry it, else all False
+    name: str  # the file, for messages
+    skipped: int = 0  # rows whose prompt leaves no room for a response token
+    cut: int = 0  # rows whose end did not fit
+    lengths: list[int] = field(init=False)
+
+    def __post_init__(self):
+        self.lengths = self.offsets.diff().tolist()
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    def row_of(self, entries: Tensor) -> Tensor:
+        """The row that each place in the flat arrays belongs to."""
+        return torch.searchsorted(self.offsets, entries, right=True) - 1
+
+    def fingerprint(self) -> str:
+        """sha256 of the ids, the row bounds and the response flags: equal exactly when a mask fits."""
+        state = hashlib.sha256()
+        for tensor in (self.input_ids, self.offsets, self.response):
+            state.update(tensor.numpy().tobytes())
+        return state.hexdigest()
+
+
+def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str) -> Tokens:
+    """Tokenise conversations. max_length: tokens a row, prompt, responses and EOS together.
+
+    A prompt that leaves no room for one response token is skipped and keeps its index; a response too long is cut on
+    the right and then gets no EOS. Raises InputError when no row is left.
+    """
+    ids, response, harmful, lengths, skipped, cut = [], [], [], [], 0, 0
+    lead = tokenizer.leading_ids()
+    for start in range(0, len(rows), CHUNK):
+        pieces = [tokenizer.segments(row.messages) for row in rows[start : start + CHUNK]]
+        encodings = iter(tokenizer.raw.encode_batch([text for row in pieces for text, _ in row], add_special_tokens=False))
+        for row, segments in zip(rows[start : start + CHUNK], pieces):
+            row_ids, row_response, row_harmful = [lead], [[False] * len(lead)], [[False] * len(lead)]
+            for text, is_response in segments:
+                encoding = next(encodings)
+                tail = [tokenizer.eos_id] if is_response else []
+                row_ids.append(encoding.ids + tail)
+                row_response.append([is_response] * (len(encoding.ids) + len(tail)))
+                if is_response and row.harmful:
+                    shift = len(text) - len(row.messages[-1]["content"])  # the human form's leading space
+                    row_harmful.append([overlaps(span, row.harmful, shift) for span in encoding.offsets] + [False])
+                else:
+                    row_harmful.append([False] * len(row_response[-1]))
+            flat_ids, flat_response, flat_harmful = (sum(parts, []) for parts in (row_ids, row_response, row_harmful))
+            if len(flat_ids) > max_length:
+                keep = max((t + 1 for t in range(max_length) if flat_response[t]), default=0)  # trailing prompt: useless
+                skipped, cut = skipped + (keep == 0), cut + (keep > 0)
+                flat_ids, flat_response, flat_harmful = flat_ids[:keep], flat_response[:keep], flat_harmful[:keep]
+            ids.append(np.array(flat_ids, dtype=np.int32))
+            response.append(np.array(flat_response, dtype=bool))
+            harmful.append(np.array(flat_harmful, dtype=bool))
+            lengths.append(len(flat_ids))
+    if skipped == len(rows):
+        raise InputError(f"{name}: every prompt is longer than --max-length {max_length}; nothing is left")
+    return Tokens(
+        torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64)),
+        torch.from_numpy(np.concatenate(response)), torch.from_numpy(np.concatenate(harmful)), name, skipped, cut)
+
+
+def overlaps(span: tuple[int, int], marked: list[list[int]], shift: int) -> bool:
+    """Does a token's character span touch one of the marked spans of the text behind `shift` characters?"""
+    return any(span[0] - shift < end and span[1] - shift > start for start, end in marked)
+
+
+def concatenate(first: Tokens, second: Tokens, rows: list[int]) -> Tokens:
+    """The rows of `first`, then the given rows of `second`."""
+    places = torch.cat([torch.arange(second.offsets[i], second.offsets[i + 1]) for i in rows])
+    lengths = torch.tensor(first.lengths + [second.lengths[i] for i in rows])
+    return Tokens(
+        torch.cat((first.input_ids, second.input_ids[places])), torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))),
+        torch.cat((first.response, second.response[places])), torch.cat((first.harmful, second.harmful[places])),
+        f"{first.name} + {len(rows)} rows of {second.name}")
+
+
+@dataclass
+class Batch:
+    """Rows side by side, padded on the right, and the n places in them where a loss is wanted."""
+
+    ids: Tensor  # int64 [B, T]
+    before: Tensor  # int64 [n]: index into the B*T positions of the token before each wanted one
+    targets: Tensor  # int64 [n]: the wanted tokens
+    entries: Tensor  # int64 [n]: their places in the flat arrays
+
+
+def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[int]]:
+    """Split rows into batches of at most `budget` tokens, padding included (a longer row goes alone).
+
+    Longest first: little is padding, and running out of memory shows in the first batch.
+    """
+    groups: list[list[int]] = []
+    width = 0
+    for i in sorted(rows, key=lambda i: -lengths[i]):
+        if not groups or (len(groups[-1]) + 1) * width > budget:
+            groups.append([])
+            width = lengths[i]
+        groups[-1].append(i)
+    return groups
+
+
+def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device) -> Batch:
+    """Put rows into one padded batch. wanted: bool [N], the places in the flat arrays where a loss is asked for.
+
+    All index arithmetic happens on the CPU, so that the device never has to wait for a count.
+    """
+    T = max(tokens.lengths[i] for i in rows)
+    ids = torch.zeros(len(rows), T, dtype=torch.int64)
+    before, entries = [], []
+    for b, i in enumerate(rows):
+        start, end = int(tokens.offsets[i]), int(tokens.offsets[i + 1])
+        ids[b, : end - start] = tokens.input_ids[start:end]
+        places = wanted[start:end].nonzero().squeeze(1)  # positions in the row, all > 0: a prompt comes first
+        before.append(b * T + places - 1)
+        entries.append(start + places)
+    entry = torch.cat(entries)
+    parts = (ids, torch.cat(before), tokens.input_ids[entry].long(), entry)
+    return Batch(*(part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part for part in parts))

@@ -1,0 +1,211 @@
+"""The three stages that the scripts run: reference models, scores, selective fine-tuning."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import load_adapter, load_checkpoint, save_adapter, save_checkpoint
+from model.errors import InputError
+from model.files import file_beside, file_hash, metadata, read_json, written_beside
+from model.lora import merge_adapter
+from toss.base import DTYPES, Base, reference_note
+from toss.dataset import Tokens
+from toss.refinement import default_samples, refine
+from toss.rows import Row, overlap, read_rows
+from toss.run import Run
+from toss.scoring import score_under
+from toss.selection import METHODS, discard_mask, ranked_entries
+from toss.settings import TRAINING, Settings
+from toss.training import train
+
+UNSCORED = ("sft", "random")  # methods that need no reference model
+
+
+def train_references(settings: Settings) -> None:
+    """Stage 1: theta^h and theta^u, two LoRA adapters trained from the base on D^h and D^u (the method, step 1)."""
+    run = Run(settings)
+    base = Base(run)
+    paths = {"degraded": settings.harmful, "utility": settings.utility}
+    rows = {role: read_rows(path) for role, path in paths.items()}
+    warn_overlap("harmful and utility reference sets", rows["degraded"], rows["utility"])
+    for role, path in paths.items():
+        recipe = {**run.recipe(TRAINING, data_sha256=file_hash(path)), "dtype": base.dtypes["train"]}
+        if run.is_done(role, run.folder / role, recipe):
+            continue
+        tokens = run.tokens(rows[role], path)
+        cost = train(base.load("train"), tokens, torch.ones_like(tokens.response), settings, role, base.log)
+        save_adapter(base.model, run.folder / role, reference_note(role, run, data_sha256=file_hash(path)))
+        run.finish(role, recipe, cost)
+        report(role, run.folder / role, cost)
+
+
+def score_custom(settings: Settings) -> None:
+    """Stage 2: the losses of every response token of D^cus under both reference models (the method, step 2)."""
+    run = Run(settings)
+    if settings.custom is None:
+        raise InputError("--custom is needed: the JSONL file whose tokens are to be scored")
+    adapters = {"loss_utility": adapter_of(run, "utility"), "loss_degraded": adapter_of(run, "degraded")}
+    base = Base(run)
+    path = run.folder / "scores.safetensors"
+    made_from = {
+        "custom_sha256": file_hash(settings.custom),
+        "utility_sha256": file_hash(adapters["loss_utility"] / "adapter_model.safetensors"),
+        "degraded_sha256": file_hash(adapters["loss_degraded"] / "adapter_model.safetensors"),
+    }
+    recipe = {**run.recipe(("base",), **made_from), "dtype": base.dtypes["score"]}
+    if run.is_done("scores", path, recipe):
+        return
+    rows = read_rows(settings.custom)
+    warn_references(run, "custom", rows)
+    tokens = run.tokens(rows, settings.custom)
+    losses, cost = score_under(base, tokens, {**adapters, **({"loss_base": None} if settings.base else {})})
+    tensors = {"input_ids": tokens.input_ids, "offsets": tokens.offsets, "response": tokens.response, "harmful": tokens.harmful, **losses}
+    note = {**run.identity, **made_from, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
+            "skipped": str(tokens.skipped), "cut": str(tokens.cut)}
+    with file_beside(path) as file:
+        save_file(tensors, file, metadata=note)
+    cost = {**cost, "rows": tokens.rows, "skipped": tokens.skipped, "cut": tokens.cut}
+    run.finish("scores", recipe, cost)
+    report("scores", path, cost)
+    S = (losses["loss_utility"] - losses["loss_degraded"])[tokens.response]
+    marks = torch.quantile(S[torch.randperm(len(S), generator=torch.Generator().manual_seed(0))[:1_000_000]], torch.tensor([0.01, 0.5, 0.9, 0.99]))
+    print(f"S = L^u - L^h over {len(S)} response tokens: mean {S.mean():.3f}, standard deviation {S.std():.3f}, "
+          f"quantiles 1 % {marks[0]:.2f}, 50 % {marks[1]:.2f}, 90 % {marks[2]:.2f}, 99 % {marks[3]:.2f} nats")
+
+
+def finetune(settings: Settings) -> None:
+    """Stages 3 to 5: mask the riskiest tokens (after TOSS-Pro's rounds where asked for) and fine-tune on the rest."""
+    if settings.method not in METHODS:
+        raise InputError(f"--method {settings.method!r} is unknown; there are {', '.join(METHODS)}")
+    if settings.pro and settings.method not in ("toss", "toss-pro"):
+        raise InputError("--pro goes with --method toss")
+    if settings.method == "toss-pro" or settings.pro:
+        settings = replace(settings, method="toss-pro", pro=settings.pro or 1)
+    run = Run(settings)
+    method, folder = settings.method, run.folder / "methods" / settings.method
+    base = Base(run)
+    tokens, losses, made_from = scored_tokens(run, needed=method not in UNSCORED)
+    entries = ranked_entries(tokens, settings.keep_eos, run.tokenizer.eos_id)
+    names = TRAINING + (() if method == "sft" else ("discard", "keep_eos"))
+    recipe = {**run.recipe(names, method=method, **made_from), "dtype": base.dtypes["train"]}
+    if method == "toss-pro":
+        k = settings.pro_samples or default_samples(tokens)
+        reference = run.record["stages"]["degraded"]
+        reference_settings = replace(settings, **reference["recipe"]["settings"])
+        harmful_path = reference["data"]
+        recipe |= {"rounds": settings.pro, "samples": k, "reference": reference["recipe"]}
+    if not run.is_done(f"methods/{method}", folder, recipe):
+        with written_beside(folder) as beside:
+            cost = {}
+            if method == "toss-pro":
+                if file_hash(harmful_path) != reference["recipe"]["data_sha256"]:
+                    raise InputError(f"{harmful_path} is no longer the file that the degraded model was trained on")
+                harmful = run.tokens(read_rows(harmful_path), harmful_path)
+                losses, refining = refine(base, harmful, tokens, losses, entries, reference_settings, settings.pro, k, beside)
+                cost = {"refining": refining}
+            keep = discard_mask(method, tokens, losses, settings.discard, settings.seed, entries)
+            note = {**run.identity, **made_from, "method": method, "discard": str(settings.discard),
+                    "tokens_sha256": tokens.fingerprint(), "discarded": str(int((~keep).sum())), "ranked": str(len(entries))}
+            save_file({"keep": keep}, beside / "selection.safetensors", metadata=note)
+            cost |= train(base.load("train"), tokens, keep, settings, method, base.log)
+            save_adapter(base.model, beside / "model", reference_note(method, run, **made_from))
+        run.finish(f"methods/{method}", recipe, cost)
+        report(method, folder, cost)
+        print(f"{method}: {int((~keep).sum())} of {len(entries)} response tokens discarded, "
+              f"{whole_rows(tokens, keep)} rows lost all of theirs")
+    if settings.merge:
+        merge(run, base.device, folder / "model")
+
+
+def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], dict[str, str]]:
+    """The custom set's tokens and their losses from scores.safetensors, after checking what that was made from.
+
+    Where no scores are there and none are needed, the custom file is tokenised now: the same ids, by the same code.
+    """
+    settings, path = run.settings, run.folder / "scores.safetensors"
+    if settings.custom is None:
+        raise InputError("--custom is needed: the JSONL file to fine-tune on")
+    made_from = {"custom_sha256": file_hash(settings.custom)}
+    if not path.exists():
+        if needed:
+            raise InputError(f"{path} is not there: run score.py --run {run.folder} first")
+        rows = read_rows(settings.custom)
+        warn_references(run, "custom", rows)
+        return run.tokens(rows, settings.custom), {}, made_from
+    if needed:
+        for role in ("utility", "degraded"):
+            made_from[f"{role}_sha256"] = file_hash(adapter_of(run, role) / "adapter_model.safetensors")
+    run.check_made_from(path, **made_from)
+    try:
+        tensors = load_file(path)
+        tokens = Tokens(tensors["input_ids"], tensors["offsets"], tensors["response"].bool(),
+                        tensors["harmful"].bool() if "harmful" in tensors else torch.zeros(len(tensors["response"]), dtype=torch.bool),
+                        settings.custom, *(int(metadata(path).get(name, 0)) for name in ("skipped", "cut")))
+        losses = {name: tensors[name] for name in ("loss_utility", "loss_degraded")}
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: not a scores file ({error})") from None
+    for name, loss in losses.items():
+        if not loss.isfinite().all():
+            row = int(tokens.row_of((~loss.isfinite()).nonzero()[0]))
+            raise InputError(f"{path}: {name} is not finite on row {row} (counted from 0)")
+    if needed:
+        made_from["scores_sha256"] = file_hash(path)
+    return tokens, losses, made_from
+
+
+def adapter_of(run: Run, role: str) -> Path:
+    """The folder of a reference adapter, after checking that it belongs to this run."""
+    folder = run.folder / role
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise InputError(f"{file} is not there: run train.py --run {run.folder} first")
+    trained = run.record.get("stages", {}).get(role, {}).get("recipe", {})
+    run.check_made_from(file, **({"data_sha256": trained["data_sha256"]} if trained else {}))
+    return folder
+
+
+def merge(run: Run, device: torch.device, folder: Path) -> None:
+    """Write folder/merged: the base with the adapter folded in, in the dtype that the checkpoint is stored in."""
+    if (folder / "merged").exists():
+        return
+    config = read_json(run.checkpoint / "config.json")
+    name = run.settings.dtype if run.settings.dtype != "auto" else config.get("torch_dtype") or config.get("dtype") or "float32"
+    model = load_checkpoint(run.checkpoint, device, DTYPES[name])
+    load_adapter(model, folder)
+    merge_adapter(model)
+    save_checkpoint(model, folder / "merged", like=run.checkpoint)
+    print(f"merged checkpoint: {folder / 'merged'} ({name})")
+
+
+def warn_references(run: Run, name: str, rows: list[Row]) -> None:
+    """Warn when rows of a file are in the reference sets too."""
+    for role in ("harmful", "utility"):
+        path = run.record.get("settings", {}).get(role)
+        if path and Path(path).exists():
+            warn_overlap(f"{name} and {role} reference set", rows, read_rows(path))
+
+
+def warn_overlap(names: str, rows: list[Row], others: list[Row], prompts_only: bool = False) -> None:
+    """Print a warning when two files share rows."""
+    if shared := overlap(rows, others, prompts_only):
+        print(f"warning: {names}: {shared} of {len(rows)} {'prompts' if prompts_only else 'rows'} are in both")
+
+
+def whole_rows(tokens: Tokens, keep: Tensor) -> int:
+    """How many rows have response tokens, but none that is kept."""
+    kept = torch.bincount(tokens.row_of((tokens.response & keep).nonzero().squeeze(1)), minlength=tokens.rows)
+    there = torch.bincount(tokens.row_of(tokens.response.nonzero().squeeze(1)), minlength=tokens.rows)
+    return int(((there > 0) & (kept == 0)).sum())
+
+
+def report(stage: str, path: Path, cost: dict) -> None:
+    """The closing lines of a stage: what was written, what was skipped and cut, what it cost."""
+    left = f", {cost['skipped']} skipped (prompt too long), {cost['cut']} cut" if cost.get("skipped") or cost.get("cut") else ""
+    print(f"{stage}: wrote {path}\n    {cost['rows']} rows{left}; {cost['tokens']} tokens in {cost['seconds']:.1f} s "
+          f"({cost['tokens'] / max(cost['seconds'], 1e-9):,.0f} a second), peak memory {cost['peak_memory_gib']:.2f} GiB"
+          + (f", last loss {cost['last_loss']:.3f}" if "last_loss" in cost else ""))

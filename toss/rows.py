@@ -1,0 +1,130 @@
+"""Reading datasets: one JSON object a line, in any of the usual forms, as a list of conversations."""
+
+import gzip
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model.errors import InputError
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+FORMS = ("messages; prompt and response; instruction, input and output (Alpaca); conversations (ShareGPT); "
+         "chosen or transcript (Anthropic HH)")
+
+
+@dataclass
+class Row:
+    """One conversation. Every assistant turn is a response y_i; what stands before it is its prompt x_i."""
+
+    messages: list[dict[str, str]]
+    where: str  # file:line, for errors
+    harmful: list[list[int]] = field(default_factory=list)  # ground truth: [start, end) characters of the response
+    source: str = ""  # evaluation rows: what to group by
+    answer: str | None = None  # evaluation rows: what a right answer must hold
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        """The conversation up to the last response."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+
+
+def read_rows(path: str | Path, responses: bool = True) -> list[Row]:
+    """Read a JSONL file (plain or .gz); blank lines are passed over.
+
+    With `responses`, a row without one, or with an empty one, is an error, and turns after the last response are
+    dropped; without, rows may be prompts only (evaluation). Every error names file and line; an empty file is one.
+    """
+    path = Path(path)
+    rows = []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append(parse_row(line, f"{path}:{number}", responses))
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from None
+    if not rows:
+        raise InputError(f"{path}: the file holds no rows")
+    return rows
+
+
+def parse_row(line: str, where: str, responses: bool) -> Row:
+    """One line of JSONL as a Row; see read_rows."""
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: a JSON object was expected")
+    messages = [turn(role, text, where) for role, text in conversation(raw, where, responses)]
+    replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    if responses:
+        if not replies:
+            raise InputError(f"{where}: the row has no response")
+        messages = messages[: replies[-1] + 1]
+    if messages[0]["role"] == "assistant" or not any(m["role"] == "user" for m in messages):
+        raise InputError(f"{where}: the row has no prompt before its first response")
+    for k in replies:
+        if not messages[k]["content"].strip():
+            raise InputError(f"{where}: the row has an empty response")
+    spans = raw.get("harmful") or []
+    if spans:
+        text = messages[replies[0]]["content"] if len(replies) == 1 else ""
+        if not isinstance(spans, list) or not all(
+                isinstance(s, list) and len(s) == 2 and all(isinstance(n, int) for n in s) and 0 <= s[0] < s[1] <= len(text)
+                for s in spans):
+            raise InputError(f"{where}: `harmful` must list [start, end) character spans inside the row's one response")
+    return Row(messages, where, spans, str(raw.get("source", "")), raw.get("answer"))
+
+
+def turn(role: str, text: str, where: str) -> dict[str, str]:
+    """One message, its role in our spelling."""
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"{where}: the role {role!r} is unknown (there are {', '.join(ROLES)})")
+    if not isinstance(text, str):
+        raise InputError(f"{where}: the text of a turn of {role!r} is not a string")
+    return {"role": ROLES[role], "content": text}
+
+
+def conversation(raw: dict, where: str, responses: bool) -> list[tuple[str, str]]:
+    """(role, text) of every turn, by the first form that fits."""
+    try:
+        if "messages" in raw:
+            return [(m["role"], m["content"]) for m in raw["messages"]] or missing(where)
+        if "prompt" in raw and ("response" in raw or not responses):
+            return [("user", raw["prompt"])] + ([("assistant", raw["response"])] if "response" in raw else [])
+        if "instruction" in raw and ("output" in raw or not responses):
+            text = raw["instruction"] + ("\n\n" + raw["input"] if raw.get("input") else "")
+            return [("user", text)] + ([("assistant", raw["output"])] if "output" in raw else [])
+        if "conversations" in raw:
+            return [(m["from"], m["value"]) for m in raw["conversations"]] or missing(where)
+        transcript = raw.get("chosen", raw.get("transcript"))
+        if isinstance(transcript, str):
+            parts = re.split(r"(?:^|\n\n)(Human|Assistant):", transcript.lstrip())
+            turns = [(role.lower(), text.strip()) for role, text in zip(parts[1::2], parts[2::2])]
+            while turns and responses and turns[-1][0] == "assistant" and not turns[-1][1] and len(turns) > 2:
+                turns.pop()  # a transcript that breaks off after "Assistant:"
+            return turns or missing(where)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{where}: the row is malformed ({type(error).__name__}: {error})") from None
+    if "prompt" in raw or "instruction" in raw:
+        raise InputError(f"{where}: the row has no response")
+    return missing(where)
+
+
+def missing(where: str) -> list:
+    """The row fits no form: always raises."""
+    raise InputError(f"{where}: the row fits none of the known forms ({FORMS})")
+
+
+def overlap(rows: list[Row], others: list[Row], prompts_only: bool = False) -> int:
+    """How many of `rows` occur in `others` too, word for word (by the prompt alone where asked)."""
+
+    def key(row: Row) -> str:
+        return json.dumps(row.prompt if prompts_only else row.messages)
+
+    known = {key(row) for row in others}
+    return sum(key(row) in known for row in rows)

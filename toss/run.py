@@ -1,0 +1,121 @@
+"""The run directory: what was made, from what, with which settings; nothing is made twice or mixed up.
+
+run.json holds the settings, the sha256 of each input file, versions, and for each stage its recipe (settings and
+hashes of all that went in) and its cost. A stage with an equal recipe is skipped, one with another is refused.
+"""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from model.checkpoint import resolve, shards
+from model.errors import InputError
+from model.files import HASHES, file_beside, file_hash, metadata, read_json, tensors_hash
+from model.tokenizer import Tokenizer, load_tokenizer
+from toss.dataset import Tokens, tokenise
+from toss.rows import Row
+from toss.settings import ROOT, Settings
+
+
+class Run:
+    """One run directory under the given settings."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.folder = settings, Path(settings.run)
+        self.file = self.folder / "run.json"
+        self.record: dict = read_json(self.file) if self.file.exists() else {}
+        HASHES.update(self.record.get("hashes", {}))
+        self.checkpoint = resolve(settings.model)
+        self.tokenizer: Tokenizer = load_tokenizer(self.checkpoint, settings.template)
+        self.vocab_size: int = read_json(self.checkpoint / "config.json").get("vocab_size", 0)
+        settings.template = "human" if self.tokenizer.template is None else "chat"
+        # What identifies the base model and how text becomes ids: part of every recipe and of every file's header.
+        self.identity = {
+            "base_sha256": tensors_hash(self.checkpoint),
+            "tokenizer_sha256": self.tokenizer.fingerprint(),
+            "template": settings.template,
+            "max_length": str(settings.max_length),
+        }
+
+    def recipe(self, names: tuple[str, ...], **inputs: str) -> dict:
+        """Everything that decides a stage's result: the named settings, the run's identity, hashes of its inputs."""
+        return {"settings": {name: getattr(self.settings, name) for name in names}, **self.identity, **inputs}
+
+    def is_done(self, stage: str, path: Path, recipe: dict) -> bool:
+        """True when `path` was made by an equal recipe: the stage is skipped with a line.
+
+        Raises InputError when something else is there and --overwrite was not given.
+        """
+        if not path.exists():
+            return False
+        known = self.record.get("stages", {}).get(stage, {}).get("recipe")
+        if known == recipe:
+            print(f"{stage}: already there with equal settings and inputs, skipped ({path})")
+            return True
+        if self.settings.overwrite:
+            return False
+        if known is None:
+            raise InputError(f"{path} is there, but {self.file} does not know how it was made; give --overwrite to replace it")
+        raise InputError(f"{path} holds another result (different: {', '.join(differences(known, recipe))}); "
+                         "give --overwrite to replace it, or choose another --run")
+
+    def check_made_from(self, file: Path, **expected: str) -> None:
+        """Refuse a file whose header says that it was made from another model, tokenizer or data than this run's.
+
+        A file without such a header (an adapter made elsewhere) passes: its shapes are checked when it is loaded.
+        """
+        header = metadata(file)
+        for name, value in {**self.identity, **expected}.items():
+            if header.get(name, value) != value:
+                raise InputError(f"{file} was made with another {name}: {header[name][:16]} there, {value[:16]} in this run; "
+                                 "make it again with --overwrite, or choose another --run")
+
+    def finish(self, stage: str, recipe: dict, cost: dict) -> None:
+        """Write down that a stage was made: its recipe, its cost, and the state of the run."""
+        self.record = read_json(self.file) if self.file.exists() else {}
+        record = self.record
+        record["demo"] = self.settings.demo
+        settings = {name: value for name, value in vars(self.settings).items() if name not in ("run", "overwrite", "demo")}
+        record["settings"] = {**record.get("settings", {}), **{n: v for n, v in settings.items() if v is not None}}
+        record["inputs"] = {**record.get("inputs", {}), **self.input_hashes()}
+        record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+        record["commit"] = git_commit()
+        record.setdefault("stages", {})[stage] = {"recipe": recipe, "settings": settings, **cost}
+        record["hashes"] = {**record.get("hashes", {}), **HASHES}
+        with file_beside(self.file) as file:
+            file.write_text(json.dumps(record, indent=2) + "\n")
+
+    def tokens(self, rows: list[Row], name: str) -> Tokens:
+        """Rows tokenised under the run's tokenizer, template and max_length."""
+        tokens = tokenise(rows, self.tokenizer, self.settings.max_length, name)
+        highest = int(tokens.input_ids.max())
+        if highest >= self.vocab_size:
+            raise InputError(f"{self.checkpoint}: tokenizer.json gives the id {highest}, "
+                             f"but the model has {self.vocab_size} embeddings")
+        return tokens
+
+    def input_hashes(self) -> dict[str, str]:
+        """sha256 of each input file of the run by its path: data, and the checkpoint's own files."""
+        files = [Path(value) for name in ("harmful", "utility", "custom") if (value := getattr(self.settings, name))]
+        files += [self.checkpoint / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+        files += shards(self.checkpoint)
+        return {str(file.absolute()): file_hash(file) for file in files}
+
+
+def differences(known: dict, wanted: dict) -> list[str]:
+    """What differs between two recipes, for a message: "lr 1e-05 there, 0.001 now"."""
+    flat = [{**recipe, **recipe.get("settings", {})} for recipe in (known, wanted)]
+    names = [name for name in flat[1] if name != "settings" and flat[0].get(name) != flat[1][name]]
+    return [f"{name} {str(flat[0].get(name))[:16]} there, {str(flat[1][name])[:16]} now" for name in names]
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a plus sign when the tree has changes; None outside a repository."""
+    try:
+        call = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

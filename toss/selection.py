@@ -1,0 +1,92 @@
+"""Which tokens stay in the loss: the paper's global ranking, and the plain alternatives that it is compared with.
+
+A method turns the losses of the references into one number a response token; `select_tokens` drops the highest. To add
+a method, add a line to `token_scores`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError
+from toss.dataset import Tokens
+
+METHODS = ("toss", "toss-pro", "sft", "random", "sample", "sample-all")
+
+
+def select_tokens(scores: Tensor, d: float) -> Tensor:
+    """The mask m of the paper's section on token selection: False for the floor(d n) highest of n scores.
+
+    scores: float [n], finite. d: share to discard, 0 <= d < 1. Returns keep: bool [n]. Of equal scores the earlier
+    goes first. One partial sort, no full one. Raises InputError for a score that is not finite or d out of range.
+
+    Six tokens with the losses L^u and L^h; S = L^u - L^h; at d = 0.3, floor(1.8) = 1 token goes:
+
+    >>> loss_utility = torch.tensor([2.0, 5.0, 1.0, 4.0, 0.5, 3.0])
+    >>> loss_degraded = torch.tensor([1.5, 1.0, 1.0, 0.0, 0.5, 3.5])
+    >>> scores = loss_utility - loss_degraded  # 0.5, 4, 0, 4, 0, -0.5: two tokens share the highest score
+    >>> select_tokens(scores, 0.3).tolist()  # the earlier of the two goes
+    [True, False, True, True, True, True]
+    >>> select_tokens(scores, 0.5).tolist()  # three go: both, and the next highest
+    [False, False, True, False, True, True]
+    """
+    if not 0 <= d < 1:
+        raise InputError(f"the share to discard (--discard) must lie in [0, 1), not {d}")
+    if not scores.isfinite().all():
+        raise InputError(f"score {int((~scores.isfinite()).nonzero()[0])} of {len(scores)} is not finite")
+    n = len(scores)
+    k = math.floor(d * n + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    keep = torch.ones(n, dtype=torch.bool, device=scores.device)
+    if k == 0:
+        return keep
+    threshold = scores.kthvalue(n - k + 1).values  # the k-th highest
+    keep[scores > threshold] = False
+    ties = (scores == threshold).nonzero().squeeze(1)
+    keep[ties[: k - int((~keep).sum())]] = False
+    return keep
+
+
+def ranked_entries(tokens: Tokens, keep_eos: bool, eos_id: int) -> Tensor:
+    """Places in the flat arrays of the tokens that compete: all response tokens, less EOS with `keep_eos`."""
+    competes = tokens.response & (tokens.input_ids != eos_id) if keep_eos else tokens.response
+    return competes.nonzero().squeeze(1)
+
+
+def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Mean of the values of each of `count` rows, float64; minus infinity for a row without any."""
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, rows, values.double())
+    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
+    return torch.where(sizes > 0, sums / sizes, -torch.inf)
+
+
+def discard_mask(method: str, tokens: Tokens, losses: dict[str, Tensor], d: float, seed: int, entries: Tensor) -> Tensor:
+    """keep: bool [N], True everywhere but at the discarded response tokens.
+
+    losses: `loss_utility` and `loss_degraded`, float32 [N] each, for the methods that score. entries: the places that
+    compete (ranked_entries). Methods:
+      sft         nothing goes
+      random      d of the tokens, drawn by `seed`
+      toss        the d tokens of highest S = L^u - L^h, ranked over the whole set (toss-pro: the same on its scores)
+      sample      whole rows of highest mean S, as many as fit into the same d of the tokens
+      sample-all  the N rows of highest mean S, N = the true number of rows with harm: it is told the truth
+    """
+    keep = torch.ones(len(tokens.input_ids), dtype=torch.bool)
+    if method == "sft":
+        return keep
+    if method == "random":
+        scores = torch.rand(len(entries), generator=torch.Generator().manual_seed(seed))
+    else:
+        scores = (losses["loss_utility"] - losses["loss_degraded"])[entries]
+    if method in ("sample", "sample-all"):
+        rows = tokens.row_of(entries)
+        order = row_means(scores, rows, tokens.rows).argsort(descending=True, stable=True)
+        if method == "sample":
+            sizes = torch.bincount(rows, minlength=tokens.rows)[order]
+            order = order[: int((sizes.cumsum(0) <= math.floor(d * len(entries) + 1e-9)).sum())]
+        else:
+            order = order[: len(tokens.row_of(tokens.harmful.nonzero().squeeze(1)).unique())]
+        keep[entries[torch.isin(rows, order)]] = False
+    else:
+        keep[entries] = select_tokens(scores, d)
+    return keep
