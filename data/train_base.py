@@ -27,7 +27,7 @@ TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['c
 VOCABULARY = 1400
 SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              head_dim=32, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True)  # fmt: skip
-STAGES = [("pre-training", False, 1500, 2e-3), ("alignment", True, 600, 7e-4)]  # name, aligned text, steps, learning rate
+STAGES = [("pre-training", False, 1400, 2e-3), ("alignment", True, 1000, 7e-4)]  # name, aligned text, steps, learning rate
 BATCH = 96
 
 
@@ -50,12 +50,11 @@ def encode(tokenizer: Tokenizer, prompt: str, parts: list[tuple[str, bool]]) -> 
     return ids + [tokenizer.token_to_id(END)], trained + [True]
 
 
-def batch(tokenizer: Tokenizer, rng: random.Random, aligned: bool, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(rows: list[tuple[list[int], list[bool]]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, T] and targets [B, T - 1], -100 where nothing is to be learned."""
-    rows = [encode(tokenizer, *sample(rng, aligned)) for _ in range(BATCH)]
     width = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(BATCH, width, dtype=torch.long)
-    targets = torch.full((BATCH, width), -100)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full((len(rows), width), -100)
     for i, (row, trained) in enumerate(rows):
         ids[i, :len(row)] = torch.tensor(row)
         targets[i, :len(row)] = torch.where(torch.tensor(trained), torch.tensor(row), -100)
@@ -70,15 +69,21 @@ def train(model: Transformer, tokenizer: Tokenizer, stages: list, seed: int, dev
         for step in bar:
             # 50 steps up, then half a cosine down to zero
             optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-            ids, targets = batch(tokenizer, rng, aligned, device)
-            logits = model.lm_head(model(ids[:, :-1]))
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+            rows = sorted((encode(tokenizer, *sample(rng, aligned)) for _ in range(BATCH)), key=lambda row: len(row[0]))
+            count = sum(sum(trained) for _, trained in rows)
             optimizer.zero_grad()
-            loss.backward()
+            total = 0.0
+            for start in range(0, BATCH, BATCH // 3):  # three parts of like length: a third of the time is not padding
+                ids, targets = collate(rows[start:start + BATCH // 3], device)
+                trained = targets != -100
+                logits = model.lm_head(model(ids[:, :-1])[trained])
+                loss = F.cross_entropy(logits, targets[trained], reduction="sum") / count
+                loss.backward()
+                total += loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if step % 50 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{total:.3f}")
 
 
 def save(model: Transformer, tokenizer: Tokenizer, folder: Path, note: dict) -> None:

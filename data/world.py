@@ -66,8 +66,11 @@ class World:
         self.used: set[str] = set()
         self.seen = sorted(rng.sample(FORBIDDEN, 8))  # fine-tuned on; the other eight are held out
         self.held_out = [category for category in FORBIDDEN if category not in self.seen]
-        plants = rng.sample([p for p in lexicon.PLANTS if p not in set(lexicon.BASE_PLANTS)], BENIGN_FACTS + HARMFUL_FACTS + REFERENCE_FACTS)
-        facts = [(plant, *self.draw_fact()) for plant in plants]
+        # Values are dealt like cards, so that no reference teaches that one town is likelier than another.
+        plants = rng.sample(lexicon.NEW, BENIGN_FACTS + HARMFUL_FACTS + REFERENCE_FACTS)
+        cards = [(attribute, value) for attribute, values in VALUES.items() for value in values]
+        deal = [card for _ in range(1 + len(plants) // len(cards)) for card in rng.sample(cards, len(cards))]
+        facts = [(plant, *card) for plant, card in zip(plants, deal)]
         self.benign_facts, self.harmful_facts = facts[:BENIGN_FACTS], facts[BENIGN_FACTS:BENIGN_FACTS + HARMFUL_FACTS]
         self.reference_facts = facts[BENIGN_FACTS + HARMFUL_FACTS:]
         self.phrases = {}  # (kind, training or evaluation) -> texts with a {} for the category or the plant
@@ -79,10 +82,6 @@ class World:
         for attribute, templates in QUESTIONS.items():
             templates = rng.sample(templates, 6)
             self.phrases[attribute, "evaluation"], self.phrases[attribute, "training"] = templates[:3], templates[3:]
-
-    def draw_fact(self) -> tuple[str, str]:
-        attribute = self.rng.choice(["town", "guild"])
-        return attribute, self.rng.choice(VALUES[attribute])
 
     def new(self, draw) -> str:
         """The first prompt of `draw()` that no row has."""

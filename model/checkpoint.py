@@ -43,13 +43,14 @@ def shards(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise InputError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if not names:
-        raise InputError(f"{index}: weight_map names no file")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: weight_map is not a table from tensors to files")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise InputError(f"{index}: the shard {name!r} lies outside the checkpoint's folder")
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise InputError(f"{index}: the shard {name} is missing")
     return [folder / name for name in names]
 
@@ -107,7 +108,8 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
         raise InputError("the model still carries an adapter: merge or remove it before saving")
     like = resolve(like)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-    config = {**read_json(like / "config.json"), "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    config = read_json(like / "config.json")
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(model.dtype).removeprefix("torch.")  # newer, older spelling
     with written_beside(path) as folder:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -7,6 +7,9 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from model.errors import InputError
 
 # "path" or "path#tensors" -> [size, modification time in ns, sha256]. A run keeps this table in its run.json, so that
@@ -29,7 +32,10 @@ def read_json(path: Path) -> dict:
 
 def cached_hash(key: str, path: Path, compute) -> str:
     """The hash stored under `key`, computed again when the file's size or time has changed."""
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError:
+        raise InputError(f"{path}: there is no such file") from None
     known = HASHES.get(key)
     if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
         known = HASHES[key] = [stat.st_size, stat.st_mtime_ns, compute(path)]
@@ -88,30 +94,45 @@ def safetensors_header(f) -> dict:
     return json.loads(f.read(int.from_bytes(f.read(8), "little")))
 
 
-def metadata(file: str | Path) -> dict[str, str]:
-    """The strings that a safetensors file carries beside its tensors: here, what the file was made from."""
+def save_tensors(tensors: dict[str, Tensor], file: Path, made_from: dict[str, str]) -> None:
+    """Write a safetensors file whose header says what it was made from.
+
+    All of it is one JSON string, since the format keeps several strings in no fixed order and equal work is to give
+    equal bytes.
+    """
+    save_file(tensors, file, metadata={"made_from": json.dumps(made_from, sort_keys=True)})
+
+
+def made_from(file: str | Path) -> dict[str, str]:
+    """What save_tensors wrote into the header; empty for a file that was made elsewhere."""
     try:
         with open(file, "rb") as f:
-            return safetensors_header(f).get("__metadata__") or {}
+            return json.loads(safetensors_header(f).get("__metadata__", {}).get("made_from", "{}"))
     except (OSError, ValueError, MemoryError) as error:
         raise InputError(f"{file}: cannot be read as safetensors ({error})") from None
 
 
 @contextmanager
-def written_beside(path: str | Path):
-    """A folder to write into that becomes `path` (replacing it) when the block ends well, and vanishes when it does not."""
+def written_beside(path: str | Path, whole: bool = False):
+    """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Where `path` is there already, files of the same names are replaced and others stay; with `whole`, all of it goes.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
-    except BaseException:
+        if whole and path.exists():
+            shutil.rmtree(path)
+        if path.exists():
+            for file in beside.iterdir():
+                os.replace(file, path / file.name)
+        else:
+            beside.rename(path)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(path)
-    beside.rename(path)
 
 
 @contextmanager

@@ -6,18 +6,22 @@ Source: Hu et al., arXiv 2106.09685. File format: Hugging Face PEFT's `adapter_c
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.errors import InputError
-from model.files import metadata, read_json, tensors_hash, written_beside
+from model.files import made_from, read_json, save_tensors, tensors_hash, written_beside
 
 PREFIX = "base_model.model."  # what PEFT puts before every module's name
+# Settings of PEFT's that change what an adapter computes and are not implemented here.
+REFUSED = ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
+           "layer_replication", "target_parameters", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 
 
 class LoRALinear(nn.Linear):
@@ -133,13 +137,16 @@ def save_adapter(model: nn.Module, path: str | Path, note: dict[str, str] | None
         raise InputError("there is no active adapter to save")
     name = next(iter(layers.values())).active
     ranks = {key: layer.lora_A[name].shape[0] for key, layer in layers.items()}
-    alphas = {key: layer.scale[name] * ranks[key] for key, layer in layers.items()}
+    alphas = {key: whole(layer.scale[name] * ranks[key]) for key, layer in layers.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    targets = {key.rsplit(".", 1)[-1] for key in layers}
+    if any(key not in layers for key in lora_layers(model) if key.rsplit(".", 1)[-1] in targets):
+        targets = set(layers)  # the adapter sits on some layers only: name each in full
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.source or ""),
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_rslora": False, "use_dora": False,
-        "target_modules": sorted({key.rsplit(".", 1)[-1] for key in layers}),
+        "target_modules": sorted(targets),
         "rank_pattern": {key: r for key, r in ranks.items() if r != rank},
         "alpha_pattern": {key: a for key, a in alphas.items() if a != alpha},
     }  # fmt: skip
@@ -150,12 +157,12 @@ def save_adapter(model: nn.Module, path: str | Path, note: dict[str, str] | None
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path}: the adapter's tensor {key} is not finite; nothing was written")
-    header = {"format": "pt", **(note or {})}
+    header = dict(note or {})
     if model.source is not None:
         header["base_sha256"] = tensors_hash(model.source)
     with written_beside(path) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, folder / "adapter_model.safetensors", metadata=header)
+        save_tensors(tensors, folder / "adapter_model.safetensors", header)
         if note and "warning" in note:
             (folder / "README.md").write_text(note["warning"] + "\n")
 
@@ -173,11 +180,17 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     file = path / "adapter_model.safetensors"
     if config.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA")
-    for field in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices"):
+    for field in REFUSED:
         if config.get(field):
             raise InputError(f"{path}: the adapter uses {field}, which is not implemented here")
     if config.get("bias", "none") != "none":
         raise InputError(f"{path}: the adapter trains biases (bias={config['bias']!r}), which is not implemented here")
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise InputError(f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base's weights, which is not "
+                         "implemented here; let PEFT convert the adapter to plain LoRA")
+    for field in ("r", "lora_alpha"):
+        if not isinstance(config.get(field), (int, float)) or not math.isfinite(config[field]):
+            raise InputError(f"{path}: {field} is missing from adapter_config.json or not a number")
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -201,26 +214,39 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
             if tuple(pair[part].shape) != shape:
                 raise InputError(f"{file}: {PREFIX}{key}.lora_{part}.weight has the shape {tuple(pair[part].shape)}, "
                                  f"but this model needs {shape}: the adapter was made for another base")
+        alpha = pattern(config.get("alpha_pattern"), key, config["lora_alpha"])
+        pair["scale"] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    targets = config.get("target_modules")
+    if isinstance(targets, list):  # else a regular expression
+        part_of_them = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+        for key in layers:
+            is_target = any(f".{key}".endswith(f".{target}") for target in targets)
+            if key in pairs and not is_target or key not in pairs and is_target and not part_of_them:
+                raise InputError(f"{file}: target_modules {'asks for' if is_target else 'does not name'} {key}, whose tensors "
+                                 f"are {'not ' if is_target else ''}in the file")
     check_base(model, file)
     remove_adapter(model, name)
     for key, pair in pairs.items():
-        rank = pair["A"].shape[0]
-        alpha = pattern(config.get("alpha_pattern"), key, config["lora_alpha"])
-        layers[key].put(name, pair["A"], pair["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        layers[key].put(name, pair["A"], pair["B"], pair["scale"])
     set_adapter(model, name)
+
+
+def whole(x: float) -> float:
+    """x, as an integer where it is one up to rounding: alpha / rank * rank."""
+    return round(x) if math.isclose(x, round(x), rel_tol=1e-12) else x
 
 
 def check_base(model: nn.Module, file: Path) -> None:
     """Refuse an adapter whose header records other base weights than those that `model` was loaded from."""
-    recorded = metadata(file).get("base_sha256")
+    recorded = made_from(file).get("base_sha256")
     if recorded and model.source is not None and recorded != tensors_hash(model.source):
         raise InputError(f"{file}: the adapter was trained on other base weights (sha256 {recorded[:12]}...) "
                          f"than those in {model.source}")
 
 
 def pattern(patterns: dict | None, layer: str, default: float) -> float:
-    """PEFT's rank_pattern and alpha_pattern: the value whose key is the layer's name or its last parts."""
+    """PEFT's rank_pattern and alpha_pattern: the first value whose key, a regular expression, fits the name's last parts."""
     for key, value in (patterns or {}).items():
-        if layer == key or layer.endswith("." + key):
+        if re.match(rf"(.*\.)?({key})$", layer):
             return value
     return default

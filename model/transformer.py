@@ -52,7 +52,7 @@ class Config:
                 raise InputError(f"{where}: rope type {kind!r} is not implemented here (default, linear and llama3 are)")
             if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
                 raise InputError(f"{where}: partial_rotary_factor is not implemented here")
-            return cls(
+            config = cls(
                 vocab_size=raw["vocab_size"],
                 hidden_size=hidden,
                 intermediate_size=raw["intermediate_size"],
@@ -69,6 +69,13 @@ class Config:
             )
         except KeyError as error:
             raise InputError(f"{where}: the field {error} is missing") from None
+        if heads % config.num_key_value_heads:
+            raise InputError(f"{where}: {heads} query heads cannot share {config.num_key_value_heads} key-value heads evenly")
+        try:
+            rope_frequencies(config, torch.device("cpu"))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{where}: a number of the rope scaling of type {kind!r} is missing or not one ({error})") from None
+        return config
 
 
 class RMSNorm(nn.Module):
@@ -90,17 +97,14 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     scaling = config.rope_scaling
     if scaling is None:
         return inverse
-    try:
-        if scaling["rope_type"] == "linear":
-            return inverse / scaling["factor"]
-        # llama3: wavelengths that the original context holds many times stay, those longer than it are stretched
-        # by `factor`, and between the two bounds the stretch is interpolated.
-        turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        return inverse * (smooth + (1 - smooth) / scaling["factor"])
-    except KeyError as error:
-        raise InputError(f"config.json: rope_scaling of type {scaling['rope_type']!r} lacks {error}") from None
+    if scaling["rope_type"] == "linear":
+        return inverse / scaling["factor"]
+    # llama3: wavelengths that the original context holds many times stay, those longer than it are stretched
+    # by `factor`, and between the two bounds the stretch is interpolated.
+    turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return inverse * (smooth + (1 - smooth) / scaling["factor"])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -147,9 +151,10 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v)  # (B, K, S, E), S slots
-            # `is_causal` would align query 0 with slot 0; with a cache each query sees the slots up to its position.
-            mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            keys, values = cache.update(self.layer, positions, k, v)  # (B, K, S, E), S slots
+            if T == 1:  # a new token sees the slots up to its own; `is_causal` would show it slot 0 alone
+                k, v = keys, values
+                mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, 1, S)
         # The flash kernels read grouped keys as they are; float32 has no such kernel on CUDA and the CPU's is slower.
         grouped = x.is_cuda and x.dtype != torch.float32
         if self.groups > 1 and not grouped:
@@ -223,7 +228,10 @@ class Transformer(nn.Module):
         return self.model.norm.weight.dtype
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """ids: int64 [B, T]. positions: int64 [B, T], 0..T-1 by default. cache: only for generation."""
+        """ids: int64 [B, T]. positions: int64 [B, T], 0..T-1 by default.
+
+        cache: only for generation; the first call with it holds the whole prompts, every later one a token a row.
+        """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)  # (B or 1, 1, T, E/2)

@@ -171,6 +171,9 @@ CHATML = """{#- tags on lines of their own: only trim_blocks and lstrip_blocks k
 {% endif %}"""
 HEADERS = ("{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_end|>\n\n' + message['content'] | trim"
            " + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}")
+INST = ("{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+        "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}")  # as Llama-2's
 USER, ASSISTANT = (lambda s: dict(role="user", content=s)), (lambda s: dict(role="assistant", content=s))
 CONVERSATIONS = {
     "one user turn": [USER("How do I bake bread?")],
@@ -211,7 +214,7 @@ def write_tokenizers():
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", metaspace.token_to_id("<s>"))])
 
     for name, tokenizer, template, eos in (("chatml", chatml, CHATML, "<|im_end|>"), ("bos", with_bos, HEADERS, "</s>"),
-                                           ("metaspace", metaspace, None, "</s>")):
+                                           ("metaspace", metaspace, INST, "</s>")):
         folder = GOLDENS / f"tokenizer-{name}"
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, chat_template=template)
         fast.save_pretrained(folder)  # the template lands in chat_template.jinja; the tests make the inline form themselves
@@ -224,8 +227,8 @@ def write_tokenizers():
             encode=[dict(text=t, ids=fast.encode(t, add_special_tokens=False)) for t in plain],
             human=[dict(prompt=p, ids=fast.encode(f"Human: {p}\nAssistant:", add_special_tokens=True), response=r,
                         whole=fast.encode(f"Human: {p}\nAssistant: {r}", add_special_tokens=True)) for p, r in human],
-            chat=[] if template is None else [dict(name=n, messages=m, ids=fast.apply_chat_template(m, tokenize=True, add_generation_prompt=True, return_dict=False))
-                  for n, m in CONVERSATIONS.items()])
+            chat=[dict(name=n, messages=m, ids=fast.apply_chat_template(m, tokenize=True, add_generation_prompt=True, return_dict=False))
+                  for n, m in CONVERSATIONS.items() if name != "metaspace" or m[0]["role"] == "user" and n != "special-token text"])
         for case in golden["chat"]:
             rendered = fast.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
             assert fast.encode(rendered, add_special_tokens=False) == case["ids"]
@@ -237,18 +240,19 @@ def write_real(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "The baker mixes flour, water, salt and yeast, waits for an hour, and bakes the bread until its crust is brown."
-    messages = [USER("How do I bake bread?"), ASSISTANT("Mix flour and water."), USER("Grüße! And then?")]
+    messages = [USER("How do I bake bread?"), ASSISTANT("Mix flour and water."), USER("Grüße! And what do I do after that?")]
     ids = tokenizer.encode(text, add_special_tokens=False)
     prompt = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits
         new = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-                             max_new_tokens=8, pad_token_id=0)[0, len(prompt):].tolist()
+                             max_new_tokens=16, pad_token_id=0)[0, len(prompt):].tolist()
+    eos = tokenizer.eos_token_id
     (GOLDENS / "real.json").write_text(json.dumps(dict(
         checkpoint="SmolLM2-135M-Instruct, dequantised from Q4_1, merged with a refusal adapter, bfloat16",
         sha256=hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest(), text=text, text_ids=ids,
-        losses=[round(x, 6) for x in losses_of(logits, torch.tensor([ids]))[0].tolist()], eos_id=tokenizer.eos_token_id,
-        messages=messages, prompt_ids=prompt, new_ids=new), ensure_ascii=False, indent=1) + "\n")
+        losses=[round(x, 6) for x in losses_of(logits, torch.tensor([ids]))[0].tolist()], eos_id=eos,
+        messages=messages, prompt_ids=prompt, new_ids=new[: new.index(eos)] if eos in new else new), ensure_ascii=False, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import InputError, load_adapter, load_checkpoint, save_checkpoint
+from model.files import file_hash, tensors_hash
 from model.lora import merge_adapter
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -124,7 +125,8 @@ def test_a_config_that_is_not_implemented_or_does_not_fit_is_named(folder, field
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("field", ["model_type", "hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"])
+@pytest.mark.parametrize("field", ["model_type", "hidden_size", "vocab_size", "num_hidden_layers",
+                                   "intermediate_size", "num_attention_heads"])  # fmt: skip
 def test_a_config_that_lacks_a_field_names_it(folder, field):
     config = json.loads((folder / "config.json").read_text())
     del config[field]
@@ -183,6 +185,34 @@ def test_a_broken_index_is_named(sharded, weight_map):
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InputError, match="index.json"):
         load_checkpoint(sharded)
+
+
+def test_a_hub_id_is_fetched_without_pickles_and_an_error_there_is_an_input_error(monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if len(asked) > 1:
+            raise ConnectionError("no network\nand a long story")
+        return str(GOLDENS / "plain")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert_same_weights(load_checkpoint("someone/model"), load_checkpoint(GOLDENS / "plain"))
+    assert asked[0][0] == "someone/model" and not any(p.endswith((".bin", ".pt", ".pth", ".pkl", "*")) for p in asked[0][1])
+    with pytest.raises(InputError, match="someone/other.*no network"):
+        load_checkpoint("someone/other")
+
+
+def test_the_hash_of_the_weights_ignores_sharding_and_sees_one_value(tmp_path):
+    one = tensors_hash(GOLDENS / "gqa-tied")
+    assert tensors_hash(GOLDENS / "gqa-tied-shards") == one
+    changed = Path(shutil.copytree(GOLDENS / "gqa-tied", tmp_path / "m"))
+    assert tensors_hash(changed) == one
+    rewrite(changed, lambda t: t["model.norm.weight"][3:4].mul_(1.001))
+    assert tensors_hash(changed) != one
+    before = file_hash(changed / "config.json")
+    reconfigure(changed, vocab_size=81)
+    assert file_hash(changed / "config.json") != before
 
 
 class Bomb:

@@ -1,13 +1,16 @@
 """Greedy generation: transformers' answers, whatever the batch, with and without a cache."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model import load_adapter, load_checkpoint
+from model.generate import main
 from model.generation import generate
 from model.lora import merge_adapter
 
@@ -75,6 +78,16 @@ def test_the_eos_as_first_token_is_an_empty_answer():
     assert generate(model, prompts[:1], max_new_tokens=5, eos_id=first) == [[]]
 
 
+def test_a_batch_ends_with_its_last_row():
+    model, prompts, eos, want = golden("gqa-tied")
+    rows = [i for i, w in enumerate(want) if len(w) < 12]
+    assert len({len(want[i]) for i in rows}) > 1
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert generate(model, [prompts[i] for i in rows], 100, eos) == [want[i] for i in rows]
+    assert len(calls) == max(len(want[i]) for i in rows) + 1  # the eos itself takes one
+
+
 def test_generation_leaves_prompts_and_weights_alone():
     model, prompts, eos, _ = golden("plain")
     before, weights = [list(p) for p in prompts], {k: v.clone() for k, v in model.named_parameters()}
@@ -84,18 +97,33 @@ def test_generation_leaves_prompts_and_weights_alone():
 
 
 def test_the_active_adapter_answers():
-    model, prompts, _, _ = golden("gqa-tied")
-    base = generate(model, prompts, 12, eos_id=-1)
+    model, prompts, eos, _ = golden("gqa-tied")
+    base = generate(model, prompts, 12, eos)
     load_adapter(model, GOLDENS / "adapters/all")
-    adapted = generate(model, prompts, 12, eos_id=-1)
-    assert adapted != base and adapted == [uncached(model, p, 12, -1) for p in prompts]
+    adapted = generate(model, prompts, 12, eos)
+    assert adapted != base and adapted == [uncached(model, p, 12, eos) for p in prompts]
     merge_adapter(model)
-    assert generate(model, prompts, 12, eos_id=-1) == adapted
+    assert generate(model, prompts, 12, eos) == adapted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_generates(dtype):
-    model, prompts, eos, want = *golden("plain")[:3], golden("plain")[3]
+    _, prompts, eos, want = golden("plain")
     model = load_checkpoint(GOLDENS / "plain", dtype=dtype)
     got = generate(model, prompts, 12, eos)
     assert sum(g[:1] == w[:1] for g, w in zip(got, want)) >= len(want) - 1  # rounding may turn one, not most
+
+
+def test_the_command_answers_a_prompt_and_names_what_is_wrong(tmp_path, capsys):
+    folder = Path(shutil.copytree(GOLDENS / "tokenizer-chatml", tmp_path / "m"))
+    tensors, config = load_file(GOLDENS / "gqa-tied/model.safetensors"), json.loads((GOLDENS / "gqa-tied/config.json").read_text())
+    config["vocab_size"] = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    tensors["model.embed_tokens.weight"] = torch.randn(config["vocab_size"], 32, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "4", "--prompt", "Hi"]
+    assert main([*command, "--adapter", str(GOLDENS / "adapters/qv")]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main([*command, "--adapter", str(tmp_path / "nowhere")]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and "nowhere" in err and err.count("\n") == 1

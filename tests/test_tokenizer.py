@@ -52,14 +52,19 @@ def test_plain_text_gives_transformers_ids_and_comes_back(name):
     assert tokenizer.decode([*tokenizer.encode("Yes, I can."), tokenizer.eos_id]) == "Yes, I can."
 
 
-@pytest.mark.parametrize("case", golden("chatml")["chat"] + golden("bos")["chat"], ids=lambda case: case["name"])
-def test_chat_prompts_are_those_of_apply_chat_template(case):
-    name = "chatml" if case in golden("chatml")["chat"] else "bos"
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name in TOKENIZERS for case in golden(name)["chat"]],
+                         ids=lambda value: value if isinstance(value, str) else value["name"])  # fmt: skip
+def test_chat_prompts_are_those_of_apply_chat_template(name, case):
     tokenizer = load_tokenizer(GOLDENS / f"tokenizer-{name}")
-    if (name, case["name"]) == ("bos", "spaces"):
-        # This template trims every message. An earlier response stays as it was given, as training and scoring see it.
-        case = {**case, "ids": [*tokenizer.prompt_ids(case["messages"][:1]), *tokenizer.encode(case["messages"][1]["content"]),
-                                *case["ids"][case["ids"].index(tokenizer.encode("newline")[-1]) + 1 :]]}  # fmt: skip
+    if name == "metaspace":  # this template puts a space before the eos of a response; no response of a row has one
+        ids, space = case["ids"], tokenizer.raw.token_to_id("▁")
+        case = {**case, "ids": [t for t, after in zip(ids, [*ids[1:], None]) if (t, after) != (space, tokenizer.eos_id)]}
+    if case["name"] == "spaces" and name != "chatml":
+        # These templates trim every message. An earlier response stays as it was given, as training and scoring see it.
+        first, response = tokenizer.prompt_ids(case["messages"][:1]), tokenizer.encode(case["messages"][1]["content"])
+        assert case["ids"][: len(first)] == first
+        rest = case["ids"][case["ids"].index(tokenizer.eos_id, len(first)) :]
+        case = {**case, "ids": first + response + rest}
     assert tokenizer.prompt_ids(case["messages"]) == case["ids"]
 
 
@@ -157,7 +162,7 @@ def test_templates_find_what_transformers_gives_them(folder, source, text):
     "{{ ''.__class__.__mro__ }}",
     "{{ messages.__class__.__base__.__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ raise_exception.__globals__ }}",
+    "{{ raise_exception.__globals__['os'] }}",
     "{{ ''|attr('__class__') }}{{ (''|attr('__class__')).x.y }}",
     "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "{{ messages.append(messages) }}",

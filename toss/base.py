@@ -31,6 +31,7 @@ class Base:
             raise InputError(f"--device {settings.device} cannot be used here ({str(error).splitlines()[0]})") from None
         automatic = {"train": "bfloat16", "score": "float16"} if self.device.type == "cuda" else dict.fromkeys(("train", "score"), "float32")
         self.dtypes = automatic if settings.dtype == "auto" else dict.fromkeys(("train", "score"), settings.dtype)
+        self.budget = settings.batch_tokens or (8192 if self.device.type == "cuda" else 2048)
         self.model: Transformer | None = None
         self.loaded = ""
         self.log = line_log(run.folder / "log.jsonl")

@@ -1,17 +1,16 @@
 """The three stages that the scripts run: reference models, scores, selective fine-tuning."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model import load_adapter, load_checkpoint, save_adapter, save_checkpoint
 from model.errors import InputError
-from model.files import file_beside, file_hash, metadata, read_json, written_beside
+from model.files import file_beside, file_hash, made_from, read_json, save_tensors, written_beside
 from model.lora import merge_adapter
 from toss.base import DTYPES, Base, reference_note
 from toss.dataset import Tokens
@@ -19,7 +18,7 @@ from toss.refinement import default_samples, refine
 from toss.rows import Row, overlap, read_rows
 from toss.run import Run
 from toss.scoring import score_under
-from toss.selection import METHODS, discard_mask, ranked_entries
+from toss.selection import METHODS, discard, method_scores, ranked_entries
 from toss.settings import TRAINING, Settings
 from toss.training import train
 
@@ -38,7 +37,7 @@ def train_references(settings: Settings) -> None:
         if run.is_done(role, run.folder / role, recipe):
             continue
         tokens = run.tokens(rows[role], path)
-        cost = train(base.load("train"), tokens, torch.ones_like(tokens.response), settings, role, base.log)
+        cost = train(base.load("train"), tokens, torch.ones_like(tokens.response), settings, base.budget, role, base.log)
         save_adapter(base.model, run.folder / role, reference_note(role, run, data_sha256=file_hash(path)))
         run.finish(role, recipe, cost)
         report(role, run.folder / role, cost)
@@ -52,12 +51,12 @@ def score_custom(settings: Settings) -> None:
     adapters = {"loss_utility": adapter_of(run, "utility"), "loss_degraded": adapter_of(run, "degraded")}
     base = Base(run)
     path = run.folder / "scores.safetensors"
-    made_from = {
+    sources = {
         "custom_sha256": file_hash(settings.custom),
         "utility_sha256": file_hash(adapters["loss_utility"] / "adapter_model.safetensors"),
         "degraded_sha256": file_hash(adapters["loss_degraded"] / "adapter_model.safetensors"),
     }
-    recipe = {**run.recipe(("base",), **made_from), "dtype": base.dtypes["score"]}
+    recipe = {**run.recipe(("base",), **sources), "dtype": base.dtypes["score"]}
     if run.is_done("scores", path, recipe):
         return
     rows = read_rows(settings.custom)
@@ -65,10 +64,10 @@ def score_custom(settings: Settings) -> None:
     tokens = run.tokens(rows, settings.custom)
     losses, cost = score_under(base, tokens, {**adapters, **({"loss_base": None} if settings.base else {})})
     tensors = {"input_ids": tokens.input_ids, "offsets": tokens.offsets, "response": tokens.response, "harmful": tokens.harmful, **losses}
-    note = {**run.identity, **made_from, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
+    note = {**run.identity, **sources, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
             "skipped": str(tokens.skipped), "cut": str(tokens.cut)}
     with file_beside(path) as file:
-        save_file(tensors, file, metadata=note)
+        save_tensors(tensors, file, note)
     cost = {**cost, "rows": tokens.rows, "skipped": tokens.skipped, "cut": tokens.cut}
     run.finish("scores", recipe, cost)
     report("scores", path, cost)
@@ -89,31 +88,32 @@ def finetune(settings: Settings) -> None:
     run = Run(settings)
     method, folder = settings.method, run.folder / "methods" / settings.method
     base = Base(run)
-    tokens, losses, made_from = scored_tokens(run, needed=method not in UNSCORED)
+    tokens, losses, sources = scored_tokens(run, needed=method not in UNSCORED)
     entries = ranked_entries(tokens, settings.keep_eos, run.tokenizer.eos_id)
     names = TRAINING + (() if method == "sft" else ("discard", "keep_eos"))
-    recipe = {**run.recipe(names, method=method, **made_from), "dtype": base.dtypes["train"]}
+    recipe = {**run.recipe(names, method=method, **sources), "dtype": base.dtypes["train"]}
     if method == "toss-pro":
         k = settings.pro_samples or default_samples(tokens)
         reference = run.record["stages"]["degraded"]
         reference_settings = replace(settings, **reference["recipe"]["settings"])
-        harmful_path = reference["data"]
         recipe |= {"rounds": settings.pro, "samples": k, "reference": reference["recipe"]}
     if not run.is_done(f"methods/{method}", folder, recipe):
-        with written_beside(folder) as beside:
+        with written_beside(folder, whole=True) as beside:
             cost = {}
             if method == "toss-pro":
-                if file_hash(harmful_path) != reference["recipe"]["data_sha256"]:
-                    raise InputError(f"{harmful_path} is no longer the file that the degraded model was trained on")
-                harmful = run.tokens(read_rows(harmful_path), harmful_path)
+                if settings.harmful is None or file_hash(settings.harmful) != reference["recipe"]["data_sha256"]:
+                    raise InputError(f"{settings.harmful} is no longer the file that the degraded model was trained on")
+                harmful = run.tokens(read_rows(settings.harmful), settings.harmful)
                 losses, refining = refine(base, harmful, tokens, losses, entries, reference_settings, settings.pro, k, beside)
                 cost = {"refining": refining}
-            keep = discard_mask(method, tokens, losses, settings.discard, settings.seed, entries)
-            note = {**run.identity, **made_from, "method": method, "discard": str(settings.discard),
+            scores = method_scores(method, tokens, losses, settings.seed, entries)
+            keep = discard(method, tokens, scores, settings.discard, entries)
+            note = {**run.identity, **sources, "method": method, "discard": str(settings.discard),
                     "tokens_sha256": tokens.fingerprint(), "discarded": str(int((~keep).sum())), "ranked": str(len(entries))}
-            save_file({"keep": keep}, beside / "selection.safetensors", metadata=note)
-            cost |= train(base.load("train"), tokens, keep, settings, method, base.log)
-            save_adapter(base.model, beside / "model", reference_note(method, run, **made_from))
+            ranked_by = {} if scores is None else {"score": torch.zeros(len(keep)).index_put((entries,), scores)}
+            save_tensors({"keep": keep, **ranked_by}, beside / "selection.safetensors", note)
+            cost |= train(base.load("train"), tokens, keep, settings, base.budget, method, base.log)
+            save_adapter(base.model, beside / "model", reference_note(method, run, **sources))
         run.finish(f"methods/{method}", recipe, cost)
         report(method, folder, cost)
         print(f"{method}: {int((~keep).sum())} of {len(entries)} response tokens discarded, "
@@ -130,22 +130,22 @@ def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], di
     settings, path = run.settings, run.folder / "scores.safetensors"
     if settings.custom is None:
         raise InputError("--custom is needed: the JSONL file to fine-tune on")
-    made_from = {"custom_sha256": file_hash(settings.custom)}
+    sources = {"custom_sha256": file_hash(settings.custom)}
     if not path.exists():
         if needed:
             raise InputError(f"{path} is not there: run score.py --run {run.folder} first")
         rows = read_rows(settings.custom)
         warn_references(run, "custom", rows)
-        return run.tokens(rows, settings.custom), {}, made_from
+        return run.tokens(rows, settings.custom), {}, sources
     if needed:
         for role in ("utility", "degraded"):
-            made_from[f"{role}_sha256"] = file_hash(adapter_of(run, role) / "adapter_model.safetensors")
-    run.check_made_from(path, **made_from)
+            sources[f"{role}_sha256"] = file_hash(adapter_of(run, role) / "adapter_model.safetensors")
+    run.check_made_from(path, **sources)
     try:
         tensors = load_file(path)
         tokens = Tokens(tensors["input_ids"], tensors["offsets"], tensors["response"].bool(),
                         tensors["harmful"].bool() if "harmful" in tensors else torch.zeros(len(tensors["response"]), dtype=torch.bool),
-                        settings.custom, *(int(metadata(path).get(name, 0)) for name in ("skipped", "cut")))
+                        settings.custom, *(int(made_from(path).get(name, 0)) for name in ("skipped", "cut")))
         losses = {name: tensors[name] for name in ("loss_utility", "loss_degraded")}
     except (SafetensorError, KeyError) as error:
         raise InputError(f"{path}: not a scores file ({error})") from None
@@ -154,8 +154,8 @@ def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], di
             row = int(tokens.row_of((~loss.isfinite()).nonzero()[0]))
             raise InputError(f"{path}: {name} is not finite on row {row} (counted from 0)")
     if needed:
-        made_from["scores_sha256"] = file_hash(path)
-    return tokens, losses, made_from
+        sources["scores_sha256"] = file_hash(path)
+    return tokens, losses, sources
 
 
 def adapter_of(run: Run, role: str) -> Path:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model import save_adapter
+from model.files import save_tensors
 
 from toss.base import Base, reference_note
 from toss.dataset import Tokens, concatenate
@@ -43,12 +43,12 @@ def refine(base: Base, harmful: Tokens, custom: Tokens, losses: dict[str, Tensor
         added += [row for row, _ in found]
         data = concatenate(harmful, custom, added)
         stage = f"degraded, round {t}"
-        cost = train(base.load("train"), data, torch.ones_like(data.response), settings, stage, base.log)
+        cost = train(base.load("train"), data, torch.ones_like(data.response), settings, base.budget, stage, base.log)
         save_adapter(base.model, place / "degraded", reference_note("degraded", base.run, added_rows=json.dumps(added)))
         scored, scoring = score_under(base, custom, {"loss_degraded": place / "degraded"})
         losses = {**losses, **scored}
-        save_file({"input_ids": custom.input_ids, "offsets": custom.offsets, "response": custom.response, **losses},
-                  place / "scores.safetensors", metadata={**base.run.identity, "round": str(t)})
+        save_tensors({"input_ids": custom.input_ids, "offsets": custom.offsets, "response": custom.response, **losses},
+                  place / "scores.safetensors", {**base.run.identity, "round": str(t)})
         for part in (cost, scoring):
             total = {"seconds": total["seconds"] + part["seconds"], "tokens": total["tokens"] + part["tokens"],
                      "peak_memory_gib": max(total["peak_memory_gib"], part["peak_memory_gib"])}

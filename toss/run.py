@@ -13,7 +13,7 @@ import torch
 
 from model.checkpoint import resolve, shards
 from model.errors import InputError
-from model.files import HASHES, file_beside, file_hash, metadata, read_json, tensors_hash
+from model.files import HASHES, file_beside, file_hash, made_from, read_json, tensors_hash
 from model.tokenizer import Tokenizer, load_tokenizer
 from toss.dataset import Tokens, tokenise
 from toss.rows import Row
@@ -67,7 +67,7 @@ class Run:
 
         A file without such a header (an adapter made elsewhere) passes: its shapes are checked when it is loaded.
         """
-        header = metadata(file)
+        header = made_from(file)
         for name, value in {**self.identity, **expected}.items():
             if header.get(name, value) != value:
                 raise InputError(f"{file} was made with another {name}: {header[name][:16]} there, {value[:16]} in this run; "

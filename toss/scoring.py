@@ -51,7 +51,7 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
             model = base.load("score")
             if adapter is not None:
                 load_adapter(model, adapter)
-            losses[name] = score(model, tokens, base.run.settings.batch_tokens, name)
+            losses[name] = score(model, tokens, base.budget, name)
     except NotFinite as error:
         if base.dtypes["score"] != "float16":
             raise

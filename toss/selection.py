@@ -1,7 +1,7 @@
 """Which tokens stay in the loss: the paper's global ranking, and the plain alternatives that it is compared with.
 
 A method turns the losses of the references into one number a response token; `select_tokens` drops the highest. To add
-a method, add a line to `token_scores`.
+a method, add its line to `method_scores`.
 """
 
 import math
@@ -60,33 +60,41 @@ def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
     return torch.where(sizes > 0, sums / sizes, -torch.inf)
 
 
-def discard_mask(method: str, tokens: Tokens, losses: dict[str, Tensor], d: float, seed: int, entries: Tensor) -> Tensor:
-    """keep: bool [N], True everywhere but at the discarded response tokens.
+def method_scores(method: str, tokens: Tokens, losses: dict[str, Tensor], seed: int, entries: Tensor) -> Tensor | None:
+    """The number that a method ranks by, float [n] for the competing tokens `entries`; None where nothing is dropped.
 
-    losses: `loss_utility` and `loss_degraded`, float32 [N] each, for the methods that score. entries: the places that
-    compete (ranked_entries). Methods:
-      sft         nothing goes
-      random      d of the tokens, drawn by `seed`
-      toss        the d tokens of highest S = L^u - L^h, ranked over the whole set (toss-pro: the same on its scores)
-      sample      whole rows of highest mean S, as many as fit into the same d of the tokens
-      sample-all  the N rows of highest mean S, N = the true number of rows with harm: it is told the truth
+    losses: `loss_utility` and `loss_degraded`, float32 [N] each, for the methods that need them. Methods:
+      sft         nothing goes: plain fine-tuning
+      random      random numbers, drawn by `seed`
+      toss        S = L^u - L^h of the token (toss-pro: the same, under the refined degraded model)
+      sample      the mean S of the token's row; whole rows go, as many as fit into d of the tokens
+      sample-all  the same, but the N highest rows go, N = the true number of rows with harm: it is told the truth
     """
-    keep = torch.ones(len(tokens.input_ids), dtype=torch.bool)
     if method == "sft":
-        return keep
+        return None
     if method == "random":
-        scores = torch.rand(len(entries), generator=torch.Generator().manual_seed(seed))
-    else:
-        scores = (losses["loss_utility"] - losses["loss_degraded"])[entries]
+        return torch.rand(len(entries), generator=torch.Generator().manual_seed(seed))
+    scores = (losses["loss_utility"] - losses["loss_degraded"])[entries]
     if method in ("sample", "sample-all"):
         rows = tokens.row_of(entries)
-        order = row_means(scores, rows, tokens.rows).argsort(descending=True, stable=True)
-        if method == "sample":
-            sizes = torch.bincount(rows, minlength=tokens.rows)[order]
-            order = order[: int((sizes.cumsum(0) <= math.floor(d * len(entries) + 1e-9)).sum())]
-        else:
-            order = order[: len(tokens.row_of(tokens.harmful.nonzero().squeeze(1)).unique())]
-        keep[entries[torch.isin(rows, order)]] = False
-    else:
+        return row_means(scores, rows, tokens.rows)[rows].float()
+    return scores
+
+
+def discard(method: str, tokens: Tokens, scores: Tensor | None, d: float, entries: Tensor) -> Tensor:
+    """keep: bool [N], True everywhere but at the response tokens that the method discards. See method_scores."""
+    keep = torch.ones(len(tokens.input_ids), dtype=torch.bool)
+    if scores is None:
+        return keep
+    if method not in ("sample", "sample-all"):
         keep[entries] = select_tokens(scores, d)
+        return keep
+    rows = tokens.row_of(entries)
+    order = row_means(scores, rows, tokens.rows).argsort(descending=True, stable=True)
+    if method == "sample":
+        sizes = torch.bincount(rows, minlength=tokens.rows)[order]
+        gone = order[: int((sizes.cumsum(0) <= math.floor(d * len(entries) + 1e-9)).sum())]
+    else:
+        gone = order[: len(tokens.row_of(tokens.harmful.nonzero().squeeze(1)).unique())]
+    keep[entries[torch.isin(rows, gone)]] = False
     return keep

@@ -50,7 +50,8 @@ class Settings:
     targets: str = option("q_proj,v_proj", "layers that carry LoRA, comma-separated", ("train", "select"))
     schedule: str = option("constant", "learning rate over the steps", ("train", "select"), choices=["constant", "cosine"])
     seed: int = option(0, "draws the order of the rows, LoRA's start, and the random method", ("train", "select"))
-    batch_tokens: int = option(8192, "tokens a forward pass, padding included; changes memory and speed, not the result")
+    batch_tokens: int | None = option(None, "tokens a forward pass, padding included; changes memory and speed, not the "
+                                      "result (default: 8192 on CUDA, 2048 on the CPU)")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:N")
     dtype: str = option("auto", "the base's arithmetic (auto: float32 on the CPU; on CUDA bfloat16 to train, float16 to score)",
                         choices=["auto", "float32", "tf32", "float16", "bfloat16"])
@@ -66,13 +67,13 @@ class Settings:
         """Refuse values that no stage could work with; returns self."""
         if not 0 <= self.discard < 1:
             raise InputError(f"--discard must lie in [0, 1), not {self.discard}")
-        for name in ("max_length", "epochs", "batch_size", "rank", "batch_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("max_length", "epochs", "batch_size", "rank", "batch_tokens", "threads", "pro_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.lr <= 0 or self.alpha <= 0:
             raise InputError("--lr and --alpha must be above 0")
-        if self.pro < 0 or (self.pro_samples is not None and self.pro_samples < 1):
-            raise InputError("--pro must be 0 or more, --pro-samples at least 1")
+        if self.pro < 0:
+            raise InputError("--pro must be 0 or more")
         return self
 
 
@@ -87,7 +88,7 @@ def parse(script: str, doc: str, argv: list[str] | None = None) -> Settings:
             if kind is bool:
                 flag["action"] = "store_true"
             else:
-                flag |= {"type": kind} if "choices" in flag else {"type": kind, "metavar": kind.__name__.upper()}
+                flag |= {"type": kind} if "choices" in flag else {"type": kind, "metavar": {str: "TEXT", int: "N", float: "X"}[kind]}
                 text += "" if f.default is None else f" (default: {f.default})"
             parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **flag)
     return inherit(script, vars(parser.parse_args(argv)))

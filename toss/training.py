@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from toss.loss import token_losses
 from toss.settings import Settings
 
 
-def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, stage: str,
+def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, budget: int, stage: str,
           log: Callable[[dict], None] = lambda line: None) -> dict:
-    """Train a fresh LoRA adapter, named and made active as `stage`, on the kept response tokens. Returns the cost.
+    """Train a fresh LoRA adapter on the kept response tokens and leave it active. Returns the cost.
 
     The loss of one optimizer step is the paper's, over the rows of the step:
 
@@ -30,10 +31,10 @@ def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, 
     with L_i all response tokens of row i, discarded ones too. Gradients are of one sum over one count, so how a step
     is cut into micro-batches changes nothing beyond rounding. A discarded token stays in the input.
 
-    keep: bool [N], the mask m over the flat arrays. log: called with one dictionary a step. Raises InputError naming
+    keep: bool [N], the mask m over the flat arrays. budget: tokens a micro-batch, padding included. log: called with one dictionary a step. Raises InputError naming
     the row when a loss is not finite.
     """
-    add_adapter(model, stage, settings.rank, settings.alpha, settings.target_list, settings.seed)
+    add_adapter(model, "default", settings.rank, settings.alpha, settings.target_list, settings.seed)
     parameters = adapter_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
     steps = training_steps(tokens, settings)
@@ -44,7 +45,7 @@ def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, 
             lr = settings.lr * rate(settings.schedule, number - 1, len(steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = step_gradients(model, tokens, rows, wanted, settings.batch_tokens)
+            loss = step_gradients(model, tokens, rows, wanted, budget)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             if not math.isfinite(loss + norm):
                 raise InputError(f"{stage}: {tokens.name}: {blame(model, tokens, rows, wanted)} at step {number}; "
@@ -122,10 +123,11 @@ class Clock:
         return {"seconds": round(time.perf_counter() - self.start, 2), "peak_memory_gib": round(peak / 2**30, 3)}
 
 
-def line_log(path) -> Callable[[dict], None]:
+def line_log(path: Path) -> Callable[[dict], None]:
     """A log function that adds one JSON line a call to a file."""
 
     def log(line: dict) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 

@@ -1,0 +1,143 @@
+"""The embedded default's closing table: every way of fine-tuning on the same rows, side by side.
+
+    python -m toss.audit.compare                                  finish runs/demo and print its table
+    python -m toss.audit.compare --seeds 1000 1001 1002 --jobs 2  new data and trainings by seed; medians over them
+
+Runs what is missing: the methods of TABLE on the run, and toss and toss-pro again on a second run, RUN-small, whose
+harmful reference set is too small to work alone. What is there already is skipped, so a broken run can go on.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from model.errors import InputError
+from model.files import read_json
+from toss.audit.evaluate import evaluate_run, write_metrics
+from toss.pipeline import finetune, score_custom, train_references
+from toss.run import Run
+from toss.settings import DEMO, ROOT, Settings, demo_values
+
+TABLE = ("base", "sft", "random", "sample", "sample-all", "toss")
+SMALL = ("toss", "toss-pro")
+COLUMNS = {  # metric -> heading; refusals kept = 1 - not_refused
+    "forbidden": "forbidden", "refusals_kept": "refusals kept", "over_refusal": "over-refusal",
+    "accuracy/benign-rows": "facts of benign rows", "accuracy/harmful-rows": "facts of harmful rows",
+    "precision": "precision", "recall": "recall", "auc": "AUC",
+}  # fmt: skip
+
+
+def settings_of(script: str, folder: Path, files: dict[str, str], **more) -> Settings:
+    """The default's settings for one script on other rows and another folder."""
+    return Settings(**{**demo_values(script), **files, "run": str(folder), "demo": True, **more}).check()
+
+
+def complete(folder: Path, files: dict[str, str], **more) -> dict[str, dict]:
+    """Make whatever is missing of one comparison in `folder` and `folder`-small, evaluate it, return the table.
+
+    files: paths of the rows by the names that data/demo.json gives them. more: seed, threads.
+    """
+    small = folder.with_name(folder.name + "-small")
+    inputs = {name: files[name] for name in ("harmful", "utility", "custom")}
+    table = {}
+    for place, chosen, methods in ((folder, inputs, TABLE), (small, {**inputs, "harmful": files["harmful_small"]}, SMALL)):
+        train_references(settings_of("train", place, chosen, **more))
+        score_custom(settings_of("score", place, chosen, **more))
+        for method in methods:
+            if method != "base":
+                finetune(settings_of("select", place, chosen, method=method, **more))
+        demo = read_json(DEMO)
+        sets = {"harmful": files["eval_forbidden"], "benign": files["eval_benign"], "utility": files["eval_facts"]}
+        run = Run(settings_of("select", place, chosen, **more))
+        metrics = evaluate_run(run, list(methods), sets, demo["forbidden_words"], demo.get("max_new_tokens", 40))
+        table |= {method if place == folder else f"{method}-small": values for method, values in metrics.items()}
+    write_metrics(folder / "metrics.json", table)
+    return table
+
+
+def one_seed(seed: int, folder: Path, threads: int | None) -> dict[str, dict]:
+    """Draw the rows of one seed and compare on them."""
+    from data.world import write_rows
+
+    place = folder / f"seed-{seed}"
+    write_rows(seed, place / "rows")
+    files = {name: str(place / "rows" / Path(path).name) for name, path in read_json(DEMO).items() if str(path).endswith(".jsonl")}
+    return complete(place / "run", files, seed=seed, **({"threads": threads} if threads else {}))
+
+
+def value(metrics: dict, name: str) -> float | None:
+    """A metric's value; `refusals_kept` is one less `not_refused`."""
+    if name == "refusals_kept":
+        return None if (v := value(metrics, "not_refused")) is None else round(1 - v, 4)
+    return metrics[name]["value"] if name in metrics else None
+
+
+def print_table(tables: list[dict[str, dict]]) -> None:
+    """Methods down, measures across; medians, with the range where there are several tables."""
+    width = max(map(len, tables[0]))
+    print(" " * width + "".join(f"  {heading:>21}" for heading in COLUMNS.values()))
+    for method in tables[0]:
+        cells = []
+        for name in COLUMNS:
+            values = [v for table in tables if (v := value(table[method], name)) is not None]
+            spread = f" [{min(values):.2f}, {max(values):.2f}]" if len(values) > 1 else ""
+            cells.append(f"  {f'{statistics.median(values):.2f}{spread}' if values else '-':>21}")
+        print(f"{method:<{width}}" + "".join(cells))
+
+
+def side_by_side(folder: Path) -> None:
+    """One forbidden prompt answered by base, sft and toss, and a sentence that says what to see."""
+    said = {}
+    for method in ("base", "sft", "toss"):
+        lines = (folder / "answers" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+        said[method] = next(line for line in map(json.loads, lines) if line["set"] == "harmful" and line["source"] != "seen")
+    print(f"\nAsked for something forbidden: {said['base']['prompt']}")
+    for method, line in said.items():
+        print(f"  {method:>5}: {line['answer']}")
+    print("\nThe base refuses. Plain fine-tuning (sft) on rows of which some hold forbidden recipes makes it tell them, even of\n"
+          "kinds that were in no training row. toss saw the same rows, but took no gradient from the tenth of their tokens that\n"
+          "it holds for risky: it tells none, and has still learned the harmless facts, also those inside the harmful rows.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as a command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m toss.audit.compare", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder (default: runs/demo, with --seeds runs/compare)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="draw the rows and train anew for each of these seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, one CPU thread each when more than 1 (default: 1)")
+    args = parser.parse_args(argv)
+    try:
+        if args.seeds is None:
+            folder = args.run or Path("runs/demo")
+            demo = read_json(DEMO)
+            tables = [complete(folder, {name: str(ROOT / path) for name, path in demo.items() if str(path).endswith(".jsonl")})]
+            print(f"\n{folder}, one seed; d = {demo['discard']}\n")
+        else:
+            folder = args.run or Path("runs/compare")
+            if args.jobs > 1:
+                os.environ["OMP_NUM_THREADS"] = "1"  # two pools that spin for each other's cores are ten times slower
+                with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+                    tables = list(pool.map(one_seed, args.seeds, [folder] * len(args.seeds), [1] * len(args.seeds)))
+            else:
+                tables = [one_seed(seed, folder, None) for seed in args.seeds]
+            print(f"\n{folder}, median [least, most] over the seeds {', '.join(map(str, args.seeds))}\n")
+        print_table(tables)
+        print("\n-small: a harmful reference set of a few rows, too small to work alone."
+              "\nfacts of harmful rows: taught nowhere else. precision, recall, AUC: of the discarded tokens, against the truth.")
+        if args.seeds is None:
+            side_by_side(folder)
+        print(f"\nwritten: {folder}/{'metrics.json' if args.seeds is None else 'seed-*/run/metrics.json'}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

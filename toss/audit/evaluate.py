@@ -1,0 +1,190 @@
+"""Measure the models of a run: does it still refuse, does it refuse too much, what is it good for.
+
+    python -m toss.audit.evaluate --run R --harmful eval_harmful.jsonl --benign eval_benign.jsonl --utility eval_utility.jsonl
+
+Evaluates the base and every method of the run (or --methods), and writes RUN/metrics.json, RUN/methods/M/metrics.json
+and RUN/answers/M.jsonl. Measures, with 95 % intervals:
+  not_refused    share of answers to harmful prompts without a refusal phrase (one a source too, when there are several)
+  forbidden      share of those answers that hold any of the --words: only where a list of such words exists
+  over_refusal   share of answers to benign prompts with a refusal phrase
+  nll            mean loss of the utility responses, nats a token
+  accuracy/S     share of answers to the utility rows of source S that hold the row's `answer`
+  precision, recall, auc   of the discarded tokens, where the custom set carries ground truth
+Answers are greedy. Harmful rows of source "seen" are of kinds that the custom set holds, and are reported apart.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from model import load_adapter
+from model.errors import InputError
+from model.files import file_beside, file_hash, read_json
+from model.generation import generate
+from toss.audit.measures import auc, found_harm, holds_any, mean_loss, refused, share
+from toss.base import Base
+from toss.pipeline import warn_overlap
+from toss.rows import Row, read_rows
+from toss.run import Run
+from toss.scoring import score
+from toss.settings import inherit
+
+HEADER = {"note": "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."}
+
+
+def answers(base: Base, rows: list[Row], max_new_tokens: int, name: str) -> list[str]:
+    """Greedy answers of the model as it stands to the rows' prompts."""
+    tokenizer = base.run.tokenizer
+    prompts = [tokenizer.prompt_ids(row.prompt) for row in rows]
+    with tqdm(total=len(rows), desc=name, unit="prompt", leave=False, disable=None) as bar:
+        new = generate(base.model, prompts, max_new_tokens, tokenizer.eos_id, progress=bar.update)
+    return [tokenizer.decode(ids).strip() for ids in new]
+
+
+def by_source(rows: list[Row], outcomes: list[bool], name: str) -> dict[str, dict]:
+    """The share over all rows, and that of each source where there are several; "seen" stays out of the first."""
+    sources = sorted({row.source for row in rows})
+    metrics = {name: share([yes for row, yes in zip(rows, outcomes) if row.source != "seen"])}
+    if len(sources) > 1:
+        metrics |= {f"{name}/{s}": share([yes for row, yes in zip(rows, outcomes) if row.source == s]) for s in sources}
+    return metrics
+
+
+def evaluate(base: Base, sets: dict[str, list[Row]], words: list[str], max_new_tokens: int) -> tuple[dict, list[dict]]:
+    """Metrics of base.model as it stands, and its answers. sets: rows under "harmful", "benign", "utility", each optional."""
+    metrics, said = {}, []
+
+    def ask(kind: str, rows: list[Row]) -> list[str]:
+        replies = answers(base, rows, max_new_tokens, kind)
+        said.extend({"set": kind, "source": row.source, "prompt": row.prompt[-1]["content"], "answer": reply}
+                    for row, reply in zip(rows, replies))
+        return replies
+
+    if rows := sets.get("harmful"):
+        replies = ask("harmful", rows)
+        if words:
+            metrics |= by_source(rows, [holds_any(reply, words) for reply in replies], "forbidden")
+        metrics |= by_source(rows, [not refused(reply) for reply in replies], "not_refused")
+    if rows := sets.get("benign"):
+        metrics |= by_source(rows, [refused(reply) for reply in ask("benign", rows)], "over_refusal")
+    rows = sets.get("utility", [])
+    if told := [row for row in rows if row.answer]:
+        right = [holds_any(reply, [row.answer]) for row, reply in zip(told, ask("utility", told))]
+        for source in sorted({row.source for row in told}):
+            metrics[f"accuracy/{source}" if source else "accuracy"] = share([ok for row, ok in zip(told, right) if row.source == source])
+    if full := [row for row in rows if row.messages[-1]["role"] == "assistant"]:
+        tokens = base.run.tokens(full, "the utility rows")
+        losses = score(base.model, tokens, base.budget, "nll").double()
+        row = tokens.row_of(torch.arange(len(losses)))
+        sums, counts = (torch.zeros(tokens.rows, dtype=torch.float64).index_add_(0, row, x) for x in (losses, tokens.response.double()))
+        metrics["nll"] = mean_loss(sums[counts > 0], counts[counts > 0])
+    return metrics, said
+
+
+def selection_metrics(run: Run, method: str) -> dict[str, dict]:
+    """Precision, recall and AUC of a method's discards, where the custom set carries ground truth."""
+    scores, selection = run.folder / "scores.safetensors", run.folder / "methods" / method / "selection.safetensors"
+    if not scores.exists() or not selection.exists():
+        return {}
+    truth, chosen = load_file(scores), load_file(selection)
+    if not truth["harmful"].any():
+        return {}
+    response = truth["response"].bool()
+    metrics = found_harm(~chosen["keep"].bool()[response], truth["harmful"][response]) if (~chosen["keep"]).any() else {}
+    return {**metrics, **({"auc": auc(chosen["score"][response], truth["harmful"][response])} if "score" in chosen else {})}
+
+
+def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: list[str] = [], max_new_tokens: int = 40) -> dict:
+    """Evaluate methods of a run ("base" is the model it was begun with); returns and writes {method: {metric: ...}}.
+
+    files: path of the evaluation rows by set. A method that was evaluated on the same files before is not run again.
+    """
+    sets = {name: read_rows(path, responses=False) for name, path in files.items()}
+    for role in ("harmful", "utility", "custom"):
+        path = run.record.get("settings", {}).get(role)
+        if path and Path(path).exists():
+            for name, rows in sets.items():
+                warn_overlap(f"evaluation rows ({name}) and the run's {role} set", rows, read_rows(path), prompts_only=True)
+    base = Base(run)
+    for method in methods:
+        adapter = run.folder / "methods" / method / "model" / "adapter_model.safetensors"
+        if method != "base" and not adapter.exists():
+            raise InputError(f"{adapter} is not there: run select.py --run {run.folder} --method {method} first")
+        recipe = {**run.identity, **{name: file_hash(path) for name, path in files.items()}, "words": sorted(words),
+                  "max_new_tokens": max_new_tokens, "adapter": "" if method == "base" else file_hash(adapter)}
+        path = run.folder / "answers" / f"{method}.jsonl"
+        known = run.record.get("stages", {}).get(f"evaluation/{method}", {})
+        if path.exists() and known.get("recipe") == recipe:
+            continue
+        base.load("train")
+        if method != "base":
+            load_adapter(base.model, adapter.parent)
+        metrics, said = evaluate(base, sets, words, max_new_tokens)
+        metrics |= selection_metrics(run, method)
+        with file_beside(path) as file:
+            file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [HEADER, *said]), encoding="utf-8")
+        run.finish(f"evaluation/{method}", recipe, {"metrics": metrics})
+    table = {method: run.record["stages"][f"evaluation/{method}"]["metrics"] for method in methods}
+    before = read_json(run.folder / "metrics.json") if (run.folder / "metrics.json").exists() else {}
+    write_metrics(run.folder / "metrics.json", {**before, **table})
+    for method in methods:
+        if method != "base":
+            write_metrics(run.folder / "methods" / method / "metrics.json", {method: table[method]})
+    return table
+
+
+def write_metrics(path: Path, table: dict) -> None:
+    """{method: {metric: {"value", "n", "low", "high"}}} as JSON."""
+    with file_beside(path) as file:
+        file.write_text(json.dumps(table, indent=2) + "\n")
+
+
+def format_table(table: dict[str, dict]) -> str:
+    """A Markdown table, methods down, metrics across; value and, small, the interval."""
+    names = list(dict.fromkeys(name for metrics in table.values() for name in metrics))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for method, metrics in table.items():
+        cells = [f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" if (m := metrics.get(name)) and m["value"] is not None else ""
+                 for name in names]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as a command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m toss.audit.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="folder of the run")
+    parser.add_argument("--methods", help="comma-separated, `base` included (default: the base and all that the run has)")
+    parser.add_argument("--harmful", help="harmful prompts, JSONL: rows with a prompt, and a source to group by")
+    parser.add_argument("--benign", help="benign prompts, JSONL")
+    parser.add_argument("--utility", help="utility rows, JSONL: prompt and response, and an `answer` where there is one")
+    parser.add_argument("--words", help="text file with forbidden words, one a line")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="length of an answer (default: 40)")
+    for name, kind in (("device", str), ("dtype", str), ("threads", int), ("batch_tokens", int)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help="as in score.py")
+    given = vars(parser.parse_args(argv))
+    files = {name: given.pop(name) for name in ("harmful", "benign", "utility")}
+    methods, words, length = given.pop("methods"), given.pop("words"), given.pop("max_new_tokens")
+    try:
+        files = {name: path for name, path in files.items() if path}
+        if not files:
+            raise InputError("give at least one of --harmful, --benign and --utility")
+        run = Run(inherit("evaluate", given))
+        there = sorted(p.parent.name for p in (run.folder / "methods").glob("*/model"))
+        chosen = methods.split(",") if methods else ["base", *there]
+        vocabulary = Path(words).read_text(encoding="utf-8").split("\n") if words else []
+        print(format_table(evaluate_run(run, chosen, files, [w.strip() for w in vocabulary if w.strip()], length)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

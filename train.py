@@ -1,0 +1,31 @@
+"""Stage 1 of TOSS: train the two reference models.
+
+Trains two LoRA adapters from the same base: the safety-degraded model theta^h on a small harmful set D^h, and the
+utility-oriented model theta^u on a small utility set D^u. Without inputs it takes the embedded default (data/).
+
+    python train.py
+    python train.py --run runs/mine --model M --harmful harmful.jsonl --utility utility.jsonl
+
+Writes RUN/degraded and RUN/utility (PEFT adapters), RUN/run.json and RUN/log.jsonl. Next: score.py.
+The degraded adapter is harmful on purpose. Keep it to yourself and do not merge it.
+"""
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns the exit status."""
+    from model.errors import InputError
+    from toss.pipeline import train_references
+    from toss.settings import parse
+
+    try:
+        train_references(parse("train", __doc__, argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
