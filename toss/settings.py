@@ -138,4 +138,4 @@ def demo_values(script: str) -> dict:
     stage = demo["reference" if script == "train" else "finetune"]
     if unknown := set(stage) - {f.name for f in fields(Settings)}:
         raise InputError(f"{DEMO}: unknown settings {sorted(unknown)}")
-    return {**values, "discard": demo["discard"], "max_length": demo["max_length"], **stage}
+    return {**values, "discard": demo["discard"], **stage}
