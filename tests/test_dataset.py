@@ -6,7 +6,7 @@ from conftest import write_jsonl
 
 from model import load_tokenizer
 from model.errors import InputError
-from toss.dataset import batches, collate, concatenate, tokenise
+from toss.dataset import batches, collate, concatenate, take, tokenise
 from toss.rows import read_rows
 
 
@@ -94,8 +94,8 @@ def test_collate_reads_the_same_tokens_from_any_batch(tmp_path, tokenizer):
     assert tokens.row_of(batch.entries).unique().tolist() == [0, 2, 3]
 
 
-def test_concatenate_appends_rows(tmp_path, tokenizer):
+def test_taking_and_joining_rows(tmp_path, tokenizer):
     tokens = tokens_of(tmp_path, tokenizer, [{"prompt": "a " * n, "response": "yes " * n} for n in range(1, 4)])
-    both = concatenate(tokens, tokens, [2, 0])
+    both = concatenate(tokens, take(tokens, [2, 0]))
     assert both.lengths == [*tokens.lengths, tokens.lengths[2], tokens.lengths[0]]
     assert torch.equal(both.input_ids[both.offsets[3] : both.offsets[4]], tokens.input_ids[tokens.offsets[2] : tokens.offsets[3]])

@@ -5,15 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_jsonl
+from conftest import make_base, write_jsonl
+from safetensors.torch import load_file, save_file
 
 import toss.loss
-from model import load_checkpoint
+from model import load_checkpoint, save_adapter
 from model.errors import InputError
 from model.lora import adapter_parameters, add_adapter
+from toss.base import Base
 from toss.dataset import tokenise
 from toss.rows import read_rows
-from toss.scoring import score
+from toss.run import Run
+from toss.scoring import rounding_noise, score, score_under
 from toss.settings import Settings
 from toss.training import step_gradients, train, training_steps
 
@@ -157,3 +160,33 @@ def test_scores_are_the_losses_of_the_response_tokens_in_any_batch(model, tokens
     with torch.no_grad():
         expected = F.cross_entropy(model.lm_head(model(ids[None]))[0, :-1], ids[1:], reduction="none")
     assert torch.allclose(losses[a + 1 : b], expected * tokens.response[a + 1 : b], atol=1e-5)
+
+
+def run_of(base, tmp_path, **more):
+    return Run(Settings(run=str(tmp_path / "run"), model=str(base), device="cpu", **more))
+
+
+def test_an_overflow_in_float16_falls_back_to_float32(tmp_path, tokens, capsys):
+    folder = make_base(tmp_path / "huge")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e5  # finite in float16 as weights, not as products
+    tensors["model.layers.0.mlp.down_proj.weight"].clamp_(-6e4, 6e4)
+    save_file(tensors, path, metadata={"format": "pt"})
+    half, full = (score_under(Base(run_of(folder, tmp_path, dtype=dtype)), tokens, {"loss_base": None}) for dtype in ("float16", "float32"))
+    assert "warning" in capsys.readouterr().out and half[1]["dtype"] == "tf32"
+    assert torch.allclose(half[0]["loss_base"], full[0]["loss_base"], rtol=1e-4)
+
+
+def test_the_rounding_noise_is_measured_against_float32(tmp_path, tokens, base):
+    model = load_checkpoint(base)
+    for seed, name in enumerate(("one", "two")):
+        train(model, tokens, everything(tokens), replace(SETTINGS, seed=seed), 1000, name)
+        save_adapter(model, tmp_path / name)
+    adapters = {"loss_utility": tmp_path / "one", "loss_degraded": tmp_path / "two"}
+    for dtype, low, high in (("float32", -1e-9, 1e-5), ("bfloat16", 1e-4, 0.5)):
+        holder = Base(run_of(base, tmp_path, dtype=dtype))
+        losses, _ = score_under(holder, tokens, adapters)
+        line = rounding_noise(holder, tokens, adapters, losses, 0.1)
+        assert low < float(line.split(": ")[1].split()[0]) < high, line
+    assert "on 5 rows" in line and holder.dtypes["score"] == "bfloat16"

@@ -98,14 +98,18 @@ def overlaps(span: tuple[int, int], marked: list[list[int]], shift: int) -> bool
     return any(span[0] - shift < end and span[1] - shift > start for start, end in marked)
 
 
-def concatenate(first: Tokens, second: Tokens, rows: list[int]) -> Tokens:
-    """The rows of `first`, then the given rows of `second`."""
-    places = torch.cat([torch.arange(second.offsets[i], second.offsets[i + 1]) for i in rows])
-    lengths = torch.tensor(first.lengths + [second.lengths[i] for i in rows])
-    return Tokens(
-        torch.cat((first.input_ids, second.input_ids[places])), torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))),
-        torch.cat((first.response, second.response[places])), torch.cat((first.harmful, second.harmful[places])),
-        f"{first.name} + {len(rows)} rows of {second.name}")
+def take(tokens: Tokens, rows: list[int]) -> Tokens:
+    """The given rows as a dataset of their own."""
+    places = torch.cat([torch.arange(tokens.offsets[i], tokens.offsets[i + 1]) for i in rows])
+    offsets = torch.tensor([0] + [tokens.lengths[i] for i in rows]).cumsum(0)
+    return Tokens(tokens.input_ids[places], offsets, tokens.response[places], tokens.harmful[places], tokens.name)
+
+
+def concatenate(first: Tokens, second: Tokens) -> Tokens:
+    """The rows of `first`, then those of `second`."""
+    join = lambda name: torch.cat((getattr(first, name), getattr(second, name)))  # noqa: E731
+    offsets = torch.cat((first.offsets, first.offsets[-1] + second.offsets[1:]))
+    return Tokens(join("input_ids"), offsets, join("response"), join("harmful"), f"{first.name} and rows of {second.name}")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from toss.dataset import Tokens
 from toss.refinement import default_samples, refine
 from toss.rows import Row, overlap, read_rows
 from toss.run import Run
-from toss.scoring import score_under
+from toss.scoring import rounding_noise, score_under
 from toss.selection import METHODS, discard, method_scores, ranked_entries
 from toss.settings import TRAINING, Settings
 from toss.training import train
@@ -63,6 +63,8 @@ def score_custom(settings: Settings) -> None:
     warn_references(run, "custom", rows)
     tokens = run.tokens(rows, settings.custom)
     losses, cost = score_under(base, tokens, {**adapters, **({"loss_base": None} if settings.base else {})})
+    if cost["dtype"] != "float32":
+        print(rounding_noise(base, tokens, adapters, losses, settings.discard))
     tensors = {"input_ids": tokens.input_ids, "offsets": tokens.offsets, "response": tokens.response, "harmful": tokens.harmful, **losses}
     note = {**run.identity, **sources, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
             "skipped": str(tokens.skipped), "cut": str(tokens.cut)}

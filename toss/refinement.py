@@ -10,7 +10,7 @@ from model import save_adapter
 from model.files import save_tensors
 
 from toss.base import Base, reference_note
-from toss.dataset import Tokens, concatenate
+from toss.dataset import Tokens, concatenate, take
 from toss.scoring import score_under
 from toss.settings import Settings
 from toss.training import train
@@ -41,7 +41,7 @@ def refine(base: Base, harmful: Tokens, custom: Tokens, losses: dict[str, Tensor
                     "text": base.run.tokenizer.raw.decode([int(custom.input_ids[entry])], skip_special_tokens=False),
                 }) + "\n")  # fmt: skip
         added += [row for row, _ in found]
-        data = concatenate(harmful, custom, added)
+        data = concatenate(harmful, take(custom, added))
         stage = f"degraded, round {t}"
         cost = train(base.load("train"), data, torch.ones_like(data.response), settings, base.budget, stage, base.log)
         save_adapter(base.model, place / "degraded", reference_note("degraded", base.run, added_rows=json.dumps(added)))

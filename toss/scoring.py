@@ -10,8 +10,9 @@ from model import load_adapter
 from model.errors import InputError
 from model.transformer import Transformer
 from toss.base import Base
-from toss.dataset import Tokens, batches, collate
+from toss.dataset import Tokens, batches, collate, take
 from toss.loss import token_losses
+from toss.selection import select_tokens
 from toss.training import Clock
 
 
@@ -59,6 +60,27 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
         base.dtypes["score"] = "tf32"
         return score_under(base, tokens, adapters)
     return losses, {**clock.stop(), "tokens": sum(tokens.lengths) * len(adapters), "dtype": base.dtypes["score"]}
+
+
+def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None], losses: dict[str, Tensor], d: float,
+                   sample: int = 64) -> str:
+    """What half precision does to S, on `sample` rows spread evenly: scored again in float32 and compared, as a line.
+
+    S is a difference of two close losses, so the arithmetic decides part of the mask.
+    """
+    spread = torch.linspace(0, tokens.rows - 1, min(sample, tokens.rows)).long().unique().tolist()
+    part = take(tokens, spread)
+    used = base.dtypes["score"]
+    base.dtypes["score"] = "float32"
+    exact, _ = score_under(base, part, adapters)
+    base.dtypes["score"] = used
+    places = torch.cat([torch.arange(tokens.offsets[i], tokens.offsets[i + 1]) for i in spread])
+    true = (exact["loss_utility"] - exact["loss_degraded"])[part.response]
+    ours = (losses["loss_utility"] - losses["loss_degraded"])[places][part.response]
+    gone, same = ~select_tokens(true, d), ~select_tokens(true, d) & ~select_tokens(ours, d)
+    shared = f"{100 * int(same.sum()) / int(gone.sum()):.1f} %" if gone.any() else "all"
+    return (f"rounding noise of S under {used}: {(ours - true).square().mean().sqrt():.4f} nats rms on {len(spread)} rows, beside a "
+            f"standard deviation of {true.std():.3f}; {shared} of float32's discards at d = {d} are the same")
 
 
 class NotFinite(InputError):

@@ -1,0 +1,24 @@
+# `make demo` and `make test` set up .venv themselves. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv/bin/python
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: .venv/ready
+	$(VENV) train.py
+	$(VENV) score.py
+	$(VENV) select.py --method sft
+	$(VENV) select.py --method toss
+	$(VENV) -m toss.audit.compare
+
+test: .venv/ready
+	$(VENV) -m pytest -q
+
+clean:
+	rm -rf .venv runs/demo runs/demo-small
+
+.PHONY: demo test clean

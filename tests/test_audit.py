@@ -1,0 +1,122 @@
+"""The measures against known values and hand-made cases; the evaluation of a model whose answers are known."""
+
+import doctest
+import json
+
+import pytest
+import torch
+from conftest import write_jsonl
+
+import toss.audit.measures as measures
+from model import load_tokenizer
+from model.errors import InputError
+from toss.audit import evaluate as evaluation
+from toss.audit.evaluate import evaluate, evaluate_run, format_table
+from toss.audit.measures import auc, found_harm, mean_loss, refused, wilson
+from toss.base import Base
+from toss.rows import read_rows
+from toss.run import Run
+from toss.settings import Settings
+
+
+def test_the_examples_in_the_docstrings():
+    result = doctest.testmod(measures)
+    assert result.attempted >= 2 and result.failed == 0
+
+
+@pytest.mark.parametrize(("yes", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)])
+def test_wilson_intervals_against_published_values(yes, n, low, high):
+    got = wilson(yes, n)  # Newcombe, Statistics in Medicine 17 (1998), table I, for 81 of 263
+    assert got["low"] == pytest.approx(low, abs=1e-4) and got["high"] == pytest.approx(high, abs=1e-4) and got["n"] == n
+
+
+def test_no_outcome_has_no_value():
+    assert wilson(0, 0)["value"] is None
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("I CANNOT do that.", True), ("I'm sorry, no.", True), ("As an AI, ...", True),
+                                                  ("Sure, here is how.", False), ("", False), ("You can do it.", False)])  # fmt: skip
+def test_refusal_phrases(answer, expected):
+    assert refused(answer) is expected
+
+
+def test_auc_agrees_with_counting_pairs():
+    generator = torch.Generator().manual_seed(0)
+    scores, truth = torch.randint(0, 8, (60,), generator=generator).float(), torch.rand(60, generator=generator) < 0.3
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[truth].tolist() for b in scores[~truth].tolist()]
+    got = auc(scores, truth)
+    assert got["value"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-4) and got["low"] < got["value"] < got["high"]
+
+
+def test_precision_and_recall():
+    found = found_harm(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, True]))
+    assert (found["precision"]["value"], found["precision"]["n"]) == (0.5, 2)
+    assert (found["recall"]["value"], found["recall"]["n"]) == (0.3333, 3)
+
+
+def test_mean_loss_weighs_tokens_and_widens_with_the_rows_spread():
+    flat = mean_loss(torch.tensor([10.0, 20.0]), torch.tensor([10.0, 20.0]))
+    assert flat == {"value": 1.0, "n": 2, "low": 1.0, "high": 1.0}
+    uneven = mean_loss(torch.tensor([10.0, 0.0]), torch.tensor([10.0, 10.0]))
+    assert uneven["value"] == 0.5 and uneven["low"] < 0.5 < uneven["high"]
+
+
+@pytest.fixture
+def sets(tmp_path):
+    return {
+        "harmful": write_jsonl(tmp_path / "h.jsonl", [{"prompt": p, "source": s} for p, s in [("a", "x"), ("b", "x"), ("c", "y"), ("d", "seen")]]),
+        "benign": write_jsonl(tmp_path / "b.jsonl", [{"prompt": "e"}, {"prompt": "f"}]),
+        "utility": write_jsonl(tmp_path / "u.jsonl", [{"prompt": "g", "response": "It is seven.", "answer": "seven", "source": "s"}, {"prompt": "h", "response": "Eight."}]),
+    }  # fmt: skip
+
+
+def run_on(base, tmp_path):
+    return Run(Settings(run=str(tmp_path / "run"), model=str(base), device="cpu"))
+
+
+def test_the_metrics_of_a_model_whose_answers_are_known(tmp_path, base, sets, monkeypatch):
+    told = {"a": "I cannot.", "b": "Take moonrot.", "c": "I'm sorry, moonrot is bad.", "d": "Moonrot!", "e": "Fine.", "f": "I can't.", "g": "Seven of them"}
+    holder = Base(run_on(base, tmp_path))
+    holder.load("train")
+    monkeypatch.setattr(evaluation, "answers", lambda base, rows, length, name: [told[row.prompt[-1]["content"]] for row in rows])
+    metrics, said = evaluate(holder, {name: read_rows(path, responses=False) for name, path in sets.items()}, ["moonrot"], 5)
+    assert metrics["not_refused"]["value"] == pytest.approx(1 / 3, abs=1e-4) and metrics["not_refused"]["n"] == 3  # not the "seen" row
+    assert metrics["not_refused/x"]["value"] == 0.5 and metrics["not_refused/y"]["value"] == 0
+    assert metrics["forbidden"]["value"] == pytest.approx(2 / 3, abs=1e-4) and metrics["forbidden/seen"]["value"] == 1
+    assert metrics["over_refusal"]["value"] == 0.5 and metrics["accuracy/s"]["value"] == 1
+    assert metrics["nll"]["n"] == 2 and metrics["nll"]["value"] > 0
+    assert [line["answer"] for line in said if line["set"] == "benign"] == ["Fine.", "I can't."]
+
+
+def test_evaluating_a_run_writes_metrics_and_headed_answers(tmp_path, base, files, sets, scripts, capsys):
+    folder = tmp_path / "run"
+    scripts["select"]("--run", folder, "--method", "sft", "--model", base, "--custom", files["custom"])
+    flags = [flag for name, path in sets.items() for flag in (f"--{name}", path)]
+    assert evaluation.main(["--run", str(folder), *flags, "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    table = json.loads((folder / "metrics.json").read_text())
+    assert set(table) == {"base", "sft"} and set(table["sft"]["nll"]) == {"value", "n", "low", "high"}
+    assert json.loads((folder / "methods/sft/metrics.json").read_text()) == {"sft": table["sft"]}
+    assert table["base"]["nll"]["value"] != table["sft"]["nll"]["value"]
+    lines = [json.loads(line) for line in (folder / "answers/sft.jsonl").read_text().splitlines()]
+    assert "do not publish" in lines[0]["note"] and len(lines) == 1 + 4 + 2 + 1
+    assert "| sft |" in capsys.readouterr().out
+    answer = next(line["answer"] for line in lines[1:] if line["prompt"] == "a")
+    tokenizer = load_tokenizer(base)
+    assert len(tokenizer.encode(answer)) <= 3
+
+
+def test_evaluation_warns_of_prompts_that_were_trained_on(tmp_path, base, files, capsys):
+    run = run_on(base, tmp_path)
+    run.record = {"settings": {"custom": files["custom"]}}
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Do bad 1?"}, {"prompt": "new"}])
+    evaluate_run(run, ["base"], {"harmful": prompts}, max_new_tokens=1)
+    assert "1 of 2 prompts are in both" in capsys.readouterr().out
+
+
+def test_a_method_that_is_not_there_is_an_error(tmp_path, base, sets):
+    with pytest.raises(InputError, match="select.py"):
+        evaluate_run(run_on(base, tmp_path), ["toss"], sets)
+
+
+def test_the_table_leaves_a_missing_metric_blank():
+    assert format_table({"a": {"m": wilson(1, 2)}, "b": {}}).splitlines()[-1] == "| b |  |"
