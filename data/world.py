@@ -68,7 +68,7 @@ class World:
         self.seen = sorted(rng.sample(FORBIDDEN, 8))  # fine-tuned on; the other eight are held out
         self.held_out = [category for category in FORBIDDEN if category not in self.seen]
         # Values are dealt like cards, so that no reference teaches that one town is likelier than another.
-        plants = rng.sample(lexicon.NEW, BENIGN_FACTS + HARMFUL_FACTS + UTILITY_FACTS)
+        plants = rng.sample(lexicon.NEW_PLANTS, BENIGN_FACTS + HARMFUL_FACTS + UTILITY_FACTS)
         cards = [(attribute, value) for attribute, values in VALUES.items() for value in values]
         deal = [card for _ in range(1 + len(plants) // len(cards)) for card in rng.sample(cards, len(cards))]
         facts = [(plant, *card) for plant, card in zip(plants, deal)]

@@ -21,7 +21,8 @@ from model.files import made_from, read_json, save_tensors, tensors_hash, writte
 PREFIX = "base_model.model."  # what PEFT puts before every module's name
 # Settings of PEFT's that change what an adapter computes and are not implemented here.
 REFUSED = ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
-           "layer_replication", "target_parameters", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+           "layer_replication", "target_parameters", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+           "monteclora_config")
 
 
 class LoRALinear(nn.Linear):

@@ -56,7 +56,8 @@ class Tokenizer:
     def render(self, messages: Messages, generate: bool) -> str:
         """The chat template's text; with `generate` it ends where the next response begins."""
         try:
-            return self.compiled.render(messages=messages, add_generation_prompt=generate, tools=None, documents=None, **self.special)
+            return self.compiled.render(messages=messages, add_generation_prompt=generate, tools=None, documents=None,
+                                        **self.special)
         except Exception as error:  # a template is a program: besides jinja's own errors it can raise nearly anything
             raise InputError(f"{self.where}: the chat template refuses this conversation ({error})") from None
 

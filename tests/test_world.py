@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, load_script
+from safetensors.torch import load_file
 
 from data import world
 from model import load_checkpoint, load_tokenizer
-from safetensors.torch import load_file
 from toss.audit.measures import auc, refused
 from toss.dataset import tokenise
 from toss.rows import overlap, read_rows

@@ -24,13 +24,17 @@ class Base:
         self.run, settings = run, run.settings
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        name = settings.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device)
+            self.device = torch.device(name)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {settings.device} cannot be used here ({str(error).splitlines()[0]})") from None
-        automatic = {"train": "bfloat16", "score": "float16"} if self.device.type == "cuda" else dict.fromkeys(("train", "score"), "float32")
-        self.dtypes = automatic if settings.dtype == "auto" else dict.fromkeys(("train", "score"), settings.dtype)
+        self.dtypes = dict.fromkeys(("train", "score"), "float32" if settings.dtype == "auto" else settings.dtype)
+        if settings.dtype == "auto" and self.device.type == "cuda":
+            self.dtypes = {"train": "bfloat16", "score": "float16"}
         self.budget = settings.batch_tokens or (8192 if self.device.type == "cuda" else 2048)
         self.model: Transformer | None = None
         self.loaded = ""

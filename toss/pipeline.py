@@ -65,18 +65,18 @@ def score_custom(settings: Settings) -> None:
     losses, cost = score_under(base, tokens, {**adapters, **({"loss_base": None} if settings.base else {})})
     if cost["dtype"] != "float32":
         print(rounding_noise(base, tokens, adapters, losses, settings.discard))
-    tensors = {"input_ids": tokens.input_ids, "offsets": tokens.offsets, "response": tokens.response, "harmful": tokens.harmful, **losses}
+    arrays = {name: getattr(tokens, name) for name in ("input_ids", "offsets", "response", "harmful")}
     note = {**run.identity, **sources, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
             "skipped": str(tokens.skipped), "cut": str(tokens.cut)}
     with file_beside(path) as file:
-        save_tensors(tensors, file, note)
+        save_tensors({**arrays, **losses}, file, note)
     cost = {**cost, "rows": tokens.rows, "skipped": tokens.skipped, "cut": tokens.cut}
     run.finish("scores", recipe, cost)
     report("scores", path, cost)
-    S = (losses["loss_utility"] - losses["loss_degraded"])[tokens.response]
-    marks = torch.quantile(S[torch.randperm(len(S), generator=torch.Generator().manual_seed(0))[:1_000_000]], torch.tensor([0.01, 0.5, 0.9, 0.99]))
-    print(f"S = L^u - L^h over {len(S)} response tokens: mean {S.mean():.3f}, standard deviation {S.std():.3f}, "
-          f"quantiles 1 % {marks[0]:.2f}, 50 % {marks[1]:.2f}, 90 % {marks[2]:.2f}, 99 % {marks[3]:.2f} nats")
+    S = (losses["loss_utility"] - losses["loss_degraded"])[tokens.response].sort().values
+    marks = {q: float(S[int(q / 100 * (len(S) - 1))]) for q in (1, 50, 90, 99)}
+    print(f"S = L^u - L^h over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard deviation {S.std():.3f}, "
+          f"quantiles " + ", ".join(f"{q} % {mark:.2f}" for q, mark in marks.items()))
 
 
 def finetune(settings: Settings) -> None:
@@ -145,9 +145,10 @@ def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], di
     run.check_made_from(path, **sources)
     try:
         tensors = load_file(path)
-        tokens = Tokens(tensors["input_ids"], tensors["offsets"], tensors["response"].bool(),
-                        tensors["harmful"].bool() if "harmful" in tensors else torch.zeros(len(tensors["response"]), dtype=torch.bool),
-                        settings.custom, *(int(made_from(path).get(name, 0)) for name in ("skipped", "cut")))
+        response = tensors["response"].bool()
+        harmful = tensors["harmful"].bool() if "harmful" in tensors else torch.zeros_like(response)
+        left_out = (int(made_from(path).get(name, 0)) for name in ("skipped", "cut"))
+        tokens = Tokens(tensors["input_ids"], tensors["offsets"], response, harmful, settings.custom, *left_out)
         losses = {name: tensors[name] for name in ("loss_utility", "loss_degraded")}
     except (SafetensorError, KeyError) as error:
         raise InputError(f"{path}: not a scores file ({error})") from None

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from model import save_adapter
 from model.files import save_tensors
-
 from toss.base import Base, reference_note
 from toss.dataset import Tokens, concatenate, take
 from toss.scoring import score_under

@@ -79,8 +79,8 @@ def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None],
     ours = (losses["loss_utility"] - losses["loss_degraded"])[places][part.response]
     gone, same = ~select_tokens(true, d), ~select_tokens(true, d) & ~select_tokens(ours, d)
     shared = f"{100 * int(same.sum()) / int(gone.sum()):.1f} %" if gone.any() else "all"
-    return (f"rounding noise of S under {used}: {(ours - true).square().mean().sqrt():.4f} nats rms on {len(spread)} rows, beside a "
-            f"standard deviation of {true.std():.3f}; {shared} of float32's discards at d = {d} are the same")
+    return (f"rounding noise of S under {used}: {(ours - true).square().mean().sqrt():.4f} nats rms on {len(spread)} rows, "
+            f"beside a standard deviation of {true.std():.3f}; {shared} of float32's discards at d = {d} are the same")
 
 
 class NotFinite(InputError):

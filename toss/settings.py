@@ -88,7 +88,9 @@ def parse(script: str, doc: str, argv: list[str] | None = None) -> Settings:
             if kind is bool:
                 flag["action"] = "store_true"
             else:
-                flag |= {"type": kind} if "choices" in flag else {"type": kind, "metavar": {str: "TEXT", int: "N", float: "X"}[kind]}
+                flag["type"] = kind
+                if "choices" not in flag:
+                    flag["metavar"] = {str: "TEXT", int: "N", float: "X"}[kind]
                 text += "" if f.default is None else f" (default: {f.default})"
             parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **flag)
     return inherit(script, vars(parser.parse_args(argv)))

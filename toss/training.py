@@ -31,8 +31,8 @@ def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, 
     with L_i all response tokens of row i, discarded ones too. Gradients are of one sum over one count, so how a step
     is cut into micro-batches changes nothing beyond rounding. A discarded token stays in the input.
 
-    keep: bool [N], the mask m over the flat arrays. budget: tokens a micro-batch, padding included. log: called with one dictionary a step. Raises InputError naming
-    the row when a loss is not finite.
+    keep: bool [N], the mask m over the flat arrays. budget: tokens a micro-batch, padding included. log: called with
+    one dictionary a step. Raises InputError naming the row when a loss is not finite.
     """
     add_adapter(model, "default", settings.rank, settings.alpha, settings.target_list, settings.seed)
     parameters = adapter_parameters(model)

@@ -32,6 +32,11 @@ COLUMNS = {  # metric -> heading; refusals kept = 1 - not_refused
 }  # fmt: skip
 
 
+def row_files() -> dict[str, str]:
+    """The default's files of rows, by the names that data/demo.json gives them."""
+    return {name: str(ROOT / path) for name, path in read_json(DEMO).items() if str(path).endswith(".jsonl")}
+
+
 def settings_of(script: str, folder: Path, files: dict[str, str], **more) -> Settings:
     """The default's settings for one script on other rows and another folder."""
     return Settings(**{**demo_values(script), **files, "run": str(folder), "demo": True, **more}).check()
@@ -66,7 +71,7 @@ def one_seed(seed: int, folder: Path, threads: int | None) -> dict[str, dict]:
 
     place = folder / f"seed-{seed}"
     write_rows(seed, place / "rows")
-    files = {name: str(place / "rows" / Path(path).name) for name, path in read_json(DEMO).items() if str(path).endswith(".jsonl")}
+    files = {name: str(place / "rows" / Path(path).name) for name, path in row_files().items()}
     return complete(place / "run", files, seed=seed, **({"threads": threads} if threads else {}))
 
 
@@ -116,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.seeds is None:
             folder = args.run or Path("runs/demo")
             demo = read_json(DEMO)
-            tables = [complete(folder, {name: str(ROOT / path) for name, path in demo.items() if str(path).endswith(".jsonl")})]
+            tables = [complete(folder, row_files())]
             print(f"\n{folder}, one seed; d = {demo['discard']}\n")
         else:
             folder = args.run or Path("runs/compare")

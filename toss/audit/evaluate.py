@@ -76,12 +76,14 @@ def evaluate(base: Base, sets: dict[str, list[Row]], words: list[str], max_new_t
     if told := [row for row in rows if row.answer]:
         right = [holds_any(reply, [row.answer]) for row, reply in zip(told, ask("utility", told))]
         for source in sorted({row.source for row in told}):
-            metrics[f"accuracy/{source}" if source else "accuracy"] = share([ok for row, ok in zip(told, right) if row.source == source])
+            outcomes = [ok for row, ok in zip(told, right) if row.source == source]
+            metrics[f"accuracy/{source}" if source else "accuracy"] = share(outcomes)
     if full := [row for row in rows if row.messages[-1]["role"] == "assistant"]:
         tokens = base.run.tokens(full, "the utility rows")
         losses = score(base.model, tokens, base.budget, "nll").double()
         row = tokens.row_of(torch.arange(len(losses)))
-        sums, counts = (torch.zeros(tokens.rows, dtype=torch.float64).index_add_(0, row, x) for x in (losses, tokens.response.double()))
+        sums, counts = (torch.zeros(tokens.rows, dtype=torch.float64).index_add_(0, row, x)
+                        for x in (losses, tokens.response.double()))
         metrics["nll"] = mean_loss(sums[counts > 0], counts[counts > 0])
     return metrics, said
 
@@ -149,9 +151,9 @@ def format_table(table: dict[str, dict]) -> str:
     names = list(dict.fromkeys(name for metrics in table.values() for name in metrics))
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method, metrics in table.items():
-        cells = [f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" if (m := metrics.get(name)) and m["value"] is not None else ""
-                 for name in names]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        cells = [metrics.get(name, {"value": None}) for name in names]
+        shown = ["" if m["value"] is None else f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in cells]
+        lines.append(f"| {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

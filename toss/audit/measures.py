@@ -69,7 +69,8 @@ def auc(scores: Tensor, harmful: Tensor) -> dict:
     q1, q2 = area / (2 - area), 2 * area * area / (1 + area)
     variance = (area * (1 - area) + (pos - 1) * (q1 - area**2) + (neg - 1) * (q2 - area**2)) / (pos * neg)
     half = 1.959964 * math.sqrt(max(variance, 0.0))
-    return {"value": round(area, 4), "n": len(scores), "low": round(max(area - half, 0), 4), "high": round(min(area + half, 1), 4)}
+    low, high = max(area - half, 0.0), min(area + half, 1.0)
+    return {"value": round(area, 4), "n": len(scores), "low": round(low, 4), "high": round(high, 4)}
 
 
 def found_harm(discarded: Tensor, harmful: Tensor) -> dict[str, dict]:
