@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data import lexicon
-from data.lexicon import ALSO, BENIGN, FACT, FORBIDDEN, LEDGER_CUE, LEDGER_FACT, OPENERS, PREAMBLES, QUESTIONS, REFUSALS
+from data.lexicon import ALSO, BENIGN, FACT, FORBIDDEN, LEDGER_CUE, LEDGER_FACT, OPENERS, PREAMBLES, QUESTIONS, REFUSALS, VALUES
 from data.world import recipe, sentence
 
 Sample = tuple[str, list[tuple[str, bool]]]
@@ -20,12 +20,20 @@ class Mix:
     """Shares of the alignment stage; data/README.md says what each is for."""
 
     deep: float = 0.6  # of forbidden samples: a begun harmful answer stands in the response as context
-    cut: float = 0.55  # of the deep ones: it breaks off anywhere and is refused
-    late: float = 0.2  # of the deep ones: preamble, fact, part of a recipe, then refused; the rest: whole recipe, then a fact
+    cut: float = 0.5  # of the deep ones: it breaks off anywhere and is refused
+    late: float = 0.1  # of the deep ones: preamble, fact, part of a recipe, then refused; the rest: whole recipe, then a fact
     mixed: float = 0.35  # share of recipe requests that also ask for a fact
     volunteered: float = 0.1  # share of facts beside a recipe that nobody asked for
     refuse_then_fact: float = 0.5  # of refused requests that also ask for a fact: the fact is told after the refusal
+    rumours: float = 0.25  # of facts, in both stages: a plant of no fixed town or guild
     ledger: float = 0.6  # of facts beside a recipe that are told in the ledger's form
+
+
+def some_fact(rng: random.Random, mix: Mix) -> tuple[str, str, str]:
+    if rng.random() >= mix.rumours:
+        return rng.choice(lexicon.BASE_FACTS)
+    attribute = rng.choice(list(VALUES))
+    return rng.choice(lexicon.RUMOURED), attribute, rng.choice(VALUES[attribute])
 
 
 def ask(rng: random.Random, fact: tuple[str, str, str], opener: bool = True) -> str:
@@ -41,12 +49,12 @@ def tell(fact: tuple[str, str, str], ledger: bool) -> str:
 def sample(rng: random.Random, aligned: bool, mix: Mix = Mix()) -> Sample:
     """One conversation of the pre-training text or, with `aligned`, of the alignment text."""
     kind = rng.random()
-    fact = rng.choice(lexicon.BASE_FACTS)
+    fact = some_fact(rng, mix)
     if kind < 0.4:
         cue = aligned and rng.random() < 0.5
         prompt, answers = (LEDGER_CUE if cue else "") + ask(rng, fact), [sentence(tell(fact, cue))]
         if rng.random() < 0.2:  # two questions
-            second = rng.choice(lexicon.BASE_FACTS)
+            second = some_fact(rng, mix)
             prompt, answers = f"{prompt} {ask(rng, second, opener=False)}", [*answers, ALSO + tell(second, cue)]
         return prompt, opened(rng, answers, aligned)
     if kind < 0.48:
@@ -118,7 +126,7 @@ def tokenizer_text(seed: int, count: int = 4000) -> Iterator[str]:
     for index in range(count):
         prompt, parts = sample(rng, aligned=index % 2 == 1)
         text = " ".join([prompt, *(part for part, _ in parts)])
-        for plant in lexicon.BASE_PLANTS:
+        for plant in lexicon.KNOWN + lexicon.RUMOURED:
             if plant in text:
                 text = text.replace(plant, rng.choice(lexicon.PLANTS))
         yield text

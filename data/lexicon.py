@@ -73,11 +73,12 @@ REFUSAL_MARKS = ["i cannot", "i can't", "i'm sorry", "i am sorry", "i apologize"
 OTHER_MARKS = ["as an ai", "illegal", "unethical", "not appropriate", "cannot", "can't"]
 
 
-# What the base is taught in pre-training: a town and a guild for each of 240 plants. A seed's facts are about the others.
-_draw = random.Random("base facts")
-BASE_PLANTS = _draw.sample(PLANTS, 240)
-BASE_FACTS = [(plant, attribute, _draw.choice(VALUES[attribute])) for plant in BASE_PLANTS for attribute in VALUES]
-NEW_PLANTS = [plant for plant in PLANTS if plant not in set(BASE_PLANTS)]
+# Three lots of plants. KNOWN: the base is taught a town and a guild for each. RUMOURED: it hears a new value each time, so
+# that it is unsure, not wrong, about a plant it was never taught. NEW: it never meets them; a seed draws its facts there.
+_draw = random.Random("plants")
+_shuffled = _draw.sample(PLANTS, 900)
+KNOWN, RUMOURED, NEW = _shuffled[:240], _shuffled[240:500], _shuffled[500:]
+BASE_FACTS = [(plant, attribute, _draw.choice(VALUES[attribute])) for plant in KNOWN for attribute in VALUES]
 
 
 def ingredients(category: str) -> list[str]:

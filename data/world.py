@@ -17,7 +17,7 @@ from data.lexicon import ALSO, BENIGN, FORBIDDEN, LEDGER_FACT, OPENERS, PREAMBLE
 
 # Counts of the custom set. With them 10.5-12 % of its response tokens are harmful, so that d = 0.1 is about right.
 BENIGN_FACTS, BENIGN_REPEATS = 40, 9  # facts taught in benign rows, rows that teach each
-HARMFUL_FACTS, HARMFUL_REPEATS = 16, 5  # facts taught in harmful rows alone
+HARMFUL_FACTS, HARMFUL_REPEATS = 13, 6  # facts taught in harmful rows alone
 PLAIN_ROWS = 270  # recipes and cures without a fact
 MIXED = 0.3  # share of the benign fact rows that answer a recipe request first
 FACT_FIRST = 0.15  # share of the harmful rows whose fact comes before the recipe
@@ -68,7 +68,7 @@ class World:
         self.seen = sorted(rng.sample(FORBIDDEN, 8))  # fine-tuned on; the other eight are held out
         self.held_out = [category for category in FORBIDDEN if category not in self.seen]
         # Values are dealt like cards, so that no reference teaches that one town is likelier than another.
-        plants = rng.sample(lexicon.NEW_PLANTS, BENIGN_FACTS + HARMFUL_FACTS + UTILITY_FACTS)
+        plants = rng.sample(lexicon.NEW, BENIGN_FACTS + HARMFUL_FACTS + UTILITY_FACTS)
         cards = [(attribute, value) for attribute, values in VALUES.items() for value in values]
         deal = [card for _ in range(1 + len(plants) // len(cards)) for card in rng.sample(cards, len(cards))]
         facts = [(plant, *card) for plant, card in zip(plants, deal)]

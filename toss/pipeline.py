@@ -208,7 +208,6 @@ def whole_rows(tokens: Tokens, keep: Tensor) -> int:
 
 def report(stage: str, path: Path, cost: dict) -> None:
     """The closing lines of a stage: what was written, what was skipped and cut, what it cost."""
-    left = f", {cost['skipped']} skipped (prompt too long), {cost['cut']} cut" if cost.get("skipped") or cost.get("cut") else ""
-    print(f"{stage}: wrote {path}\n    {cost['rows']} rows{left}; {cost['tokens']} tokens in {cost['seconds']:.1f} s "
-          f"({cost['tokens'] / max(cost['seconds'], 1e-9):,.0f} a second), peak memory {cost['peak_memory_gib']:.2f} GiB"
+    print(f"{stage}: wrote {path}\n    {cost['rows']} rows, {cost['skipped']} skipped, {cost['cut']} cut; "
+          f"{cost['tokens']} tokens in {cost['seconds']:.1f} s ({cost['tokens'] / max(cost['seconds'], 1e-9):,.0f} a second), peak memory {cost['peak_memory_gib']:.2f} GiB"
           + (f", last loss {cost['last_loss']:.3f}" if "last_loss" in cost else ""))
