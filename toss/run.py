@@ -84,7 +84,7 @@ class Run:
         record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         record["commit"] = git_commit()
         record.setdefault("stages", {})[stage] = {"recipe": recipe, "settings": settings, **cost}
-        record["hashes"] = {**record.get("hashes", {}), **HASHES}
+        record["hashes"] = {key: known for key, known in HASHES.items() if key.split("#")[0] in record["inputs"]}
         with file_beside(self.file) as file:
             file.write_text(json.dumps(record, indent=2) + "\n")
 
