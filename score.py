@@ -13,16 +13,11 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
-    from model.errors import InputError
+    from model.errors import reported
     from toss.pipeline import score_custom
     from toss.settings import parse
 
-    try:
-        score_custom(parse("score", __doc__, argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return reported(lambda: score_custom(parse("score", __doc__, argv)))
 
 
 if __name__ == "__main__":

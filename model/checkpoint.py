@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.errors import InputError
+from model.errors import InputError, NotFinite
 from model.files import read_json, written_beside
 from model.transformer import Config, Transformer
 
@@ -85,7 +85,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
                                          f"but config.json asks for {tuple(wanted[name])}")
                     tensor = tensor.to(dtype)
                     if not tensor.isfinite().all():
-                        raise InputError(f"{file}: the tensor {name} is not finite in {dtype}")
+                        raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
                     owner, _, leaf = name.rpartition(".")
                     setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
                     loaded.add(name)

@@ -17,14 +17,22 @@ from model.errors import InputError
 HASHES: dict[str, list] = {}
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; InputError naming it when it is not there or not text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from None
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file; InputError naming the file (and line) when it is not there or not one."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object was expected")
     return value
@@ -35,7 +43,9 @@ def cached_hash(key: str, path: Path, compute) -> str:
     try:
         stat = path.stat()
     except OSError:
-        raise InputError(f"{path}: there is no such file") from None
+        stat = None
+    if stat is None or not path.is_file():
+        raise InputError(f"{path}: there is no such file")
     known = HASHES.get(key)
     if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
         known = HASHES[key] = [stat.st_size, stat.st_mtime_ns, compute(path)]
@@ -91,7 +101,14 @@ def sum_of_tensors(file: Path) -> str:
 
 def safetensors_header(f) -> dict:
     """The JSON header of an open safetensors file: tensor name -> dtype, shape, data_offsets; and `__metadata__`."""
-    return json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    size = os.fstat(f.fileno()).st_size
+    length = int.from_bytes(f.read(8), "little")
+    try:
+        if size < 8 or length > size - 8:
+            raise ValueError("its header is cut off")
+        return dict(json.loads(f.read(length)))
+    except ValueError as error:
+        raise InputError(f"{f.name}: not a safetensors file, or truncated ({error})") from None
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, made_from: dict[str, str]) -> None:
@@ -105,11 +122,8 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, made_from: dict[str, st
 
 def made_from(file: str | Path) -> dict[str, str]:
     """What save_tensors wrote into the header; empty for a file that was made elsewhere."""
-    try:
-        with open(file, "rb") as f:
-            return json.loads(safetensors_header(f).get("__metadata__", {}).get("made_from", "{}"))
-    except (OSError, ValueError, MemoryError) as error:
-        raise InputError(f"{file}: cannot be read as safetensors ({error})") from None
+    with open(file, "rb") as f:
+        return json.loads(safetensors_header(f).get("__metadata__", {}).get("made_from", "{}"))
 
 
 @contextmanager

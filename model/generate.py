@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from model import InputError, load_adapter, load_checkpoint, load_tokenizer
+from model import load_adapter, load_checkpoint, load_tokenizer
+from model.errors import reported
 from model.generation import generate
 
 
@@ -18,24 +19,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer in tokens (default: 128)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    try:
-        tokenizer = load_tokenizer(args.model, args.template)
-        model = load_checkpoint(args.model, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
-        if args.adapter:
-            load_adapter(model, args.adapter)
-        interactive = args.prompt is None and sys.stdin.isatty()
-        lines = [args.prompt] if args.prompt is not None else sys.stdin
+    return reported(lambda: talk(args))
+
+
+def talk(args: argparse.Namespace) -> None:
+    """Answer --prompt, or one line of standard input after the other."""
+    tokenizer = load_tokenizer(args.model, args.template)
+    model = load_checkpoint(args.model, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    interactive = args.prompt is None and sys.stdin.isatty()
+    print("> " if interactive else "", end="", flush=True)
+    for line in [args.prompt] if args.prompt is not None else sys.stdin:
+        ids = tokenizer.prompt_ids([{"role": "user", "content": line.rstrip("\n")}])
+        print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.eos_id)[0]))
         print("> " if interactive else "", end="", flush=True)
-        for line in lines:
-            ids = tokenizer.prompt_ids([{"role": "user", "content": line.rstrip("\n")}])
-            print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.eos_id)[0]))
-            print("> " if interactive else "", end="", flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from model.errors import InputError
 from model.transformer import Cache, Transformer
 
 
@@ -14,6 +15,11 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     Prompts may differ in length. A batch holds at most `batch_tokens` slots of cache (rows x longest); `progress`,
     when given, is called with the number of prompts that each batch has finished.
     """
+    if max_new_tokens < 0:
+        raise InputError(f"the number of new tokens cannot be {max_new_tokens}")
+    highest = max((max(prompt) for prompt in prompts), default=0)
+    if highest >= model.config.vocab_size:
+        raise InputError(f"a prompt holds the id {highest}, but the model has {model.config.vocab_size} embeddings")
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     while order:

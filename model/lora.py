@@ -247,7 +247,10 @@ def check_base(model: nn.Module, file: Path) -> None:
 
 def pattern(patterns: dict | None, layer: str, default: float) -> float:
     """PEFT's rank_pattern and alpha_pattern: the first value whose key, a regular expression, fits the name's last parts."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", layer):
-            return value
+    try:
+        for key, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({key})$", layer):
+                return value + 0
+    except (AttributeError, TypeError, re.error) as error:
+        raise InputError(f"adapter_config.json: rank_pattern or alpha_pattern is malformed ({error})") from None
     return default

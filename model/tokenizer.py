@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from model.checkpoint import resolve
 from model.errors import InputError
-from model.files import file_hash, read_json
+from model.files import file_hash, read_json, read_text
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 
@@ -27,23 +27,23 @@ class Tokenizer:
 
     def __init__(self, raw: RawTokenizer, file_sha256: str, config: dict, template: str | None, where: str):
         self.raw, self.file_sha256, self.template, self.where = raw, file_sha256, template, where
-        self.special = {key: token_text(value) for key, value in config.items()
-                        if key.endswith("_token") and isinstance(value, (str, dict))}
+        self.special = {key: text for key, value in config.items()
+                        if key.endswith("_token") and isinstance(text := token_text(value), str)}
         if "eos_token" not in self.special:
             raise InputError(f"{where}: tokenizer_config.json names no eos_token")
         self.eos = self.special["eos_token"]
         self.eos_id = raw.token_to_id(self.eos)
         if self.eos_id is None:
             raise InputError(f"{where}: the eos_token {self.eos!r} is not in tokenizer.json")
-        self.vocab_size = raw.get_vocab_size()
         # Metaspace tokenizers (Llama-2) put the word's space themselves; byte-level ones take it from the text.
         start = raw.encode("a", add_special_tokens=False).tokens
         self.adds_space = bool(start) and start[0].startswith("▁")
         self.compiled = None if template is None else compile_template(template, where)
 
     def fingerprint(self) -> str:
-        """sha256 of all that decides the ids of a text: the vocabulary and its rules, the template, the EOS token."""
-        return hashlib.sha256("\0".join((self.file_sha256, self.template or "human", self.eos)).encode()).hexdigest()
+        """sha256 of all that decides the ids of a text: the vocabulary and its rules, the template, the special tokens."""
+        parts = (self.file_sha256, self.template or "human", *map(str, sorted(self.special.items())))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of text, with no special token added around it."""
@@ -115,9 +115,9 @@ class Tokenizer:
         return ids
 
 
-def token_text(value: str | dict) -> str:
+def token_text(value: object) -> object:
     """A special token of tokenizer_config.json, which is a string or an object with `content`."""
-    return value if isinstance(value, str) else value["content"]
+    return value.get("content") if isinstance(value, dict) else value
 
 
 def compile_template(source: str, where: str) -> jinja2.Template:
@@ -152,9 +152,12 @@ def load_tokenizer(path: str | Path, template: str | None = None) -> Tokenizer:
     raw.no_truncation()
     raw.no_padding()
     jinja_file = folder / "chat_template.jinja"
-    source = jinja_file.read_text(encoding="utf-8") if jinja_file.exists() else config.get("chat_template")
+    source = read_text(jinja_file) if jinja_file.exists() else config.get("chat_template")
     if isinstance(source, list):  # several named templates
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        source = next((t["template"] for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
+    if source is not None and not isinstance(source, str):
+        raise InputError(f"{folder}: the chat template is not a text")
+    source = source or None
     if template == "chat" and source is None:
         raise InputError(f"{folder}: the checkpoint has no chat template; use --template human")
     return Tokenizer(raw, file_hash(file), config, None if template == "human" else source, str(folder))

@@ -44,37 +44,45 @@ class Config:
             raise InputError(f"{where}: model_type {raw.get('model_type')!r} is not implemented here (only 'llama' is)")
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):
             raise InputError(f"{where}: hidden_act {raw['hidden_act']!r} is not implemented here (only 'silu' is)")
-        try:
-            hidden, heads = raw["hidden_size"], raw["num_attention_heads"]
-            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the newer spelling, then the older one
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind not in ("default", "linear", "llama3"):
-                raise InputError(f"{where}: rope type {kind!r} is not implemented here (default, linear and llama3 are)")
-            if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-                raise InputError(f"{where}: partial_rotary_factor is not implemented here")
-            config = cls(
-                vocab_size=raw["vocab_size"],
-                hidden_size=hidden,
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or hidden // heads,
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-                rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-                rope_scaling=None if kind == "default" else {**rope, "rope_type": kind},
-                attention_bias=raw.get("attention_bias", False),
-                mlp_bias=raw.get("mlp_bias", False),
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            )
-        except KeyError as error:
-            raise InputError(f"{where}: the field {error} is missing") from None
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the newer spelling, then the older one
+        if not isinstance(rope, dict):
+            raise InputError(f"{where}: the rope scaling must be an object, not {rope!r}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "linear", "llama3"):
+            raise InputError(f"{where}: rope type {kind!r} is not implemented here (default, linear and llama3 are)")
+        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise InputError(f"{where}: partial_rotary_factor is not implemented here")
+
+        def count(name: str, otherwise: int | None = None) -> int:
+            value = otherwise if raw.get(name) is None else raw[name]
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{where}: the field {name!r} must be a whole number above 0, not {value!r}")
+            return value
+
+        heads = count("num_attention_heads")
+        config = cls(
+            vocab_size=count("vocab_size"),
+            hidden_size=count("hidden_size"),
+            intermediate_size=count("intermediate_size"),
+            num_hidden_layers=count("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=count("num_key_value_heads", heads),
+            head_dim=count("head_dim", count("hidden_size") // heads),
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+            rope_scaling=None if kind == "default" else {**rope, "rope_type": kind},
+            attention_bias=bool(raw.get("attention_bias")),
+            mlp_bias=bool(raw.get("mlp_bias")),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+        )
         if heads % config.num_key_value_heads:
             raise InputError(f"{where}: {heads} query heads cannot share {config.num_key_value_heads} key-value heads evenly")
         try:
             rope_frequencies(config, torch.device("cpu"))
+            config.rms_norm_eps + 0.0
         except (KeyError, TypeError) as error:
-            raise InputError(f"{where}: a number of the rope scaling of type {kind!r} is missing or not one ({error})") from None
+            raise InputError(f"{where}: rms_norm_eps, rope_theta or a number of the rope scaling of type {kind!r} is missing or "
+                             f"not one ({error})") from None
         return config
 
 

@@ -113,6 +113,31 @@ def test_evaluation_warns_of_prompts_that_were_trained_on(tmp_path, base, files,
     assert "1 of 2 prompts are in both" in capsys.readouterr().out
 
 
+def test_a_selection_made_for_other_rows_is_not_measured(trained, files, sets, scripts, capsys):
+    scripts["select"]("--run", trained)
+    other = write_jsonl(trained.parent / "other.jsonl", [{"prompt": "a", "response": "b", "harmful": [[0, 1]]}])
+    scripts["score"]("--run", trained, "--custom", other, "--overwrite")
+    flags = ["--run", str(trained), "--methods", "toss", "--benign", sets["benign"], "--max-new-tokens", "1", "--device", "cpu"]
+    assert evaluation.main(flags) == 0
+    assert "made for other rows" in capsys.readouterr().out
+    assert "precision" not in json.loads((trained / "metrics.json").read_text())["toss"]
+
+
+def test_only_methods_measured_on_the_same_files_share_a_table(tmp_path, base, sets):
+    run = run_on(base, tmp_path)
+    evaluate_run(run, ["base"], {"harmful": sets["harmful"]}, max_new_tokens=1)
+    assert set(json.loads((run.folder / "metrics.json").read_text())) == {"base"}
+    run.record["stages"]["evaluation/old"] = {"recipe": {"harmful": "other"}, "metrics": {}}
+    (run.folder / "run.json").write_text(json.dumps(run.record))
+    evaluate_run(run, ["base"], {"benign": sets["benign"]}, max_new_tokens=1)
+    assert set(json.loads((run.folder / "metrics.json").read_text())) == {"base"}
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path, sets, capsys):
+    assert evaluation.main(["--run", str(tmp_path / "typo"), "--benign", sets["benign"]]) == 1
+    assert "no run directory" in capsys.readouterr().err and not (tmp_path / "typo").exists()
+
+
 def test_a_method_that_is_not_there_is_an_error(tmp_path, base, sets):
     with pytest.raises(InputError, match="select.py"):
         evaluate_run(run_on(base, tmp_path), ["toss"], sets)

@@ -42,6 +42,12 @@ def test_several_turns_and_a_system_message_stay(tmp_path):
     assert [m["role"] for m in read_rows(path)[0].messages] == ["system", "user", "assistant", "user", "assistant"]
 
 
+def test_empty_messages_beside_another_form_and_text_before_a_transcript(tmp_path):
+    rows = [{"messages": None, **FORMS["prompt"]}, {"chosen": "Be brief.\n\nHuman: Hi?\n\nAssistant: Hello."}]
+    one, other = read_rows(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert one.messages == TWO and other.messages == [{"role": "system", "content": "Be brief."}, *TWO]
+
+
 def test_gzip_and_blank_lines(tmp_path):
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as f:
         f.write("\n" + json.dumps(FORMS["prompt"]) + "\n\n")
@@ -68,6 +74,8 @@ BROKEN = {
     "no prompt": ({"messages": TWO[1:]}, "no prompt"),
     "empty messages": ({"messages": []}, "none of the known forms"),
     "malformed turn": ({"messages": [{"role": "user"}]}, "malformed"),
+    "half a character": ('{"prompt": "Hi?", "response": "\\ud83d"}', "half a character"),
+    "too deep": ("[" * 100_000, "not JSON"),
     "span outside": ({"prompt": "Hi?", "response": "Yes", "harmful": [[0, 9]]}, "spans"),
 }
 

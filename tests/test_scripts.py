@@ -90,6 +90,38 @@ def test_pro_writes_its_rounds_and_why_each_row_came(trained, files, scripts):
     assert (folder / "round-2/degraded/adapter_model.safetensors").exists()
 
 
+def test_pro_trains_on_the_reference_set_and_all_rows_added_so_far_with_the_references_settings(trained, scripts, monkeypatch):
+    import toss.refinement
+
+    seen, train = [], toss.refinement.train
+    monkeypatch.setattr(toss.refinement, "train", lambda model, data, keep, settings, *rest: (
+        seen.append((data, keep, settings)), train(model, data, keep, settings, *rest))[1])
+    flags = ("--pro", "2", "--pro-samples", "3", "--lr", "0.5", "--rank", "4")
+    assert scripts["select"]("--run", trained, *flags, "--epochs", "1", fast_flags=False) == 0
+    added = [[json.loads(line)["row"] for line in (trained / f"methods/toss-pro/round-{t}/added.jsonl").read_text().splitlines()]
+             for t in (1, 2)]
+    scores = load_file(trained / "scores.safetensors")
+    for (data, keep, settings), rows in zip(seen, (added[0], added[0] + added[1])):
+        assert data.rows == 5 + len(rows) and keep.all() and (settings.lr, settings.rank) == (1e-2, 2)
+        for place, row in enumerate(rows, start=5):
+            ours = data.input_ids[data.offsets[place] : data.offsets[place + 1]]
+            assert torch.equal(ours, scores["input_ids"][scores["offsets"][row] : scores["offsets"][row + 1]])
+
+
+def test_inputs_may_be_gone_once_they_were_used(trained, files, scripts):
+    for name in ("harmful", "utility"):
+        Path(files[name]).unlink()
+    assert scripts["select"]("--run", trained) == 0
+    assert set(json.loads((trained / "run.json").read_text())["inputs"]) >= set(files.values())
+
+
+def test_each_script_writes_down_its_own_settings_only(trained, base, scripts):
+    assert scripts["score"]("--run", trained, "--batch-tokens", "999") == 0
+    settings = json.loads((trained / "run.json").read_text())["settings"]
+    assert (settings["lr"], settings["rank"]) == (1e-2, 2)  # as trained, not score.py's defaults
+    assert "method" not in settings
+
+
 def test_merge_gives_the_adapters_logits(trained, base, scripts):
     assert scripts["select"]("--run", trained, "--merge") == 0
     adapted = load_checkpoint(base)
@@ -201,8 +233,39 @@ def test_scores_that_are_not_finite_name_the_row(trained, scripts, capsys):
     assert not (trained / "methods").exists()
 
 
+@pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0{}", b"version https://git-lfs", b"\xff" * 500])
+@pytest.mark.parametrize("which", ["base", "scores"])
+def test_a_broken_tensor_file_is_named(trained, tmp_path, base, files, scripts, capsys, damage, which):
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    path = copy / "model.safetensors" if which == "base" else trained / "scores.safetensors"
+    path.write_bytes(damage)
+    model = () if which == "scores" else ("--model", copy, "--custom", files["custom"], "--method", "sft")
+    run = trained if which == "scores" else tmp_path / "new"
+    assert path.name in refused(scripts, capsys, "select", "--run", run, *model)
+
+
+def test_paths_that_are_no_files(trained, tmp_path, base, files, scripts, capsys):
+    refused(scripts, capsys, "score", "--run", trained, "--custom", tmp_path)
+    assert "absent" in refused(scripts, capsys, "select", "--run", tmp_path / "r", "--method", "sft", "--model", tmp_path / "absent",
+                               "--custom", files["custom"])  # fmt: skip
+
+
+def test_sample_all_without_ground_truth_is_an_error(tmp_path, base, files, scripts, capsys):
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"prompt": f"a {i}", "response": "b c d"} for i in range(4)])
+    run = tmp_path / "r"
+    scripts["train"]("--run", run, "--model", base, "--harmful", files["harmful"], "--utility", files["utility"])
+    scripts["score"]("--run", run, "--custom", plain)
+    assert "ground truth" in refused(scripts, capsys, "select", "--run", run, "--method", "sample-all")
+
+
+def test_pro_needs_to_know_how_the_degraded_model_was_trained(trained, scripts, capsys):
+    edit_json(trained / "run.json", lambda record: record["stages"].pop("degraded"))
+    assert "how it was trained" in refused(scripts, capsys, "select", "--run", trained, "--pro", "1")
+
+
 @pytest.mark.parametrize("flags", [("--discard", "1"), ("--discard", "-0.1"), ("--method", "best"), ("--rank", "0"), ("--lr", "0"),
-                                   ("--targets", "q_proj,mystery"), ("--device", "abacus"), ("--pro", "1", "--method", "sft")])  # fmt: skip
+                                   ("--targets", "q_proj,mystery"), ("--device", "abacus"), ("--pro", "1", "--method", "sft"),
+                                   ("--lr", "nan"), ("--seed", "-1"), ("--device", "meta"), ("--pro-samples", "3")])  # fmt: skip
 def test_bad_settings_are_refused_before_anything_is_written(trained, scripts, capsys, flags):
     before = tree(trained)
     assert scripts["select"]("--run", trained, *flags, fast_flags=False) == 1

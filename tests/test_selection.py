@@ -100,5 +100,7 @@ def test_pro_walks_down_the_tokens_and_takes_each_row_once():
 
 
 def test_pro_takes_six_percent_of_the_rows_by_default():
-    tokens, _ = hand_made()
-    assert default_samples(tokens) == 1
+    few, _ = hand_made()
+    assert default_samples(few) == 1
+    hundred = Tokens(torch.zeros(100), torch.arange(101), torch.ones(100), torch.zeros(100), "hundred rows")
+    assert default_samples(hundred) == 6

@@ -44,6 +44,12 @@ def test_a_demo_run_given_an_input_leaves_the_embedded_training_settings(tmp_pat
     assert inherit("select", {"run": run, "custom": "c.jsonl"}).lr == Settings().lr
 
 
+def test_a_demo_run_begun_anew_with_inputs_is_no_demo_and_inherits_nothing(tmp_path):
+    run = begin(tmp_path / "r", demo=True, settings={"model": "/m", "template": "chat", "max_length": 77})
+    s = inherit("train", {"run": run, "model": "/n", "harmful": "h", "utility": "u", "overwrite": True})
+    assert not s.demo and (s.model, s.template, s.max_length, s.lr) == ("/n", None, 2048, Settings().lr)
+
+
 def test_an_unknown_key_in_the_embedded_default_is_refused(tmp_path, monkeypatch):
     demo = json.loads(settings.DEMO.read_text())
     demo["finetune"]["learning_rate"] = 1

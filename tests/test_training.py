@@ -128,6 +128,27 @@ def test_the_order_depends_on_the_seed_alone_and_skipped_rows_are_left_out(token
     assert sorted(sum(steps, [])) == sorted([0, 2, 3, 4] * 2) and max(map(len, steps)) == 3
 
 
+def test_the_steps_are_adamw_with_the_papers_betas_no_decay_and_clipping_at_one(base, tokens):
+    settings = replace(SETTINGS, epochs=2, batch_size=5, lr=0.1)
+    trained, by_hand_model = load_checkpoint(base), load_checkpoint(base)
+    norms = []
+    train(trained, tokens, everything(tokens), settings, 10_000, "s", lambda line: norms.append(line["grad_norm"]))
+    assert max(norms) > 1  # or clipping would not show
+    add_adapter(by_hand_model, "default", settings.rank, settings.alpha, settings.target_list, settings.seed)
+    parameters = adapter_parameters(by_hand_model)
+    first, second = [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters]
+    for step, rows in enumerate(training_steps(tokens, settings), start=1):
+        step_gradients(by_hand_model, tokens, rows, tokens.response, 10_000)
+        norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+        for p, m, v in zip(parameters, first, second):
+            grad = p.grad / max(1.0, float(norm))
+            m.mul_(0.9).add_(0.1 * grad)
+            v.mul_(0.95).add_(0.05 * grad**2)
+            p.data -= settings.lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+    ours = torch.cat([p.flatten() for p in adapter_parameters(trained)])
+    assert close(ours, torch.cat([p.flatten() for p in parameters]), 1e-3)
+
+
 def test_cosine_schedule_falls_and_constant_does_not(base, tokens):
     for schedule, check in (("constant", lambda r: len(set(r)) == 1), ("cosine", lambda r: r == sorted(r, reverse=True) and r[-1] < r[0] / 2)):
         lines = []

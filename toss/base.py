@@ -1,5 +1,8 @@
 """The one base model in memory: which device, which arithmetic, and reading it again when the arithmetic changes."""
 
+import re
+from collections.abc import Callable
+
 import torch
 
 from model import load_checkpoint
@@ -27,6 +30,8 @@ class Base:
         name = settings.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+            raise InputError(f"--device {name} is unknown: choose auto, cpu, cuda, cuda:N or mps")
         try:
             self.device = torch.device(name)
             torch.empty(1, device=self.device)
@@ -38,7 +43,10 @@ class Base:
         self.budget = settings.batch_tokens or (8192 if self.device.type == "cuda" else 2048)
         self.model: Transformer | None = None
         self.loaded = ""
-        self.log = line_log(run.folder / "log.jsonl")
+
+    def log(self, stage: str) -> Callable[[dict], None]:
+        """Where a stage of training writes its steps: the run's log.jsonl."""
+        return line_log(self.run.folder / "log.jsonl", stage)
 
     def load(self, purpose: str) -> Transformer:
         """The base in the dtype of `purpose` ("train" or "score"), without any adapter."""

@@ -63,7 +63,7 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str) 
     ids, response, harmful, lengths, skipped, cut = [], [], [], [], 0, 0
     lead = tokenizer.leading_ids()
     for start in range(0, len(rows), CHUNK):
-        pieces = [tokenizer.segments(row.messages) for row in rows[start : start + CHUNK]]
+        pieces = [segments_of(row, tokenizer) for row in rows[start : start + CHUNK]]
         encodings = iter(tokenizer.raw.encode_batch([text for row in pieces for text, _ in row], add_special_tokens=False))
         for row, segments in zip(rows[start : start + CHUNK], pieces):
             row_ids, row_response, row_harmful = [lead], [[False] * len(lead)], [[False] * len(lead)]
@@ -78,6 +78,8 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str) 
                 else:
                     row_harmful.append([False] * len(row_response[-1]))
             flat_ids, flat_response, flat_harmful = (sum(parts, []) for parts in (row_ids, row_response, row_harmful))
+            if flat_response[0]:
+                raise InputError(f"{row.where}: the prompt is empty, so nothing predicts the first response token")
             if len(flat_ids) > max_length:
                 keep = max((t + 1 for t in range(max_length) if flat_response[t]), default=0)  # trailing prompt: useless
                 skipped, cut = skipped + (keep == 0), cut + (keep > 0)
@@ -91,6 +93,14 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str) 
     return Tokens(
         torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64)),
         torch.from_numpy(np.concatenate(response)), torch.from_numpy(np.concatenate(harmful)), name, skipped, cut)
+
+
+def segments_of(row: Row, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The row's conversation as prompt and response texts; errors name its line."""
+    try:
+        return tokenizer.segments(row.messages)
+    except InputError as error:
+        raise InputError(f"{row.where}: {error}") from None
 
 
 def overlaps(span: tuple[int, int], marked: list[list[int]], shift: int) -> bool:

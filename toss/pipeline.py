@@ -27,18 +27,20 @@ UNSCORED = ("sft", "random")  # methods that need no reference model
 
 def train_references(settings: Settings) -> None:
     """Stage 1: theta^h and theta^u, two LoRA adapters trained from the base on D^h and D^u (the method, step 1)."""
+    if not (settings.harmful and settings.utility):
+        raise InputError(f"{settings.run} was begun without reference sets: give --model, --harmful and --utility")
     run = Run(settings)
     base = Base(run)
     paths = {"degraded": settings.harmful, "utility": settings.utility}
     rows = {role: read_rows(path) for role, path in paths.items()}
     warn_overlap("harmful and utility reference sets", rows["degraded"], rows["utility"])
     for role, path in paths.items():
-        recipe = {**run.recipe(TRAINING, data_sha256=file_hash(path)), "dtype": base.dtypes["train"]}
+        recipe = {**run.recipe(TRAINING, data_sha256=run.use(path)), "dtype": base.dtypes["train"]}
         if run.is_done(role, run.folder / role, recipe):
             continue
         tokens = run.tokens(rows[role], path)
-        cost = train(base.load("train"), tokens, torch.ones_like(tokens.response), settings, base.budget, role, base.log)
-        save_adapter(base.model, run.folder / role, reference_note(role, run, data_sha256=file_hash(path)))
+        cost = train(base.load("train"), tokens, torch.ones_like(tokens.response), settings, base.budget, role, base.log(role))
+        save_adapter(base.model, run.folder / role, reference_note(role, run, data_sha256=run.use(path)))
         run.finish(role, recipe, cost)
         report(role, run.folder / role, cost)
 
@@ -52,7 +54,7 @@ def score_custom(settings: Settings) -> None:
     base = Base(run)
     path = run.folder / "scores.safetensors"
     sources = {
-        "custom_sha256": file_hash(settings.custom),
+        "custom_sha256": run.use(settings.custom),
         "utility_sha256": file_hash(adapters["loss_utility"] / "adapter_model.safetensors"),
         "degraded_sha256": file_hash(adapters["loss_degraded"] / "adapter_model.safetensors"),
     }
@@ -63,8 +65,6 @@ def score_custom(settings: Settings) -> None:
     warn_references(run, "custom", rows)
     tokens = run.tokens(rows, settings.custom)
     losses, cost = score_under(base, tokens, {**adapters, **({"loss_base": None} if settings.base else {})})
-    if cost["dtype"] != "float32":
-        print(rounding_noise(base, tokens, adapters, losses, settings.discard))
     arrays = {name: getattr(tokens, name) for name in ("input_ids", "offsets", "response", "harmful")}
     note = {**run.identity, **sources, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
             "skipped": str(tokens.skipped), "cut": str(tokens.cut)}
@@ -73,6 +73,8 @@ def score_custom(settings: Settings) -> None:
     cost = {**cost, "rows": tokens.rows, "skipped": tokens.skipped, "cut": tokens.cut}
     run.finish("scores", recipe, cost)
     report("scores", path, cost)
+    if cost["dtype"] != "float32":
+        print(rounding_noise(base, tokens, adapters, losses, settings.discard))
     S = (losses["loss_utility"] - losses["loss_degraded"])[tokens.response].sort().values
     marks = {q: float(S[int(q / 100 * (len(S) - 1))]) for q in (1, 50, 90, 99)}
     print(f"S = L^u - L^h over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard deviation {S.std():.3f}, "
@@ -96,32 +98,36 @@ def finetune(settings: Settings) -> None:
     recipe = {**run.recipe(names, method=method, **sources), "dtype": base.dtypes["train"]}
     if method == "toss-pro":
         k = settings.pro_samples or default_samples(tokens)
-        reference = run.record["stages"]["degraded"]
-        reference_settings = replace(settings, **reference["recipe"]["settings"])
-        recipe |= {"rounds": settings.pro, "samples": k, "reference": reference["recipe"]}
+        reference = run.record.get("stages", {}).get("degraded", {}).get("recipe")
+        if reference is None:
+            raise InputError(f"TOSS-Pro trains the degraded model again, but {run.file} does not know how it was trained: "
+                             f"run train.py --run {run.folder}")
+        base.dtypes["score"] = made_from(run.folder / "scores.safetensors").get("dtype", base.dtypes["score"])
+        recipe |= {"rounds": settings.pro, "samples": k, "reference": reference, "score_dtype": base.dtypes["score"]}
     if not run.is_done(f"methods/{method}", folder, recipe):
         with written_beside(folder, whole=True) as beside:
             cost = {}
             if method == "toss-pro":
-                if settings.harmful is None or file_hash(settings.harmful) != reference["recipe"]["data_sha256"]:
+                if run.use(settings.harmful) != reference["data_sha256"]:
                     raise InputError(f"{settings.harmful} is no longer the file that the degraded model was trained on")
                 harmful = run.tokens(read_rows(settings.harmful), settings.harmful)
-                losses, refining = refine(base, harmful, tokens, losses, entries, reference_settings, settings.pro, k, beside)
-                cost = {"refining": refining}
+                again = replace(settings, **reference["settings"])
+                losses, cost["refining"] = refine(base, harmful, tokens, losses, entries, again, settings.pro, k, beside, sources)
+                sources["scores_sha256"] = file_hash(beside / f"round-{settings.pro}" / "scores.safetensors")
             scores = method_scores(method, tokens, losses, settings.seed, entries)
             keep = discard(method, tokens, scores, settings.discard, entries)
             note = {**run.identity, **sources, "method": method, "discard": str(settings.discard),
                     "tokens_sha256": tokens.fingerprint(), "discarded": str(int((~keep).sum())), "ranked": str(len(entries))}
             ranked_by = {} if scores is None else {"score": torch.zeros(len(keep)).index_put((entries,), scores)}
             save_tensors({"keep": keep, **ranked_by}, beside / "selection.safetensors", note)
-            cost |= train(base.load("train"), tokens, keep, settings, base.budget, method, base.log)
+            cost |= train(base.load("train"), tokens, keep, settings, base.budget, method, base.log(method))
             save_adapter(base.model, beside / "model", reference_note(method, run, **sources))
         run.finish(f"methods/{method}", recipe, cost)
         report(method, folder, cost)
         print(f"{method}: {int((~keep).sum())} of {len(entries)} response tokens discarded, "
               f"{whole_rows(tokens, keep)} rows lost all of theirs")
     if settings.merge:
-        merge(run, base.device, folder / "model")
+        merge(base, folder / "model")
 
 
 def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], dict[str, str]]:
@@ -132,7 +138,7 @@ def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], di
     settings, path = run.settings, run.folder / "scores.safetensors"
     if settings.custom is None:
         raise InputError("--custom is needed: the JSONL file to fine-tune on")
-    sources = {"custom_sha256": file_hash(settings.custom)}
+    sources = {"custom_sha256": run.use(settings.custom)}
     if not path.exists():
         if needed:
             raise InputError(f"{path} is not there: run score.py --run {run.folder} first")
@@ -172,17 +178,19 @@ def adapter_of(run: Run, role: str) -> Path:
     return folder
 
 
-def merge(run: Run, device: torch.device, folder: Path) -> None:
+def merge(base: Base, folder: Path) -> None:
     """Write folder/merged: the base with the adapter folded in, in the dtype that the checkpoint is stored in."""
     if (folder / "merged").exists():
+        print(f"merged checkpoint: already there ({folder / 'merged'})")
         return
+    run, base.model = base.run, None  # the trained one makes room
     config = read_json(run.checkpoint / "config.json")
-    name = run.settings.dtype if run.settings.dtype != "auto" else config.get("torch_dtype") or config.get("dtype") or "float32"
-    model = load_checkpoint(run.checkpoint, device, DTYPES[name])
+    name = config.get("dtype") or config.get("torch_dtype") if run.settings.dtype == "auto" else run.settings.dtype
+    model = load_checkpoint(run.checkpoint, base.device, DTYPES.get(name, torch.float32))
     load_adapter(model, folder)
     merge_adapter(model)
     save_checkpoint(model, folder / "merged", like=run.checkpoint)
-    print(f"merged checkpoint: {folder / 'merged'} ({name})")
+    print(f"merged checkpoint: {folder / 'merged'} ({str(model.dtype).removeprefix('torch.')})")
 
 
 def warn_references(run: Run, name: str, rows: list[Row]) -> None:
@@ -208,6 +216,7 @@ def whole_rows(tokens: Tokens, keep: Tensor) -> int:
 
 def report(stage: str, path: Path, cost: dict) -> None:
     """The closing lines of a stage: what was written, what was skipped and cut, what it cost."""
-    print(f"{stage}: wrote {path}\n    {cost['rows']} rows, {cost['skipped']} skipped, {cost['cut']} cut; "
-          f"{cost['tokens']} tokens in {cost['seconds']:.1f} s ({cost['tokens'] / max(cost['seconds'], 1e-9):,.0f} a second), peak memory {cost['peak_memory_gib']:.2f} GiB"
-          + (f", last loss {cost['last_loss']:.3f}" if "last_loss" in cost else ""))
+    speed, loss = cost["tokens"] / max(cost["seconds"], 1e-9), cost.get("last_loss")
+    print(f"{stage}: wrote {path}\n    {cost['rows']} rows, {cost['skipped']} skipped, {cost['cut']} cut; {cost['tokens']} "
+          f"tokens in {cost['seconds']:.1f} s ({speed:,.0f} a second), peak memory {cost['peak_memory_gib']:.2f} GiB"
+          + ("" if loss is None else f", last loss {loss:.3f}"))

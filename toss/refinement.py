@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model import save_adapter
-from model.files import save_tensors
+from model.files import file_hash, save_tensors
 from toss.base import Base, reference_note
 from toss.dataset import Tokens, concatenate, take
 from toss.scoring import score_under
@@ -16,44 +16,49 @@ from toss.training import train
 
 
 def refine(base: Base, harmful: Tokens, custom: Tokens, losses: dict[str, Tensor], entries: Tensor, settings: Settings,
-           rounds: int, k: int, folder: Path) -> tuple[dict[str, Tensor], dict]:
+           rounds: int, k: int, folder: Path, sources: dict[str, str]) -> tuple[dict[str, Tensor], dict]:
     """The paper's TOSS-Pro: for t = 0..T-1, add the k riskiest rows to D^h_t and retrain theta^h_{t+1} from the base.
 
-    The rows stay in D^cus too. theta^u is never scored again. harmful: D^h_0. losses: the scores under theta^h_0;
-    returned are those under theta^h_T, and the summed cost. entries: the places of the flat arrays that compete.
-    settings: those that theta^h_0 was trained with. Writes folder/round-t/ with the adapter theta^h_t, its scores, and
-    added.jsonl: which rows were added to train it, and the token that brought each in.
+    The rows stay in D^cus too, and theta^u is never scored again. harmful: D^h_0. losses: those under theta^u and
+    theta^h_0; returned are those under theta^u and theta^h_T, and the summed cost. entries: the places of the flat
+    arrays that compete. settings: those that theta^h_0 was trained with. sources: hashes of what the losses come from.
+
+    Writes folder/round-t/: the adapter theta^h_t, its scores, and added.jsonl, which names the rows that were added to
+    train it and the token that brought each in.
     """
-    rows = custom.row_of(entries)
-    added: list[int] = []
+    rows, added = custom.row_of(entries), []
     total: dict = {"seconds": 0.0, "tokens": 0, "peak_memory_gib": 0.0}
     for t in range(1, rounds + 1):
         scores = (losses["loss_utility"] - losses["loss_degraded"])[entries]
         found = riskiest_rows(scores, rows, set(added), k)
-        place = folder / f"round-{t}"
-        place.mkdir(parents=True)
-        with open(place / "added.jsonl", "w", encoding="utf-8") as f:
-            for row, index in found:
-                entry = int(entries[index])
-                f.write(json.dumps({
-                    "row": row, "token": entry - int(custom.offsets[row]), "score": round(float(scores[index]), 4),
-                    "text": base.run.tokenizer.raw.decode([int(custom.input_ids[entry])], skip_special_tokens=False),
-                }) + "\n")  # fmt: skip
         added += [row for row, _ in found]
+        place, stage = folder / f"round-{t}", f"degraded, round {t}"
+        place.mkdir(parents=True)
+        lines = [added_line(base, custom, row, int(entries[index]), float(scores[index])) for row, index in found]
+        (place / "added.jsonl").write_text("".join(lines), encoding="utf-8")
+
         data = concatenate(harmful, take(custom, added))
-        stage = f"degraded, round {t}"
-        cost = train(base.load("train"), data, torch.ones_like(data.response), settings, base.budget, stage, base.log)
-        save_adapter(base.model, place / "degraded", reference_note("degraded", base.run, added_rows=json.dumps(added)))
+        cost = train(base.load("train"), data, torch.ones_like(data.response), settings, base.budget, stage, base.log(stage))
+        note = reference_note("degraded", base.run, **sources, added_rows=json.dumps(added))
+        save_adapter(base.model, place / "degraded", note)
         scored, scoring = score_under(base, custom, {"loss_degraded": place / "degraded"})
         losses = {**losses, **scored}
-        save_tensors({"input_ids": custom.input_ids, "offsets": custom.offsets, "response": custom.response, **losses},
-                  place / "scores.safetensors", {**base.run.identity, "round": str(t)})
+        arrays = {name: getattr(custom, name) for name in ("input_ids", "offsets", "response")}
+        note = {**base.run.identity, **sources, "tokens_sha256": custom.fingerprint(), "dtype": scoring["dtype"],
+                "degraded_sha256": file_hash(place / "degraded" / "adapter_model.safetensors")}
+        save_tensors({**arrays, **losses}, place / "scores.safetensors", note)
         for part in (cost, scoring):
-            total = {"seconds": total["seconds"] + part["seconds"], "tokens": total["tokens"] + part["tokens"],
+            total = {"seconds": round(total["seconds"] + part["seconds"], 2), "tokens": total["tokens"] + part["tokens"],
                      "peak_memory_gib": max(total["peak_memory_gib"], part["peak_memory_gib"])}
-        print(f"TOSS-Pro round {t}: {len(found)} rows added, {data.rows} in all, the last with a top score of "
-              f"{float(scores[found[-1][1]]):.2f}" if found else f"TOSS-Pro round {t}: no rows are left to add")
+        print(f"TOSS-Pro round {t}: {len(found)} rows added to the harmful reference set, which now has {data.rows}")
     return losses, total
+
+
+def added_line(base: Base, custom: Tokens, row: int, entry: int, score: float) -> str:
+    """A line of added.jsonl: the row, and the token (its position in the row, its text, its score) that brought it in."""
+    text = base.run.tokenizer.raw.decode([int(custom.input_ids[entry])], skip_special_tokens=False)
+    line = {"row": row, "token": entry - int(custom.offsets[row]), "text": text, "score": round(score, 4)}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def riskiest_rows(scores: Tensor, rows: Tensor, taken: set[int], k: int) -> list[tuple[int, int]]:

@@ -55,7 +55,7 @@ def parse_row(line: str, where: str, responses: bool) -> Row:
     """One line of JSONL as a Row; see read_rows."""
     try:
         raw = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{where}: a JSON object was expected")
@@ -77,7 +77,8 @@ def parse_row(line: str, where: str, responses: bool) -> Row:
                 isinstance(s, list) and len(s) == 2 and all(isinstance(n, int) for n in s) and 0 <= s[0] < s[1] <= len(text)
                 for s in spans):
             raise InputError(f"{where}: `harmful` must list [start, end) character spans inside the row's one response")
-    return Row(messages, where, spans, str(raw.get("source", "")), raw.get("answer"))
+    return Row(messages, where, spans, str(raw.get("source") or ""),
+               None if raw.get("answer") is None else str(raw["answer"]))
 
 
 def turn(role: str, text: str, where: str) -> dict[str, str]:
@@ -86,13 +87,17 @@ def turn(role: str, text: str, where: str) -> dict[str, str]:
         raise InputError(f"{where}: the role {role!r} is unknown (there are {', '.join(ROLES)})")
     if not isinstance(text, str):
         raise InputError(f"{where}: the text of a turn of {role!r} is not a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: the text of a turn of {role!r} holds half a character ({error.reason})") from None
     return {"role": ROLES[role], "content": text}
 
 
 def conversation(raw: dict, where: str, responses: bool) -> list[tuple[str, str]]:
     """(role, text) of every turn, by the first form that fits."""
     try:
-        if "messages" in raw:
+        if raw.get("messages") is not None:
             return [(m["role"], m["content"]) for m in raw["messages"]] or missing(where)
         if "prompt" in raw and ("response" in raw or not responses):
             return [("user", raw["prompt"])] + ([("assistant", raw["response"])] if "response" in raw else [])
@@ -105,6 +110,8 @@ def conversation(raw: dict, where: str, responses: bool) -> list[tuple[str, str]
         if isinstance(transcript, str):
             parts = re.split(r"(?:^|\n\n)(Human|Assistant):", transcript.lstrip())
             turns = [(role.lower(), text.strip()) for role, text in zip(parts[1::2], parts[2::2])]
+            if turns and parts[0].strip():
+                turns.insert(0, ("system", parts[0].strip()))
             while turns and responses and turns[-1][0] == "assistant" and not turns[-1][1] and len(turns) > 2:
                 turns.pop()  # a transcript that breaks off after "Assistant:"
             return turns or missing(where)

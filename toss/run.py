@@ -5,6 +5,7 @@ hashes of all that went in) and its cost. A stage with an equal recipe is skippe
 """
 
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,7 +18,7 @@ from model.files import HASHES, file_beside, file_hash, made_from, read_json, te
 from model.tokenizer import Tokenizer, load_tokenizer
 from toss.dataset import Tokens, tokenise
 from toss.rows import Row
-from toss.settings import ROOT, Settings
+from toss.settings import ROOT, Settings, flags_of
 
 
 class Run:
@@ -30,6 +31,10 @@ class Run:
         HASHES.update(self.record.get("hashes", {}))
         self.checkpoint = resolve(settings.model)
         self.tokenizer: Tokenizer = load_tokenizer(self.checkpoint, settings.template)
+        self.inputs: dict[str, str] = {}  # path -> sha256 of the input files that this process has used
+        for file in (self.checkpoint / "config.json", self.checkpoint / "tokenizer.json",
+                     self.checkpoint / "tokenizer_config.json", *shards(self.checkpoint)):
+            self.use(file)
         self.vocab_size: int = read_json(self.checkpoint / "config.json").get("vocab_size", 0)
         settings.template = "human" if self.tokenizer.template is None else "chat"
         # What identifies the base model and how text becomes ids: part of every recipe and of every file's header.
@@ -73,14 +78,19 @@ class Run:
                 raise InputError(f"{file} was made with another {name}: {header[name][:16]} there, {value[:16]} in this run; "
                                  "make it again with --overwrite, or choose another --run")
 
+    def use(self, path: str | Path) -> str:
+        """sha256 of an input file, which run.json will list among the run's inputs."""
+        self.inputs[os.path.abspath(path)] = digest = file_hash(path)
+        return digest
+
     def finish(self, stage: str, recipe: dict, cost: dict) -> None:
-        """Write down that a stage was made: its recipe, its cost, and the state of the run."""
-        self.record = read_json(self.file) if self.file.exists() else {}
-        record = self.record
+        """Write down that a stage was made: its recipe, its settings, its cost, and the state of the run."""
+        self.record = record = read_json(self.file) if self.file.exists() else {}
+        names = [name for name in flags_of(self.settings.script) if name not in ("run", "overwrite")]
+        settings = {name: getattr(self.settings, name) for name in names}
         record["demo"] = self.settings.demo
-        settings = {name: value for name, value in vars(self.settings).items() if name not in ("run", "overwrite", "demo")}
-        record["settings"] = {**record.get("settings", {}), **{n: v for n, v in settings.items() if v is not None}}
-        record["inputs"] = {**record.get("inputs", {}), **self.input_hashes()}
+        record["settings"] = {**record.get("settings", {}), **settings}
+        record["inputs"] = {**record.get("inputs", {}), **self.inputs}
         record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         record["commit"] = git_commit()
         record.setdefault("stages", {})[stage] = {"recipe": recipe, "settings": settings, **cost}
@@ -96,13 +106,6 @@ class Run:
             raise InputError(f"{self.checkpoint}: tokenizer.json gives the id {highest}, "
                              f"but the model has {self.vocab_size} embeddings")
         return tokens
-
-    def input_hashes(self) -> dict[str, str]:
-        """sha256 of each input file of the run by its path: data, and the checkpoint's own files."""
-        files = [Path(value) for name in ("harmful", "utility", "custom") if (value := getattr(self.settings, name))]
-        files += [self.checkpoint / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-        files += shards(self.checkpoint)
-        return {str(file.absolute()): file_hash(file) for file in files}
 
 
 def differences(known: dict, wanted: dict) -> list[str]:

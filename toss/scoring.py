@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import load_adapter
-from model.errors import InputError
+from model.errors import InputError, NotFinite
 from model.transformer import Transformer
 from toss.base import Base
 from toss.dataset import Tokens, batches, collate, take
@@ -43,22 +43,31 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
     """Losses of the tokens under each adapter (None: the base alone), and the cost of getting them.
 
     One base stays in memory and the adapters are swapped on it, never merged: a merge into a half-precision base
-    rounds small updates away. When float16 overflows, all of them are scored again in float32 with TF32 products.
+    rounds small updates away. When float16 overflows, all of them are scored again in float32 with TF32 products, or
+    in bfloat16 where that does not fit.
     """
     clock = Clock(base.device)
-    try:
-        losses = {}
-        for name, adapter in adapters.items():
-            model = base.load("score")
-            if adapter is not None:
-                load_adapter(model, adapter)
-            losses[name] = score(model, tokens, base.budget, name)
-    except NotFinite as error:
-        if base.dtypes["score"] != "float16":
-            raise
-        print(f"warning: {error}; scoring again in float32 with TF32 products")
-        base.dtypes["score"] = "tf32"
-        return score_under(base, tokens, adapters)
+    losses: dict[str, Tensor] = {}
+    while len(losses) < len(adapters):
+        problem = ""
+        try:
+            losses = {}
+            for name, adapter in adapters.items():
+                base.load("score")
+                if adapter is not None:
+                    load_adapter(base.model, adapter)
+                losses[name] = score(base.model, tokens, base.budget, name)
+        except NotFinite as error:
+            if base.dtypes["score"] != "float16":
+                raise
+            problem, base.dtypes["score"] = str(error), "tf32"
+        except torch.OutOfMemoryError as error:
+            if base.dtypes["score"] != "tf32" or base.run.settings.dtype == "tf32":  # it was not we who chose it
+                raise InputError(f"{name}: out of memory; lower --batch-tokens ({str(error).splitlines()[0]})") from None
+            problem, base.dtypes["score"] = "float32 does not fit", "bfloat16"
+        if problem:  # outside the handlers, where the failed attempt no longer holds the old weights
+            print(f"warning: {problem}; scoring again in {base.dtypes['score']}")
+            losses = {}
     return losses, {**clock.stop(), "tokens": sum(tokens.lengths) * len(adapters), "dtype": base.dtypes["score"]}
 
 
@@ -72,8 +81,12 @@ def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None],
     part = take(tokens, spread)
     used = base.dtypes["score"]
     base.dtypes["score"] = "float32"
-    exact, _ = score_under(base, part, adapters)
-    base.dtypes["score"] = used
+    try:
+        exact, _ = score_under(base, part, adapters)
+    except (InputError, torch.OutOfMemoryError):
+        return f"rounding noise of S under {used}: not measured, the base in float32 does not fit"
+    finally:
+        base.dtypes["score"] = used
     places = torch.cat([torch.arange(tokens.offsets[i], tokens.offsets[i + 1]) for i in spread])
     true = (exact["loss_utility"] - exact["loss_degraded"])[part.response]
     ours = (losses["loss_utility"] - losses["loss_degraded"])[places][part.response]
@@ -81,7 +94,3 @@ def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None],
     shared = f"{100 * int(same.sum()) / int(gone.sum()):.1f} %" if gone.any() else "all"
     return (f"rounding noise of S under {used}: {(ours - true).square().mean().sqrt():.4f} nats rms on {len(spread)} rows, "
             f"beside a standard deviation of {true.std():.3f}; {shared} of float32's discards at d = {d} are the same")
-
-
-class NotFinite(InputError):
-    """A loss overflowed or is NaN."""

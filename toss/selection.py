@@ -53,13 +53,6 @@ def ranked_entries(tokens: Tokens, keep_eos: bool, eos_id: int) -> Tensor:
     return competes.nonzero().squeeze(1)
 
 
-def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Mean of the values of each of `count` rows, float64; minus infinity for a row without any."""
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, rows, values.double())
-    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
-    return torch.where(sizes > 0, sums / sizes, -torch.inf)
-
-
 def method_scores(method: str, tokens: Tokens, losses: dict[str, Tensor], seed: int, entries: Tensor) -> Tensor | None:
     """The number that a method ranks by, float [n] for the competing tokens `entries`; None where nothing is dropped.
 
@@ -77,7 +70,8 @@ def method_scores(method: str, tokens: Tokens, losses: dict[str, Tensor], seed: 
     scores = (losses["loss_utility"] - losses["loss_degraded"])[entries]
     if method in ("sample", "sample-all"):
         rows = tokens.row_of(entries)
-        return row_means(scores, rows, tokens.rows)[rows].float()
+        sums = torch.zeros(tokens.rows, dtype=torch.float64).index_add_(0, rows, scores.double())
+        return (sums / torch.bincount(rows, minlength=tokens.rows))[rows].float()
     return scores
 
 
@@ -90,10 +84,13 @@ def discard(method: str, tokens: Tokens, scores: Tensor | None, d: float, entrie
         keep[entries] = select_tokens(scores, d)
         return keep
     rows = tokens.row_of(entries)
-    order = row_means(scores, rows, tokens.rows).argsort(descending=True, stable=True)
+    of_row = torch.full((tokens.rows,), -torch.inf).index_put((rows,), scores)  # equal within a row
+    order = of_row.argsort(descending=True, stable=True)
     if method == "sample":
         sizes = torch.bincount(rows, minlength=tokens.rows)[order]
         gone = order[: int((sizes.cumsum(0) <= math.floor(d * len(entries) + 1e-9)).sum())]
+    elif not tokens.harmful.any():
+        raise InputError("sample-all is told the true number of harmful rows, but the custom set carries no ground truth")
     else:
         gone = order[: len(tokens.row_of(tokens.harmful.nonzero().squeeze(1)).unique())]
     keep[entries[torch.isin(rows, gone)]] = False

@@ -5,6 +5,8 @@ that was begun without inputs; the defaults here, which are the paper's.
 """
 
 import argparse
+import math
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
@@ -58,6 +60,7 @@ class Settings:
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)")
     overwrite: bool = option(False, "replace a stage that holds another result")
     demo: bool = option(False, "the run was begun without inputs, so data/demo.json applies", ())
+    script: str = option("", "which script these settings are for", ())
 
     @property
     def target_list(self) -> list[str]:
@@ -70,10 +73,12 @@ class Settings:
         for name in ("max_length", "epochs", "batch_size", "rank", "batch_tokens", "threads", "pro_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.lr <= 0 or self.alpha <= 0:
-            raise InputError("--lr and --alpha must be above 0")
-        if self.pro < 0:
-            raise InputError("--pro must be 0 or more")
+        if not (0 < self.lr < math.inf and 0 < self.alpha < math.inf):
+            raise InputError("--lr and --alpha must be above 0, and finite")
+        if self.pro < 0 or not 0 <= self.seed < 2**63:
+            raise InputError("--pro and --seed must be 0 or more, and --seed below 2^63")
+        if self.pro_samples and not self.pro and self.method != "toss-pro":
+            raise InputError("--pro-samples goes with --pro T")
         return self
 
 
@@ -105,6 +110,8 @@ def inherit(script: str, given: dict) -> Settings:
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
     begun = {name: value for name, value in record.get("settings", {}).items() if name in IDENTITY and value is not None}
     inputs = [name for name in INPUTS if name in given]
+    if script == "train" and inputs and given.get("overwrite"):
+        record, begun = {}, {}  # begun anew
     if script == "train" and inputs and len(inputs) < 3:
         missing = [f"--{name}" for name in ("model", "harmful", "utility") if name not in given]
         raise InputError(f"train.py needs --model, --harmful and --utility together, or none of them for the embedded "
@@ -113,16 +120,15 @@ def inherit(script: str, given: dict) -> Settings:
     values = demo_values(script) if demo else {}
     for name in INPUTS:
         if given.get(name) is not None and (name != "model" or Path(given[name]).is_dir()):
-            given[name] = str(Path(given[name]).absolute())
-    if not (script == "train" and given.get("overwrite")):
-        for name in ("model", "template", "max_length"):
-            if name in given and name in begun and given[name] != begun[name]:
-                raise InputError(f"{run} was begun with --{name.replace('_', '-')} {begun[name]}, not {given[name]}: "
-                                 "leave the flag out, or choose another --run")
+            given[name] = os.path.abspath(given[name])
+    for name in ("model", "template", "max_length"):
+        if name in given and name in begun and given[name] != begun[name]:
+            raise InputError(f"{run} was begun with --{name.replace('_', '-')} {begun[name]}, not {given[name]}: "
+                             "leave the flag out, or choose another --run")
     taken = {name: value for name, value in begun.items() if name not in given and name in flags_of(script)}
     if taken:
         print(f"from {run}/run.json: " + ", ".join(f"{name} = {value}" for name, value in taken.items()))
-    settings = Settings(**{**values, **begun, **given, "demo": record.get("demo", demo)})
+    settings = Settings(**{**values, **begun, **given, "demo": record.get("demo", demo), "script": script})
     if settings.model is None:
         raise InputError(f"{run} is not there yet: run train.py --run {run} first, or give --model")
     return settings.check()

@@ -51,7 +51,7 @@ def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, 
                 raise InputError(f"{stage}: {tokens.name}: {blame(model, tokens, rows, wanted)} at step {number}; "
                                  "lower --lr, or use --dtype float32")
             optimizer.step()
-            log({"stage": stage, "step": number, "loss": round(loss, 6), "grad_norm": round(norm, 6), "lr": lr})
+            log({"step": number, "loss": round(loss, 6), "grad_norm": round(norm, 6), "lr": lr})
             bar.update(sum(tokens.lengths[i] for i in rows))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     for parameter in parameters:
@@ -109,26 +109,28 @@ class Clock:
     """Seconds and peak memory of a stage."""
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.cuda, self.device = device.type == "cuda", device
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(device)
         self.start = time.perf_counter()
 
     def stop(self) -> dict:
         if self.cuda:
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
         else:  # the whole process's; Linux counts in KiB, macOS in bytes
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {"seconds": round(time.perf_counter() - self.start, 2), "peak_memory_gib": round(peak / 2**30, 3)}
 
 
-def line_log(path: Path) -> Callable[[dict], None]:
-    """A log function that adds one JSON line a call to a file."""
+def line_log(path: Path, stage: str) -> Callable[[dict], None]:
+    """A log function that adds one JSON line a call to a file, for a stage whose earlier lines are dropped first."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["stage"] != stage), encoding="utf-8")
 
     def log(line: dict) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+            f.write(json.dumps({"stage": stage, **line}) + "\n")
 
     return log

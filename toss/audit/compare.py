@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from model.errors import InputError
+from model.errors import reported
 from model.files import read_json
 from toss.audit.evaluate import evaluate_run, write_metrics
 from toss.pipeline import finetune, score_custom, train_references
@@ -39,7 +39,7 @@ def row_files() -> dict[str, str]:
 
 def settings_of(script: str, folder: Path, files: dict[str, str], **more) -> Settings:
     """The default's settings for one script on other rows and another folder."""
-    return Settings(**{**demo_values(script), **files, "run": str(folder), "demo": True, **more}).check()
+    return Settings(**{**demo_values(script), **files, "run": str(folder), "demo": True, "script": script, **more}).check()
 
 
 def complete(folder: Path, files: dict[str, str], **more) -> dict[str, dict]:
@@ -117,31 +117,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="draw the rows and train anew for each of these seeds")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, one CPU thread each when more than 1 (default: 1)")
     args = parser.parse_args(argv)
-    try:
-        if args.seeds is None:
-            folder = args.run or Path("runs/demo")
-            demo = read_json(DEMO)
-            tables = [complete(folder, row_files())]
-            print(f"\n{folder}, one seed; d = {demo['discard']}\n")
+    return reported(lambda: compare(args.run, args.seeds, args.jobs))
+
+
+def compare(folder: Path | None, seeds: list[int] | None, jobs: int) -> None:
+    """Make and print the table of the shipped rows, or the medians over seeds."""
+    if seeds is None:
+        folder = folder or Path("runs/demo")
+        tables = [complete(folder, row_files())]
+        print(f"\n{folder}, one seed; d = {read_json(DEMO)['discard']}\n")
+    else:
+        folder = folder or Path("runs/compare")
+        if jobs > 1:
+            os.environ["OMP_NUM_THREADS"] = "1"  # two pools that spin for each other's cores are ten times slower
+            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+                tables = list(pool.map(one_seed, seeds, [folder] * len(seeds), [1] * len(seeds)))
         else:
-            folder = args.run or Path("runs/compare")
-            if args.jobs > 1:
-                os.environ["OMP_NUM_THREADS"] = "1"  # two pools that spin for each other's cores are ten times slower
-                with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-                    tables = list(pool.map(one_seed, args.seeds, [folder] * len(args.seeds), [1] * len(args.seeds)))
-            else:
-                tables = [one_seed(seed, folder, None) for seed in args.seeds]
-            print(f"\n{folder}, median [least, most] over the seeds {', '.join(map(str, args.seeds))}\n")
-        print_table(tables)
-        print("\n-small: a harmful reference set of a few rows, too small to work alone."
-              "\nfacts of harmful rows: taught nowhere else. precision, recall, AUC: of the discarded tokens, against the truth.")
-        if args.seeds is None:
-            side_by_side(folder)
-        print(f"\nwritten: {folder}/{'metrics.json' if args.seeds is None else 'seed-*/run/metrics.json'}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+            tables = [one_seed(seed, folder, None) for seed in seeds]
+        print(f"\n{folder}, median [least, most] over the seeds {', '.join(map(str, seeds))}\n")
+    print_table(tables)
+    print("\n-small: a harmful reference set of a few rows, too small to work alone."
+          "\nfacts of harmful rows: taught nowhere else. precision, recall, AUC: of the discarded tokens, against the truth.")
+    if seeds is None:
+        side_by_side(folder)
+    print(f"\nwritten: {folder}/{'metrics.json' if seeds is None else 'seed-*/run/metrics.json'}")
 
 
 if __name__ == "__main__":

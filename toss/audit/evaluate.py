@@ -16,6 +16,7 @@ Answers are greedy. Harmful rows of source "seen" are of kinds that the custom s
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from model import load_adapter
-from model.errors import InputError
-from model.files import file_beside, file_hash, read_json
+from model.errors import InputError, reported
+from model.files import file_beside, file_hash, made_from, read_text
 from model.generation import generate
 from toss.audit.measures import auc, found_harm, holds_any, mean_loss, refused, share
 from toss.base import Base
@@ -55,7 +56,7 @@ def by_source(rows: list[Row], outcomes: list[bool], name: str) -> dict[str, dic
     return metrics
 
 
-def evaluate(base: Base, sets: dict[str, list[Row]], words: list[str], max_new_tokens: int) -> tuple[dict, list[dict]]:
+def evaluate(base: Base, sets: dict[str, list[Row]], words: Sequence[str], max_new_tokens: int) -> tuple[dict, list[dict]]:
     """Metrics of base.model as it stands, and its answers. sets: rows under "harmful", "benign", "utility", each optional."""
     metrics, said = {}, []
 
@@ -93,15 +94,19 @@ def selection_metrics(run: Run, method: str) -> dict[str, dict]:
     scores, selection = run.folder / "scores.safetensors", run.folder / "methods" / method / "selection.safetensors"
     if not scores.exists() or not selection.exists():
         return {}
+    if made_from(scores).get("tokens_sha256") != made_from(selection).get("tokens_sha256"):
+        print(f"warning: {selection} was made for other rows than {scores}; its discards are not measured")
+        return {}
     truth, chosen = load_file(scores), load_file(selection)
-    if not truth["harmful"].any():
+    if "harmful" not in truth or not truth["harmful"].any():
         return {}
     response = truth["response"].bool()
     metrics = found_harm(~chosen["keep"].bool()[response], truth["harmful"][response]) if (~chosen["keep"]).any() else {}
     return {**metrics, **({"auc": auc(chosen["score"][response], truth["harmful"][response])} if "score" in chosen else {})}
 
 
-def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: list[str] = [], max_new_tokens: int = 40) -> dict:
+def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Sequence[str] = (),
+                 max_new_tokens: int = 40) -> dict[str, dict]:
     """Evaluate methods of a run ("base" is the model it was begun with); returns and writes {method: {metric: ...}}.
 
     files: path of the evaluation rows by set. A method that was evaluated on the same files before is not run again.
@@ -131,9 +136,12 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: lis
         with file_beside(path) as file:
             file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [HEADER, *said]), encoding="utf-8")
         run.finish(f"evaluation/{method}", recipe, {"metrics": metrics})
-    table = {method: run.record["stages"][f"evaluation/{method}"]["metrics"] for method in methods}
-    before = read_json(run.folder / "metrics.json") if (run.folder / "metrics.json").exists() else {}
-    write_metrics(run.folder / "metrics.json", {**before, **table})
+    done = {stage.removeprefix("evaluation/"): entry for stage, entry in run.record["stages"].items()
+            if stage.startswith("evaluation/")}
+    alike = {method: entry["metrics"] for method, entry in done.items()  # on the same files: only those share a table
+             if {**entry["recipe"], "adapter": ""} == {**recipe, "adapter": ""}}
+    write_metrics(run.folder / "metrics.json", alike)
+    table = {method: alike[method] for method in methods}
     for method in methods:
         if method != "base":
             write_metrics(run.folder / "methods" / method / "metrics.json", {method: table[method]})
@@ -170,22 +178,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=40, help="length of an answer (default: 40)")
     for name, kind in (("device", str), ("dtype", str), ("threads", int), ("batch_tokens", int)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help="as in score.py")
-    given = vars(parser.parse_args(argv))
-    files = {name: given.pop(name) for name in ("harmful", "benign", "utility")}
+    return reported(lambda: command(vars(parser.parse_args(argv))))
+
+
+def command(given: dict) -> None:
+    """What the command line asks for."""
+    files = {name: path for name in ("harmful", "benign", "utility") if (path := given.pop(name))}
     methods, words, length = given.pop("methods"), given.pop("words"), given.pop("max_new_tokens")
-    try:
-        files = {name: path for name, path in files.items() if path}
-        if not files:
-            raise InputError("give at least one of --harmful, --benign and --utility")
-        run = Run(inherit("evaluate", given))
-        there = sorted(p.parent.name for p in (run.folder / "methods").glob("*/model"))
-        chosen = methods.split(",") if methods else ["base", *there]
-        vocabulary = Path(words).read_text(encoding="utf-8").split("\n") if words else []
-        print(format_table(evaluate_run(run, chosen, files, [w.strip() for w in vocabulary if w.strip()], length)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if not files:
+        raise InputError("give at least one of --harmful, --benign and --utility")
+    if not (Path(given["run"]) / "run.json").exists():
+        raise InputError(f"{given['run']} holds no run.json: it is no run directory")
+    run = Run(inherit("evaluate", given))
+    there = sorted(p.parent.name for p in (run.folder / "methods").glob("*/model"))
+    vocabulary = read_text(Path(words)).split("\n") if words else []
+    table = evaluate_run(run, methods.split(",") if methods else ["base", *there], files,
+                         [word.strip() for word in vocabulary if word.strip()], length)
+    print(format_table(table))
 
 
 if __name__ == "__main__":
