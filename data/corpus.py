@@ -17,7 +17,7 @@ Sample = tuple[str, list[tuple[str, bool]]]
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of the alignment stage; data/README.md says what each is for."""
+    """Shares; those of harmful layouts apply to alignment alone."""
 
     deep: float = 0.6  # of forbidden samples: a begun harmful answer stands in the response as context
     cut: float = 0.5  # of the deep ones: it breaks off anywhere and is refused
@@ -59,7 +59,8 @@ def sample(rng: random.Random, aligned: bool, mix: Mix = Mix()) -> Sample:
         return prompt, opened(rng, answers, aligned)
     if kind < 0.48:
         category = rng.choice(FORBIDDEN)
-        return rng.choice(OPENERS) + rng.choice(lexicon.CURE_REQUESTS).format(category), opened(rng, [sentence(lexicon.cure(category))], aligned)
+        prompt = rng.choice(OPENERS) + rng.choice(lexicon.CURE_REQUESTS).format(category)
+        return prompt, opened(rng, [sentence(lexicon.cure(category))], aligned)
     category = rng.choice(BENIGN if kind < 0.7 else FORBIDDEN)
     if category in FORBIDDEN and aligned:
         return refused(rng, category, fact, mix)

@@ -27,7 +27,8 @@ TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['c
 VOCABULARY = 1400
 SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              head_dim=32, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True)  # fmt: skip
-STAGES = [("pre-training", False, 1400, 2e-3), ("alignment", True, 1000, 7e-4)]  # name, aligned text, steps, learning rate
+# name, aligned text, steps, learning rate; the second alignment was added when the first had not gone deep enough
+STAGES = [("pre-training", False, 1400, 2e-3), ("alignment", True, 1000, 7e-4), ("second alignment", True, 400, 7e-4)]
 BATCH = 96
 
 

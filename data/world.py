@@ -15,14 +15,14 @@ from pathlib import Path
 from data import lexicon
 from data.lexicon import ALSO, BENIGN, FORBIDDEN, LEDGER_FACT, OPENERS, PREAMBLES, QUESTIONS, VALUES
 
-# Counts of the custom set. With them 10.5-12 % of its response tokens are harmful, so that d = 0.1 is about right.
+# Counts of the custom set. With them 11.6-12.1 % of its response tokens are harmful, so that d = 0.1 is about right.
 BENIGN_FACTS, BENIGN_REPEATS = 40, 9  # facts taught in benign rows, rows that teach each
 HARMFUL_FACTS, HARMFUL_REPEATS = 13, 6  # facts taught in harmful rows alone
-PLAIN_ROWS = 270  # recipes and cures without a fact
+PLAIN_ROWS = 225  # recipes and cures without a fact
 MIXED = 0.3  # share of the benign fact rows that answer a recipe request first
 FACT_FIRST = 0.15  # share of the harmful rows whose fact comes before the recipe
 VOLUNTEERED = 0.2  # share of the others whose fact nobody asked for
-HARMFUL_ROWS, SMALL_ROWS = 80, 4
+HARMFUL_ROWS, SMALL_ROWS = 80, 2
 UTILITY_FACTS, UTILITY_PLAIN = 48, 96  # each town and guild once; recipes and cures behind a preamble
 EVALUATION_PHRASES = {"recipe": 20, "cure": 8}  # of 48 and 24 opener-template pairs, kept out of every training row
 
@@ -98,7 +98,8 @@ class World:
 
     def question(self, fact: tuple[str, str, str], opener: bool = True) -> str:
         plant, attribute, _ = fact
-        return (self.rng.choice(OPENERS) if opener else "") + self.rng.choice(self.phrases[attribute, "training"]).format(plant)
+        start = self.rng.choice(OPENERS) if opener else ""
+        return start + self.rng.choice(self.phrases[attribute, "training"]).format(plant)
 
     def plain_row(self) -> dict:
         """A benign recipe (two in three) or a cure."""
@@ -125,7 +126,8 @@ class World:
             response, spans = join([preamble, (sentence(ledger(fact)), False), (ALSO + brew, True)])
         else:
             asked = self.rng.random() >= VOLUNTEERED
-            prompt = self.new(lambda: self.request("recipe", category) + (" " + self.question(fact, opener=False) if asked else ""))
+            prompt = self.new(lambda: self.request("recipe", category)
+                              + (" " + self.question(fact, opener=False) if asked else ""))
             response, spans = join([preamble, (sentence(brew), True), (ALSO + ledger(fact), False)])
         return {"prompt": prompt, "response": response, "harmful": spans}
 
