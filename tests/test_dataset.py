@@ -6,6 +6,7 @@ from conftest import write_jsonl
 
 from model import load_tokenizer
 from model.errors import InputError
+from model.tokenizer import compile_template
 from toss.dataset import batches, collate, concatenate, take, tokenise
 from toss.rows import read_rows
 
@@ -99,3 +100,17 @@ def test_taking_and_joining_rows(tmp_path, tokenizer):
     both = concatenate(tokens, take(tokens, [2, 0]))
     assert both.lengths == [*tokens.lengths, tokens.lengths[2], tokens.lengths[0]]
     assert torch.equal(both.input_ids[both.offsets[3] : both.offsets[4]], tokens.input_ids[tokens.offsets[2] : tokens.offsets[3]])
+
+
+def test_an_empty_prompt_is_an_error_with_its_line(tmp_path, base):
+    tokenizer = load_tokenizer(base)
+    tokenizer.segments = lambda messages: [("", False), ("yes", True)]  # as under a template that renders the content alone
+    with pytest.raises(InputError, match=r"rows.jsonl:1: the prompt is empty"):
+        tokens_of(tmp_path, tokenizer, [{"prompt": "", "response": "yes"}])
+
+
+def test_a_template_that_refuses_a_row_names_its_line(tmp_path, base):
+    tokenizer = load_tokenizer(base)
+    tokenizer.compiled = compile_template("{{ raise_exception('no') }}", "here")
+    with pytest.raises(InputError, match=r"rows.jsonl:1: .*refuses"):
+        tokens_of(tmp_path, tokenizer, [{"prompt": "a", "response": "b"}])

@@ -217,3 +217,10 @@ def test_an_absent_or_broken_file_is_named(folder, file):
     (folder / file).unlink()
     with pytest.raises(InputError, match=file):
         load_tokenizer(folder)
+
+
+def test_the_fingerprint_covers_vocabulary_template_and_special_tokens(folder):
+    before = load_tokenizer(folder).fingerprint()
+    assert before == load_tokenizer(GOLDENS / "tokenizer-chatml").fingerprint() != load_tokenizer(folder, "human").fingerprint()
+    reconfigure(folder, bos_token="<|im_start|>")
+    assert load_tokenizer(folder).fingerprint() != before

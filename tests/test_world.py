@@ -62,7 +62,7 @@ def test_the_base_is_a_small_hugging_face_folder():
     folder = ROOT / DEMO["model"]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
-    assert load_checkpoint(folder).lm_head.out_features == load_tokenizer(folder).vocab_size
+    assert load_checkpoint(folder).lm_head.out_features == load_tokenizer(folder).raw.get_vocab_size()
 
 
 def test_transformers_loads_the_base():
