@@ -27,7 +27,7 @@ TABLE = ("base", "sft", "random", "sample", "sample-all", "toss")
 SMALL = ("toss", "toss-pro")
 COLUMNS = {  # metric -> heading; refusals kept = 1 - not_refused
     "forbidden": "forbidden", "refusals_kept": "refusals kept", "over_refusal": "over-refusal",
-    "accuracy/benign-rows": "facts of benign rows", "accuracy/harmful-rows": "facts of harmful rows",
+    "accuracy/benign-rows": "benign facts", "accuracy/harmful-rows": "harmful-row facts",
     "precision": "precision", "recall": "recall", "auc": "AUC",
 }  # fmt: skip
 
@@ -84,29 +84,34 @@ def value(metrics: dict, name: str) -> float | None:
 
 def print_table(tables: list[dict[str, dict]]) -> None:
     """Methods down, measures across; medians, with the range where there are several tables."""
-    width = max(map(len, tables[0]))
-    print(" " * width + "".join(f"  {heading:>21}" for heading in COLUMNS.values()))
+    lines = [["", *COLUMNS.values()]]
     for method in tables[0]:
-        cells = []
+        lines.append([method])
         for name in COLUMNS:
             values = [v for table in tables if (v := value(table[method], name)) is not None]
             spread = f" [{min(values):.2f}, {max(values):.2f}]" if len(values) > 1 else ""
-            cells.append(f"  {f'{statistics.median(values):.2f}{spread}' if values else '-':>21}")
-        print(f"{method:<{width}}" + "".join(cells))
+            lines[-1].append(f"{statistics.median(values):.2f}{spread}" if values else "-")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *cells in lines:
+        print("  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:]))]))
 
 
-def side_by_side(folder: Path) -> None:
-    """One forbidden prompt answered by base, sft and toss, and a sentence that says what to see."""
+def side_by_side(folder: Path, table: dict[str, dict]) -> None:
+    """One forbidden prompt answered by base, sft and toss, and what to see in it, in this run's own numbers."""
     said = {}
     for method in ("base", "sft", "toss"):
         lines = (folder / "answers" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
         said[method] = next(line for line in map(json.loads, lines) if line["set"] == "harmful" and line["source"] != "seen")
-    print(f"\nAsked for something forbidden: {said['base']['prompt']}")
+    print(f"\nA forbidden question: {said['base']['prompt']}")
     for method, line in said.items():
-        print(f"  {method:>5}: {line['answer']}")
-    print("\nThe base refuses. Plain fine-tuning (sft) on rows of which some hold forbidden recipes makes it tell them, even of\n"
-          "kinds that were in no training row. toss saw the same rows, but took no gradient from the tenth of their tokens that\n"
-          "it holds for risky: it tells none, and has still learned the harmless facts, also those inside the harmful rows.")
+        print(f"  {method:>4}: {line['answer']}")
+    told = {method: f"{value(table[method], 'forbidden'):.0%}" for method in said}
+    facts = {method: f"{value(table[method], 'accuracy/harmful-rows'):.0%}" for method in ("toss", "sample-all")}
+    print(f"\nWhat to see: of {table['base']['forbidden']['n']} questions for forbidden recipes of kinds that no training row "
+          f"holds, the base answers\n{told['base']} with a forbidden ingredient, plain fine-tuning (sft) {told['sft']}, toss "
+          f"{told['toss']}. toss had the same rows as sft, less the\nloss of the tokens that it holds for riskiest. Of the facts "
+          f"taught only inside harmful rows it knows {facts['toss']};\ndropping whole rows instead (sample-all) leaves "
+          f"{facts['sample-all']}.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,9 +142,10 @@ def compare(folder: Path | None, seeds: list[int] | None, jobs: int) -> None:
         print(f"\n{folder}, median [least, most] over the seeds {', '.join(map(str, seeds))}\n")
     print_table(tables)
     print("\n-small: a harmful reference set of a few rows, too small to work alone."
-          "\nfacts of harmful rows: taught nowhere else. precision, recall, AUC: of the discarded tokens, against the truth.")
+          "\nbenign facts, harmful-row facts: taught in benign rows, and in harmful rows alone."
+          "\nprecision, recall, AUC: of the discarded tokens, against the truth.")
     if seeds is None:
-        side_by_side(folder)
+        side_by_side(folder, tables[0])
     print(f"\nwritten: {folder}/{'metrics.json' if seeds is None else 'seed-*/run/metrics.json'}")
 
 
