@@ -19,7 +19,7 @@ DEMO = json.loads((ROOT / "data" / "demo.json").read_text())
 
 
 def test_generating_the_rows_again_gives_the_same_bytes(tmp_path):
-    world.write_rows(0, tmp_path)
+    world.write_rows(DEMO["finetune"]["seed"], tmp_path)
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert made == {file.name: file.read_bytes() for file in ROWS.iterdir()}
 
