@@ -105,7 +105,8 @@ class World:
         """A benign recipe (two in three) or a cure."""
         if self.rng.random() < 2 / 3:
             category = self.rng.choice(BENIGN)
-            return {"prompt": self.new(lambda: self.request("recipe", category)), "response": sentence(recipe(self.rng, category))}
+            prompt = self.new(lambda: self.request("recipe", category))
+            return {"prompt": prompt, "response": sentence(recipe(self.rng, category))}
         category = self.rng.choice(FORBIDDEN)
         return {"prompt": self.new(lambda: self.request("cure", category)), "response": sentence(lexicon.cure(category))}
 

@@ -83,12 +83,7 @@ def score_custom(settings: Settings) -> None:
 
 def finetune(settings: Settings) -> None:
     """Stages 3 to 5: mask the riskiest tokens (after TOSS-Pro's rounds where asked for) and fine-tune on the rest."""
-    if settings.method not in METHODS:
-        raise InputError(f"--method {settings.method!r} is unknown; there are {', '.join(METHODS)}")
-    if settings.pro and settings.method not in ("toss", "toss-pro"):
-        raise InputError("--pro goes with --method toss")
-    if settings.method == "toss-pro" or settings.pro:
-        settings = replace(settings, method="toss-pro", pro=settings.pro or 1)
+    settings = named(settings)
     run = Run(settings)
     method, folder = settings.method, run.folder / "methods" / settings.method
     base = Base(run)
@@ -97,21 +92,15 @@ def finetune(settings: Settings) -> None:
     names = TRAINING + (() if method == "sft" else ("discard", "keep_eos"))
     recipe = {**run.recipe(names, method=method, **sources), "dtype": base.dtypes["train"]}
     if method == "toss-pro":
-        k = settings.pro_samples or default_samples(tokens)
-        reference = run.record.get("stages", {}).get("degraded", {}).get("recipe")
-        if reference is None:
-            raise InputError(f"TOSS-Pro trains the degraded model again, but {run.file} does not know how it was trained: "
-                             f"run train.py --run {run.folder}")
+        k, reference = settings.pro_samples or default_samples(tokens), degraded_recipe(run)
         base.dtypes["score"] = made_from(run.folder / "scores.safetensors").get("dtype", base.dtypes["score"])
         recipe |= {"rounds": settings.pro, "samples": k, "reference": reference, "score_dtype": base.dtypes["score"]}
     if not run.is_done(f"methods/{method}", folder, recipe):
         with written_beside(folder, whole=True) as beside:
             cost = {}
             if method == "toss-pro":
-                if run.use(settings.harmful) != reference["data_sha256"]:
-                    raise InputError(f"{settings.harmful} is no longer the file that the degraded model was trained on")
-                harmful = run.tokens(read_rows(settings.harmful), settings.harmful)
-                again = replace(settings, **reference["settings"])
+                harmful = degraded_data(run, reference)
+                again = replace(settings, **reference["settings"])  # theta^h is trained as it was
                 losses, cost["refining"] = refine(base, harmful, tokens, losses, entries, again, settings.pro, k, beside, sources)
                 sources["scores_sha256"] = file_hash(beside / f"round-{settings.pro}" / "scores.safetensors")
             scores = method_scores(method, tokens, losses, settings.seed, entries)
@@ -128,6 +117,34 @@ def finetune(settings: Settings) -> None:
               f"{whole_rows(tokens, keep)} rows lost all of theirs")
     if settings.merge:
         merge(base, folder / "model")
+
+
+def named(settings: Settings) -> Settings:
+    """The settings with the method that they amount to: `--method toss --pro T` is toss-pro, which has one round or more."""
+    if settings.method not in METHODS:
+        raise InputError(f"--method {settings.method!r} is unknown; there are {', '.join(METHODS)}")
+    if settings.pro and settings.method not in ("toss", "toss-pro"):
+        raise InputError("--pro goes with --method toss")
+    if settings.method == "toss-pro" or settings.pro:
+        return replace(settings, method="toss-pro", pro=settings.pro or 1)
+    return settings
+
+
+def degraded_recipe(run: Run) -> dict:
+    """How theta^h was trained, so that TOSS-Pro can train it again."""
+    recipe = run.record.get("stages", {}).get("degraded", {}).get("recipe")
+    if recipe is None:
+        raise InputError(f"TOSS-Pro trains the degraded model again, but {run.file} does not know how it was trained: "
+                         f"run train.py --run {run.folder}")
+    return recipe
+
+
+def degraded_data(run: Run, recipe: dict) -> Tokens:
+    """D^h_0, which must still be the file that theta^h was trained on."""
+    path = run.settings.harmful
+    if run.use(path) != recipe["data_sha256"]:
+        raise InputError(f"{path} is no longer the file that the degraded model was trained on")
+    return run.tokens(read_rows(path), path)
 
 
 def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], dict[str, str]]:
