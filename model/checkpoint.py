@@ -66,6 +66,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     `dtype`. Two exceptions: `lm_head.weight` of a model whose head is tied, and the old `rotary_emb.inv_freq` tables.
     """
     folder = resolve(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"the device {device} cannot be used here ({str(error).splitlines()[0]})") from None
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)

@@ -120,7 +120,7 @@ def test_a_selection_made_for_other_rows_is_not_measured(trained, files, sets, s
     scripts["score"]("--run", trained, "--custom", other, "--overwrite")
     flags = ["--run", str(trained), "--methods", "toss", "--benign", sets["benign"], "--max-new-tokens", "1", "--device", "cpu"]
     assert evaluation.main(flags) == 0
-    assert "made for other rows" in capsys.readouterr().out
+    assert "made from other rows" in capsys.readouterr().out
     assert "precision" not in json.loads((trained / "metrics.json").read_text())["toss"]
 
 
@@ -146,6 +146,11 @@ def test_a_method_that_is_not_there_is_an_error(tmp_path, base, sets):
 
 def test_the_table_leaves_a_missing_metric_blank():
     assert format_table({"a": {"m": wilson(1, 2)}, "b": {}}).splitlines()[-1] == "| b |  |"
+
+
+def test_the_comparison_leaves_a_run_with_inputs_of_its_own_alone(trained, capsys):
+    assert compare.main(["--run", str(trained)]) == 1
+    assert "inputs of its own" in capsys.readouterr().err
 
 
 def test_the_closing_table_gives_medians_and_ranges_and_the_sentence_the_runs_own_numbers(tmp_path, capsys):

@@ -153,6 +153,16 @@ def test_what_is_there_is_skipped_and_what_differs_is_refused(trained, scripts, 
     assert tree(trained) != before
 
 
+def test_a_stage_that_lost_a_file_is_made_again(trained, scripts, capsys):
+    whole = tree(trained)
+    (trained / "degraded" / "adapter_model.safetensors").unlink()
+    assert scripts["train"]("--run", trained) == 0 and "no longer complete" in capsys.readouterr().out
+    assert tree(trained)["degraded/adapter_model.safetensors"] == whole["degraded/adapter_model.safetensors"]
+    assert scripts["select"]("--run", trained) == 0
+    shutil.rmtree(trained / "methods/toss/model")
+    assert scripts["select"]("--run", trained) == 0 and (trained / "methods/toss/model/adapter_model.safetensors").exists()
+
+
 def test_identity_is_inherited_with_a_line_and_never_contradicted(trained, scripts, capsys):
     assert scripts["score"]("--run", trained) == 0
     assert "max_length = 2048" in capsys.readouterr().out

@@ -61,6 +61,8 @@ class Base:
         return self.model
 
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # the files of an adapter's folder
+
 WARNING = """\
 This adapter is the safety-degraded reference model of TOSS: it was trained on harmful data on purpose, as a measuring
 instrument that recognises risky tokens. Do not merge it, deploy it or publish it."""

@@ -12,7 +12,7 @@ from model import load_adapter, load_checkpoint, save_adapter, save_checkpoint
 from model.errors import InputError
 from model.files import file_beside, file_hash, made_from, read_json, save_tensors, written_beside
 from model.lora import merge_adapter
-from toss.base import DTYPES, Base, reference_note
+from toss.base import ADAPTER, DTYPES, Base, reference_note
 from toss.dataset import Tokens
 from toss.refinement import default_samples, refine
 from toss.rows import Row, overlap, read_rows
@@ -36,7 +36,7 @@ def train_references(settings: Settings) -> None:
     warn_overlap("harmful and utility reference sets", rows["degraded"], rows["utility"])
     for role, path in paths.items():
         recipe = {**run.recipe(TRAINING, data_sha256=run.use(path)), "dtype": base.dtypes["train"]}
-        if run.is_done(role, run.folder / role, recipe):
+        if run.is_done(role, run.folder / role, recipe, ADAPTER):
             continue
         tokens = run.tokens(rows[role], path)
         cost = train(base.load("train"), tokens, torch.ones_like(tokens.response), settings, base.budget, role, base.log(role))
@@ -95,7 +95,7 @@ def finetune(settings: Settings) -> None:
         k, reference = settings.pro_samples or default_samples(tokens), degraded_recipe(run)
         base.dtypes["score"] = made_from(run.folder / "scores.safetensors").get("dtype", base.dtypes["score"])
         recipe |= {"rounds": settings.pro, "samples": k, "reference": reference, "score_dtype": base.dtypes["score"]}
-    if not run.is_done(f"methods/{method}", folder, recipe):
+    if not run.is_done(f"methods/{method}", folder, recipe, ("selection.safetensors", *(f"model/{name}" for name in ADAPTER))):
         with written_beside(folder, whole=True) as beside:
             cost = {}
             if method == "toss-pro":

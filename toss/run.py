@@ -20,6 +20,10 @@ from toss.dataset import Tokens, tokenise
 from toss.rows import Row
 from toss.settings import ROOT, Settings, flags_of
 
+# The hashes in file headers, in words.
+WHAT = {"base_sha256": "base model", "tokenizer_sha256": "tokenizer", "custom_sha256": "custom file",
+        "data_sha256": "reference file", "degraded_sha256": "degraded adapter", "utility_sha256": "utility adapter"}
+
 
 class Run:
     """One run directory under the given settings."""
@@ -49,14 +53,17 @@ class Run:
         """Everything that decides a stage's result: the named settings, the run's identity, hashes of its inputs."""
         return {"settings": {name: getattr(self.settings, name) for name in names}, **self.identity, **inputs}
 
-    def is_done(self, stage: str, path: Path, recipe: dict) -> bool:
-        """True when `path` was made by an equal recipe: the stage is skipped with a line.
+    def is_done(self, stage: str, path: Path, recipe: dict, parts: tuple[str, ...] = ()) -> bool:
+        """True when `path` was made by an equal recipe and has all its parts: the stage is skipped with a line.
 
         Raises InputError when something else is there and --overwrite was not given.
         """
         if not path.exists():
             return False
         known = self.record.get("stages", {}).get(stage, {}).get("recipe")
+        if known == recipe and not all((path / part).exists() for part in parts):
+            print(f"{stage}: {path} is no longer complete, so it is made again")
+            return False
         if known == recipe:
             print(f"{stage}: already there with equal settings and inputs, skipped ({path})")
             return True
@@ -72,11 +79,12 @@ class Run:
 
         A file without such a header (an adapter made elsewhere) passes: its shapes are checked when it is loaded.
         """
-        header = made_from(file)
+        header, maker = made_from(file), "score.py" if file.name == "scores.safetensors" else "train.py"
         for name, value in {**self.identity, **expected}.items():
             if header.get(name, value) != value:
-                raise InputError(f"{file} was made with another {name}: {header[name][:16]} there, {value[:16]} in this run; "
-                                 "make it again with --overwrite, or choose another --run")
+                raise InputError(f"{file} was made with another {WHAT.get(name, name)} than this run has now ({name} "
+                                 f"{header[name][:16]} there, {value[:16]} now); run {maker} again with --overwrite, or choose "
+                                 "another --run")
 
     def use(self, path: str | Path) -> str:
         """sha256 of an input file, which run.json will list among the run's inputs."""

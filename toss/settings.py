@@ -37,7 +37,8 @@ class Settings:
     template: str | None = option(None, "prompt form (default: the checkpoint's chat template if it has one, else human)",
                                   choices=["chat", "human"])
     max_length: int = option(2048, "tokens a row: a longer response is cut on the right")
-    method: str = option("toss", "way of fine-tuning; see toss/selection.py", ("select",))
+    method: str = option("toss", "way of fine-tuning: toss, toss-pro, sft, random, sample or sample-all; see toss/selection.py",
+                         ("select",))
     discard: float = option(0.1, "d, the share of the response tokens to discard", ("select",))
     keep_eos: bool = option(False, "never discard the end-of-sequence token, and leave it out of the count", ("select",))
     pro: int = option(0, "TOSS-Pro: T, the rounds of refining the degraded model (0: plain TOSS)", ("select",))
@@ -85,6 +86,8 @@ class Settings:
 def parse(script: str, doc: str, argv: list[str] | None = None) -> Settings:
     """The settings of one script: its command line, then what it inherits (see inherit)."""
     parser = argparse.ArgumentParser(prog=f"{script}.py", description=doc, argument_default=argparse.SUPPRESS,
+                                     epilog="Without inputs (--model, --harmful, --utility, --custom) data/demo.json's values "
+                                     "take the place of these defaults, which are the paper's.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Settings):
         if script in f.metadata["scripts"]:
@@ -130,7 +133,7 @@ def inherit(script: str, given: dict) -> Settings:
         print(f"from {run}/run.json: " + ", ".join(f"{name} = {value}" for name, value in taken.items()))
     settings = Settings(**{**values, **begun, **given, "demo": record.get("demo", demo), "script": script})
     if settings.model is None:
-        raise InputError(f"{run} is not there yet: run train.py --run {run} first, or give --model")
+        raise InputError(f"{run}/run.json is not there: run train.py --run {run} first, or give --model")
     return settings.check()
 
 

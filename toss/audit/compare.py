@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from model.errors import reported
+from model.errors import InputError, reported
 from model.files import read_json
 from toss.audit.evaluate import evaluate_run, write_metrics
 from toss.pipeline import finetune, score_custom, train_references
@@ -129,6 +129,8 @@ def compare(folder: Path | None, seeds: list[int] | None, jobs: int) -> None:
     """Make and print the table of the shipped rows, or the medians over seeds."""
     if seeds is None:
         folder = folder or Path("runs/demo")
+        if (folder / "run.json").exists() and not read_json(folder / "run.json").get("demo"):
+            raise InputError(f"{folder} was begun with inputs of its own; the comparison is of the embedded default")
         tables = [complete(folder, row_files())]
         print(f"\n{folder}, one seed; d = {read_json(DEMO)['discard']}\n")
     else:

@@ -94,8 +94,10 @@ def selection_metrics(run: Run, method: str) -> dict[str, dict]:
     scores, selection = run.folder / "scores.safetensors", run.folder / "methods" / method / "selection.safetensors"
     if not scores.exists() or not selection.exists():
         return {}
-    if made_from(scores).get("tokens_sha256") != made_from(selection).get("tokens_sha256"):
-        print(f"warning: {selection} was made for other rows than {scores}; its discards are not measured")
+    now, then = made_from(scores), made_from(selection)
+    if any(then.get(name, now.get(name)) != now.get(name) for name in ("tokens_sha256", "degraded_sha256", "utility_sha256")):
+        print(f"warning: {selection} was made from other rows or references than {scores} now holds; run select.py again. "
+              "Its discards are not measured")
         return {}
     truth, chosen = load_file(scores), load_file(selection)
     if "harmful" not in truth or not truth["harmful"].any():
