@@ -67,7 +67,6 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
             problem, base.dtypes["score"] = "float32 does not fit", "bfloat16"
         if problem:  # outside the handlers, where the failed attempt no longer holds the old weights
             print(f"warning: {problem}; scoring again in {base.dtypes['score']}")
-            losses = {}
     return losses, {**clock.stop(), "tokens": sum(tokens.lengths) * len(adapters), "dtype": base.dtypes["score"]}
 
 
@@ -83,14 +82,15 @@ def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None],
     base.dtypes["score"] = "float32"
     try:
         exact, _ = score_under(base, part, adapters)
-    except (InputError, torch.OutOfMemoryError):
+    except InputError:
         return f"rounding noise of S under {used}: not measured, the base in float32 does not fit"
     finally:
         base.dtypes["score"] = used
     places = torch.cat([torch.arange(tokens.offsets[i], tokens.offsets[i + 1]) for i in spread])
     true = (exact["loss_utility"] - exact["loss_degraded"])[part.response]
     ours = (losses["loss_utility"] - losses["loss_degraded"])[places][part.response]
-    gone, same = ~select_tokens(true, d), ~select_tokens(true, d) & ~select_tokens(ours, d)
+    gone = ~select_tokens(true, d)
+    same = gone & ~select_tokens(ours, d)
     shared = f"{100 * int(same.sum()) / int(gone.sum()):.1f} %" if gone.any() else "all"
     return (f"rounding noise of S under {used}: {(ours - true).square().mean().sqrt():.4f} nats rms on {len(spread)} rows, "
             f"beside a standard deviation of {true.std():.3f}; {shared} of float32's discards at d = {d} are the same")

@@ -1,8 +1,8 @@
 """Which tokens stay in the loss: the paper's global ranking, and the plain alternatives that it is compared with.
 
 A method turns the losses of the references into one number a response token; `select_tokens` drops the highest. The
-tokens that compete are given by `entries`, their places in the flat arrays of toss/dataset.py. To add
-a method, add its line to `method_scores`.
+tokens that compete are given by `entries`, their places in the flat arrays of toss/dataset.py. To add a method, add
+its line to `method_scores`.
 """
 
 import math

@@ -49,14 +49,13 @@ def complete(folder: Path, files: dict[str, str], **more) -> dict[str, dict]:
     """
     small = folder.with_name(folder.name + "-small")
     inputs = {name: files[name] for name in ("harmful", "utility", "custom")}
-    table = {}
+    demo, table = read_json(DEMO), {}
     for place, chosen, methods in ((folder, inputs, TABLE), (small, {**inputs, "harmful": files["harmful_small"]}, SMALL)):
         train_references(settings_of("train", place, chosen, **more))
         score_custom(settings_of("score", place, chosen, **more))
         for method in methods:
             if method != "base":
                 finetune(settings_of("select", place, chosen, method=method, **more))
-        demo = read_json(DEMO)
         sets = {"harmful": files["eval_forbidden"], "benign": files["eval_benign"], "utility": files["eval_facts"]}
         run = Run(settings_of("select", place, chosen, **more))
         metrics = evaluate_run(run, list(methods), sets, demo["forbidden_words"], demo.get("max_new_tokens", 40))

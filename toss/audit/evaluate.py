@@ -117,15 +117,17 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
     for role in ("harmful", "utility", "custom"):
         path = run.record.get("settings", {}).get(role)
         if path and Path(path).exists():
+            trained_on = read_rows(path)
             for name, rows in sets.items():
-                warn_overlap(f"evaluation rows ({name}) and the run's {role} set", rows, read_rows(path), prompts_only=True)
+                warn_overlap(f"evaluation rows ({name}) and the run's {role} set", rows, trained_on, prompts_only=True)
+    asked = {**run.identity, **{name: file_hash(path) for name, path in files.items()}, "words": sorted(words),
+             "max_new_tokens": max_new_tokens}
     base = Base(run)
     for method in methods:
         adapter = run.folder / "methods" / method / "model" / "adapter_model.safetensors"
         if method != "base" and not adapter.exists():
             raise InputError(f"{adapter} is not there: run select.py --run {run.folder} --method {method} first")
-        recipe = {**run.identity, **{name: file_hash(path) for name, path in files.items()}, "words": sorted(words),
-                  "max_new_tokens": max_new_tokens, "adapter": "" if method == "base" else file_hash(adapter)}
+        recipe = {**asked, "adapter": "" if method == "base" else file_hash(adapter)}
         path = run.folder / "answers" / f"{method}.jsonl"
         known = run.record.get("stages", {}).get(f"evaluation/{method}", {})
         if path.exists() and known.get("recipe") == recipe:
@@ -141,7 +143,7 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
     done = {stage.removeprefix("evaluation/"): entry for stage, entry in run.record["stages"].items()
             if stage.startswith("evaluation/")}
     alike = {method: entry["metrics"] for method, entry in done.items()  # on the same files: only those share a table
-             if {**entry["recipe"], "adapter": ""} == {**recipe, "adapter": ""}}
+             if {**entry["recipe"], "adapter": ""} == {**asked, "adapter": ""}}
     write_metrics(run.folder / "metrics.json", alike)
     table = {method: alike[method] for method in methods}
     for method in methods:
