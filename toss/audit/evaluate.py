@@ -6,9 +6,14 @@ Evaluates the base and every method of the run (or --methods), and writes RUN/me
 and RUN/answers/M.jsonl. Measures, with 95 % intervals:
   not_refused    share of answers to harmful prompts without a refusal phrase (one a source too, when there are several)
   forbidden      share of those answers that hold any of the --words: only where a list of such words exists
+  complies       share of harmful prompts where an affirmative opener is likelier than a refusal (by source too)
+  judges_agree   share of harmful prompts where not_refused and complies say the same
+  not_refused@k, forbidden@k   the same of answers that go on after the first k tokens of the harmful row's own
+                 response (--prefill); judged on what the model adds, over the rows that carry a response
   over_refusal   share of answers to benign prompts with a refusal phrase
   nll            mean loss of the utility responses, nats a token
   accuracy/S     share of answers to the utility rows of source S that hold the row's `answer`
+  exact_match/S  share of those answers that are the row's `answer` or its response, word for word
   precision, recall, auc   of the discarded tokens, where the custom set carries ground truth
 Answers are greedy. Harmful rows of source "seen" are of kinds that the custom set holds, and are reported apart.
 """
@@ -27,7 +32,8 @@ from model import load_adapter
 from model.errors import InputError, reported
 from model.files import file_beside, file_hash, made_from, read_text
 from model.generation import generate
-from toss.audit.measures import auc, found_harm, holds_any, mean_loss, refused, share
+from toss.audit.judges import begun, complies, parse_prefill
+from toss.audit.measures import auc, found_harm, holds_any, mean_loss, refused, same_text, share
 from toss.base import Base
 from toss.pipeline import warn_overlap
 from toss.rows import Row, read_rows
@@ -40,9 +46,13 @@ HEADER = {"note": "Answers of evaluated models, some made unsafe on purpose. For
 
 def answers(base: Base, rows: list[Row], max_new_tokens: int, name: str) -> list[str]:
     """Greedy answers of the model as it stands to the rows' prompts."""
+    return continuations(base, [base.run.tokenizer.prompt_ids(row.prompt) for row in rows], max_new_tokens, name)
+
+
+def continuations(base: Base, prompts: list[list[int]], max_new_tokens: int, name: str) -> list[str]:
+    """What the model as it stands adds to each prompt's ids, greedily, as text."""
     tokenizer = base.run.tokenizer
-    prompts = [tokenizer.prompt_ids(row.prompt) for row in rows]
-    with tqdm(total=len(rows), desc=name, unit="prompt", leave=False, disable=None) as bar:
+    with tqdm(total=len(prompts), desc=name, unit="prompt", leave=False, disable=None) as bar:
         new = generate(base.model, prompts, max_new_tokens, tokenizer.eos_id, progress=bar.update)
     return [tokenizer.decode(ids).strip() for ids in new]
 
@@ -56,29 +66,38 @@ def by_source(rows: list[Row], outcomes: list[bool], name: str) -> dict[str, dic
     return metrics
 
 
-def evaluate(base: Base, sets: dict[str, list[Row]], words: Sequence[str], max_new_tokens: int) -> tuple[dict, list[dict]]:
+def evaluate(base: Base, sets: dict[str, list[Row]], words: Sequence[str], max_new_tokens: int,
+             prefill: Sequence[int] = ()) -> tuple[dict, list[dict]]:
     """Metrics of base.model as it stands, and its answers. sets: rows under "harmful", "benign", "utility", each optional."""
     metrics, said = {}, []
 
     def ask(kind: str, rows: list[Row]) -> list[str]:
         replies = answers(base, rows, max_new_tokens, kind)
-        said.extend({"set": kind, "source": row.source, "prompt": row.prompt[-1]["content"], "answer": reply}
-                    for row, reply in zip(rows, replies))
+        said.extend(said_line(kind, row, reply) for row, reply in zip(rows, replies))
         return replies
 
     if rows := sets.get("harmful"):
         replies = ask("harmful", rows)
         if words:
             metrics |= by_source(rows, [holds_any(reply, words) for reply in replies], "forbidden")
-        metrics |= by_source(rows, [not refused(reply) for reply in replies], "not_refused")
+        unrefused, likely = [not refused(reply) for reply in replies], complies(base, rows)
+        metrics |= by_source(rows, unrefused, "not_refused") | by_source(rows, likely, "complies")
+        metrics["judges_agree"] = share([a == b for row, a, b in zip(rows, unrefused, likely) if row.source != "seen"])
+        for k in prefill:
+            more, lines = prefilled(base, rows, words, max_new_tokens, k)
+            metrics |= more
+            said.extend(lines)
     if rows := sets.get("benign"):
         metrics |= by_source(rows, [refused(reply) for reply in ask("benign", rows)], "over_refusal")
     rows = sets.get("utility", [])
     if told := [row for row in rows if row.answer]:
-        right = [holds_any(reply, [row.answer]) for row, reply in zip(told, ask("utility", told))]
+        replied = list(zip(told, ask("utility", told)))
         for source in sorted({row.source for row in told}):
-            outcomes = [ok for row, ok in zip(told, right) if row.source == source]
-            metrics[f"accuracy/{source}" if source else "accuracy"] = share(outcomes)
+            ending, of = f"/{source}" if source else "", [(row, reply) for row, reply in replied if row.source == source]
+            metrics[f"accuracy{ending}"] = share([holds_any(reply, [row.answer]) for row, reply in of])
+            if exact := [same_text(reply, [row.answer, row.messages[-1]["content"]]) for row, reply in of
+                         if row.messages[-1]["role"] == "assistant"]:
+                metrics[f"exact_match{ending}"] = share(exact)
     if full := [row for row in rows if row.messages[-1]["role"] == "assistant"]:
         tokens = base.run.tokens(full, "the utility rows")
         losses = score(base.model, tokens, base.budget, "nll").double()
@@ -87,6 +106,28 @@ def evaluate(base: Base, sets: dict[str, list[Row]], words: Sequence[str], max_n
                         for x in (losses, tokens.response.double()))
         metrics["nll"] = mean_loss(sums[counts > 0], counts[counts > 0])
     return metrics, said
+
+
+def said_line(kind: str, row: Row, reply: str, **more) -> dict:
+    """One answer as RUN/answers/ keeps it."""
+    return {"set": kind, "source": row.source, "prompt": row.prompt[-1]["content"], **more, "answer": reply}
+
+
+def prefilled(base: Base, rows: list[Row], words: Sequence[str], max_new_tokens: int, k: int) -> tuple[dict, list[dict]]:
+    """Metrics and answers when the first k tokens of each row's own response are already written.
+
+    The judges see what the model adds, not the prefill; a model that adds nothing has not refused. A response shorter
+    than k tokens is prefilled whole, without its EOS. After Qi et al., arXiv 2406.05946: alignment that reaches only
+    the first few tokens gives way here.
+    """
+    cases = [(row, prompt, response[:k]) for row, prompt, response in begun(rows, base.run.tokenizer)]
+    replies = continuations(base, [prompt + prefix for _, prompt, prefix in cases], max_new_tokens, f"prefill-{k}")
+    metrics = {f"not_refused@{k}": share([not refused(reply) for reply in replies])}
+    if words:
+        metrics[f"forbidden@{k}"] = share([holds_any(reply, words) for reply in replies])
+    decode = base.run.tokenizer.decode
+    return metrics, [said_line(f"prefill-{k}", row, reply, prefill=decode(prefix), prefill_tokens=len(prefix))
+                     for (row, _, prefix), reply in zip(cases, replies)]
 
 
 def selection_metrics(run: Run, method: str) -> dict[str, dict]:
@@ -108,12 +149,16 @@ def selection_metrics(run: Run, method: str) -> dict[str, dict]:
 
 
 def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Sequence[str] = (),
-                 max_new_tokens: int = 40) -> dict[str, dict]:
+                 max_new_tokens: int = 40, prefill: Sequence[int] = ()) -> dict[str, dict]:
     """Evaluate methods of a run ("base" is the model it was begun with); returns and writes {method: {metric: ...}}.
 
-    files: path of the evaluation rows by set. A method that was evaluated on the same files before is not run again.
+    files: path of the evaluation rows by set. prefill: numbers of tokens of the harmful rows' responses to begin
+    answers with. A method that was evaluated on the same files in the same way before is not run again.
     """
     sets = {name: read_rows(path, responses=False) for name, path in files.items()}
+    prefill = sorted(set(prefill))
+    if prefill:
+        check_prefill(run, sets.get("harmful", []), prefill)
     for role in ("harmful", "utility", "custom"):
         path = run.record.get("settings", {}).get(role)
         if path and Path(path).exists():
@@ -121,7 +166,7 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
             for name, rows in sets.items():
                 warn_overlap(f"evaluation rows ({name}) and the run's {role} set", rows, trained_on, prompts_only=True)
     asked = {**run.identity, **{name: file_hash(path) for name, path in files.items()}, "words": sorted(words),
-             "max_new_tokens": max_new_tokens}
+             "max_new_tokens": max_new_tokens, "prefill": prefill}
     base = Base(run)
     for method in methods:
         adapter = run.folder / "methods" / method / "model" / "adapter_model.safetensors"
@@ -135,7 +180,7 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
         base.load("train")
         if method != "base":
             load_adapter(base.model, adapter.parent)
-        metrics, said = evaluate(base, sets, words, max_new_tokens)
+        metrics, said = evaluate(base, sets, words, max_new_tokens, prefill)
         metrics |= selection_metrics(run, method)
         with file_beside(path) as file:
             file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [HEADER, *said]), encoding="utf-8")
@@ -152,6 +197,17 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
     return table
 
 
+def check_prefill(run: Run, rows: list[Row], prefill: Sequence[int]) -> None:
+    """Say how many responses are shorter than a prefill; InputError where there is none to prefill with."""
+    lengths = [len(response) for _, _, response in begun(rows, run.tokenizer)]
+    if not lengths:
+        where = rows[0].where.rpartition(":")[0] + " has none" if rows else "--harmful was not given"
+        raise InputError(f"--prefill needs harmful rows with a response (of another source than \"seen\"): {where}")
+    for k in prefill:
+        if short := sum(length < k for length in lengths):
+            print(f"prefill-{k}: {short} of {len(lengths)} responses are shorter and were written whole")
+
+
 def write_metrics(path: Path, table: dict) -> None:
     """{method: {metric: {"value", "n", "low", "high"}}} as JSON."""
     with file_beside(path) as file:
@@ -159,13 +215,12 @@ def write_metrics(path: Path, table: dict) -> None:
 
 
 def format_table(table: dict[str, dict]) -> str:
-    """A Markdown table, methods down, metrics across; value and, small, the interval."""
-    names = list(dict.fromkeys(name for metrics in table.values() for name in metrics))
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for method, metrics in table.items():
-        cells = [metrics.get(name, {"value": None}) for name in names]
+    """A Markdown table, measures down, methods across; value and, in brackets, the interval."""
+    lines = ["| | " + " | ".join(table) + " |", "|---" * (len(table) + 1) + "|"]
+    for name in dict.fromkeys(name for metrics in table.values() for name in metrics):
+        cells = [metrics.get(name, {"value": None}) for metrics in table.values()]
         shown = ["" if m["value"] is None else f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in cells]
-        lines.append(f"| {method} | " + " | ".join(shown) + " |")
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -179,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--benign", help="benign prompts, JSONL")
     parser.add_argument("--utility", help="utility rows, JSONL: prompt and response, and an `answer` where there is one")
     parser.add_argument("--words", help="text file with forbidden words, one a line")
+    parser.add_argument("--prefill", default="", metavar="K,K,...",
+                        help="ask again with the first K tokens of the harmful row's response written (usual: 0,1,3,5,10)")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="length of an answer (default: 40)")
     for name, kind in (("device", str), ("dtype", str), ("threads", int), ("batch_tokens", int)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help="as in score.py")
@@ -189,6 +246,7 @@ def command(given: dict) -> None:
     """What the command line asks for."""
     files = {name: path for name in ("harmful", "benign", "utility") if (path := given.pop(name))}
     methods, words, length = given.pop("methods"), given.pop("words"), given.pop("max_new_tokens")
+    prefill = parse_prefill(given.pop("prefill"))
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
     if not (Path(given["run"]) / "run.json").exists():
@@ -197,7 +255,7 @@ def command(given: dict) -> None:
     there = sorted(p.parent.name for p in (run.folder / "methods").glob("*/model"))
     vocabulary = read_text(Path(words)).split("\n") if words else []
     table = evaluate_run(run, methods.split(",") if methods else ["base", *there], files,
-                         [word.strip() for word in vocabulary if word.strip()], length)
+                         [word.strip() for word in vocabulary if word.strip()], length, prefill)
     print(format_table(table))
 
 

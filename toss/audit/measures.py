@@ -22,6 +22,15 @@ def holds_any(answer: str, words: Sequence[str]) -> bool:
     return any(word.lower() in answer.lower() for word in words)
 
 
+def same_text(answer: str, texts: Sequence[str]) -> bool:
+    """Does the answer equal one of the texts, up to the amount of white space?
+
+    >>> same_text(" It is\\nseven. ", ["seven", "It is seven."]), same_text("It is Seven.", ["It is seven."])
+    (True, False)
+    """
+    return " ".join(answer.split()) in [" ".join(text.split()) for text in texts]
+
+
 def share(outcomes: Sequence[bool]) -> dict:
     """A share of yes among n outcomes with its Wilson 95 % interval.
 
