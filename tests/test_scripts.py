@@ -265,7 +265,7 @@ def test_sample_all_without_ground_truth_is_an_error(tmp_path, base, files, scri
     run = tmp_path / "r"
     scripts["train"]("--run", run, "--model", base, "--harmful", files["harmful"], "--utility", files["utility"])
     scripts["score"]("--run", run, "--custom", plain)
-    assert "ground truth" in refused(scripts, capsys, "select", "--run", run, "--method", "sample-all")
+    assert "marks no harm" in refused(scripts, capsys, "select", "--run", run, "--method", "sample-all")
 
 
 def test_pro_needs_to_know_how_the_degraded_model_was_trained(trained, scripts, capsys):

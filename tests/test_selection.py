@@ -11,7 +11,7 @@ import toss.selection
 from model.errors import InputError
 from toss.dataset import Tokens
 from toss.refinement import default_samples, riskiest_rows
-from toss.selection import discard, method_scores, ranked_entries, select_tokens
+from toss.selection import METHODS, Candidates, choose, ranked_entries, select_tokens
 
 
 def hand_made() -> tuple[Tokens, dict]:
@@ -57,11 +57,11 @@ def test_a_score_that_is_not_finite_is_an_error(bad):
         select_tokens(torch.tensor([0.0, bad, 1.0]), 0.5)
 
 
-def gone(method, d=0.3, keep_eos=False, seed=0):
+def gone(method, d=0.3, keep_eos=False, **more):
     tokens, losses = hand_made()
     entries = ranked_entries(tokens, keep_eos, 9)
-    keep = discard(method, tokens, method_scores(method, tokens, losses, seed, entries), d, entries)
-    assert keep[~tokens.response].all()
+    keep, scores = choose(method, Candidates(tokens, entries, losses, **more), d)
+    assert keep[~tokens.response].all() and (scores is None or len(scores) == len(entries))
     return (~keep).nonzero().squeeze(1).tolist()
 
 
@@ -85,6 +85,61 @@ def test_sample_all_is_told_how_many_rows_hold_harm():
 def test_random_draws_the_same_count_by_seed():
     assert len(gone("random")) == 3 and gone("random") == gone("random")
     assert gone("random", seed=1) != gone("random", seed=2)
+
+
+def test_local_cuts_in_each_row_by_itself():
+    assert gone("local", d=0.5) == [1, 6, 8, 12]  # 1 of 2 (equal scores: the earlier), 1 of 3, 2 of 5
+    assert gone("local", d=0.3) == [8]  # floor(0.3 * 5) = 1 in the last row, none in the others
+
+
+def test_first_k_takes_the_beginnings_of_all_rows():
+    assert gone("first-k", d=0.3) == [1, 4, 8]
+    assert gone("first-k", d=0.5) == [1, 2, 4, 5, 8]  # the first of each, then the second of each, the earlier row first
+
+
+def test_the_corners_of_the_weighted_score():
+    tokens, losses = hand_made()
+    losses["loss_degraded"] = torch.tensor([0, 2.0, 0.5, 0, 4, 1, 6, 0, 3, 0.1, 0.2, 7, 0])
+    entries = ranked_entries(tokens, False, 9)
+    for weights, corner in [((1, 1), "toss"), ((0, 1), "degraded-only"), ((1, 0), "utility-only")]:
+        keep, _ = choose("weighted", Candidates(tokens, entries, losses, weights=weights), 0.4)
+        assert keep.equal(choose(corner, Candidates(tokens, entries, losses), 0.4)[0]), corner
+    scores = choose("weighted", Candidates(tokens, entries, losses, weights=(2.0, 0.5)), 0.4)[1]
+    assert scores[0] == 2 * 1.0 - 0.5 * 2.0
+
+
+def test_degraded_only_drops_what_the_degraded_model_expects():
+    tokens, losses = hand_made()
+    losses["loss_degraded"] = torch.arange(13.0)
+    keep, _ = choose("degraded-only", Candidates(tokens, ranked_entries(tokens, False, 9), losses), 0.2)
+    assert (~keep).nonzero().squeeze(1).tolist() == [1, 2]  # the lowest L^h
+
+
+def test_base_needs_the_losses_of_the_base():
+    tokens, losses = hand_made()
+    candidates = Candidates(tokens, ranked_entries(tokens, False, 9), losses)
+    with pytest.raises(InputError, match="--base"):
+        choose("base", candidates, 0.3)
+    losses["loss_base"] = losses["loss_utility"].flip(0)
+    scores = choose("base", candidates, 0.3)[1]
+    assert scores.equal((losses["loss_base"] - losses["loss_degraded"])[candidates.entries])
+
+
+def test_oracle_drops_the_truth_whatever_d():
+    assert gone("oracle", d=0) == gone("oracle", d=0.9) == [5]
+
+
+@pytest.mark.parametrize("method", ["oracle", "sample-all"])
+def test_methods_that_are_told_the_truth_need_it(method):
+    tokens, losses = hand_made()
+    tokens.harmful[:] = False
+    with pytest.raises(InputError, match="marks no harm"):
+        choose(method, Candidates(tokens, ranked_entries(tokens, False, 9), losses), 0.3)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("sft", "oracle", "sample-all", "base")])
+def test_no_method_exceeds_its_budget(method):
+    assert len(gone(method, d=0.35)) <= 3
 
 
 def test_sft_drops_nothing():

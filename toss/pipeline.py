@@ -1,5 +1,6 @@
 """The three stages that the scripts run: reference models, scores, selective fine-tuning."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,9 @@ from toss.refinement import default_samples, refine
 from toss.rows import Row, overlap, read_rows
 from toss.run import Run
 from toss.scoring import rounding_noise, score_under
-from toss.selection import METHODS, discard, method_scores, ranked_entries
+from toss.selection import METHODS, UNSCORED, Candidates, choose, ranked_entries
 from toss.settings import TRAINING, Settings
 from toss.training import train
-
-UNSCORED = ("sft", "random")  # methods that need no reference model
 
 
 def train_references(settings: Settings) -> None:
@@ -85,17 +84,20 @@ def finetune(settings: Settings) -> None:
     """Stages 3 to 5: mask the riskiest tokens (after TOSS-Pro's rounds where asked for) and fine-tune on the rest."""
     settings = named(settings)
     run = Run(settings)
-    method, folder = settings.method, run.folder / "methods" / settings.method
+    method, folder = settings.method, run.folder / "methods" / settings.name
     base = Base(run)
     tokens, losses, sources = scored_tokens(run, needed=method not in UNSCORED)
     entries = ranked_entries(tokens, settings.keep_eos, run.tokenizer.eos_id)
     names = TRAINING + (() if method == "sft" else ("discard", "keep_eos"))
+    names += ("weight_utility", "weight_degraded") if method == "weighted" else ()
     recipe = {**run.recipe(names, method=method, **sources), "dtype": base.dtypes["train"]}
     if method == "toss-pro":
         k, reference = settings.pro_samples or default_samples(tokens), degraded_recipe(run)
         base.dtypes["score"] = made_from(run.folder / "scores.safetensors").get("dtype", base.dtypes["score"])
-        recipe |= {"rounds": settings.pro, "samples": k, "reference": reference, "score_dtype": base.dtypes["score"]}
-    if not run.is_done(f"methods/{method}", folder, recipe, ("selection.safetensors", *(f"model/{name}" for name in ADAPTER))):
+        recipe |= {"rounds": settings.pro, "samples": k, "reference": reference, "score_dtype": base.dtypes["score"],
+                   "pro_train": settings.pro_train}
+    parts = ("selection.safetensors", *(f"model/{name}" for name in ADAPTER))
+    if not run.is_done(f"methods/{settings.name}", folder, recipe, parts):
         with written_beside(folder, whole=True) as beside:
             cost = {}
             if method == "toss-pro":
@@ -103,31 +105,38 @@ def finetune(settings: Settings) -> None:
                 again = replace(settings, **reference["settings"])  # theta^h is trained as it was
                 losses, cost["refining"] = refine(base, harmful, tokens, losses, entries, again, settings.pro, k, beside, sources)
                 sources["scores_sha256"] = file_hash(beside / f"round-{settings.pro}" / "scores.safetensors")
-            scores = method_scores(method, tokens, losses, settings.seed, entries)
-            keep = discard(method, tokens, scores, settings.discard, entries)
+            weights = (settings.weight_utility, settings.weight_degraded)
+            keep, scores = choose(method, Candidates(tokens, entries, losses, settings.seed, weights), settings.discard)
             note = {**run.identity, **sources, "method": method, "discard": str(settings.discard),
                     "tokens_sha256": tokens.fingerprint(), "discarded": str(int((~keep).sum())), "ranked": str(len(entries))}
             ranked_by = {} if scores is None else {"score": torch.zeros(len(keep)).index_put((entries,), scores)}
             save_tensors({"keep": keep, **ranked_by}, beside / "selection.safetensors", note)
-            cost |= train(base.load("train"), tokens, keep, settings, base.budget, method, base.log(method))
+            cost |= train(base.load("train"), tokens, keep, settings, base.budget, settings.name, base.log(settings.name))
             save_adapter(base.model, beside / "model", reference_note(method, run, **sources))
-        run.finish(f"methods/{method}", recipe, cost)
-        report(method, folder, cost)
-        print(f"{method}: {int((~keep).sum())} of {len(entries)} response tokens discarded, "
+        run.finish(f"methods/{settings.name}", recipe, cost)
+        report(settings.name, folder, cost)
+        print(f"{settings.name}: {int((~keep).sum())} of {len(entries)} response tokens discarded, "
               f"{whole_rows(tokens, keep)} rows lost all of theirs")
     if settings.merge:
         merge(base, folder / "model")
 
 
 def named(settings: Settings) -> Settings:
-    """The settings with the method that they amount to: `--method toss --pro T` is toss-pro, which has one round or more."""
+    """The settings with the method that they amount to, and the name of its folder.
+
+    `--method toss --pro T` is toss-pro, which has one round or more. The folder bears the method's name unless --name
+    gives another; that of the method `base` is base-reference.
+    """
     if settings.method not in METHODS:
         raise InputError(f"--method {settings.method!r} is unknown; there are {', '.join(METHODS)}")
     if settings.pro and settings.method not in ("toss", "toss-pro"):
         raise InputError("--pro goes with --method toss")
     if settings.method == "toss-pro" or settings.pro:
-        return replace(settings, method="toss-pro", pro=settings.pro or 1)
-    return settings
+        settings = replace(settings, method="toss-pro", pro=settings.pro or 1)
+    name = settings.name or {"base": "base-reference"}.get(settings.method, settings.method)
+    if name == "base" or not re.fullmatch(r"[\w.=+-]*\w[\w.=+-]*", name):
+        raise InputError(f"--name {name!r} cannot name a folder under methods/ (and `base` is the base model in every table)")
+    return replace(settings, name=name)
 
 
 def degraded_recipe(run: Run) -> dict:
@@ -172,7 +181,8 @@ def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], di
         harmful = tensors["harmful"].bool() if "harmful" in tensors else torch.zeros_like(response)
         left_out = (int(made_from(path).get(name, 0)) for name in ("skipped", "cut"))
         tokens = Tokens(tensors["input_ids"], tensors["offsets"], response, harmful, settings.custom, *left_out)
-        losses = {name: tensors[name] for name in ("loss_utility", "loss_degraded")}
+        losses = {name: tensors[name] for name in ("loss_utility", "loss_degraded", "loss_base")
+                  if name in tensors or name != "loss_base"}
     except (SafetensorError, KeyError) as error:
         raise InputError(f"{path}: not a scores file ({error})") from None
     for name, loss in losses.items():

@@ -11,6 +11,7 @@ from model.files import file_hash, save_tensors
 from toss.base import Base, reference_note
 from toss.dataset import Tokens, concatenate, take
 from toss.scoring import score_under
+from toss.selection import select_tokens
 from toss.settings import Settings
 from toss.training import train
 
@@ -37,8 +38,12 @@ def refine(base: Base, harmful: Tokens, custom: Tokens, losses: dict[str, Tensor
         lines = [added_line(base, custom, row, int(entries[index]), float(scores[index])) for row, index in found]
         (place / "added.jsonl").write_text("".join(lines), encoding="utf-8")
 
-        data = concatenate(harmful, take(custom, added))
-        cost = train(base.load("train"), data, torch.ones_like(data.response), settings, base.budget, stage, base.log(stage))
+        data, learn = concatenate(harmful, take(custom, added)), torch.ones_like(custom.response)
+        if settings.pro_train == "top":
+            learn[entries] = ~select_tokens(scores, settings.discard)
+        learned = [learn[custom.offsets[i] : custom.offsets[i + 1]] for i in added]
+        learn = torch.cat((torch.ones_like(harmful.response), *learned))
+        cost = train(base.load("train"), data, learn, settings, base.budget, stage, base.log(stage))
         note = reference_note("degraded", base.run, **sources, added_rows=json.dumps(added))
         save_adapter(base.model, place / "degraded", note)
         scored, scoring = score_under(base, custom, {"loss_degraded": place / "degraded"})

@@ -1,19 +1,17 @@
 """Which tokens stay in the loss: the paper's global ranking, and the plain alternatives that it is compared with.
 
-A method turns the losses of the references into one number a response token; `select_tokens` drops the highest. The
-tokens that compete are given by `entries`, their places in the flat arrays of toss/dataset.py. To add a method, add
-its line to `method_scores`.
+A method is two things: what it ranks the competing tokens by, and where it cuts. Both stand in METHODS, at the end of
+this file; to add a method, add its line there.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.errors import InputError
 from toss.dataset import Tokens
-
-METHODS = ("toss", "toss-pro", "sft", "random", "sample", "sample-all")
 
 
 def select_tokens(scores: Tensor, d: float) -> Tensor:
@@ -54,45 +52,126 @@ def ranked_entries(tokens: Tokens, keep_eos: bool, eos_id: int) -> Tensor:
     return competes.nonzero().squeeze(1)
 
 
-def method_scores(method: str, tokens: Tokens, losses: dict[str, Tensor], seed: int, entries: Tensor) -> Tensor | None:
-    """The number that a method ranks by, float [n] for the competing tokens `entries`; None where nothing is dropped.
+@dataclass
+class Candidates:
+    """The n tokens that compete, and what is known of them."""
 
-    losses: `loss_utility` and `loss_degraded`, float32 [N] each, for the methods that need them. Methods:
-      sft         nothing goes: plain fine-tuning
-      random      random numbers, drawn by `seed`
-      toss        S = L^u - L^h of the token (toss-pro: the same, under the refined degraded model)
-      sample      the mean S of the token's row; whole rows go, as many as fit into d of the tokens
-      sample-all  the same, but the N highest rows go, N = the true number of rows with harm: it is told the truth
+    tokens: Tokens
+    entries: Tensor  # int64 [n]: their places in the flat arrays, see ranked_entries
+    losses: dict[str, Tensor]  # float32 [N] each: loss_utility, loss_degraded, and loss_base where it was asked for
+    seed: int = 0  # of the random method
+    weights: tuple[float, float] = (1.0, 1.0)  # alpha and beta of the weighted score
+
+    def loss(self, model: str) -> Tensor:
+        """L of the competing tokens under "utility", "degraded" or "base", float32 [n]."""
+        if f"loss_{model}" not in self.losses:
+            flag = " --base --overwrite" if model == "base" else ""
+            raise InputError(f"the losses under the {model} model are not in scores.safetensors: run score.py{flag}")
+        return self.losses[f"loss_{model}"][self.entries]
+
+    def rows(self) -> Tensor:
+        """The row of each, int64 [n]."""
+        return self.tokens.row_of(self.entries)
+
+    def truth(self) -> Tensor:
+        """Which of them are harmful by the rows' ground truth, bool [n]; InputError where there is none."""
+        if not self.tokens.harmful.any():
+            raise InputError("this method is told the truth, but the custom set marks no harm (`harmful` in its rows)")
+        return self.tokens.harmful[self.entries]
+
+
+def risk(c: Candidates) -> Tensor:
+    """The paper's score S = L^u - L^h."""
+    return c.loss("utility") - c.loss("degraded")
+
+
+def weighted(c: Candidates) -> Tensor:
+    """alpha L^u - beta L^h. (1, 1) ranks as toss does, (0, 1) as degraded-only, (1, 0) as utility-only."""
+    return c.weights[0] * c.loss("utility") - c.weights[1] * c.loss("degraded")
+
+
+def mean_risk(c: Candidates) -> Tensor:
+    """The mean S of the token's row, the same for all of its tokens."""
+    rows = c.rows()
+    sums = torch.zeros(c.tokens.rows, dtype=torch.float64).index_add_(0, rows, risk(c).double())
+    return (sums / torch.bincount(rows, minlength=c.tokens.rows))[rows].float()
+
+
+def earliness(c: Candidates) -> Tensor:
+    """Minus the token's place among the response tokens of its row."""
+    rows = c.rows()
+    first = torch.searchsorted(rows, rows)  # where the row begins among the competing tokens
+    return (first - torch.arange(len(rows))).float()
+
+
+def everywhere(scores: Tensor, d: float, c: Candidates) -> Tensor:
+    """The highest floor(d n) of all rows together: the paper's rule. Every cut returns gone: bool [n]."""
+    return ~select_tokens(scores, d)
+
+
+def in_each_row(scores: Tensor, d: float, c: Candidates) -> Tensor:
+    """The highest floor(d L_i) of each row by itself."""
+    rows = c.rows()
+    order = scores.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]  # by row, and the riskiest first within one
+    place = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
+    sizes = torch.bincount(rows, minlength=c.tokens.rows)[rows]
+    return torch.zeros(len(rows), dtype=torch.bool).index_put((order,), place < (d * sizes + 1e-9).floor())
+
+
+def whole_rows(scores: Tensor, d: float, c: Candidates) -> Tensor:
+    """Whole rows, the riskiest first, as many as fit into d of the tokens."""
+    order, sizes = rows_by_risk(scores, c)
+    fit = int((sizes[order].cumsum(0) <= math.floor(d * len(scores) + 1e-9)).sum())
+    return torch.isin(c.rows(), order[:fit])
+
+
+def as_many_rows_as_hold_harm(scores: Tensor, d: float, c: Candidates) -> Tensor:
+    """The N riskiest rows, whatever d: N is the true number of rows with harm."""
+    truth = c.truth()
+    return torch.isin(c.rows(), rows_by_risk(scores, c)[0][: len(c.rows()[truth].unique())])
+
+
+def rows_by_risk(scores: Tensor, c: Candidates) -> tuple[Tensor, Tensor]:
+    """Rows from the riskiest on (scores are equal within a row), and how many tokens of each compete."""
+    rows = c.rows()
+    of_row = torch.full((c.tokens.rows,), -torch.inf).index_put((rows,), scores)
+    return of_row.argsort(descending=True, stable=True), torch.bincount(rows, minlength=c.tokens.rows)
+
+
+def the_truth(scores: Tensor, d: float, c: Candidates) -> Tensor:
+    """Exactly the harmful tokens, whatever d."""
+    return c.truth()
+
+
+# name: (what it ranks by, where it cuts)
+METHODS = {
+    "toss": (risk, everywhere),
+    "toss-pro": (risk, everywhere),  # S under the refined degraded model
+    "sft": (None, None),  # nothing goes: plain fine-tuning
+    "random": (lambda c: torch.rand(len(c.entries), generator=torch.Generator().manual_seed(c.seed)), everywhere),
+    "first-k": (earliness, everywhere),  # the first tokens of every response
+    "local": (risk, in_each_row),
+    "sample": (mean_risk, whole_rows),
+    "sample-all": (mean_risk, as_many_rows_as_hold_harm),
+    "degraded-only": (lambda c: -c.loss("degraded"), everywhere),
+    "utility-only": (lambda c: c.loss("utility"), everywhere),
+    "base": (lambda c: c.loss("base") - c.loss("degraded"), everywhere),  # theta^0 in place of theta^u
+    "weighted": (weighted, everywhere),
+    "oracle": (lambda c: c.truth().float(), the_truth),
+}
+UNSCORED = ("sft", "random", "first-k", "oracle")  # these need no reference model
+
+
+def choose(method: str, candidates: Candidates, d: float) -> tuple[Tensor, Tensor | None]:
+    """The mask of a method: keep, bool [N], True everywhere but at the discarded response tokens.
+
+    Also the scores that it ranked by, float [n] for the competing tokens, or None where it ranks by nothing.
     """
-    if method == "sft":
-        return None
-    if method == "random":
-        return torch.rand(len(entries), generator=torch.Generator().manual_seed(seed))
-    scores = (losses["loss_utility"] - losses["loss_degraded"])[entries]
-    if method in ("sample", "sample-all"):
-        rows = tokens.row_of(entries)
-        sums = torch.zeros(tokens.rows, dtype=torch.float64).index_add_(0, rows, scores.double())
-        return (sums / torch.bincount(rows, minlength=tokens.rows))[rows].float()
-    return scores
-
-
-def discard(method: str, tokens: Tokens, scores: Tensor | None, d: float, entries: Tensor) -> Tensor:
-    """keep: bool [N], True everywhere but at the response tokens that the method discards. See method_scores."""
-    keep = torch.ones(len(tokens.input_ids), dtype=torch.bool)
-    if scores is None:
-        return keep
-    if method not in ("sample", "sample-all"):
-        keep[entries] = select_tokens(scores, d)
-        return keep
-    rows = tokens.row_of(entries)
-    of_row = torch.full((tokens.rows,), -torch.inf).index_put((rows,), scores)  # equal within a row
-    order = of_row.argsort(descending=True, stable=True)
-    if method == "sample":
-        sizes = torch.bincount(rows, minlength=tokens.rows)[order]
-        gone = order[: int((sizes.cumsum(0) <= math.floor(d * len(entries) + 1e-9)).sum())]
-    elif not tokens.harmful.any():
-        raise InputError("sample-all is told the true number of harmful rows, but the custom set carries no ground truth")
-    else:
-        gone = order[: len(tokens.row_of(tokens.harmful.nonzero().squeeze(1)).unique())]
-    keep[entries[torch.isin(rows, gone)]] = False
-    return keep
+    keep = torch.ones(len(candidates.tokens.input_ids), dtype=torch.bool)
+    rank, cut = METHODS[method]
+    if rank is None:
+        return keep, None
+    scores = rank(candidates)
+    keep[candidates.entries[cut(scores, d, candidates)]] = False
+    return keep, scores

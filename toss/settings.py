@@ -37,12 +37,19 @@ class Settings:
     template: str | None = option(None, "prompt form (default: the checkpoint's chat template if it has one, else human)",
                                   choices=["chat", "human"])
     max_length: int = option(2048, "tokens a row: a longer response is cut on the right")
-    method: str = option("toss", "way of fine-tuning: toss, toss-pro, sft, random, sample or sample-all; see toss/selection.py",
-                         ("select",))
+    method: str = option("toss", "way of fine-tuning: toss, toss-pro, sft, random, first-k, local, sample, sample-all, "
+                         "degraded-only, utility-only, base, weighted or oracle; see toss/selection.py", ("select",))
+    name: str | None = option(None, "folder under RUN/methods (default: the method), to keep several settings apart",
+                              ("select",))
     discard: float = option(0.1, "d, the share of the response tokens to discard", ("select",))
     keep_eos: bool = option(False, "never discard the end-of-sequence token, and leave it out of the count", ("select",))
     pro: int = option(0, "TOSS-Pro: T, the rounds of refining the degraded model (0: plain TOSS)", ("select",))
     pro_samples: int | None = option(None, "TOSS-Pro: k, rows added a round (default: 6 %% of the custom rows)", ("select",))
+    pro_train: str = option("rows", "TOSS-Pro: an added row's tokens that the degraded model learns: the whole row's (the "
+                            "paper), or only those among the top d (see toss/refinement.py)", ("select",),
+                            choices=["rows", "top"])
+    weight_utility: float = option(1.0, "alpha of --method weighted, which ranks by alpha L^u - beta L^h", ("select",))
+    weight_degraded: float = option(1.0, "beta of --method weighted", ("select",))
     merge: bool = option(False, "also write the merged checkpoint", ("select",))
     base: bool = option(False, "also score under the base model (loss_base)", ("score",))
     lr: float = option(1e-5, "learning rate of AdamW", ("train", "select"))
@@ -76,6 +83,8 @@ class Settings:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if not (0 < self.lr < math.inf and 0 < self.alpha < math.inf):
             raise InputError("--lr and --alpha must be above 0, and finite")
+        if not (math.isfinite(self.weight_utility) and math.isfinite(self.weight_degraded)):
+            raise InputError("--weight-utility and --weight-degraded must be finite")
         if self.pro < 0 or not 0 <= self.seed < 2**63:
             raise InputError("--pro and --seed must be 0 or more, and --seed below 2^63")
         if self.pro_samples and not self.pro and self.method != "toss-pro":
@@ -149,4 +158,4 @@ def demo_values(script: str) -> dict:
     stage = demo["reference" if script == "train" else "finetune"]
     if unknown := set(stage) - {f.name for f in fields(Settings)}:
         raise InputError(f"{DEMO}: unknown settings {sorted(unknown)}")
-    return {**values, "discard": demo["discard"], **stage}
+    return {**values, "discard": demo["discard"], "base": True, **stage}
