@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import InputError
-from toss.audit.figures import histogram, line_chart, ticks, whole_steps, write_svg
+from toss.audit.figures import enclosing_ticks, histogram, line_chart, write_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -97,12 +97,10 @@ def test_what_cannot_be_drawn_is_refused():
         line_chart({"a": [(0, 1), (1, 1, 0, 2)]}, "t", "x", "y")
 
 
-@pytest.mark.parametrize(("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-2.5, 7, [-2, 0, 2, 4, 6]),
-                                                       (3, 29, [5, 10, 15, 20, 25])])  # fmt: skip
-def test_ticks_are_round(low, high, expected):
-    assert ticks(low, high, 6) == pytest.approx(expected)
-    bottom, top = whole_steps((low, high))
-    assert bottom <= low and top >= high and ticks(bottom, top, 6)[0] == pytest.approx(bottom)
+@pytest.mark.parametrize(("bounds", "expected"), [((0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1]), ((-2.5, 7), [-4, -2, 0, 2, 4, 6, 8]),
+                                                  ((0, 13), [0, 5, 10, 15]), ((3, 3), [3, 3.2, 3.4, 3.6, 3.8, 4])])  # fmt: skip
+def test_ticks_are_round_and_enclose_the_range(bounds, expected):
+    assert enclosing_ticks(bounds) == pytest.approx(expected)
 
 
 def test_a_chart_is_written_whole(tmp_path):

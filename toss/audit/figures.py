@@ -30,12 +30,16 @@ FONT, CHARACTER = 14, 8  # text height and, for the layout, the width of a chara
 
 @dataclass
 class Axes:
-    """The plotting area: values from x = (low, high) and y = (low, high) onto the drawing, `top` units below its edge."""
+    """The plotting area: values from x = (low, high) and, upward, the first to the last y tick, onto the drawing."""
 
     x: tuple[float, float]
-    y: tuple[float, float]
-    top: float
-    log_y: bool = False  # y holds log10 of what the ticks say
+    y_ticks: list[float]
+    top: float  # units below the drawing's upper edge
+    log_y: bool = False  # y is log10 of what the ticks say
+
+    @property
+    def y(self) -> tuple[float, float]:
+        return self.y_ticks[0], self.y_ticks[-1]
 
     def at(self, x: float, y: float) -> str:
         """A point of the drawing, as "x,y"."""
@@ -62,7 +66,7 @@ def line_chart(lines: dict[str, list[tuple]], title: str, x_label: str, y_label:
         return empty(title)
     x = spread([point[0] for point in drawn])
     y = spread([value for point in drawn for value in point[1:]] + list(y_range or ()))
-    axes = Axes(x, whole_steps(y), 24 + 22 * len(wrapped(title)))
+    axes = Axes(x, enclosing_ticks(y), 24 + 22 * len(wrapped(title)))
     bands, strokes = [], []  # no band covers a line
     for k, points in enumerate(lines.values()):
         colour = COLOURS[k % len(COLOURS)]
@@ -103,7 +107,7 @@ def histogram(groups: dict[str, Sequence[float] | Tensor], title: str, x_label: 
     else:
         floor = 0
     top = 0 if log_y else max(share for group in shares.values() for share in group)
-    axes = Axes((low, high), whole_steps((floor, top), log_y), 24 + 22 * len(wrapped(title)), log_y)
+    axes = Axes((low, high), enclosing_ticks((floor, top), log_y), 24 + 22 * len(wrapped(title)), log_y)
     fills, strokes = [], []
     for k, group in enumerate(shares.values()):
         edge = [axes.at(low, floor)]
@@ -132,12 +136,12 @@ def document(title: str, x_label: str, y_label: str, axes: Axes, shapes: list[st
     """The whole drawing. sign(k, "x,y"): the k-th legend entry's marker."""
     (low, high), (bottom, top) = axes.x, axes.y
     parts = heading(title)
-    for tick in ticks(bottom, top, 6, axes.log_y):
+    for tick in axes.y_ticks:
         x, y = axes.at(low, tick).split(",")
         parts.append(f'<path d="M{x} {y}H{WIDTH - RIGHT}" stroke="{"#808080" if tick == 0 and bottom < 0 else "#E0E0E0"}"/>')
         parts.append(text(LEFT - 8, float(y) + 5, f"{10.0**tick:g}" if axes.log_y else number(tick, top - bottom), "end"))
     floor = axes.top + PLOT
-    for tick in ticks(low, high, 8):
+    for tick in ticks(low, high, step(low, high, 8)):
         x = axes.at(tick, bottom).split(",")[0]
         parts.append(f'<path d="M{x} {floor}v5" stroke="#404040"/>')
         parts.append(text(float(x), floor + 20, number(tick, high - low), "middle"))
@@ -217,18 +221,16 @@ def step(low: float, high: float, most: int) -> float:
     return next(power * m for m in (1, 2, 5, 10, 20) if (high - low) / (power * m) <= most * (1 + 1e-9))
 
 
-def whole_steps(bounds: tuple[float, float], log: bool = False) -> tuple[float, float]:
-    """A range widened to whole steps, so that ticks stand at both ends."""
+def ticks(low: float, high: float, size: float) -> list[float]:
+    """The multiples of `size` in a range."""
+    return [k * size for k in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
+
+
+def enclosing_ticks(bounds: tuple[float, float], powers: bool = False) -> list[float]:
+    """Round numbers of which the first and the last lie at the ends of a range or outside; `powers`: whole numbers only."""
     low, high = bounds if bounds[0] < bounds[1] else (bounds[0], bounds[0] + 1)
-    size = max(1.0, step(low, high, 6)) if log else step(low, high, 6)
-    return size * math.floor(low / size + 1e-9), size * math.ceil(high / size - 1e-9)
-
-
-def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Round numbers in a range, at most about `most` steps; `whole`: integers only (powers of ten)."""
-    size = max(1.0, step(low, high, most)) if whole else step(low, high, most)
-    first, last = math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9)
-    return [k * size for k in range(first, last + 1)]
+    size = max(1.0, step(low, high, 6)) if powers else step(low, high, 6)
+    return ticks(size * math.floor(low / size + 1e-9), size * math.ceil(high / size - 1e-9), size)
 
 
 def number(value: float, width: float) -> str:
