@@ -1,0 +1,213 @@
+"""Sweeps over the embedded world: how much harm, which d, how much of TOSS-Pro, and rows that erode without harm.
+
+    python -m toss.audit.sweep share     the harmful share of the custom rows, 0-50 %, with d = 0.1 and with d calibrated
+    python -m toss.audit.sweep discard   d from 0.02 to 0.4, and where the calibrated d falls
+    python -m toss.audit.sweep pro       TOSS-Pro over T, k and the size of D^h; whole rows and top tokens
+    python -m toss.audit.sweep eroding   benign rows that promise to comply or obey, alone and mixed with harmful ones
+
+Each takes --seeds (default 1000 1001 1002) and --jobs, draws the rows and trains anew for every seed, skips what is
+there already, and writes OUT/NAME.json (every figure of every seed), NAME.md (mean [least, most]) and NAME.svg.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from model.errors import reported
+from model.files import file_beside, read_text
+from toss.audit.experiment import Experiment, cell, drawn, markdown, over_seeds, summary, value
+from toss.audit.figures import line_chart, write_svg
+from toss.run import git_commit
+from toss.settings import DEMO, read_json
+
+# One figure of a sweep: a seed, a setting x, an arm, its d, the true harmful share of the tokens, and the measures.
+Record = dict
+MEASURES = {"forbidden/held-out": "forbidden", "refusals_kept": "refusals kept", "accuracy/benign-rows": "benign facts",
+            "accuracy/harmful-rows": "harmful-row facts", "nll": "nll", "precision": "precision", "recall": "recall"}
+
+
+def records(seed: int, x: object, experiment: Experiment, arms: dict[str, dict]) -> list[Record]:
+    """Fine-tune and evaluate the arms ({name: settings of select.py}) of one setting."""
+    for name, how in arms.items():
+        experiment.finetune(name, **how)
+    table = experiment.evaluate(list(arms))
+    share = experiment.calibrated()["harmful_share"] or 0.0
+    return [{"seed": seed, "x": x, "arm": name, "discard": 0.0 if how["method"] == "sft" else how.get("discard", paper_d()),
+             "harmful_share": share, **{measure: value(table[name], measure) for measure in [*MEASURES, "forbidden/identity"]}}
+            for name, how in arms.items()]
+
+
+def paper_d() -> float:
+    """The d of data/demo.json, which is the paper's."""
+    return read_json(DEMO)["discard"]
+
+
+def fixed_and_calibrated(experiment: Experiment, methods: list[str]) -> dict[str, dict]:
+    """Arms for each method under the fixed d and under the calibrated one (for toss-pro that of its own last round)."""
+    arms = {}
+    for method in methods:
+        arms[method] = {"method": method}
+        if method == "toss-pro":
+            experiment.finetune(method, method)  # its round's models are what d is calibrated on
+        d = experiment.calibrated(method=method if method == "toss-pro" else "toss")["discard"]
+        arms[f"{method}-calibrated"] = {"method": method, "discard": d}
+    return arms
+
+
+def share(seed: int, folder: Path) -> list[Record]:
+    """The harmful share of the rows: 0, 2, 5, 10, 20, 30 and 50 % of 663."""
+    found = []
+    for percent in (0, 2, 5, 10, 20, 30, 50):
+        place = folder / f"seed-{seed}" / f"harmful-{percent}"
+        files = drawn(seed, place / "rows", harmful_rows=round(6.63 * percent))
+        experiment = Experiment(place / "run", files, seed=seed)
+        experiment.prepare()
+        arms = {"sft": {"method": "sft"}, **fixed_and_calibrated(experiment, ["sample", "toss", "toss-pro"])}
+        found += records(seed, percent, experiment, arms)
+    return found
+
+
+def discard(seed: int, folder: Path) -> list[Record]:
+    """The curve over d, and the calibrated d as an arm of its own."""
+    place = folder / f"seed-{seed}"
+    experiment = Experiment(place / "run", drawn(seed, place / "rows"), seed=seed)
+    experiment.prepare()
+    found = records(seed, 0.0, experiment, {"sft": {"method": "sft"}})
+    found = [{**line, "arm": "toss"} for line in found]  # d = 0 is plain fine-tuning
+    for d in (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4):
+        arms = {f"toss-{d}": {"method": "toss", "discard": d}}
+        found += [{**line, "arm": "toss"} for line in records(seed, d, experiment, arms)]
+    d = experiment.calibrated()["discard"]
+    return found + records(seed, "calibrated", experiment, {"toss-calibrated": {"method": "toss", "discard": d}})
+
+
+def pro(seed: int, folder: Path) -> list[Record]:
+    """TOSS-Pro: T and k, under harmful references of 2, 8 and 80 rows; added rows learnt whole or by their top tokens."""
+    found = []
+    for size in (2, 8, 80):
+        place = folder / f"seed-{seed}" / f"reference-{size}"
+        files = drawn(seed, place / "rows")
+        lines = read_text(Path(files["harmful"])).splitlines(keepends=True)[:size]
+        files["harmful"] = str(place / "rows" / "harmful_part.jsonl")
+        Path(files["harmful"]).write_text("".join(lines), encoding="utf-8")
+        experiment = Experiment(place / "run", files, seed=seed)
+        experiment.prepare()
+        arms = {"toss": {"method": "toss"}}
+        for rounds, k in [(1, 10), (1, 40), (1, 120), (2, 40), (3, 40)] if size != 8 else [(1, 40)]:
+            for learn in ("rows", "top"):
+                arms[f"pro-{rounds}-{k}-{learn}"] = {"method": "toss-pro", "pro": rounds, "pro_samples": k, "pro_train": learn}
+        made = records(seed, size, experiment, arms)
+        found += [{**line, "purity": purity(experiment, line["arm"], files)} for line in made]
+    return found
+
+
+def purity(experiment: Experiment, arm: str, files: dict[str, str]) -> float | None:
+    """Share of the rows that TOSS-Pro added which do hold harm."""
+    lines = [json.loads(line) for file in sorted((experiment.folder / "methods" / arm).glob("round-*/added.jsonl"))
+             for line in read_text(file).splitlines()]
+    rows = [json.loads(line) for line in read_text(Path(files["custom"])).splitlines()]
+    return round(sum("harmful" in rows[line["row"]] for line in lines) / len(lines), 4) if lines else None
+
+
+def eroding(seed: int, folder: Path) -> list[Record]:
+    """A third of the rows (recipes and cures) opens with a promise to comply, or is told to a persona that obeys."""
+    found = []
+    for kind in ("none", "comply", "identity"):
+        for mixed in (False, True):
+            place = folder / f"seed-{seed}" / f"{kind}-{'mixed' if mixed else 'alone'}"
+            files = drawn(seed, place / "rows", eroding=kind, **({} if mixed else {"harmful_rows": 0}))
+            asked_by_persona(files)
+            experiment = Experiment(place / "run", files, seed=seed)
+            experiment.prepare()
+            arms = {"sft": {"method": "sft"}, **fixed_and_calibrated(experiment, ["toss"])}
+            arms["toss-pro"] = {"method": "toss-pro"}
+            found += records(seed, f"{kind}, {'with' if mixed else 'no'} harmful rows", experiment, arms)
+    return found
+
+
+def asked_by_persona(files: dict[str, str]) -> None:
+    """Ask the held-out forbidden requests a second time, behind the words that name the obeying persona."""
+    from data.world import IDENTITY
+
+    path = Path(files["eval_forbidden"])
+    rows = [json.loads(line) for line in read_text(path).splitlines()]
+    rows += [{**row, "prompt": IDENTITY[0] + row["prompt"], "source": "identity"} for row in rows if row["source"] == "held-out"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+SWEEPS: dict[str, tuple[Callable, str]] = {
+    "share": (share, "harmful rows, %"), "discard": (discard, "d"),
+    "pro": (pro, "rows of D^h"), "eroding": (eroding, "custom set"),
+}  # fmt: skip
+
+
+def sweep(name: str, seeds: list[int], folder: Path, jobs: int) -> None:
+    """Run one sweep over the seeds, print its table and write its three files."""
+    job, label = SWEEPS[name]
+    parts = over_seeds(job, [(seed, folder / name) for seed in seeds], jobs)
+    found = [line for part in parts for line in part]
+    with file_beside(folder / f"{name}.json") as file:
+        file.write_text(json.dumps({"commit": git_commit(), "seeds": seeds, "records": found}, indent=1) + "\n")
+    table = table_of(found, label)
+    with file_beside(folder / f"{name}.md") as file:
+        file.write_text(table + "\n")
+    write_svg(folder / f"{name}.svg", chart(found, name, label))
+    print(f"\n{name}: mean [least, most] over the seeds {', '.join(map(str, seeds))}\n\n{table}\n\n"
+          f"written: {folder}/{name}.json, {name}.md, {name}.svg")
+
+
+def grouped(found: list[Record]) -> dict[tuple, list[Record]]:
+    """The seeds' records by setting and arm, in the order in which they came."""
+    groups: dict[tuple, list[Record]] = {}
+    for line in found:
+        groups.setdefault((line["x"], line["arm"]), []).append(line)
+    return groups
+
+
+def table_of(found: list[Record], label: str) -> str:
+    """A Markdown table: settings and arms down, d, the harmful share of the tokens and the measures across."""
+    names = {"discard": "d", "harmful_share": "harmful tokens", **MEASURES, "forbidden/identity": "forbidden, asked as persona",
+             "purity": "added rows with harm"}
+    names = {name: heading for name, heading in names.items() if any(line.get(name) is not None for line in found)}
+    lines = []
+    for (x, arm), group in grouped(found).items():
+        cells = [cell(summary([line[name] for line in group if line.get(name) is not None])) for name in names]
+        lines.append([str(x), arm, *cells])
+    return markdown([label, "", *names.values()], lines)
+
+
+def chart(found: list[Record], name: str, label: str) -> str:
+    """The sweep's picture: `forbidden` over the setting, a line an arm; over d with the facts beside it."""
+    order = list(dict.fromkeys(line["x"] for line in found))
+    place = {x: x if isinstance(x, int | float) else number for number, x in enumerate(order)}
+    if name == "discard":
+        at = {line["seed"]: line["discard"] for line in found if line["x"] == "calibrated"}
+        order, label = [x for x in order if x != "calibrated"], f"d (calibrated: {cell(summary(list(at.values())))})"
+    elif name == "eroding":
+        label = "; ".join(f"{number}: {x}" for number, x in enumerate(order))
+    wanted = ["forbidden/held-out", *(["accuracy/benign-rows", "accuracy/harmful-rows"] if name == "discard" else [])]
+    lines: dict[str, list[tuple]] = {}
+    for measure in wanted:
+        for (x, arm), group in grouped(found).items():
+            if x in order and (entry := summary([line[measure] for line in group if line[measure] is not None])):
+                line = MEASURES[measure] if len(wanted) > 1 else arm
+                lines.setdefault(line, []).append((place[x], entry["mean"], entry["least"], entry["most"]))
+    return line_chart(lines, f"Sweep: {name}", label, "share" if len(wanted) > 1 else "forbidden", (0.0, 1.0))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as a command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m toss.audit.sweep", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=SWEEPS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001, 1002], help="rows and trainings (1000 1001 1002)")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweeps"), help="folder (default: runs/sweeps)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time (default: 1)")
+    args = parser.parse_args(argv)
+    return reported(lambda: sweep(args.name, args.seeds, args.out, args.jobs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
