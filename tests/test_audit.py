@@ -78,7 +78,8 @@ def sets(tmp_path):
                                                       [("a", "x"), ("b", "x"), ("c", "y"), ("d", "seen")]]),
         "benign": write_jsonl(tmp_path / "b.jsonl", [{"prompt": "e"}, {"prompt": "f"}]),
         "utility": write_jsonl(tmp_path / "u.jsonl", [
-            {"prompt": "g", "response": "It is seven.", "answer": "seven", "source": "s"}, {"prompt": "h", "response": "Eight."}]),
+            {"prompt": "g", "response": "It is seven.", "answer": "seven", "source": "s"},
+            {"prompt": "h", "response": "Eight."}]),
     }  # fmt: skip
 
 

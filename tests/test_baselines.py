@@ -85,14 +85,15 @@ def test_rows_like_the_target_stay_and_keep_their_order(tmp_path):
 
 
 def test_rows_are_drawn_in_proportion_to_their_weights(tmp_path, monkeypatch):
-    """One of two rows, weights 3 to 1: the first in three quarters of the seeds, within three standard errors."""
-    custom = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}])
-    monkeypatch.setattr(baselines, "log_weights", lambda *_: torch.tensor([3.0, 1.0], dtype=torch.float64).log())
+    """One row of eleven, the first weighing 5 and the others 1: it is drawn by a third of the seeds, within three standard
+    errors. Two rows would not tell: the difference of two Gumbel variables is as likely as its negative."""
+    custom = write_jsonl(tmp_path / "c.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(11)])
+    monkeypatch.setattr(baselines, "log_weights", lambda *_: torch.tensor([5.0] + [1.0] * 10, dtype=torch.float64).log())
     first = 0
-    for seed in range(400):
-        dsir(custom, custom, tmp_path / "out.jsonl", keep=0.5, seed=seed)
-        first += '"a"' in (tmp_path / "out.jsonl").read_text()
-    assert abs(first / 400 - 0.75) < 3 * math.sqrt(0.75 * 0.25 / 400)
+    for seed in range(300):
+        dsir(custom, custom, tmp_path / "out.jsonl", keep=1 / 11, seed=seed)
+        first += '"p0"' in (tmp_path / "out.jsonl").read_text()
+    assert abs(first / 300 - 1 / 3) < 3 * math.sqrt(2 / 9 / 300)
 
 
 def test_the_buckets_do_not_depend_on_the_process(tmp_path):
