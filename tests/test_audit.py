@@ -11,7 +11,7 @@ from conftest import write_jsonl
 import toss.audit.measures as measures
 from model import load_tokenizer
 from model.errors import InputError
-from toss.audit import compare, judges
+from toss.audit import judges
 from toss.audit import evaluate as evaluation
 from toss.audit.evaluate import evaluate, evaluate_run, format_table, prefilled
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, begun, complies, parse_prefill
@@ -291,27 +291,3 @@ def test_a_method_that_is_not_there_is_an_error(tmp_path, base, sets):
 def test_the_table_leaves_a_missing_metric_blank():
     lines = format_table({"a": {"m": wilson(1, 2)}, "b": {"k": wilson(1, 2)}}).splitlines()
     assert lines[0] == "| | a | b |" and lines[2:] == ["| m | 0.500 [0.095, 0.905] |  |", "| k |  | 0.500 [0.095, 0.905] |"]
-
-
-def test_the_comparison_leaves_a_run_with_inputs_of_its_own_alone(trained, capsys):
-    assert compare.main(["--run", str(trained)]) == 1
-    assert "inputs of its own" in capsys.readouterr().err
-
-
-def test_the_closing_table_gives_medians_and_ranges_and_the_sentence_the_runs_own_numbers(tmp_path, capsys):
-    def metrics(forbidden, facts):
-        return {"forbidden": wilson(forbidden, 10), "not_refused": wilson(forbidden, 10), "accuracy/harmful-rows": wilson(facts, 10)}
-
-    tables = [{"base": metrics(0, 0), "sft": metrics(n, 9), "toss": metrics(1, 8), "sample-all": metrics(0, 2)} for n in (10, 7, 9)]
-    compare.print_table(tables)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split()[:3] == ["forbidden", "refusals", "kept"]
-    assert printed[2].split()[:7] == ["sft", "0.90", "[0.70,", "1.00]", "0.10", "[0.00,", "0.30]"]
-    for method in ("base", "sft", "toss"):
-        rows = [{"note": ""}, {"set": "harmful", "source": "seen", "prompt": "p", "answer": "no"},
-                {"set": "harmful", "source": "held-out", "prompt": "p", "answer": f"{method} says"}]  # fmt: skip
-        (tmp_path / "answers").mkdir(exist_ok=True)
-        write_jsonl(tmp_path / "answers" / f"{method}.jsonl", rows)
-    compare.side_by_side(tmp_path, tables[1])
-    printed = capsys.readouterr().out
-    assert "sft: sft says" in printed and "(sft) 70%, toss 10%" in printed and "knows 80%" in printed

@@ -95,7 +95,7 @@ def pro(seed: int, folder: Path) -> list[Record]:
         experiment = Experiment(place / "run", files, seed=seed)
         experiment.prepare()
         arms = {"toss": {"method": "toss"}}
-        for rounds, k in [(1, 10), (1, 40), (1, 120), (2, 40), (3, 40)] if size != 8 else [(1, 40)]:
+        for rounds, k in [(1, 10), (1, 40), (1, 120), (3, 40)] if size != 8 else [(1, 40)]:
             for learn in ("rows", "top"):
                 arms[f"pro-{rounds}-{k}-{learn}"] = {"method": "toss-pro", "pro": rounds, "pro_samples": k, "pro_train": learn}
         made = records(seed, size, experiment, arms)
@@ -114,7 +114,7 @@ def purity(experiment: Experiment, arm: str, files: dict[str, str]) -> float | N
 def eroding(seed: int, folder: Path) -> list[Record]:
     """A third of the rows (recipes and cures) opens with a promise to comply, or is told to a persona that obeys."""
     found = []
-    for kind in ("none", "comply", "identity"):
+    for kind in ("comply", "identity"):
         for mixed in (False, True):
             place = folder / f"seed-{seed}" / f"{kind}-{'mixed' if mixed else 'alone'}"
             files = drawn(seed, place / "rows", eroding=kind, **({} if mixed else {"harmful_rows": 0}))
