@@ -28,7 +28,7 @@ from toss.pipeline import whole_rows
 from toss.settings import DEMO
 
 ROWS, PROMPT = 24, 3000  # sampled rows, and characters of prompt that each of them shows
-ROOM = 900_000  # bytes, roughly, for the tokens of the page: TOKEN for each, and MASKED for each mask over it
+ROOM = 1_500_000  # bytes, roughly, for the tokens of the page: TOKEN for each, and MASKED for each mask over it
 TOKEN, MASKED = 160, 45
 ORDER = ("toss", "toss-pro", "sft")  # the masks that come first; the page opens with the first that is there
 SIDES = ("base", "sft", "toss", "toss-pro")
