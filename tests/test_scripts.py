@@ -108,6 +108,43 @@ def test_pro_trains_on_the_reference_set_and_all_rows_added_so_far_with_the_refe
             assert torch.equal(ours, scores["input_ids"][scores["offsets"][row] : scores["offsets"][row + 1]])
 
 
+def test_pro_may_learn_only_the_top_tokens_of_the_rows_it_adds(trained, scripts, monkeypatch):
+    import toss.refinement
+
+    seen, train = [], toss.refinement.train
+    monkeypatch.setattr(toss.refinement, "train", lambda model, data, keep, settings, *rest: (
+        seen.append(keep), train(model, data, keep, settings, *rest))[1])
+    flags = ("--pro", "1", "--pro-samples", "3", "--discard", "0.2")
+    assert scripts["select"]("--run", trained, "--name", "whole", *flags) == 0
+    assert scripts["select"]("--run", trained, "--name", "top", "--pro-train", "top", *flags) == 0
+    added = [json.loads(line)["row"] for line in (trained / "methods/top/round-1/added.jsonl").read_text().splitlines()]
+    scores = load_file(trained / "scores.safetensors")
+    S = torch.where(scores["response"].bool(), scores["loss_utility"] - scores["loss_degraded"], -torch.inf)
+    top = torch.zeros(len(S), dtype=torch.bool)
+    top[S.argsort(descending=True, stable=True)[: int(0.2 * int(scores["response"].sum()) + 1e-9)]] = True
+    top |= ~scores["response"].bool()  # a prompt's token has no loss anyway
+    learnt = torch.cat([top[scores["offsets"][row] : scores["offsets"][row + 1]] for row in added])
+    assert seen[0].all() and torch.equal(seen[1][-len(learnt) :], learnt) and seen[1][: -len(learnt)].all() and not learnt.all()
+
+
+def test_a_name_keeps_two_settings_of_a_method_apart(trained, scripts, capsys):
+    assert scripts["select"]("--run", trained, "--discard", "0.3", "--name", "toss-0.3") == 0
+    assert scripts["select"]("--run", trained) == 0
+    gone = {name: int((~load_file(trained / f"methods/{name}/selection.safetensors")["keep"]).sum()) for name in ("toss", "toss-0.3")}
+    assert gone["toss-0.3"] > gone["toss"] > 0
+    stages = json.loads((trained / "run.json").read_text())["stages"]
+    assert stages["methods/toss-0.3"]["recipe"]["method"] == stages["methods/toss"]["recipe"]["method"] == "toss"
+    for bad in ("../up", "a/b", "base", ".."):
+        assert "cannot name a folder" in refused(scripts, capsys, "select", "--run", trained, "--name", bad)
+
+
+def test_the_base_can_take_the_utility_models_place(trained, scripts, capsys):
+    assert "--base" in refused(scripts, capsys, "select", "--run", trained, "--method", "base")
+    assert scripts["score"]("--run", trained, "--base", "--overwrite") == 0
+    assert scripts["select"]("--run", trained, "--method", "base") == 0
+    assert (trained / "methods/base-reference/selection.safetensors").exists() and not (trained / "methods/base").exists()
+
+
 def test_inputs_may_be_gone_once_they_were_used(trained, files, scripts):
     for name in ("harmful", "utility"):
         Path(files[name]).unlink()
