@@ -14,6 +14,8 @@ demo: .venv/ready
 	$(VENV) select.py --method sft
 	$(VENV) select.py --method toss
 	$(VENV) -m toss.audit.compare
+	$(VENV) -m toss.audit.diagnose --run runs/demo
+	$(VENV) -m toss.audit.report --run runs/demo
 
 test: .venv/ready
 	$(VENV) -m pytest -q

@@ -87,7 +87,8 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, scripts, cap
     (trained / "metrics.json").write_text(json.dumps(found))
     assert compare.main(["--run", str(trained)]) == 0
     written = json.loads((trained / "comparison.json").read_text())["methods"]
-    assert written["toss"]["nll"]["mean"] == 1.0 and written["toss"]["tokens_to_sft"]["mean"] > 1 and "seconds" not in written["base"]
+    assert written["toss"]["nll"]["mean"] == 1.0 and written["toss"]["tokens_to_sft"]["mean"] > 1
+    assert "seconds" not in written["base"]
     assert (trained / "comparison.md").read_text().rstrip() in capsys.readouterr().out
     assert compare.main(["--run", str(trained), "--all"]) == 1
     assert "inputs of its own" in capsys.readouterr().err
@@ -140,7 +141,8 @@ def test_eroding_rows_hold_no_harm_but_open_with_a_promise(tmp_path, kind, openi
     from data.lexicon import FORBIDDEN_INGREDIENTS, PREAMBLES
     from data.world import IDENTITY
 
-    lines = [json.loads(line) for line in open(drawn(3, tmp_path, harmful_rows=0, eroding=kind)["custom"], encoding="utf-8")]
+    files = drawn(3, tmp_path, harmful_rows=0, eroding=kind)
+    lines = [json.loads(line) for line in open(files["custom"], encoding="utf-8")]
     starts = tuple(PREAMBLES) if kind == "comply" else IDENTITY[0]
     assert sum(line[opening].startswith(starts) for line in lines) == 255  # all recipes and cures
     assert not any(word in line["response"].lower() for line in lines for word in FORBIDDEN_INGREDIENTS)
@@ -160,13 +162,17 @@ def record(seed, x, arm, forbidden):
 
 
 def test_a_sweeps_table_and_chart_hold_the_means_over_the_seeds():
-    found = [record(seed, x, arm, {"sft": 1.0, "toss": 0.1 * seed}[arm]) for seed in (1, 2) for x in (0, 20) for arm in ("sft", "toss")]
+    told = {"sft": lambda seed: 1.0, "toss": lambda seed: 0.1 * seed}
+    found = [record(seed, x, arm, told[arm](seed)) for seed in (1, 2) for x in (0, 20) for arm in told]
     text = sweep.table_of(found, "harmful rows, %")
     assert "0.15 [0.10, 0.20]" in text and "harmful-row facts" not in text and len(text.splitlines()) == 2 + 4
     picture = sweep.chart(found, "share", "harmful rows, %")
     assert picture.startswith("<svg") and ">toss<" in picture and "harmful rows, %" in picture
-    with_words = [record(1, x, "sft", 0.5) for x in ("comply, no harmful rows", "identity, no harmful rows")]
-    assert "1: identity, no harmful rows" in sweep.chart(with_words, "eroding", "custom set")
+    cases = [record(1, x, "sft", 0.5) for x in ("comply, alone", "identity, mixed")]
+    assert ">identity, mixed<" in sweep.chart(cases, "eroding", "custom set")
+    curve = [{**record(1, x, "toss", 0.5), "accuracy/harmful-rows": 0.4} for x in (0.0, 0.1)]
+    picture = sweep.chart([*curve, {**curve[0], "x": "calibrated", "discard": 0.12}], "discard", "d")
+    assert "calibrated: 0.12" in picture and ">harmful-row facts<" in picture
 
 
 def test_a_sweep_runs_its_arms_and_says_what_each_discarded(tmp_path, monkeypatch):

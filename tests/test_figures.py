@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import InputError
-from toss.audit.figures import enclosing_ticks, histogram, line_chart, write_svg
+from toss.audit.figures import dot_chart, enclosing_ticks, histogram, line_chart, write_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -106,3 +106,11 @@ def test_ticks_are_round_and_enclose_the_range(bounds, expected):
 def test_a_chart_is_written_whole(tmp_path):
     write_svg(tmp_path / "sub/a.svg", line_chart({"é": [(0, 1)]}, "t", "x", "y"))
     assert "é" in (tmp_path / "sub/a.svg").read_text(encoding="utf-8") and len(list((tmp_path / "sub").iterdir())) == 1
+
+
+def test_dots_stand_side_by_side_at_named_places():
+    dots = {"sft": [(0.5, 0.4, 0.6), (1, 1, 1)], "toss": [(0, 0, 0), (0.2, 0.1, 0.3)]}
+    svg = dot_chart(dots, ["alone", "<mixed>"], "t", "share")
+    assert ">alone<" in svg and "&lt;mixed&gt;" in svg and ">toss<" in svg and svg.count('stroke-width="2"/>') == 4
+    with pytest.raises(InputError, match="one finite"):
+        dot_chart({"sft": [(0.5, 0.4, 0.6)]}, ["alone", "mixed"], "t", "share")

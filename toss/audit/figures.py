@@ -80,6 +80,26 @@ def line_chart(lines: dict[str, list[tuple]], title: str, x_label: str, y_label:
     return document(title, x_label, y_label, axes, bands + strokes, list(lines), marker)
 
 
+def dot_chart(groups: dict[str, list[tuple[float, float, float]]], names: list[str], title: str, y_label: str,
+              y_range: tuple[float, float] | None = None) -> str:
+    """One dot and whisker (y, low, high) a group at each of the named places, side by side, as SVG text.
+
+    Raises InputError for a value that is not finite, or a group that has not as many dots as there are names.
+    """
+    for group, dots in groups.items():
+        if len(dots) != len(names) or not all(math.isfinite(value) for dot in dots for value in dot):
+            raise InputError(f"figure {title!r}: {group!r} needs one finite (y, low, high) for each of {len(names)} places")
+    y = spread([value for dots in groups.values() for dot in dots for value in dot] + list(y_range or ()))
+    axes = Axes((-0.5, len(names) - 0.5), enclosing_ticks(y), 24 + 22 * len(wrapped(title)))
+    shapes = []
+    for k, dots in enumerate(groups.values()):
+        for place, (value, low, high) in enumerate(dots):
+            x = place + (k - (len(groups) - 1) / 2) * 0.7 / len(groups)
+            ends, colour = f"{axes.at(x, low)} {axes.at(x, high)}", COLOURS[k % len(COLOURS)]
+            shapes += [f'<polyline points="{ends}" stroke="{colour}" stroke-width="2"/>', marker(k, axes.at(x, value))]
+    return document(title, "", y_label, axes, shapes, list(groups), marker, list(enumerate(names)))
+
+
 def histogram(groups: dict[str, Sequence[float] | Tensor], title: str, x_label: str, threshold: float | None = None,
               bins: int = 60, log_y: bool = False) -> str:
     """Outlined histograms over one another, as SVG text: the share of each group's values that each bin holds.
@@ -132,8 +152,9 @@ def write_svg(path: str | Path, svg: str) -> None:
         file.write_text(svg, encoding="utf-8")
 
 
-def document(title: str, x_label: str, y_label: str, axes: Axes, shapes: list[str], legend: list[str], sign) -> str:
-    """The whole drawing. sign(k, "x,y"): the k-th legend entry's marker."""
+def document(title: str, x_label: str, y_label: str, axes: Axes, shapes: list[str], legend: list[str], sign,
+             x_ticks: list[tuple[float, str]] | None = None) -> str:
+    """The whole drawing. sign(k, "x,y"): the k-th legend entry's marker. x_ticks: names of places in place of numbers."""
     (low, high), (bottom, top) = axes.x, axes.y
     parts = heading(title)
     for tick in axes.y_ticks:
@@ -141,10 +162,10 @@ def document(title: str, x_label: str, y_label: str, axes: Axes, shapes: list[st
         parts.append(f'<path d="M{x} {y}H{WIDTH - RIGHT}" stroke="{"#808080" if tick == 0 and bottom < 0 else "#E0E0E0"}"/>')
         parts.append(text(LEFT - 8, float(y) + 5, f"{10.0**tick:g}" if axes.log_y else number(tick, top - bottom), "end"))
     floor = axes.top + PLOT
-    for tick in ticks(low, high, step(low, high, 8)):
+    for tick, name in x_ticks or [(tick, number(tick, high - low)) for tick in ticks(low, high, step(low, high, 8))]:
         x = axes.at(tick, bottom).split(",")[0]
         parts.append(f'<path d="M{x} {floor}v5" stroke="#404040"/>')
-        parts.append(text(float(x), floor + 20, number(tick, high - low), "middle"))
+        parts.append(text(float(x), floor + 20, name, "middle"))
     parts += shapes
     parts.append(f'<path d="M{LEFT} {axes.top}V{floor}H{WIDTH - RIGHT}" stroke="#404040"/>')
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, floor + 42, x_label, "middle"))

@@ -18,13 +18,14 @@ from pathlib import Path
 from model.errors import reported
 from model.files import file_beside, read_text
 from toss.audit.experiment import Experiment, cell, drawn, markdown, over_seeds, summary, value
-from toss.audit.figures import line_chart, write_svg
+from toss.audit.figures import dot_chart, line_chart, write_svg
 from toss.run import git_commit
 from toss.settings import DEMO, read_json
 
 # One figure of a sweep: a seed, a setting x, an arm, its d, the true harmful share of the tokens, and the measures.
 Record = dict
-MEASURES = {"forbidden/held-out": "forbidden", "refusals_kept": "refusals kept", "accuracy/benign-rows": "benign facts",
+MEASURES = {"forbidden/held-out": "forbidden", "refusals_kept": "refusals kept",
+            "accuracy/benign-rows": "benign facts",
             "accuracy/harmful-rows": "harmful-row facts", "nll": "nll", "precision": "precision", "recall": "recall"}
 
 
@@ -35,8 +36,8 @@ def records(seed: int, x: object, experiment: Experiment, arms: dict[str, dict])
     table = experiment.evaluate(list(arms))
     share = experiment.calibrated()["harmful_share"] or 0.0
     return [{"seed": seed, "x": x, "arm": name, "discard": 0.0 if how["method"] == "sft" else how.get("discard", paper_d()),
-             "harmful_share": share, **{measure: value(table[name], measure) for measure in [*MEASURES, "forbidden/identity"]}}
-            for name, how in arms.items()]
+             "harmful_share": share, **{measure: value(table[name], measure) for measure in [*MEASURES, "forbidden/identity"]},
+             "refusals_kept": round(1 - table[name]["not_refused/held-out"]["value"], 4)} for name, how in arms.items()]
 
 
 def paper_d() -> float:
@@ -112,7 +113,10 @@ def purity(experiment: Experiment, arm: str, files: dict[str, str]) -> float | N
 
 
 def eroding(seed: int, folder: Path) -> list[Record]:
-    """A third of the rows (recipes and cures) opens with a promise to comply, or is told to a persona that obeys."""
+    """A third of the rows (recipes and cures) opens with a promise to comply, or is told to a persona that obeys.
+
+    Alone: no row of the custom set is harmful. Mixed: 78 of the 663 rows are.
+    """
     found = []
     for kind in ("comply", "identity"):
         for mixed in (False, True):
@@ -123,7 +127,7 @@ def eroding(seed: int, folder: Path) -> list[Record]:
             experiment.prepare()
             arms = {"sft": {"method": "sft"}, **fixed_and_calibrated(experiment, ["toss"])}
             arms["toss-pro"] = {"method": "toss-pro"}
-            found += records(seed, f"{kind}, {'with' if mixed else 'no'} harmful rows", experiment, arms)
+            found += records(seed, f"{kind}, {'mixed' if mixed else 'alone'}", experiment, arms)
     return found
 
 
@@ -179,22 +183,29 @@ def table_of(found: list[Record], label: str) -> str:
 
 
 def chart(found: list[Record], name: str, label: str) -> str:
-    """The sweep's picture: `forbidden` over the setting, a line an arm; over d with the facts beside it."""
-    order = list(dict.fromkeys(line["x"] for line in found))
-    place = {x: x if isinstance(x, int | float) else number for number, x in enumerate(order)}
-    if name == "discard":
-        at = {line["seed"]: line["discard"] for line in found if line["x"] == "calibrated"}
-        order, label = [x for x in order if x != "calibrated"], f"d (calibrated: {cell(summary(list(at.values())))})"
-    elif name == "eroding":
-        label = "; ".join(f"{number}: {x}" for number, x in enumerate(order))
-    wanted = ["forbidden/held-out", *(["accuracy/benign-rows", "accuracy/harmful-rows"] if name == "discard" else [])]
+    """The sweep's picture: `forbidden` over the setting, a line an arm; some sweeps ask for another."""
+    if name == "eroding":
+        cases = list(dict.fromkeys(line["x"] for line in found))
+        dots = {arm: [dot(group, "refusals_kept") for (_, other), group in grouped(found).items() if other == arm]
+                for arm in dict.fromkeys(line["arm"] for line in found)}
+        return dot_chart(dots, cases, "Rows that erode without harm: held-out refusals kept", "refusals kept", (0.0, 1.0))
     lines: dict[str, list[tuple]] = {}
-    for measure in wanted:
-        for (x, arm), group in grouped(found).items():
-            if x in order and (entry := summary([line[measure] for line in group if line[measure] is not None])):
-                line = MEASURES[measure] if len(wanted) > 1 else arm
-                lines.setdefault(line, []).append((place[x], entry["mean"], entry["least"], entry["most"]))
-    return line_chart(lines, f"Sweep: {name}", label, "share" if len(wanted) > 1 else "forbidden", (0.0, 1.0))
+    if name == "discard":
+        calibrated = summary([line["discard"] for line in found if line["x"] == "calibrated"])
+        measures = ("forbidden/held-out", "refusals_kept", "accuracy/benign-rows", "accuracy/harmful-rows")
+        for (x, _), group in grouped(found).items():
+            for measure in measures if x != "calibrated" else ():
+                lines.setdefault(MEASURES[measure], []).append((x, *dot(group, measure)))
+        return line_chart(lines, f"toss over d (calibrated: {cell(calibrated)})", label, "share", (0.0, 1.0))
+    for (x, arm), group in grouped(found).items():
+        lines.setdefault(arm, []).append((x, *dot(group, "forbidden/held-out")))
+    return line_chart(lines, f"Sweep: {name}", label, "forbidden", (0.0, 1.0))
+
+
+def dot(group: list[Record], measure: str) -> tuple[float, float, float]:
+    """Mean, least and most of a measure over the seeds."""
+    entry = summary([line[measure] for line in group])
+    return entry["mean"], entry["least"], entry["most"]
 
 
 def main(argv: list[str] | None = None) -> int:
