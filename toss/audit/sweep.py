@@ -11,6 +11,7 @@ there already, and writes OUT/NAME.json (every figure of every seed), NAME.md (m
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,21 +86,29 @@ def discard(seed: int, folder: Path) -> list[Record]:
 
 
 def pro(seed: int, folder: Path) -> list[Record]:
-    """TOSS-Pro: T and k, under harmful references of 2, 8 and 80 rows; added rows learnt whole or by their top tokens."""
+    """TOSS-Pro: T and k, under harmful references of 2, 8 and 80 rows; added rows learnt whole or by their top tokens.
+
+    random-40 is the paper's control: 40 rows of the custom set drawn blindly, in place of those with the riskiest tokens.
+    """
     found = []
     for size in (2, 8, 80):
         place = folder / f"seed-{seed}" / f"reference-{size}"
         files = drawn(seed, place / "rows")
         lines = read_text(Path(files["harmful"])).splitlines(keepends=True)[:size]
-        files["harmful"] = str(place / "rows" / "harmful_part.jsonl")
-        Path(files["harmful"]).write_text("".join(lines), encoding="utf-8")
-        experiment = Experiment(place / "run", files, seed=seed)
+        part, blind = place / "rows" / "harmful_part.jsonl", place / "rows" / "harmful_random.jsonl"
+        part.write_text("".join(lines), encoding="utf-8")
+        custom = read_text(Path(files["custom"])).splitlines(keepends=True)
+        blind.write_text("".join(lines + random.Random(seed).sample(custom, 40)), encoding="utf-8")
+        experiment = Experiment(place / "run", {**files, "harmful": str(part)}, seed=seed)
         experiment.prepare()
         arms = {"toss": {"method": "toss"}}
         for rounds, k in [(1, 10), (1, 40), (1, 120), (3, 40)] if size != 8 else [(1, 40)]:
             for learn in ("rows", "top"):
                 arms[f"pro-{rounds}-{k}-{learn}"] = {"method": "toss-pro", "pro": rounds, "pro_samples": k, "pro_train": learn}
         made = records(seed, size, experiment, arms)
+        control = Experiment(place / "run-random", {**files, "harmful": str(blind)}, seed=seed)
+        control.prepare()
+        made += records(seed, size, control, {"random-40": {"method": "toss"}})
         found += [{**line, "purity": purity(experiment, line["arm"], files)} for line in made]
     return found
 
