@@ -103,7 +103,7 @@ def pro(seed: int, folder: Path) -> list[Record]:
         experiment.prepare()
         arms = {"toss": {"method": "toss"}}
         for rounds, k in [(1, 10), (1, 40), (1, 120), (3, 40)] if size != 8 else [(1, 40)]:
-            for learn in ("rows", "top"):
+            for learn in ("rows", "top") if k > 10 else ("rows",):
                 arms[f"pro-{rounds}-{k}-{learn}"] = {"method": "toss-pro", "pro": rounds, "pro_samples": k, "pro_train": learn}
         made = records(seed, size, experiment, arms)
         control = Experiment(place / "run-random", {**files, "harmful": str(blind)}, seed=seed)
