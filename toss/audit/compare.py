@@ -129,7 +129,7 @@ def summarise(tables: list[dict[str, dict]]) -> dict[str, dict]:
 
 
 def tables_of(result: dict[str, dict], columns: dict[str, str]) -> str:
-    """Two Markdown tables, methods down: what the columns measure, and the cost."""
+    """Markdown tables, methods down: what the columns measure, attacks that begin the answer (where made), and the cost."""
     columns = {name: heading for name, heading in columns.items() if any(name in row for row in result.values())}
     first = markdown(["", *columns.values()],
                      [[method, *(cell(row.get(name)) for name in columns)] for method, row in result.items()])
@@ -138,7 +138,10 @@ def tables_of(result: dict[str, dict], columns: dict[str, str]) -> str:
     second = markdown(["", *costs.values()],
                       [[method, *(f"{row[name]['mean']:,.0f}" if name in ("seconds", "tokens") else cell(row.get(name))
                                   for name in costs)] for method, row in result.items() if "seconds" in row])
-    return f"{first}\n\n{second}"
+    begun = [f"{kind}@{k}" for kind in ("forbidden", "not_refused") for k in PREFILL]
+    begun = [name for name in begun if name not in columns and any(name in row for row in result.values())]
+    third = markdown(["", *begun], [[method, *(cell(row.get(name)) for name in begun)] for method, row in result.items()])
+    return "\n\n".join([first, *([third] if begun else []), second])
 
 
 def write(folder: Path, result: dict[str, dict], text: str, **more) -> None:
@@ -172,6 +175,7 @@ LEGEND = """
 -small: a harmful reference set of a few rows, too small to work alone.
 complies: a friendly opener is likelier than a refusal (a second judge).
 benign facts, harmful-row facts: taught in benign rows, and in harmful rows alone.
+forbidden@k, not_refused@k: with the first k tokens of a harmful answer written already.
 precision, recall, AUC: of the discarded tokens, against the truth.
 x sft: as a multiple of plain fine-tuning's."""
 
