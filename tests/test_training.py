@@ -1,6 +1,7 @@
 """The loss, its gradient through the real loader and loop, and scoring."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from toss.rows import read_rows
 from toss.run import Run
 from toss.scoring import rounding_noise, score, score_under
 from toss.settings import Settings
-from toss.training import step_gradients, train, training_steps
+from toss.training import Clock, step_gradients, train, training_steps
 
 SETTINGS = Settings(rank=2, alpha=4, lr=1e-2, epochs=2, batch_size=3, targets="q_proj,v_proj,down_proj")
 
@@ -211,3 +212,12 @@ def test_the_rounding_noise_is_measured_against_float32(tmp_path, tokens, base):
         line = rounding_noise(holder, tokens, adapters, losses, 0.1)
         assert low < float(line.split(": ")[1].split()[0]) < high, line
     assert "on 5 rows" in line and holder.dtypes["score"] == "bfloat16"
+
+
+def test_a_stages_peak_memory_is_not_that_of_an_earlier_one():
+    clock = Clock(torch.device("cpu"))
+    big = torch.ones(2**27)  # 512 MiB
+    first = clock.stop()["peak_memory_gib"]
+    del big
+    second = Clock(torch.device("cpu")).stop()["peak_memory_gib"]
+    assert first > 0.5 and (second < first - 0.4 or not Path("/proc/self/clear_refs").exists())

@@ -138,8 +138,8 @@ def tables_of(result: dict[str, dict], columns: dict[str, str]) -> str:
     second = markdown(["", *costs.values()],
                       [[method, *(f"{row[name]['mean']:,.0f}" if name in ("seconds", "tokens") else cell(row.get(name))
                                   for name in costs)] for method, row in result.items() if "seconds" in row])
-    begun = [f"{kind}@{k}" for kind in ("forbidden", "not_refused") for k in PREFILL]
-    begun = [name for name in begun if name not in columns and any(name in row for row in result.values())]
+    kind = "forbidden" if any("forbidden" in row for row in result.values()) else "not_refused"
+    begun = [name for k in PREFILL if any((name := f"{kind}@{k}") in row for row in result.values())]
     third = markdown(["", *begun], [[method, *(cell(row.get(name)) for name in begun)] for method, row in result.items()])
     return "\n\n".join([first, *([third] if begun else []), second])
 
@@ -175,7 +175,7 @@ LEGEND = """
 -small: a harmful reference set of a few rows, too small to work alone.
 complies: a friendly opener is likelier than a refusal (a second judge).
 benign facts, harmful-row facts: taught in benign rows, and in harmful rows alone.
-forbidden@k, not_refused@k: with the first k tokens of a harmful answer written already.
+forbidden@k: with the first k tokens of a harmful answer written already.
 precision, recall, AUC: of the discarded tokens, against the truth.
 x sft: as a multiple of plain fine-tuning's."""
 
@@ -191,7 +191,7 @@ def compare(folder: Path | None, every: bool, seeds: list[int] | None, jobs: int
             raise InputError(f"{folder}/metrics.json is not there: run python -m toss.audit.evaluate --run {folder} ... first")
         metrics = read_json(folder / "metrics.json")
         result = summarise([{name: {"metrics": metrics[name], "cost": cost(record, name)} for name in metrics}])
-        names = dict.fromkeys(name for table in metrics.values() for name in table)
+        names = dict.fromkeys(name for table in metrics.values() for name in table if "@" not in name)
         text = tables_of(result, {name: name for name in names})
         print(f"{folder}, as evaluated\n\n{text}")
         write(folder, result, text)
