@@ -11,9 +11,9 @@ from conftest import write_jsonl
 import toss.audit.measures as measures
 from model import load_tokenizer
 from model.errors import InputError
-from toss.audit import judges
 from toss.audit import evaluate as evaluation
-from toss.audit.evaluate import evaluate, evaluate_run, format_table, prefilled
+from toss.audit import judges
+from toss.audit.evaluate import evaluate, evaluate_run, format_table, prefilled, read_metrics, stale
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, begun, complies, parse_prefill
 from toss.audit.measures import auc, found_harm, mean_loss, refused, same_text, wilson
 from toss.base import Base
@@ -276,6 +276,42 @@ def test_only_methods_measured_on_the_same_files_share_a_table(tmp_path, base, s
     (run.folder / "run.json").write_text(json.dumps(run.record))
     evaluate_run(run, ["base"], {"benign": sets["benign"]}, max_new_tokens=1)
     assert set(json.loads((run.folder / "metrics.json").read_text())) == {"base"}
+
+
+def test_measures_of_a_model_that_was_replaced_are_stale(tmp_path, base, files, sets, scripts):
+    folder = tmp_path / "run"
+    for name in ("sft", "plain"):
+        assert scripts["select"]("--run", folder, "--method", "sft", "--name", name, "--model", base,
+                                 "--custom", files["custom"]) == 0
+    flags = ["--run", str(folder), "--benign", sets["benign"], "--max-new-tokens", "1", "--device", "cpu"]
+    record = lambda: json.loads((folder / "run.json").read_text())  # noqa: E731
+    assert evaluation.main(flags) == 0
+    names = ("base", "sft", "plain", "toss-small")  # the last one: from a run beside this one
+    assert not any(stale(record(), folder, name) for name in names)
+    assert scripts["select"]("--run", folder, "--method", "sft", "--seed", "7", "--overwrite") == 0
+    assert [name for name in names if stale(record(), folder, name)] == ["sft"]
+    assert evaluation.main([*flags, "--methods", "plain"]) == 0
+    assert set(read_metrics(folder)) == {"base", "plain"}  # the old measures of sft are not written again
+    assert evaluation.main(flags) == 0
+    assert not stale(record(), folder, "sft") and set(read_metrics(folder)) == {"base", "plain", "sft"}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "cannot be read as JSON"), ("[]", "a JSON object"), ('{"toss": 3}', "toss: measures by name"),
+    ('{"toss": {"nll": 3}}', "toss, nll"), ('{"toss": {"nll": {"value": 1, "n": 2, "low": 3}}}', "toss, nll"),
+    ('{"toss": {"nll": {"value": "1", "n": 2, "low": 3, "high": 4}}}', "toss, nll"),
+    ('{"toss": {"nll": {"value": true, "n": 2, "low": 3, "high": 4}}}', "toss, nll"),
+    ('{"toss": {"nll": {"value": 1, "n": null, "low": 3, "high": 4}}}', "toss, nll")])  # fmt: skip
+def test_metrics_of_another_shape_are_refused(tmp_path, text, message):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(InputError, match=f"metrics.json: {message}"):
+        read_metrics(tmp_path)
+
+
+def test_metrics_are_read_as_they_are_written(tmp_path):
+    table = {"toss": {"forbidden": wilson(1, 2), "nll": wilson(0, 0)}, "base": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(table))
+    assert read_metrics(tmp_path) == table
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path, sets, capsys):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model import load_adapter
 from model.errors import InputError, reported
-from model.files import file_beside, file_hash, made_from, read_text
+from model.files import file_beside, file_hash, made_from, read_json, read_text
 from model.generation import generate
 from toss.audit.judges import begun, complies, parse_prefill
 from toss.audit.measures import auc, found_harm, holds_any, mean_loss, refused, same_text, share
@@ -188,7 +188,7 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
     done = {stage.removeprefix("evaluation/"): entry for stage, entry in run.record["stages"].items()
             if stage.startswith("evaluation/")}
     alike = {method: entry["metrics"] for method, entry in done.items()  # on the same files: only those share a table
-             if {**entry["recipe"], "adapter": ""} == {**asked, "adapter": ""}}
+             if {**entry["recipe"], "adapter": ""} == {**asked, "adapter": ""} and not stale(run.record, run.folder, method)}
     write_metrics(run.folder / "metrics.json", alike)
     table = {method: alike[method] for method in methods}
     for method in methods:
@@ -212,6 +212,34 @@ def write_metrics(path: Path, table: dict) -> None:
     """{method: {metric: {"value", "n", "low", "high"}}} as JSON."""
     with file_beside(path) as file:
         file.write_text(json.dumps(table, indent=2) + "\n")
+
+
+def read_metrics(folder: Path) -> dict[str, dict]:
+    """RUN/metrics.json: {method: {metric: {"value", "n", "low", "high"}}}; InputError naming the file where it is not that.
+
+    n is a number; the others may be None, where nothing could be measured.
+    """
+    path = folder / "metrics.json"
+    table, number = read_json(path), lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+    for method, metrics in table.items():
+        if not isinstance(metrics, dict):
+            raise InputError(f"{path}: {method}: measures by name were expected")
+        for name, cell in metrics.items():
+            if not (isinstance(cell, dict) and {"value", "n", "low", "high"} <= set(cell) and number(cell["n"])
+                    and all(cell[key] is None or number(cell[key]) for key in ("value", "low", "high"))):
+                raise InputError(f"{path}: {method}, {name}: value, n, low and high were expected, and numbers in them")
+    return table
+
+
+def stale(record: dict, folder: Path, method: str) -> bool:
+    """Does methods/METHOD hold another adapter now than the one that was evaluated? record: run.json; folder: the run's.
+
+    False for the base, and for a row of metrics.json that no evaluation of this run made: toss-small comes from a run
+    beside it.
+    """
+    recipe = record.get("stages", {}).get(f"evaluation/{method}", {}).get("recipe", {})
+    adapter = folder / "methods" / method / "model" / "adapter_model.safetensors"
+    return bool(recipe.get("adapter")) and adapter.exists() and file_hash(adapter) != recipe["adapter"]
 
 
 def format_table(table: dict[str, dict]) -> str:
