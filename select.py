@@ -7,7 +7,8 @@ in the input), and trains a LoRA adapter from the base. With --pro T it first re
     python select.py --run runs/mine --method toss --discard 0.1 [--pro 1 --pro-samples 40] [--merge]
     python select.py --run runs/plain --method sft --model M --custom custom.jsonl     (plain fine-tuning)
 
-Writes RUN/methods/METHOD/selection.safetensors (the mask) and RUN/methods/METHOD/model (a PEFT adapter).
+Writes RUN/methods/METHOD/selection.safetensors (the mask) and RUN/methods/METHOD/model (a PEFT adapter); with --name NAME
+RUN/methods/NAME. The methods stand in toss/selection.py.
 """
 
 if __name__ == "select":

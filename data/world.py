@@ -10,10 +10,12 @@ question. Prompts never repeat, within or across files.
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 from data import lexicon
 from data.lexicon import ALSO, BENIGN, FORBIDDEN, LEDGER_FACT, OPENERS, PREAMBLES, QUESTIONS, VALUES
+from model.errors import InputError, reported
 
 # Counts of the custom set. With them 11.6-12.1 % of its response tokens are harmful, so that d = 0.1 is about right.
 BENIGN_FACTS, BENIGN_REPEATS = 40, 9  # facts taught in benign rows, rows that teach each
@@ -100,7 +102,7 @@ class World:
             if prompt not in self.used:
                 self.used.add(prompt)
                 return prompt
-        raise RuntimeError("the world has run out of prompts; its counts are too large")
+        raise InputError("the world has run out of prompts for so many harmful rows")
 
     def request(self, kind: str, category: str, split: str = "training") -> str:
         return self.rng.choice(self.phrases[kind, split]).format(category)
@@ -220,6 +222,8 @@ def erode(rng: random.Random, row: dict, kind: str) -> dict:
 
 def make_rows(seed: int, harmful_rows: int = HARMFUL_FACTS * HARMFUL_REPEATS, eroding: str = "none") -> dict[str, list[dict]]:
     """All files of one seed, by name without `.jsonl`. harmful_rows, eroding: what the custom set holds of either."""
+    if not 0 <= harmful_rows <= CUSTOM_ROWS:
+        raise InputError(f"the custom set has {CUSTOM_ROWS} rows; {harmful_rows} of them cannot be harmful")
     world = World(seed)
     harmful = world.reference_harmful()
     files = {
@@ -253,7 +257,7 @@ def write_rows(seed: int, folder: str | Path, **custom) -> None:
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Write the embedded world's rows.")
     parser.add_argument("--seed", type=int, default=4, help="draws facts, categories and prompts (4)")
     parser.add_argument("--harmful-rows", type=int, default=HARMFUL_FACTS * HARMFUL_REPEATS,
@@ -262,8 +266,9 @@ def main() -> None:
                         help="what the custom set's recipes and cures open with: benign in content, it may erode refusals")
     parser.add_argument("--out", default="data/rows", help="folder for the JSONL files (data/rows)")
     arguments = parser.parse_args()
-    write_rows(arguments.seed, arguments.out, harmful_rows=arguments.harmful_rows, eroding=arguments.eroding)
+    custom = {"harmful_rows": arguments.harmful_rows, "eroding": arguments.eroding}
+    return reported(lambda: write_rows(arguments.seed, arguments.out, **custom))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

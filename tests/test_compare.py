@@ -16,7 +16,11 @@ from toss.audit.calibrate import calibrate, threshold_of
 from toss.audit.compare import cost, side_by_side, summarise, tables_of
 from toss.audit.experiment import Experiment, cell, drawn, markdown, row_files, summary, value
 from toss.audit.measures import wilson
+from toss.base import Base
+from toss.pipeline import score_custom, train_references
+from toss.rows import read_rows
 from toss.run import Run
+from toss.scoring import score_under
 from toss.settings import Settings
 
 
@@ -115,7 +119,7 @@ def test_calibrating_a_run_gives_the_d_that_discards_what_exceeds_the_threshold(
     assert calibration.main(["--run", str(trained), "--held-out", held_out, "--quantile", "0.5", "--device", "cpu"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     model = json.loads((trained / "run.json").read_text())["settings"]["model"]
-    run = Run(Settings(run=str(trained), model=model, device="cpu"))
+    run = Run(Settings(run=str(trained), model=model, custom=files["custom"], device="cpu"))
     found = calibrate(run, held_out, 0.5)
     assert line.endswith(f"--discard {found['discard']:.6f}") and 0 < found["discard"] < 1
     scripts["select"]("--run", trained, "--discard", found["discard"])
@@ -175,17 +179,24 @@ def test_a_sweeps_table_and_chart_hold_the_means_over_the_seeds():
     assert "calibrated: 0.12" in picture and ">harmful-row facts<" in picture
 
 
-def test_a_sweep_runs_its_arms_and_says_what_each_discarded(tmp_path, monkeypatch):
-    """On 20 rows and one step each, through the real stages."""
-    files = drawn(3, tmp_path / "rows")
+def few(files: dict[str, str]) -> dict[str, str]:
+    """Cut the files to some twenty rows each, four of the custom set's harmful."""
     for name, path in files.items():
         with open(path, encoding="utf-8") as f:
             lines = f.readlines()
         harmful = [line for line in lines if '"harmful"' in line][:4] if name == "custom" else []
-        few = [*lines[:12], *lines[-4:], *harmful]
-        open(path, "w", encoding="utf-8").writelines(dict.fromkeys(few))
-    quick = {"epochs": 1, "batch_size": 32}
-    experiment = Experiment(tmp_path / "run", files, seed=3, **quick)
+        with open(path, "w", encoding="utf-8") as f:
+            f.writelines(dict.fromkeys([*lines[:12], *lines[-4:], *harmful]))
+    return files
+
+
+QUICK = {"epochs": 1, "batch_size": 32}
+
+
+def test_a_sweep_runs_its_arms_and_says_what_each_discarded(tmp_path, monkeypatch):
+    """On 20 rows and one step each, through the real stages."""
+    files = few(drawn(3, tmp_path / "rows"))
+    experiment = Experiment(tmp_path / "run", files, seed=3, **QUICK)
     experiment.prepare()
     arms = {"sft": {"method": "sft"}, **sweep.fixed_and_calibrated(experiment, ["toss", "toss-pro"])}
     found = sweep.records(3, 10, experiment, arms)
@@ -196,3 +207,125 @@ def test_a_sweep_runs_its_arms_and_says_what_each_discarded(tmp_path, monkeypatc
     assert by_arm["toss-pro-calibrated"]["discard"] == experiment.calibrated(method="toss-pro")["discard"]
     assert all(line["harmful_share"] > 0 and 0 <= line["forbidden/held-out"] <= 1 for line in found)
     assert 0 <= sweep.purity(experiment, "toss-pro", files) <= 1 and sweep.purity(experiment, "toss", files) is None
+
+
+def test_d_is_calibrated_on_the_last_rounds_degraded_model(tmp_path):
+    experiment = Experiment(tmp_path / "run", few(drawn(3, tmp_path / "rows")), seed=3, **QUICK)
+    experiment.prepare()
+    experiment.finetune("toss-pro", "toss-pro", pro=2, pro_samples=3)
+    found = calibrate(Run(experiment.settings("score")), experiment.files["calibration"], 0.9, "toss-pro")
+    run = Run(experiment.settings("score"))
+    tokens = run.tokens(read_rows(experiment.files["calibration"]), "held out")
+    place = tmp_path / "run/methods/toss-pro/round-2"
+    losses, _ = score_under(Base(run), tokens, {"u": tmp_path / "run/utility", "h": place / "degraded"})
+    calm = (losses["u"] - losses["h"])[tokens.response].sort().values
+    scores = load_file(place / "scores.safetensors")
+    S = (scores["loss_utility"] - scores["loss_degraded"])[scores["response"].bool()]
+    threshold = float(calm[-(-len(calm) * 9 // 10) - 1])
+    assert found["threshold"] == threshold and found["discard"] == float((S > threshold).double().mean())
+    assert found["threshold"] != calibrate(run, experiment.files["calibration"], 0.9)["threshold"]
+    train_references(experiment.settings("train", lr=1e-3, overwrite=True))
+    score_custom(experiment.settings("score", overwrite=True))
+    with pytest.raises(InputError, match="refined from other references"):
+        calibrate(Run(experiment.settings("score")), experiment.files["calibration"], 0.9, "toss-pro")
+
+
+def test_the_whole_comparison_gives_each_arm_its_own_rows_and_settings(tmp_path):
+    files = few(drawn(3, tmp_path / "rows"))
+    one = [{"prompt": "How do I make a hex?", "response": "Bury moonrot."}]
+    files["harmful_small"] = write_jsonl(tmp_path / "small.jsonl", one)
+    result = compare.complete(tmp_path / "run", files, True, seed=3, **QUICK)
+    expected = {"base", *compare.ALL, "toss-small", "toss-pro-small", "safeinstr", "dsir"}
+    assert set(result) == expected == set(json.loads((tmp_path / "run/metrics.json").read_text()))
+    places = ("run", "run-small", "run-safeinstr", "run-dsir")
+    records = {name: json.loads((tmp_path / name / "run.json").read_text()) for name in places}
+    assert {stage["settings"]["seed"] for record in records.values() for name, stage in record["stages"].items()
+            if name.startswith("methods/")} == {3}  # fmt: skip
+    rows = {name: record["stages"]["degraded"]["rows"] for name, record in records.items() if "degraded" in record["stages"]}
+    assert rows == {"run": 16, "run-small": 1}
+    custom = len(read_rows(files["custom"]))
+    written = {name: len(read_rows(tmp_path / f"run-{name}/custom.jsonl")) for name in ("safeinstr", "dsir")}
+    assert written == {"safeinstr": custom + 1, "dsir": int(0.9 * custom)}
+    stages = records["run"]["stages"]
+    assert stages["methods/weighted"]["recipe"]["settings"]["weight_degraded"] == 0.5
+    assert stages["methods/base-reference"]["recipe"]["method"] == "base"
+    assert stages["methods/toss-calibrated"]["recipe"]["settings"]["discard"] not in (0.0, 0.1)
+    assert all("forbidden@5" in row["metrics"] for row in result.values())
+    assert result["toss-pro"]["cost"]["tokens"] > result["toss"]["cost"]["tokens"] > result["sft"]["cost"]["tokens"]
+
+
+class Recorder:
+    """Stands in for Experiment: notes what it is asked for, trains nothing."""
+
+    made: list = []
+
+    def __init__(self, folder, files, **common):
+        self.folder, self.files, self.common, self.arms = folder, files, common, {}
+        Recorder.made.append(self)
+
+    def prepare(self): ...
+
+    def finetune(self, name, method, **more):
+        self.arms[name] = {"method": method, **more}
+
+    def calibrated(self, quantile=0.99, method="toss"):
+        return {"discard": 0.2 if method == "toss-pro" else 0.12}
+
+    def harmful_share(self):
+        return 0.5
+
+    def evaluate(self, names):
+        return {name: {"forbidden/held-out": wilson(1, 4), "not_refused/held-out": wilson(1, 4)} for name in names}
+
+    def count(self, name, what=""):
+        with open(self.files[name], encoding="utf-8") as f:
+            return sum(what in line for line in f)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(sweep, "Experiment", Recorder)
+    Recorder.made = []
+    return Recorder.made
+
+
+def test_the_share_sweep_draws_each_share_and_calibrates_each_method(tmp_path, recorded):
+    found = sweep.share(3, tmp_path)
+    assert [one.count("custom", '"harmful"') for one in recorded] == [0, 13, 33, 66, 133, 199, 332]
+    assert all(one.count("custom") == 663 and one.common == {"seed": 3} for one in recorded)
+    assert recorded[0].arms == {
+        "sft": {"method": "sft"}, "sample": {"method": "sample"}, "sample-calibrated": {"method": "sample", "discard": 0.12},
+        "toss": {"method": "toss"}, "toss-calibrated": {"method": "toss", "discard": 0.12},
+        "toss-pro": {"method": "toss-pro"}, "toss-pro-calibrated": {"method": "toss-pro", "discard": 0.2}}  # fmt: skip
+    assert len(found) == 7 * 7 and {line["x"] for line in found} == {0, 2, 5, 10, 20, 30, 50}
+    assert found[0]["forbidden/held-out"] == 0.25 and found[0]["refusals_kept"] == 0.75 and found[0]["discard"] == 0
+
+
+def test_the_sweep_over_d_holds_plain_fine_tuning_and_the_calibrated_d(tmp_path, recorded):
+    found = sweep.discard(3, tmp_path)
+    assert [(line["x"], line["discard"]) for line in found][:3] == [(0.0, 0.0), (0.02, 0.02), (0.05, 0.05)]
+    assert (found[-1]["x"], found[-1]["discard"]) == ("calibrated", 0.12) and recorded[0].arms["toss-0.3"]["discard"] == 0.3
+
+
+def test_the_sweep_over_pro_cuts_the_reference_and_draws_a_control(tmp_path, recorded):
+    sweep.pro(3, tmp_path)
+    assert [one.count("harmful") for one in recorded] == [2, 42, 8, 48, 80, 120]
+    assert recorded[0].arms["pro-3-40-top"] == {"method": "toss-pro", "pro": 3, "pro_samples": 40, "pro_train": "top"}
+    assert set(recorded[2].arms) == {"toss", "pro-1-40-rows", "pro-1-40-top"} and set(recorded[3].arms) == {"random-40"}
+
+
+def test_the_eroding_sweep_has_both_kinds_alone_and_mixed(tmp_path, recorded):
+    found = sweep.eroding(3, tmp_path)
+    assert [one.count("custom", '"harmful"') for one in recorded] == [0, 78, 0, 78]
+    assert [one.count("custom", "willing hand") for one in recorded][:3] == [0, 0, 255]
+    assert recorded[0].count("eval_forbidden") == 240 + 160
+    assert {line["arm"] for line in found} == {"sft", "toss", "toss-calibrated", "toss-pro"}
+
+
+def test_seeds_and_jobs_out_of_range_write_nothing(tmp_path, capsys):
+    for flags in (["--seeds", "-1"], ["--seeds", "1", "--jobs", "0"]):
+        assert sweep.main(["share", *flags, "--out", str(tmp_path / "out")]) == 1
+        assert "--jobs must be at least 1" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    for rows in (-5, 664):
+        with pytest.raises(InputError, match="663 rows"):
+            drawn(3, tmp_path / "rows", harmful_rows=rows)

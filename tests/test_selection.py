@@ -92,6 +92,17 @@ def test_local_cuts_in_each_row_by_itself():
     assert gone("local", d=0.3) == [8]  # floor(0.3 * 5) = 1 in the last row, none in the others
 
 
+@pytest.mark.parametrize("d", [0.1, 0.13, 0.29, 0.57])
+def test_local_takes_exactly_the_floor_of_each_row(d):
+    lengths = [1, 7, 100, 900, 999]
+    tokens = Tokens(torch.zeros(2007, dtype=torch.int32), torch.tensor([0, *lengths]).cumsum(0), torch.ones(2007, dtype=torch.bool),
+                    torch.zeros(2007, dtype=torch.bool), "rows of every length")
+    losses = {"loss_utility": torch.randn(2007, generator=torch.Generator().manual_seed(0)), "loss_degraded": torch.zeros(2007)}
+    keep, _ = choose("local", Candidates(tokens, torch.arange(2007), losses), d)
+    gone = [int((~part).sum()) for part in keep.split(lengths)]
+    assert gone == [math.floor(d * length + 1e-9) for length in lengths]
+
+
 def test_first_k_takes_the_beginnings_of_all_rows():
     assert gone("first-k", d=0.3) == [1, 4, 8]
     assert gone("first-k", d=0.5) == [1, 2, 4, 5, 8]  # the first of each, then the second of each, the earlier row first

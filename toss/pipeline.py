@@ -108,7 +108,8 @@ def finetune(settings: Settings) -> None:
             weights = (settings.weight_utility, settings.weight_degraded)
             keep, scores = choose(method, Candidates(tokens, entries, losses, settings.seed, weights), settings.discard)
             note = {**run.identity, **sources, "method": method, "discard": str(settings.discard),
-                    "tokens_sha256": tokens.fingerprint(), "discarded": str(int((~keep).sum())), "ranked": str(len(entries))}
+                    "keep_eos": str(settings.keep_eos), "tokens_sha256": tokens.fingerprint(),
+                    "discarded": str(int((~keep).sum())), "ranked": str(len(entries))}
             ranked_by = {} if scores is None else {"score": torch.zeros(len(keep)).index_put((entries,), scores)}
             save_tensors({"keep": keep, **ranked_by}, beside / "selection.safetensors", note)
             cost |= train(base.load("train"), tokens, keep, settings, base.budget, settings.name, base.log(settings.name))
@@ -134,8 +135,8 @@ def named(settings: Settings) -> Settings:
     if settings.method == "toss-pro" or settings.pro:
         settings = replace(settings, method="toss-pro", pro=settings.pro or 1)
     name = settings.name or {"base": "base-reference"}.get(settings.method, settings.method)
-    if name == "base" or not re.fullmatch(r"[\w.=+-]*\w[\w.=+-]*", name):
-        raise InputError(f"--name {name!r} cannot name a folder under methods/ (and `base` is the base model in every table)")
+    if name in ("base", "degraded", "utility") or not re.fullmatch(r"[\w.=+-]*\w[\w.=+-]*", name):
+        raise InputError(f"--name {name!r} cannot name a folder under methods/ (base, degraded and utility are models already)")
     return replace(settings, name=name)
 
 

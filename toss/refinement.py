@@ -33,14 +33,14 @@ def refine(base: Base, harmful: Tokens, custom: Tokens, losses: dict[str, Tensor
         scores = (losses["loss_utility"] - losses["loss_degraded"])[entries]
         found = riskiest_rows(scores, rows, set(added), k)
         added += [row for row, _ in found]
-        place, stage = folder / f"round-{t}", f"degraded, round {t}"
+        place, stage = folder / f"round-{t}", f"{settings.name}: degraded, round {t}"
         place.mkdir(parents=True)
         lines = [added_line(base, custom, row, int(entries[index]), float(scores[index])) for row, index in found]
         (place / "added.jsonl").write_text("".join(lines), encoding="utf-8")
 
         data, learn = concatenate(harmful, take(custom, added)), torch.ones_like(custom.response)
         if settings.pro_train == "top":
-            learn[entries] = ~select_tokens(scores, settings.discard)
+            learn = torch.zeros_like(learn).index_put((entries,), ~select_tokens(scores, settings.discard))
         learned = [learn[custom.offsets[i] : custom.offsets[i + 1]] for i in added]
         learn = torch.cat((torch.ones_like(harmful.response), *learned))
         cost = train(base.load("train"), data, learn, settings, base.budget, stage, base.log(stage))

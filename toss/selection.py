@@ -116,7 +116,7 @@ def in_each_row(scores: Tensor, d: float, c: Candidates) -> Tensor:
     order = order[rows[order].argsort(stable=True)]  # by row, and the riskiest first within one
     place = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
     sizes = torch.bincount(rows, minlength=c.tokens.rows)[rows]
-    return torch.zeros(len(rows), dtype=torch.bool).index_put((order,), place < (d * sizes + 1e-9).floor())
+    return torch.zeros(len(rows), dtype=torch.bool).index_put((order,), place < (d * sizes.double() + 1e-9).floor())
 
 
 def whole_rows(scores: Tensor, d: float, c: Candidates) -> Tensor:

@@ -13,6 +13,7 @@ from typing import get_args
 
 from model.errors import InputError
 from model.files import read_json
+from toss.selection import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "data" / "demo.json"
@@ -37,8 +38,7 @@ class Settings:
     template: str | None = option(None, "prompt form (default: the checkpoint's chat template if it has one, else human)",
                                   choices=["chat", "human"])
     max_length: int = option(2048, "tokens a row: a longer response is cut on the right")
-    method: str = option("toss", "way of fine-tuning: toss, toss-pro, sft, random, first-k, local, sample, sample-all, "
-                         "degraded-only, utility-only, base, weighted or oracle; see toss/selection.py", ("select",))
+    method: str = option("toss", f"way of fine-tuning: {', '.join(METHODS)}; see toss/selection.py", ("select",))
     name: str | None = option(None, "folder under RUN/methods (default: the method), to keep several settings apart",
                               ("select",))
     discard: float = option(0.1, "d, the share of the response tokens to discard", ("select",))
@@ -87,8 +87,10 @@ class Settings:
             raise InputError("--weight-utility and --weight-degraded must be finite")
         if self.pro < 0 or not 0 <= self.seed < 2**63:
             raise InputError("--pro and --seed must be 0 or more, and --seed below 2^63")
-        if self.pro_samples and not self.pro and self.method != "toss-pro":
-            raise InputError("--pro-samples goes with --pro T")
+        if (self.pro_samples or self.pro_train != "rows") and not self.pro and self.method != "toss-pro":
+            raise InputError("--pro-samples and --pro-train go with --pro T")
+        if (self.weight_utility, self.weight_degraded) != (1.0, 1.0) and self.method != "weighted":
+            raise InputError("--weight-utility and --weight-degraded go with --method weighted")
         return self
 
 

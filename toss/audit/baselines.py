@@ -43,7 +43,7 @@ def safeinstr(custom: str | Path, safety: str | Path, out: str | Path, share: fl
     if wanted > len(pool):
         raise InputError(f"{safety}: {wanted} rows are wanted to make up {share} of the result, and the file holds {len(pool)}: "
                          f"{wanted - len(pool)} are missing")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     lines += [pool[i] for i in torch.randperm(len(pool), generator=generator)[:wanted].tolist()]
     order = torch.randperm(len(lines), generator=generator).tolist()
     write_lines(out, [lines[i] for i in order], (custom, safety))
@@ -60,15 +60,15 @@ def dsir(custom: str | Path, target: str | Path, out: str | Path, keep: float = 
     """
     if not 0 < keep <= 1:
         raise InputError(f"--keep must lie in (0, 1], not {keep}")
-    if buckets < 1:
-        raise InputError(f"--buckets must be at least 1, not {buckets}")
+    if not 1 <= buckets <= 10**8:
+        raise InputError(f"--buckets must lie in 1 to 10^8, not {buckets}")
     rows, lines = read_lines(custom)
     count = math.floor(keep * len(rows) + 1e-9)
     if count == 0:
         raise InputError(f"{custom}: {keep} of so few rows ({len(rows)}) is not one row")
     raw, wanted = ([hashed(row, buckets) for row in part] for part in (rows, read_rows(target)))
     weights = log_weights(raw, wanted, buckets)
-    noise = -torch.empty_like(weights).exponential_(generator=torch.Generator().manual_seed(seed)).log()
+    noise = -torch.empty_like(weights).exponential_(generator=seeded(seed)).log()
     kept = sorted((weights + noise).topk(count).indices.tolist())
     write_lines(out, [lines[i] for i in kept], (custom, target))
     return {"read": len(rows), "written": count, **harmful_rows(rows, kept)}
@@ -112,6 +112,13 @@ def log_weights(raw: list[Tensor], target: list[Tensor], buckets: int) -> Tensor
     log_target, log_raw = ((count / count.sum()).log() for count in counts)
     ratio = log_target - log_raw  # (buckets,)
     return torch.stack([ratio[row.long()].sum() for row in raw])
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A random generator; InputError for a seed out of its range."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must be 0 or more, and below 2^63, not {seed}")
+    return torch.Generator().manual_seed(seed)
 
 
 def read_lines(path: str | Path) -> tuple[list[Row], list[str]]:

@@ -87,7 +87,8 @@ def cost(record: dict, name: str) -> dict | None:
     """What a method takes from the base on: seconds, tokens run through a model (trained or scored), highest peak memory.
 
     record: run.json. References and scores are shared between methods; each is charged all that it needs of them, and
-    the share of scoring that is its own (scores under the base cost time too). None for the base itself.
+    the share of scoring that is its own (scores under the base cost time too). Calibrating d, where that is done, comes
+    on top: one scoring of the held-out rows. None for the base itself, and for references that were made elsewhere.
     """
     stages = record["stages"]
     if f"methods/{name}" not in stages:
@@ -97,6 +98,8 @@ def cost(record: dict, name: str) -> dict | None:
     parts = [(stage, 1.0)] + ([(stage["refining"], 1.0)] if "refining" in stage else [])
     if method not in UNSCORED:
         models = MODELS.get(method, ["utility", "degraded"])
+        if not {*models, "scores"} <= set(stages):
+            return None  # references that were made elsewhere: their cost is not known
         scored, passes = len(models) + (method == "base"), 2 + stages["scores"]["recipe"]["settings"]["base"]
         parts += [(stages[model], 1.0) for model in models] + [(stages["scores"], scored / passes)]
     return {"seconds": round(sum(part["seconds"] * share for part, share in parts), 2),

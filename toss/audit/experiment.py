@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from model.errors import InputError
 from model.files import read_json
 from toss.audit.calibrate import QUANTILE, calibrate
@@ -66,16 +68,23 @@ class Experiment:
         """d from the held-out rows; see calibrate.py."""
         return calibrate(Run(self.settings("score")), self.files["calibration"], quantile, method)
 
+    def harmful_share(self) -> float:
+        """The true share of harmful tokens among the custom set's response tokens."""
+        scores = load_file(self.folder / "scores.safetensors")
+        return round(float(scores["harmful"][scores["response"].bool()].double().mean()), 4)
+
     def evaluate(self, names: list[str], prefill: tuple[int, ...] = ()) -> dict[str, Metrics]:
         """Metrics of ways of fine-tuning by name ("base": the model they all start from)."""
         sets = {"harmful": self.files["eval_forbidden"], "benign": self.files["eval_benign"], "utility": self.files["eval_facts"]}
         demo = read_json(DEMO)
         run = Run(self.settings("select"))
-        return evaluate_run(run, names, sets, demo["forbidden_words"], demo.get("max_new_tokens", 40), prefill)
+        return evaluate_run(run, names, sets, demo["forbidden_words"], prefill=prefill)
 
 
 def over_seeds(job: Callable, tasks: list[tuple], jobs: int) -> list:
-    """job(*task) for each task, `jobs` at a time in processes of their own, in the order of the tasks."""
+    """job(seed, ...) for each task (seed, ...), `jobs` at a time in processes of their own, in the order of the tasks."""
+    if jobs < 1 or any(not 0 <= task[0] < 2**63 for task in tasks):
+        raise InputError("--jobs must be at least 1, and --seeds 0 or more")
     if jobs == 1:
         return [job(*task) for task in tasks]
     os.environ["OMP_NUM_THREADS"] = "1"  # two pools that spin for each other's cores are ten times slower

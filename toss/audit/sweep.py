@@ -35,7 +35,7 @@ def records(seed: int, x: object, experiment: Experiment, arms: dict[str, dict])
     for name, how in arms.items():
         experiment.finetune(name, **how)
     table = experiment.evaluate(list(arms))
-    share = experiment.calibrated()["harmful_share"] or 0.0
+    share = experiment.harmful_share()
     return [{"seed": seed, "x": x, "arm": name, "discard": 0.0 if how["method"] == "sft" else how.get("discard", paper_d()),
              "harmful_share": share, **{measure: value(table[name], measure) for measure in [*MEASURES, "forbidden/identity"]},
              "refusals_kept": round(1 - table[name]["not_refused/held-out"]["value"], 4)} for name, how in arms.items()]
