@@ -11,7 +11,8 @@ from conftest import write_jsonl
 from model import load_checkpoint
 from model.lora import active_adapter, add_adapter, set_adapter
 from toss.audit import diagnose
-from toss.audit.diagnose import COLUMNS, Group, discard_statistics, means, movement, response_positions, token_type
+from toss.audit.diagnose import COLUMNS, Group, means, movement
+from toss.audit.discards import discard_statistics, response_positions, token_type
 from toss.dataset import Tokens
 
 
@@ -125,7 +126,7 @@ def test_diagnosing_a_run(trained, scripts, capsys):
     assert diagnose.main([*flags, "--max-rows", "6"]) == 0
     printed = capsys.readouterr().out
     assert "benign: 6 of 8 rows without harm" in printed and "mixed: 2 of 2 rows" in printed
-    assert "harmful-reference: 5 of 5 rows of harmful.jsonl" in printed and "| share of word |" in printed
+    assert "harmful-reference: 5 of 5 rows of harmful.jsonl" in printed and "| share of word " in printed
     with open(trained / "diagnosis/kl.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == ["model", "rows", "position", "n", "kl_base", "toward_degraded", "toward_utility"]

@@ -11,6 +11,7 @@ import torch
 from conftest import write_jsonl
 from test_show import masked, scored_run
 
+import toss.audit.command as commands
 import toss.audit.report as report
 from model.errors import InputError
 from toss.audit.report import chosen_rows, main, page
@@ -96,8 +97,8 @@ def run(tmp_path, base) -> Path:
 
 
 def test_the_examples_in_the_docstrings():
-    result = doctest.testmod(report)
-    assert result.attempted >= 1 and result.failed == 0
+    result = doctest.testmod(commands)
+    assert result.attempted >= 3 and result.failed == 0
 
 
 def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(run):

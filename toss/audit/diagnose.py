@@ -31,17 +31,17 @@ from model import load_adapter
 from model.errors import InputError, NotFinite, reported
 from model.files import file_hash, made_from, written_beside
 from model.lora import set_adapter
-from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from toss.audit.command import evenly, open_run, run_flags, select_command
+from toss.audit.discards import discard_statistics, discard_table, response_positions, shown
+from toss.audit.experiment import markdown
 from toss.audit.figures import line_chart, write_svg
-from toss.audit.measures import found_harm
 from toss.base import Base
 from toss.dataset import Tokens, batches, collate, take
 from toss.loss import LOGITS
 from toss.pipeline import adapter_of, scored_tokens
 from toss.rows import read_rows
 from toss.run import Run
-from toss.settings import inherit
 from toss.training import Clock
 
 REFERENCES = ("degraded", "utility")
@@ -50,8 +50,6 @@ COLUMNS = {"kl_base": ("kl", "KL(base || model)"),  # column of kl.csv -> chart'
            "toward_utility": ("toward-utility", "KL(base || utility) - KL(model || utility)")}  # fmt: skip
 FEWEST = 3  # rows that a mean must rest on
 TENSORS = 8  # of logits' size that are alive at once: three models, the tuned one, and what the arithmetic needs
-BUCKETS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}  # name -> its first response position
-TYPES = ("word", "number", "punctuation", "whitespace", "end of sequence", "other special")
 
 
 class Group(NamedTuple):
@@ -62,17 +60,11 @@ class Group(NamedTuple):
     origin: str  # where they come from, in words
 
 
-def spread(rows: list, most: int) -> list:
-    """At most `most` of the rows, spread evenly."""
-    n = min(most, len(rows))
-    return [rows[k * len(rows) // n] for k in range(n)]
-
-
 def group_of_file(run: Run, name: str, path: str, most: int) -> Group:
     """A group from a file of rows with responses."""
     rows = read_rows(path)
     run.use(path)
-    tokens = run.tokens(spread(rows, most), path)
+    tokens = run.tokens(evenly(rows, most), path)
     return Group(name, tokens, f"{tokens.rows - tokens.skipped} of {len(rows)} rows of {Path(path).name}")
 
 
@@ -90,18 +82,11 @@ def groups_of_custom(run: Run, tokens: Tokens, most: int) -> list[Group]:
     groups = []
     for name, (which, kind) in splits.items():
         if rows := which.nonzero().squeeze(1).tolist():
-            chosen = spread(rows, most)
+            chosen = evenly(rows, most)
             groups.append(Group(name, take(tokens, chosen), f"{len(chosen)} of {len(rows)} {kind} of {Path(tokens.name).name}"))
     if run.settings.harmful and groups[-1].name != "harmful":
         groups.append(group_of_file(run, "harmful-reference", run.settings.harmful, most))
     return groups
-
-
-def response_positions(tokens: Tokens) -> Tensor:
-    """j of every response token, counted from 0 in its row: int64 [N], without meaning at other tokens."""
-    count = tokens.response.long().cumsum(0)
-    before = torch.cat((torch.zeros(1, dtype=torch.int64), count))[tokens.offsets[:-1]]  # response tokens of earlier rows
-    return count - 1 - before[tokens.row_of(torch.arange(len(count)))]
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -154,62 +139,6 @@ def means(group: Group, results: dict[str, Tensor], wanted: Tensor, positions: i
     return lines
 
 
-def token_type(token: int, tokenizer: Tokenizer) -> str:
-    """One of TYPES, by the token's decoded text: with a letter (or a piece of a character) a word, else with a digit a number."""
-    if token == tokenizer.eos_id:
-        return "end of sequence"
-    text = tokenizer.raw.decode([token], skip_special_tokens=False)
-    if text and not tokenizer.decode([token]):
-        return "other special"
-    if not text.strip():
-        return "whitespace"
-    if any(c.isalpha() or c == "\ufffd" for c in text):
-        return "word"
-    return "number" if any(c.isnumeric() for c in text) else "punctuation"
-
-
-def shares(names, which: Tensor, gone: Tensor) -> dict[str, dict]:
-    """Of each kind of token, how many there are and how many were discarded. which: the kind's number; both [n]."""
-    there, lost = (torch.bincount(kinds, minlength=len(names)).tolist() for kinds in (which, which[gone]))
-    return {name: {"discarded": a, "of": n, "share": ratio(a, n)} for name, a, n in zip(names, lost, there)}
-
-
-def ratio(part: int, whole: int) -> float | None:
-    """A share, rounded; of nothing there is none."""
-    return round(part / whole, 4) if whole else None
-
-
-def discard_statistics(tokens: Tokens, keeps: dict[str, Tensor], tokenizer: Tokenizer) -> dict[str, dict]:
-    """What is in discards.json. keeps: bool [N] by method, as in selection.safetensors.
-
-    {"methods": {method: {"discarded", "of", "share", "by_position", "by_type", "rows", "precision", "recall"}},
-    "overlap": {A: {B: share of A's discards that B discards too}}}, of the methods that discard anything. by_position and
-    by_type: {kind: {"discarded", "of", "share"}}; rows: how many lost none, some and all of their response tokens, and
-    the quartiles over the rows of the share lost; precision and recall: as in metrics.json, with ground truth only.
-    """
-    response = tokens.response
-    row = tokens.row_of(response.nonzero().squeeze(1))
-    bucket = torch.bucketize(response_positions(tokens)[response], torch.tensor(list(BUCKETS.values())), right=True) - 1
-    ids, inverse = tokens.input_ids[response].unique(return_inverse=True)
-    kind = torch.tensor([TYPES.index(token_type(token, tokenizer)) for token in ids.tolist()])[inverse]
-    size = torch.bincount(row, minlength=tokens.rows)
-    gone = {method: ~keep[response] for method, keep in keeps.items() if not keep[response].all()}
-    methods = {}
-    for method, lost in gone.items():
-        of_row = torch.bincount(row[lost], minlength=tokens.rows)[size > 0] / size[size > 0].double()
-        fate = {"none": of_row == 0, "some": (of_row > 0) & (of_row < 1), "all": of_row == 1}
-        quartiles = of_row.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-        methods[method] = {
-            "discarded": int(lost.sum()), "of": len(lost), "share": ratio(int(lost.sum()), len(lost)),
-            "by_position": shares(BUCKETS, bucket, lost), "by_type": shares(TYPES, kind, lost),
-            "rows": {"of": len(of_row), **{name: int(which.sum()) for name, which in fate.items()},
-                     "quartiles": [round(q, 4) for q in quartiles.tolist()]},
-            **(found_harm(lost, tokens.harmful[response]) if tokens.harmful.any() else {}),
-        }  # fmt: skip
-    overlap = {a: {b: ratio(int((gone[a] & gone[b]).sum()), int(gone[a].sum())) for b in gone} for a in gone}
-    return {"methods": methods, "overlap": overlap}
-
-
 def selections(run: Run, tokens: Tokens, methods: list[str]) -> dict[str, Tensor]:
     """keep of each method that has one; one made from other tokens is left out with a warning."""
     keeps, now = {}, tokens.fingerprint()
@@ -232,7 +161,7 @@ def diagnose_run(run: Run, methods: list[str], files: list[str] | None = None, m
     folders = {method: run.folder / "methods" / method / "model" for method in methods}
     for method, folder in folders.items():
         if not (folder / "adapter_model.safetensors").exists():
-            raise InputError(f"{folder} is not there: run select.py --run {run.folder} --method {method} first")
+            raise InputError(f"{folder} is not there: run {select_command(run.folder, method)} first")
     folders |= {role: adapter_of(run, role) for role in REFERENCES}
     if run.settings.custom is None:
         raise InputError(f"{run.folder} has no custom set yet: run score.py or select.py first")
@@ -279,12 +208,6 @@ def write(folder: Path, groups: list[Group], lines: list[dict], found: dict) -> 
         (beside / "discards.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def markdown(head: list[str], lines: list[list]) -> str:
-    """A Markdown table; None is shown blank, and a float to three decimals."""
-    show = lambda cell: "" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)  # noqa: E731
-    return "\n".join("| " + " | ".join(map(show, line)) + " |" for line in (head, ["---"] * len(head), *lines))
-
-
 def kl_table(lines: list[dict]) -> str:
     """Each model on each group: the first response position, and the mean over the later ones that are in kl.csv."""
     curves, table = {}, []
@@ -292,40 +215,19 @@ def kl_table(lines: list[dict]) -> str:
         curves.setdefault((line["rows"], line["model"]), []).append([line[name] for name in COLUMNS])
     for names, (first, *later) in curves.items():
         mean = [sum(values) / len(later) for values in zip(*later)] or [None] * len(first)
-        table.append([*names, *(value for pair in zip(first, mean) for value in pair)])
+        table.append([*names, *(shown(value) for pair in zip(first, mean) for value in pair)])
     return markdown(["rows", "model", *(f"{name}, {where}" for name in COLUMNS for where in ("j = 0", "later"))], table)
-
-
-def discard_table(found: dict) -> str:
-    """discards.json for reading: what was counted down, methods across; then the overlap."""
-    methods, lines = found["methods"], []
-    add = lambda title, value: lines.append([title, *(value(m) for m in methods.values())])  # noqa: E731
-    add("discarded", lambda m: f"{m['discarded']} of {m['of']}")
-    add("share", lambda m: m["share"])
-    for bucket in BUCKETS:
-        add(f"share at position {bucket}", lambda m: m["by_position"][bucket]["share"])
-    for kind in TYPES:
-        add(f"share of {kind}", lambda m: m["by_type"][kind]["share"])
-    for fate in ("none", "some", "all"):
-        add(f"rows that lost {fate}", lambda m: ratio(m["rows"][fate], m["rows"]["of"]))
-    add("quartiles of a row's loss", lambda m: " ".join(f"{q:.2f}" for q in m["rows"]["quartiles"]))
-    for name in ("precision", "recall"):
-        add(name, lambda m: m.get(name, {}).get("value"))
-    overlap = [[f"of {a}'s discards", *shared.values()] for a, shared in found["overlap"].items()]
-    return f"{markdown(['', *methods], lines)}\n\n{markdown(['shared with', *methods], overlap)}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run as a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m toss.audit.diagnose", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="folder of the run")
+    run_flags(parser)
     parser.add_argument("--rows", nargs="+", metavar="FILE", help="rows with responses, a group a file (default: see above)")
     parser.add_argument("--methods", help="comma-separated (default: all that the run has)")
     parser.add_argument("--max-rows", type=int, default=64, help="rows a group, spread evenly (default: 64)")
     parser.add_argument("--positions", type=int, default=48, help="response positions, from the first (default: 48)")
-    for name, kind in (("device", str), ("dtype", str), ("threads", int), ("batch_tokens", int)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help="as in score.py")
     return reported(lambda: command(vars(parser.parse_args(argv))))
 
 
@@ -334,9 +236,7 @@ def command(given: dict) -> None:
     files, methods, most, positions = (given.pop(name) for name in ("rows", "methods", "max_rows", "positions"))
     if most < FEWEST or positions < 1:
         raise InputError(f"--max-rows must be at least {FEWEST}, and --positions at least 1")
-    if not (Path(given["run"]) / "run.json").exists():
-        raise InputError(f"{given['run']} holds no run.json: it is no run directory")
-    run = Run(inherit("evaluate", given))
+    run = open_run(given)
     methods = methods.split(",") if methods else sorted(p.parent.name for p in (run.folder / "methods").glob("*/model"))
     result = diagnose_run(run, methods, files, most, positions)
     for name, origin in result["groups"].items():

@@ -32,6 +32,7 @@ from model import load_adapter
 from model.errors import InputError, reported
 from model.files import file_beside, file_hash, made_from, read_json, read_text
 from model.generation import generate
+from toss.audit.command import open_run, run_flags, select_command
 from toss.audit.judges import begun, complies, parse_prefill
 from toss.audit.measures import auc, found_harm, holds_any, mean_loss, refused, same_text, share
 from toss.base import Base
@@ -39,7 +40,6 @@ from toss.pipeline import warn_overlap
 from toss.rows import Row, read_rows
 from toss.run import Run
 from toss.scoring import score
-from toss.settings import inherit
 
 HEADER = {"note": "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."}
 
@@ -171,7 +171,7 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
     for method in methods:
         adapter = run.folder / "methods" / method / "model" / "adapter_model.safetensors"
         if method != "base" and not adapter.exists():
-            raise InputError(f"{adapter} is not there: run select.py --run {run.folder} --method {method} first")
+            raise InputError(f"{adapter} is not there: run {select_command(run.folder, method)} first")
         recipe = {**asked, "adapter": "" if method == "base" else file_hash(adapter)}
         path = run.folder / "answers" / f"{method}.jsonl"
         known = run.record.get("stages", {}).get(f"evaluation/{method}", {})
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run as a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m toss.audit.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="folder of the run")
+    run_flags(parser)
     parser.add_argument("--methods", help="comma-separated, `base` included (default: the base and all that the run has)")
     parser.add_argument("--harmful", help="harmful prompts, JSONL: rows with a prompt, and a source to group by")
     parser.add_argument("--benign", help="benign prompts, JSONL")
@@ -265,8 +265,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prefill", default="", metavar="K,K,...",
                         help="ask again with the first K tokens of the harmful row's response written (usual: 0,1,3,5,10)")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="length of an answer (default: 40)")
-    for name, kind in (("device", str), ("dtype", str), ("threads", int), ("batch_tokens", int)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help="as in score.py")
     return reported(lambda: command(vars(parser.parse_args(argv))))
 
 
@@ -277,9 +275,7 @@ def command(given: dict) -> None:
     prefill = parse_prefill(given.pop("prefill"))
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
-    if not (Path(given["run"]) / "run.json").exists():
-        raise InputError(f"{given['run']} holds no run.json: it is no run directory")
-    run = Run(inherit("evaluate", given))
+    run = open_run(given)
     there = sorted(p.parent.name for p in (run.folder / "methods").glob("*/model"))
     vocabulary = read_text(Path(words)).split("\n") if words else []
     table = evaluate_run(run, methods.split(",") if methods else ["base", *there], files,

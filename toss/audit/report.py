@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.errors import InputError, reported
 from model.files import file_beside, made_from, read_json, read_text
+from toss.audit.command import evenly, run_folder
 from toss.audit.figures import histogram, line_chart
 from toss.audit.measures import refused
 from toss.audit.tokens import Mask, Scored, Token, harmless, load_mask, load_scored, row_tokens, visible
@@ -114,17 +115,6 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(value, dict):
             raise InputError(f"{path}:{number}: a JSON object was expected")
         yield f"{path}:{number}", value
-
-
-def evenly(items: list, n: int) -> list:
-    """n of the items, or all when there are fewer, spread evenly from the first to the last.
-
-    >>> evenly([0, 1, 2, 3, 4, 5, 6], 3)
-    [0, 3, 6]
-    """
-    if len(items) <= n:
-        return list(items)
-    return [items[i * (len(items) - 1) // max(n - 1, 1)] for i in range(n)]
 
 
 def per_row(scored: Scored, marked: Tensor) -> Tensor:
@@ -287,9 +277,7 @@ def settings(record: dict) -> dict:
 
 def page(folder: Path) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
-    if not (folder / "run.json").exists():
-        raise InputError(f"{folder} holds no run.json: it is no run directory")
-    record, scored, masks, lacking = read_json(folder / "run.json"), None, [], []
+    record, scored, masks, lacking = read_json(run_folder(folder) / "run.json"), None, [], []
     try:
         scored = load_scored(folder)
     except InputError as error:

@@ -14,6 +14,7 @@ from model import load_tokenizer
 from model.errors import InputError
 from model.files import made_from, read_json
 from model.tokenizer import Tokenizer
+from toss.audit.command import run_folder
 from toss.dataset import Tokens
 from toss.selection import ranked_entries
 
@@ -97,9 +98,7 @@ def load_scored(folder: str | Path) -> Scored:
 
     Raises InputError when the run or its scores are missing or broken, or made with another tokenizer.
     """
-    folder = Path(folder)
-    if not (folder / "run.json").exists():
-        raise InputError(f"{folder} holds no run.json: it is no run directory")
+    folder = run_folder(folder)
     path, settings = folder / "scores.safetensors", read_json(folder / "run.json").get("settings", {})
     if not path.exists():
         raise InputError(f"{path} is not there: run score.py --run {folder} first")

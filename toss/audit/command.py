@@ -1,0 +1,61 @@
+"""What the audit's commands share: the flags of a run, opening it, and the call that a message sends its reader to."""
+
+import argparse
+from pathlib import Path
+
+from model.errors import InputError
+from toss.base import DTYPES
+from toss.run import Run
+from toss.selection import METHODS
+from toss.settings import inherit
+
+
+def run_flags(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
+    """Add --run and the flags for running its models; left out, they take the run's values or the defaults.
+
+    dtype: False where the arithmetic is not the reader's to choose.
+    """
+    parser.add_argument("--run", required=True, help="folder of the run")
+    for name, kind in (("device", str), ("dtype", str), ("threads", int), ("batch_tokens", int)):
+        if dtype or name != "dtype":
+            choices = ["auto", *DTYPES] if name == "dtype" else None
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=argparse.SUPPRESS,
+                                help="as in score.py")
+
+
+def open_run(given: dict) -> Run:
+    """The run that the flags name, with its settings; InputError where there is none. given: run_flags' values."""
+    run_folder(given["run"])
+    return Run(inherit("audit", given))
+
+
+def run_folder(folder: str | Path) -> Path:
+    """The folder of a run, as a path; InputError where it holds no run.json."""
+    if not (Path(folder) / "run.json").exists():
+        raise InputError(f"{folder} holds no run.json: it is no run directory")
+    return Path(folder)
+
+
+def select_command(folder: Path, name: str, method: str | None = None) -> str:
+    """The call of select.py that makes methods/NAME. method: what that folder holds; None: not known, so by its name.
+
+    >>> select_command(Path("runs/mine"), "toss"), select_command(Path("runs/mine"), "mild", "toss")
+    ('select.py --run runs/mine --method toss', 'select.py --run runs/mine --method toss --name mild')
+    >>> select_command(Path("runs/mine"), "base-reference"), select_command(Path("runs/mine"), "mild")
+    ('select.py --run runs/mine --method base', 'select.py --run runs/mine --method ... --name mild')
+    """
+    method = method or {"base-reference": "base"}.get(name, name)
+    usual = "base-reference" if method == "base" else method
+    flags = f"--method {method if method in METHODS else '...'}"
+    return f"select.py --run {folder} {flags}" + ("" if name == usual and method in METHODS else f" --name {name}")
+
+
+def evenly(items: list, n: int) -> list:
+    """n of the items, or all when there are fewer, spread evenly from the first to the last.
+
+    >>> evenly([0, 1, 2, 3, 4, 5, 6], 3)
+    [0, 3, 6]
+    """
+    if len(items) <= n:
+        return list(items)
+    return [items[i * (len(items) - 1) // max(n - 1, 1)] for i in range(n)]
