@@ -1,6 +1,7 @@
 """Answers in AlpacaEval's form, and its annotations read back."""
 
 import doctest
+import hashlib
 import json
 
 import pytest
@@ -25,6 +26,7 @@ def run(tmp_path):
         write_jsonl(folder / f"{name}.jsonl", [{"note": "do not publish"}, line("a", f"{name} é", source="x"),
                                                line("b", f"{name} 2"), more, line("c", f"{name} 3", "benign")])  # fmt: skip
     write_jsonl(folder / "other.jsonl", [{"note": "do not publish"}, line("b", "1"), line("a", "2", source="x")])
+    (tmp_path / "run" / "run.json").write_text("{}")
     return tmp_path / "run"
 
 
@@ -65,6 +67,23 @@ def test_answers_to_other_prompts_are_refused_and_nothing_is_written(run, tmp_pa
         with pytest.raises(InputError, match="sft.jsonl"):
             write(run, "toss", "sft", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_of_a_model_that_was_replaced_are_refused(run, tmp_path):
+    adapter = run / "methods" / "sft" / "model" / "adapter_model.safetensors"
+    adapter.parent.mkdir(parents=True)
+    adapter.write_bytes(b"new")
+    record = {"stages": {"evaluation/sft": {"recipe": {"adapter": hashlib.sha256(b"old").hexdigest()}}}}
+    (run / "run.json").write_text(json.dumps(record))
+    for pair in (("toss", "sft"), ("sft", "toss")):
+        with pytest.raises(InputError, match="sft.jsonl holds answers of another model .* --methods sft first"):
+            write(run, *pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    adapter.write_bytes(b"old")
+    assert write(run, "toss", "sft", tmp_path / "out") == 3
+    (run / "run.json").unlink()
+    with pytest.raises(InputError, match="no run directory"):
+        write(run, "toss", "sft", tmp_path / "out")
 
 
 def test_the_win_rate_is_generator_2s(tmp_path, capsys):

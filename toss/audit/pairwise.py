@@ -20,7 +20,9 @@ import sys
 from pathlib import Path
 
 from model.errors import InputError, reported
-from model.files import read_text, written_beside
+from model.files import read_json, read_text, written_beside
+from toss.audit.command import run_folder
+from toss.audit.evaluate import stale
 
 SETS = ("harmful", "benign", "utility")
 
@@ -29,9 +31,14 @@ def write(run: Path, method: str, against: str, out: Path, only: str | None = No
     """Write out/model_outputs.json and out/reference_outputs.json; returns the number of answers in each.
 
     only: one of SETS (default: all of them); prefilled answers are no answers to their prompt and stay out. Raises
-    InputError where the two methods were not asked the same prompts in the same order.
+    InputError where the two methods were not asked the same prompts in the same order, and for answers of a model that
+    was replaced since.
     """
-    sets = SETS if only is None else (only,)
+    record, sets = read_json(run_folder(run) / "run.json"), SETS if only is None else (only,)
+    for name in (method, against):
+        if stale(record, run, name):
+            raise InputError(f"{run / 'answers' / name}.jsonl holds answers of another model than {run / 'methods' / name} now: "
+                             f"run python -m toss.audit.evaluate --run {run} --methods {name} first, with its files of prompts")
     said = {name: read_answers(run / "answers" / f"{name}.jsonl", sets) for name in (method, against)}
     asked = {name: [(line["set"], line["source"], line["prompt"]) for line in lines] for name, lines in said.items()}
     if asked[method] != asked[against]:
