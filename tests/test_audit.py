@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_jsonl
+from safetensors.torch import load_file
 
 import toss.audit.measures as measures
 from model import load_tokenizer
 from model.errors import InputError
 from toss.audit import evaluate as evaluation
 from toss.audit import judges
-from toss.audit.evaluate import evaluate, evaluate_run, format_table, prefilled, read_metrics, stale
+from toss.audit.evaluate import evaluate, evaluate_run, format_table, prefilled, read_metrics, selection_metrics, stale
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, begun, complies, parse_prefill
 from toss.audit.measures import auc, found_harm, mean_loss, refused, same_text, wilson
 from toss.base import Base
@@ -266,6 +267,19 @@ def test_a_selection_made_for_other_rows_is_not_measured(trained, files, sets, s
     assert evaluation.main(flags) == 0
     assert "made from other rows" in capsys.readouterr().out
     assert "precision" not in json.loads((trained / "metrics.json").read_text())["toss"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--keep-eos",)])
+def test_the_auc_is_over_the_tokens_that_compete(trained, scripts, flags):
+    assert scripts["select"]("--run", trained, "--method", "degraded-only", *flags) == 0
+    scores, run = load_file(trained / "scores.safetensors"), Run(Settings(run=str(trained), model=settings_of(trained)["model"]))
+    competes = scores["response"].bool() & ((scores["input_ids"] != run.tokenizer.eos_id) if flags else True)
+    expected = auc(-scores["loss_degraded"][competes], scores["harmful"][competes].bool())
+    assert selection_metrics(run, "degraded-only")["auc"] == expected and expected["n"] == int(competes.sum())
+
+
+def settings_of(folder):
+    return json.loads((folder / "run.json").read_text())["settings"]
 
 
 def test_only_methods_measured_on_the_same_files_share_a_table(tmp_path, base, sets):

@@ -16,6 +16,7 @@ from toss.audit.show import main, show
 from toss.audit.tokens import load_mask, load_scored, row_tokens, token_texts
 from toss.dataset import Tokens, tokenise
 from toss.rows import read_rows
+from toss.selection import everywhere, in_each_row
 
 
 def scored_run(folder: Path, base: Path, rows: list[dict], demo: bool = False, loss_base: bool = True,
@@ -37,11 +38,11 @@ def scored_run(folder: Path, base: Path, rows: list[dict], demo: bool = False, l
     return tokens
 
 
-def masked(folder: Path, tokens: Tokens, method: str, gone: list[int], score: torch.Tensor | None = None, **header: str) -> None:
-    """A method's mask that discards the given places of the flat arrays."""
+def masked(folder: Path, tokens: Tokens, name: str, gone: list[int], score: torch.Tensor | None = None, **header: str) -> None:
+    """The mask methods/NAME, which discards the given places of the flat arrays."""
     keep = torch.ones(len(tokens.input_ids), dtype=torch.bool)
     keep[gone] = False
-    place = folder / "methods" / method
+    place = folder / "methods" / name
     place.mkdir(parents=True, exist_ok=True)
     header = {"tokens_sha256": tokens.fingerprint(), "ranked": str(int(tokens.response.sum())), **header}
     save_tensors({"keep": keep, **({} if score is None else {"score": score})}, place / "selection.safetensors", header)
@@ -105,12 +106,34 @@ def test_a_refined_degraded_model_and_its_ranking_are_shown_with_its_mask(run):
 
 def test_an_eos_that_does_not_compete_has_no_rank(run, capsys):
     scored = load_scored(run)
-    masked(run, scored.tokens, "toss", [], ranked=str(int(scored.tokens.response.sum()) - scored.tokens.rows))
+    fewer = str(int(scored.tokens.response.sum()) - scored.tokens.rows)
+    masked(run, scored.tokens, "toss", [], ranked=fewer, keep_eos="False")
+    assert row_tokens(scored, load_mask(scored, "toss"), 0)[-1].rank  # the header's word counts, where it has one
+    masked(run, scored.tokens, "toss", [], keep_eos="True")
+    said = load_mask(scored, "toss").rank
+    masked(run, scored.tokens, "toss", [], ranked=fewer)
+    assert torch.equal(load_mask(scored, "toss").rank, said)
     row = row_tokens(scored, load_mask(scored, "toss"), 0)
     assert row[-1].text == scored.tokenizer.eos and row[-1].rank == 0
     assert all(token.rank for token in row[:-1] if token.response)
     show(str(run), 0, "toss", False)
     assert "  -  kept" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_name_says_what_it_holds(run, capsys):
+    scored = load_scored(run)
+    masked(run, scored.tokens, "mild", [], method="local")
+    mask = load_mask(scored, "mild")
+    assert (mask.name, mask.method, mask.cut, mask.label) == ("mild", "local", in_each_row, "mild (local)")
+    assert load_mask(scored, "toss").cut is everywhere and load_mask(scored, "sft").cut is None  # by the folder's name
+    show(str(run), 0, "mild", False)
+    assert "row 0 of 0 to 1, mild (local): 0 of 3" in capsys.readouterr().out
+    masked(run, scored.tokens, "mild", [], method="local", tokens_sha256="other")
+    with pytest.raises(InputError, match="--method local --name mild --overwrite"):
+        load_mask(scored, "mild")
+    masked(run, scored.tokens, "base-reference", [], method="base", tokens_sha256="other")
+    with pytest.raises(InputError, match="--method base --overwrite"):
+        load_mask(scored, "base-reference")
 
 
 def test_marks_survive_without_colour(run, capsys):

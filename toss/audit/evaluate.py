@@ -35,11 +35,14 @@ from model.generation import generate
 from toss.audit.command import open_run, run_flags, select_command
 from toss.audit.judges import begun, complies, parse_prefill
 from toss.audit.measures import auc, found_harm, holds_any, mean_loss, refused, same_text, share
+from toss.audit.tokens import kept_eos
 from toss.base import Base
+from toss.dataset import Tokens
 from toss.pipeline import warn_overlap
 from toss.rows import Row, read_rows
 from toss.run import Run
 from toss.scoring import score
+from toss.selection import ranked_entries
 
 HEADER = {"note": "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."}
 
@@ -131,7 +134,7 @@ def prefilled(base: Base, rows: list[Row], words: Sequence[str], max_new_tokens:
 
 
 def selection_metrics(run: Run, method: str) -> dict[str, dict]:
-    """Precision, recall and AUC of a method's discards, where the custom set carries ground truth."""
+    """Precision, recall and AUC (over the tokens that compete) of a method's discards, where the rows carry ground truth."""
     scores, selection = run.folder / "scores.safetensors", run.folder / "methods" / method / "selection.safetensors"
     if not scores.exists() or not selection.exists():
         return {}
@@ -143,9 +146,13 @@ def selection_metrics(run: Run, method: str) -> dict[str, dict]:
     truth, chosen = load_file(scores), load_file(selection)
     if "harmful" not in truth or not truth["harmful"].any():
         return {}
-    response = truth["response"].bool()
-    metrics = found_harm(~chosen["keep"].bool()[response], truth["harmful"][response]) if (~chosen["keep"]).any() else {}
-    return {**metrics, **({"auc": auc(chosen["score"][response], truth["harmful"][response])} if "score" in chosen else {})}
+    response, harmful, keep = truth["response"].bool(), truth["harmful"].bool(), chosen["keep"].bool()
+    metrics = found_harm(~keep[response], harmful[response]) if not keep.all() else {}
+    if "score" in chosen:
+        tokens = Tokens(truth["input_ids"], truth["offsets"], response, harmful, str(scores))
+        competing = ranked_entries(tokens, kept_eos(then, tokens), run.tokenizer.eos_id)
+        metrics["auc"] = auc(chosen["score"][competing], harmful[competing])
+    return metrics
 
 
 def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Sequence[str] = (),

@@ -74,18 +74,19 @@ def table(tokens: list[Token], mask: Mask, color: bool) -> str:
     return "\n".join([*text, "", f"{parts}, in nats; rank among the {mask.ranked} tokens that compete"])
 
 
-def show(run: str, row: int, method: str, color: bool) -> None:
-    """Print one row of a run."""
+def show(run: str, row: int, name: str, color: bool) -> None:
+    """Print one row of a run, with the mask of methods/NAME."""
     scored = load_scored(run)
-    mask = load_mask(scored, method)
+    mask = load_mask(scored, name)
     tokens = row_tokens(scored, mask, row)
     if not tokens:
         print(f"row {row} of {run} was skipped: its prompt left no room for a response token")
         return
     response = [token for token in tokens if token.response]
     harm = f", {sum(token.harmful for token in response)} harmful by ground truth" if scored.tokens.harmful.any() else ""
-    print(f"row {row} of 0 to {scored.tokens.rows - 1}, {method}: {sum(not token.keep for token in response)} of {len(response)} "
-          f"response tokens discarded{harm}\n\n{running_text(tokens, color)}\n\n{table(tokens, mask, color)}")
+    gone = sum(not token.keep for token in response)
+    print(f"row {row} of 0 to {scored.tokens.rows - 1}, {mask.label}: {gone} of {len(response)} response tokens "
+          f"discarded{harm}\n\n{running_text(tokens, color)}\n\n{table(tokens, mask, color)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="folder of the run")
     parser.add_argument("--row", required=True, type=int, help="row of the custom set, from 0")
-    parser.add_argument("--method", default="toss", help="whose mask (default: toss)")
+    parser.add_argument("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
     parser.add_argument("--no-color", action="store_true", help="marks only")
     args = parser.parse_args(argv)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not args.no_color

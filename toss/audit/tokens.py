@@ -1,6 +1,7 @@
 """The tokens of a scored run with all that is known of each: what the page and the terminal show, a row at a time."""
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from model import load_tokenizer
 from model.errors import InputError
 from model.files import made_from, read_json
 from model.tokenizer import Tokenizer
-from toss.audit.command import run_folder
+from toss.audit.command import run_folder, select_command
 from toss.dataset import Tokens
-from toss.selection import ranked_entries
+from toss.selection import METHODS, ranked_entries
 
 MARKS = {"": "◌", " ": "·", "\n": "⏎", "\t": "⇥"}  # "": the first tokens of a character that is spread over several
 
@@ -36,17 +37,28 @@ class Scored:
 class Mask:
     """What a method ranked and discarded."""
 
-    method: str
+    name: str  # its folder under methods/
+    method: str  # how it chooses: of toss.selection.METHODS, or the folder's name where its file does not say
     keep: Tensor  # bool [N]
     degraded: Tensor  # float32 [N]: L^h under the degraded model of this method's scores (TOSS-Pro refines it)
     S: Tensor  # float32 [N]: L^u - L^h, under that model
     score: Tensor  # float32 [N]: what the method ranks by; S where it ranks by nothing
-    rank: Tensor  # int64 [N]: 1 for the first to go; 0 where a token does not compete
+    rank: Tensor  # int64 [N]: 1 for the highest score; 0 where a token does not compete
 
     @property
     def ranked(self) -> int:
         """How many tokens compete."""
         return int((self.rank > 0).sum())
+
+    @property
+    def cut(self) -> Callable | None:
+        """Where it cuts, of toss.selection: `everywhere` puts one threshold to all rows; None: nowhere, or not known."""
+        return METHODS.get(self.method, (None, None))[1]
+
+    @property
+    def label(self) -> str:
+        """Its name, and the method in brackets where the name is another."""
+        return self.name if self.method == self.name else f"{self.name} ({self.method})"
 
 
 @dataclass
@@ -118,31 +130,40 @@ def load_scored(folder: str | Path) -> Scored:
     return Scored(folder, tokens, losses, header, tokenizer)
 
 
-def load_mask(scored: Scored, method: str) -> Mask:
-    """A method's mask over the scored tokens, with the ranking that it came from.
+def kept_eos(header: dict[str, str], tokens: Tokens) -> bool:
+    """Did EOS stay out of a mask's ranking? header: its file's; an older one does not say, but counts the tokens ranked."""
+    if "keep_eos" in header:
+        return header["keep_eos"] == "True"
+    responses = int(tokens.response.sum())
+    return int(header.get("ranked", responses)) < responses
+
+
+def load_mask(scored: Scored, name: str) -> Mask:
+    """The mask of methods/NAME over the scored tokens, with the ranking that it came from.
 
     Raises InputError when it is missing or broken, or was made from other rows or references.
     """
-    place, tokens, N = scored.folder / "methods" / method, scored.tokens, len(scored.tokens.input_ids)
+    place, tokens, N = scored.folder / "methods" / name, scored.tokens, len(scored.tokens.input_ids)
     path = place / "selection.safetensors"
     if not path.exists():
-        raise InputError(f"{path} is not there: run select.py --run {scored.folder} --method {method} first")
+        raise InputError(f"{path} is not there: run {select_command(scored.folder, name)} first")
+    header = made_from(path)
+    method = header.get("method", name)
     rounds = sorted(place.glob("round-*/scores.safetensors"), key=lambda file: int(file.parent.name[len("round-"):]))
     for file in (path, *rounds[-1:]):
-        header = made_from(file)
-        for name in ("tokens_sha256", "utility_sha256", *(["degraded_sha256"] if file == path else [])):
-            if header.get(name, scored.header.get(name)) != scored.header.get(name):
-                raise InputError(f"{file} was made from other rows or references than scores.safetensors now holds ({name} "
-                                 f"differs): run select.py --run {scored.folder} --method {method} --overwrite")
+        made = made_from(file)
+        for key in ("tokens_sha256", "utility_sha256", *(["degraded_sha256"] if file == path else [])):
+            if made.get(key, scored.header.get(key)) != scored.header.get(key):
+                raise InputError(f"{file} was made from other rows or references than scores.safetensors now holds ({key} "
+                                 f"differs): run {select_command(scored.folder, name, method)} --overwrite")
     chosen = read_tensors(path, ("keep",), N)
     degraded = read_tensors(rounds[-1], ("loss_degraded",), N)["loss_degraded"] if rounds else scored.losses["loss_degraded"]
     S = scored.losses["loss_utility"] - degraded
     score = chosen.get("score", S)
-    keep_eos = int(made_from(path).get("ranked", tokens.response.sum())) < int(tokens.response.sum())
-    entries = ranked_entries(tokens, keep_eos, scored.tokenizer.eos_id)
+    entries = ranked_entries(tokens, kept_eos(header, tokens), scored.tokenizer.eos_id)
     order = entries[score[entries].argsort(descending=True, stable=True)]
     rank = torch.zeros(N, dtype=torch.int64).index_put((order,), torch.arange(1, len(order) + 1))
-    return Mask(method, chosen["keep"].bool(), degraded, S, score, rank)
+    return Mask(name, method, chosen["keep"].bool(), degraded, S, score, rank)
 
 
 def row_tokens(scored: Scored, mask: Mask, row: int) -> list[Token]:
