@@ -11,7 +11,7 @@ from conftest import write_jsonl
 from model import load_checkpoint
 from model.lora import active_adapter, add_adapter, set_adapter
 from toss.audit import diagnose
-from toss.audit.diagnose import COLUMNS, Group, means, movement
+from toss.audit.diagnose import COLUMNS, Group, means, movement, stale_models
 from toss.audit.discards import discard_statistics, response_positions, token_type
 from toss.dataset import Tokens
 
@@ -145,6 +145,19 @@ def test_diagnosing_a_run(trained, scripts, capsys):
     names = {file.name for file in (trained / "diagnosis").iterdir()}  # the old groups are gone
     assert names == {"kl.csv", "discards.json", "kl-mine.svg", "toward-degraded-mine.svg", "toward-utility-mine.svg"}
     assert "No method of the run discards a token." in capsys.readouterr().out
+
+
+def test_the_diagnosis_of_a_model_that_was_replaced_is_stale(trained, scripts):
+    record = lambda: json.loads((trained / "run.json").read_text())  # noqa: E731
+    for method in ("toss", "sft"):
+        scripts["select"]("--run", trained, "--method", method)
+    assert stale_models(record(), trained) == []  # nothing is diagnosed yet
+    flags = ["--run", str(trained), "--device", "cpu", "--positions", "1", "--max-rows", "3"]
+    assert diagnose.main(flags) == 0 and stale_models(record(), trained) == []
+    scripts["select"]("--run", trained, "--method", "sft", "--seed", "7", "--overwrite")
+    assert stale_models(record(), trained) == ["sft"]
+    (trained / "utility" / "adapter_model.safetensors").write_bytes(b"another")
+    assert set(stale_models(record(), trained)) == {"sft", "utility"}
 
 
 @pytest.mark.parametrize(("spans", "group"), [([], "custom: 4 of 4 rows, without ground truth, of plain.jsonl"),

@@ -190,6 +190,14 @@ def diagnose_run(run: Run, methods: list[str], files: list[str] | None = None, m
     return {"kl": lines, "discards": found, "groups": origins}
 
 
+def stale_models(record: dict, folder: Path) -> list[str]:
+    """The models of RUN/diagnosis that the run now holds another adapter of, references included. record: run.json."""
+    models = record.get("stages", {}).get("diagnosis", {}).get("recipe", {}).get("models", {})
+    files = {name: folder / (name if name in REFERENCES else f"methods/{name}/model") / "adapter_model.safetensors"
+             for name in models}
+    return [name for name, file in files.items() if file.exists() and file_hash(file) != models[name]]
+
+
 def write(folder: Path, groups: list[Group], lines: list[dict], found: dict) -> None:
     """The files of RUN/diagnosis, all of them anew."""
     with written_beside(folder, whole=True) as beside:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from model.errors import InputError, reported
 from model.files import read_json, read_text, written_beside
-from toss.audit.command import run_folder
+from toss.audit.command import json_lines, run_folder
 from toss.audit.evaluate import stale
 
 SETS = ("harmful", "benign", "utility")
@@ -57,13 +57,11 @@ def read_answers(path: Path, sets: tuple[str, ...]) -> list[dict]:
     if not path.exists():
         raise InputError(f"{path} is not there: run python -m toss.audit.evaluate first")
     lines = []
-    for number, text in enumerate(read_text(path).split("\n"), start=1):
-        try:
-            line = json.loads(text) if text else {}
-            if "set" in line and line["set"] in sets:
-                lines.append({name: line[name] for name in ("set", "source", "prompt", "answer")})
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not an answer as the evaluation writes them ({error})") from None
+    for where, line in json_lines(path):
+        if line.get("set") in sets:
+            if not all(isinstance(line.get(name), str) for name in ("source", "prompt", "answer")):
+                raise InputError(f"{where}: source, prompt and answer were expected, as the evaluation writes them")
+            lines.append(line)
     if not lines:
         raise InputError(f"{path} holds no answers of the set {' or '.join(sets)}")
     return lines
