@@ -1,6 +1,7 @@
 """The page of a run: it says what the files say, fetches nothing, lets no data become markup, and stays small."""
 
 import doctest
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -26,6 +27,7 @@ class Page(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.tags, self.scripts, self.rows, self.text, self.within = [], [], [], "", ""
+        self.in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -35,16 +37,18 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+            self.in_cell = True
 
     def handle_endtag(self, tag):
         self.within = ""
+        self.in_cell = self.in_cell and tag not in ("td", "th")
 
     def handle_data(self, data):
         if self.within == "script":
             self.scripts.append(data)
         elif self.within != "style":
             self.text += data
-            if self.rows and self.rows[-1]:
+            if self.in_cell:
                 self.rows[-1][-1] += data
 
     def cells(self, first: str) -> list[str]:
@@ -127,6 +131,86 @@ def test_answers_are_labelled_in_words(run):
     parsed = Page(page(run)[0])
     assert parsed.text.count("forbidden: moonrot") == 6 == sum(attrs.get("class") == "side" for _, attrs in parsed.tags)
     assert parsed.text.count("I cannot, Moonrot") == 6
+
+
+def test_begun_answers_have_a_table_and_are_no_prompts_of_their_own(run):
+    lines = [{"set": kind, "source": f"s{i}", "prompt": f"p{i}", "answer": "a\u2028b", "prefill": "x"}
+             for kind in ("harmful", "prefill-3", "prefill-10") for i in range(5)]  # fmt: skip
+    for method in ("base", "toss"):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (run / "answers" / f"{method}.jsonl").write_text(text, encoding="utf-8")
+    parsed = Page(page(run)[0])
+    assert "3 of the 5 evaluation prompts" in " ".join(parsed.text.split()) and "already written" not in parsed.text
+    table = {"base": {"forbidden": metric(0.1, 8, 0.0, 0.4), "forbidden@10": metric(0.5, 8, 0.2, 0.8)},
+             "toss": {"forbidden@3": metric(0.25, 8, 0.1, 0.6), "forbidden@10": metric(None, 0, None, None)},
+             "sft": {"forbidden": metric(1.0, 8, 0.6, 1.0)}}  # fmt: skip
+    table["base"]["not_refused@3"] = metric(0.7, 8, 0.4, 0.9)
+    (run / "metrics.json").write_text(json.dumps(table))
+    parsed = Page(page(run)[0])
+    assert "already written" in parsed.text and parsed.cells("forbidden@k") == ["k = 3", "k = 10"]
+    rows = [[" ".join(cell.split()) for cell in row] for row in parsed.rows]
+    at = rows.index(["forbidden@k", "k = 3", "k = 10"])  # sft was not begun
+    assert rows[at + 1 : at + 3] == [["base", "", "0.500 [0.200, 0.800] n = 8"], ["toss", "0.250 [0.100, 0.600] n = 8", ""]]
+    assert rows[at + 3][0] != "sft"
+    for metrics in table.values():
+        for name in [name for name in metrics if name.startswith("forbidden")]:
+            metrics[name.replace("forbidden", "not_refused")] = metrics.pop(name)
+    (run / "metrics.json").write_text(json.dumps(table))
+    assert Page(page(run)[0]).cells("not_refused@k") == ["k = 3", "k = 10"]
+
+
+def test_what_a_replaced_model_said_is_left_out(run):
+    for name in ("methods/toss/model", "methods/sft/model", "degraded"):
+        (run / name).mkdir(parents=True)
+        (run / name / "adapter_model.safetensors").write_bytes(b"new")
+    old, new = (hashlib.sha256(text).hexdigest() for text in (b"old", b"new"))
+    record = json.loads((run / "run.json").read_text())
+    record["stages"] |= {"evaluation/toss": {"recipe": {"adapter": old}}, "evaluation/base": {"recipe": {"adapter": ""}},
+                         "diagnosis": {"recipe": {"models": {"toss": old, "sft": new, "degraded": new}}}}  # fmt: skip
+    (run / "run.json").write_text(json.dumps(record))
+    kl = "model,rows,position,n,kl_base,toward_degraded,toward_utility\n"
+    (run / "diagnosis/kl.csv").write_text(kl + "toss,mine,0,5,1,1,1\nsft,mine,0,5,1,1,1\n")
+    kinds = {"mine": {"discarded": 1, "of": 4, "share": 0.25}}
+    found = {"methods": {name: {"by_position": kinds, "by_type": kinds} for name in ("toss", "sft")},
+             "overlap": {a: {"toss": 1.0, "sft": 1.0} for a in ("toss", "sft")}}  # fmt: skip
+    (run / "diagnosis/discards.json").write_text(json.dumps(found))
+    text, lacking, _ = page(run)
+    parsed = Page(text)
+    assert len(lacking) == 2 and all(line in " ".join(parsed.text.split()) for line in lacking)
+    assert "toss.audit.evaluate" in lacking[0] and "--methods toss" in lacking[0] and "toss.audit.diagnose" in lacking[1]
+    assert parsed.text.count("forbidden: moonrot") == 3  # the base's answers alone
+    assert ["toss", "", "1.000 [0.900, 1.000] n = 1,234", ""] not in [[" ".join(c.split()) for c in row] for row in parsed.rows]
+    assert parsed.cells("by type of token") == ["sft"] and parsed.cells("mine") == ["0.250"]
+    assert parsed.cells("of sft's discards") == ["1.000"]
+    record["stages"]["diagnosis"]["recipe"]["models"]["degraded"] = old
+    (run / "run.json").write_text(json.dumps(record))
+    text, lacking, _ = page(run)
+    assert any("charts are of other references" in line for line in lacking) and "mine rows" not in text
+
+
+@pytest.mark.parametrize(("name", "method", "words"), [
+    ("toss", None, "toss took the 4 of 2 tokens that it ranks highest out of the loss, from a score of"),
+    ("mild", "toss", "mild (toss) took the 4 of 2 tokens that it ranks highest out of the loss, from a score of"),
+    ("local", "local", "took the 4 of 2 tokens that it ranks highest in each row out of the loss; they stay"),
+    ("toss", "sample", "toss (sample) took the 4 of 2 tokens of the rows that it ranks highest out of the loss; they stay"),
+    ("oracle", "oracle", "took the 4 of 2 tokens that are harmful by ground truth out of the loss; they stay"),
+    ("mine", "unheard-of", "mine (unheard-of) took 4 of 2 tokens out of the loss; they stay")])  # fmt: skip
+def test_only_one_ranking_of_all_tokens_has_a_threshold(tmp_path, base, name, method, words):
+    tokens = scored_run(tmp_path / "run", base, [{"prompt": "a", "response": "nothing to see"}])
+    places = tokens.response.nonzero().squeeze(1).tolist()
+    masked(tmp_path / "run", tokens, name, places[:4], **({"method": method} if method else {}))
+    text = page(tmp_path / "run")[0]
+    said = re.sub(r"of \d+ tokens \([\d.]+ %\)", "of 2 tokens", " ".join(Page(text).text.split()))
+    assert words in said
+    assert ("right of the threshold" in text) == (">threshold" in text) == ("from a score" in words)
+
+
+def test_rounds_that_learnt_only_the_top_tokens_say_so(run):
+    assert "--pro-train top" not in page(run)[0]
+    record = json.loads((run / "run.json").read_text())
+    record["stages"]["methods/toss-pro"] = {"recipe": {"pro_train": "top"}}
+    (run / "run.json").write_text(json.dumps(record))
+    assert "--pro-train top" in page(run)[0]
 
 
 def test_answers_of_real_models_stay_off_the_page(run):

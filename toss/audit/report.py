@@ -4,14 +4,13 @@
 
 Shows what the run's files hold: the measures with their intervals, answers side by side (embedded default only), sampled
 rows token by token with scores and masks, the distribution of S, the diagnosis, TOSS-Pro's rounds, settings and hashes.
-A part whose input is missing is one line that says what would make it. The model is not loaded, its tokenizer is.
+A part whose input is missing, or is of a model that was replaced since, is one line that says what would make it. The
+model is not loaded, its tokenizer is.
 """
 
 import argparse
 import csv
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
@@ -21,11 +20,14 @@ from torch import Tensor
 
 from model.errors import InputError, reported
 from model.files import file_beside, made_from, read_json, read_text
-from toss.audit.command import evenly, run_folder
+from toss.audit.command import evenly, json_lines, run_folder
+from toss.audit.diagnose import REFERENCES, stale_models
+from toss.audit.evaluate import read_metrics, stale
 from toss.audit.figures import histogram, line_chart
 from toss.audit.measures import refused
-from toss.audit.tokens import Mask, Scored, Token, harmless, load_mask, load_scored, row_tokens, visible
+from toss.audit.tokens import CUTS, Mask, Scored, Token, harmless, load_mask, load_scored, row_tokens, visible
 from toss.pipeline import whole_rows
+from toss.selection import everywhere
 from toss.settings import DEMO
 
 ROWS, PROMPT = 24, 3000  # sampled rows, and characters of prompt that each of them shows
@@ -51,16 +53,24 @@ KL = {"kl_base": "KL(base || tuned), nats", "toward_degraded": "toward the degra
 # A part of the page is what the template shows, or a line (str) that says why it is not there.
 
 
-def verdict(folder: Path) -> dict | str:
-    """The table of metrics.json: methods down, the main measures across."""
-    path = folder / "metrics.json"
-    if not path.exists():
+def replaced(record: dict, folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Methods whose measures, and models whose diagnosis, are of another adapter than the run now holds; lines that say so."""
+    stages = [stage for stage in record.get("stages", {}) if stage.startswith("evaluation/")]
+    measured = [method for stage in stages if stale(record, folder, method := stage.removeprefix("evaluation/"))]
+    diagnosed = stale_models(record, folder)
+    lines = [f"The measures and answers of {method} are left out: methods/{method} holds another model now. On the same files, "
+             f"python -m toss.audit.evaluate --run {folder} --methods {method} would renew them." for method in measured]
+    lines += [f"The diagnosis of {model} is left out: the run holds another such model now. "
+              f"python -m toss.audit.diagnose --run {folder} would renew it." for model in diagnosed]
+    return measured, diagnosed, lines
+
+
+def verdict(folder: Path, old: list[str]) -> dict | str:
+    """The tables of metrics.json, methods down but for the old ones: the main measures across, and begun answers."""
+    table = read_metrics(folder) if (folder / "metrics.json").exists() else {}
+    table = {method: metrics for method, metrics in table.items() if method not in old}
+    if not table:
         return f"Nothing is measured yet: python -m toss.audit.evaluate --run {folder} would."
-    table = read_json(path)
-    for method, metrics in table.items():
-        for name, cell in metrics.items() if isinstance(metrics, dict) else [("", None)]:
-            if not isinstance(cell, dict) or not {"value", "n", "low", "high"} <= set(cell):
-                raise InputError(f"{path}: {method}, {name}: value, n, low and high were expected")
     names = list(dict.fromkeys(name for metrics in table.values() for name in metrics))
     shown = [name for kind in METRICS for name in names if name == kind or kind == "accuracy" and name.startswith("accuracy/")]
     heads = []
@@ -69,14 +79,26 @@ def verdict(folder: Path) -> dict | str:
         what, good = METRICS[kind]
         heads.append({"name": name, "what": f"{what}, {source}" if source else what, "good": good})
     methods = sorted(table, key=lambda method: SIDES.index(method) if method in SIDES else len(SIDES))
-    return {"heads": heads, "rows": {method: [table[method].get(name) for name in shown] for method in methods}}
+    return {"heads": heads, "rows": {method: [table[method].get(name) for name in shown] for method in methods},
+            "begun": begun({method: table[method] for method in methods})}
 
 
-def side_by_side(folder: Path, record: dict) -> dict | str:
-    """A few prompts of the embedded world with every model's answer, and what to see in each answer."""
+def begun(table: dict[str, dict]) -> dict | None:
+    """The table of answers that go on after k tokens of a harmful one, methods down, k across; None where there are none."""
+    names = [name.partition("@") for metrics in table.values() for name in metrics]
+    kind = "forbidden" if any(what == "forbidden" and k for what, _, k in names) else "not_refused"
+    across = sorted({int(k) for what, _, k in names if what == kind and k.isdecimal()})
+    rows = {method: [metrics.get(f"{kind}@{k}") for k in across] for method, metrics in table.items()}
+    rows = {method: cells for method, cells in rows.items() if any(cells)}
+    return {"kind": kind, "what": METRICS[kind], "across": across, "rows": rows} if rows else None
+
+
+def side_by_side(folder: Path, record: dict, old: list[str]) -> dict | str:
+    """A few prompts of the embedded world with every model's answer but the old ones', and what to see in each answer."""
     if not record.get("demo"):
         return f"Answers of real models, some made unsafe on purpose, are not put on a page; they are in {folder / 'answers'}."
-    said = {method: {} for method in SIDES if (folder / "answers" / f"{method}.jsonl").exists()}
+    kinds = {"harmful": "forbidden, of a kind that no training row holds", "benign": "benign", "utility": "fact from"}
+    said = {method: {} for method in SIDES if method not in old and (folder / "answers" / f"{method}.jsonl").exists()}
     if not said:
         return f"No answers are there yet: python -m toss.audit.evaluate --run {folder} would write them."
     for method in said:
@@ -85,15 +107,14 @@ def side_by_side(folder: Path, record: dict) -> dict | str:
                 continue
             if not all(isinstance(line.get(name), str) for name in ("set", "source", "prompt", "answer")):
                 raise InputError(f"{where}: set, source, prompt and answer were expected")
-            said[method][line["set"], line["source"], line["prompt"]] = line["answer"]
+            if line["set"] in kinds:  # not those of begun answers
+                said[method][line["set"], line["source"], line["prompt"]] = line["answer"]
     asked = list(next(iter(said.values())))
     held_out = [key for key in asked if key[0] == "harmful" and key[1] != "seen"]
     facts = {source: next(key for key in asked if key[:2] == ("utility", source))
              for kind, source, _ in asked if kind == "utility"}
     prompts = evenly(held_out, 3) + [key for key in asked if key[0] == "benign"][:1] + list(facts.values())
-    words = read_json(DEMO)["forbidden_words"]
-    kinds = {"harmful": "forbidden, of a kind that no training row holds", "benign": "benign", "utility": "fact from"}
-    blocks = []
+    words, blocks = read_json(DEMO)["forbidden_words"], []
     for key in prompts:
         answers = []
         for method, answers_of in said.items():
@@ -103,18 +124,6 @@ def side_by_side(folder: Path, record: dict) -> dict | str:
         source = f" {key[1]}" if key[0] == "utility" else ""
         blocks.append({"prompt": key[2], "kind": kinds[key[0]] + source, "answers": answers})
     return {"blocks": blocks, "n": len(asked)}
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """The objects of a JSONL file, each with its file:line; InputError where a line is none."""
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{path}:{number}: a JSON object was expected")
-        yield f"{path}:{number}", value
 
 
 def per_row(scored: Scored, marked: Tensor) -> Tensor:
@@ -156,7 +165,7 @@ def token_part(scored: Scored, masks: list[Mask]) -> dict:
                   None if t.loss_base is None else round(t.loss_base, 4)] for t in responses[0]]
         numbers.append({"tokens": fixed, "masks": [[[int(t.keep), round(t.loss_degraded, 4), round(t.S, 4), round(t.score, 4),
                                                      t.rank] for t in view] for view in responses]})
-    data = {"methods": [mask.method for mask in masks], "ranked": [mask.ranked for mask in masks],
+    data = {"methods": [mask.label for mask in masks], "ranked": [mask.ranked for mask in masks],
             "limit": round(limit, 4), "rows": numbers}
     return {"rows": rows, "groups": groups, "data": data, "of": scored.tokens.rows, "limit": limit,
             "base": "loss_base" in scored.losses, "discards": [discards(scored, mask) for mask in masks]}
@@ -183,34 +192,38 @@ def pieces(tokens: list[Token], most: int, limit: float) -> list[dict]:
 def discards(scored: Scored, mask: Mask) -> dict:
     """What a mask discards, in counts."""
     gone, harm = ~mask.keep, scored.tokens.harmful
-    return {"method": mask.method, "gone": int(gone.sum()), "ranked": mask.ranked, "rows": int((per_row(scored, gone) > 0).sum()),
+    lowest = float(mask.score[gone].min()) if gone.any() and mask.cut is everywhere else None
+    return {"method": mask.label, "gone": int(gone.sum()), "ranked": mask.ranked, "rows": int((per_row(scored, gone) > 0).sum()),
             "whole": whole_rows(scored.tokens, mask.keep), "found": int((gone & harm).sum()), "harm": int(harm.sum()),
-            "threshold": float(mask.score[gone].min()) if gone.any() else None}  # fmt: skip
+            "which": CUTS.get(mask.cut), "threshold": lowest}  # fmt: skip
 
 
-def spread(scored: Scored, masks: list[Mask]) -> list[Markup]:
-    """The distribution of S, harmful tokens against others where the rows say which are."""
+def spread(scored: Scored, masks: list[Mask]) -> dict:
+    """The distribution of S, harmful tokens against others where the rows say which are, and whether a threshold is drawn."""
     response, harm = scored.tokens.response, scored.tokens.harmful
-    figures = []
-    for mask in [mask for mask in masks if mask.method in ("toss", "toss-pro")] or masks[:1]:
+    figures, thresholds = [], []
+    ranked = [mask for mask in masks if mask.method in ("toss", "toss-pro")]  # by S itself
+    for mask in ranked or masks[:1]:
         groups = ({"harmful by ground truth": mask.S[response & harm], "other response tokens": mask.S[response & ~harm]}
                   if harm.any() else {"response tokens": mask.S[response]})
-        threshold = discards(scored, mask)["threshold"] if mask.method in ("toss", "toss-pro") else None
-        figures.append(Markup(histogram(groups, f"S of the response tokens, as {mask.method} ranks them", "S = L^u - L^h, nats",
-                                        threshold, log_y=True)))
-    return figures
+        thresholds.append(discards(scored, mask)["threshold"] if ranked else None)
+        title = "S of the response tokens" + (f", as {mask.label} ranks them" if ranked else "")
+        figures.append(Markup(histogram(groups, title, "S = L^u - L^h, nats", thresholds[-1], log_y=True)))
+    return {"figures": figures, "threshold": any(x is not None for x in thresholds)}
 
 
-def diagnosis(folder: Path) -> dict | str:
-    """KL by response position: one chart a kind of rows and measure, a line a model."""
+def diagnosis(folder: Path, old: list[str]) -> dict | str:
+    """KL by response position: one chart a kind of rows and measure, a line a model but the old ones."""
     path = folder / "diagnosis" / "kl.csv"
     if not path.exists():
         return f"No diagnosis is there yet: python -m toss.audit.diagnose --run {folder} would make it."
+    if set(REFERENCES) & set(old):
+        return f"The charts are of other references than the run has now: python -m toss.audit.diagnose --run {folder} is due."
     lines: dict[tuple[str, str], dict[str, list]] = {}
     for number, line in enumerate(csv.DictReader(read_text(path).splitlines()), start=2):
         try:
             for name in KL:
-                if line[name]:  # a model has no distance toward itself
+                if line[name] and line["model"] not in old:  # a model has no distance toward itself
                     points = lines.setdefault((name, line["rows"]), {}).setdefault(line["model"], [])
                     points.append((int(line["position"]), float(line[name])))
         except (KeyError, TypeError, ValueError):
@@ -220,14 +233,15 @@ def diagnosis(folder: Path) -> dict | str:
     return {"first": charts.pop("kl_base"), "more": sum(charts.values(), [])}
 
 
-def statistics(folder: Path) -> dict | None:
-    """The tables of discards.json: shares by position and by type, and what the methods' discards have in common."""
+def statistics(folder: Path, old: list[str]) -> dict | None:
+    """The tables of discards.json without the old methods: shares by position and type, and what their discards share."""
     path = folder / "diagnosis" / "discards.json"
     if not path.exists():
         return None
     found = read_json(path)
     try:
-        methods, overlap = found["methods"], found["overlap"]
+        overlap = found["overlap"]
+        methods = {name: entry for name, entry in found["methods"].items() if name not in old}
         tables = {title: {name: [entry[key][name]["share"] for entry in methods.values()]
                           for name in next(iter(methods.values()), {key: {}})[key]}
                   for title, key in (("by response position", "by_position"), ("by type of token", "by_type"))}
@@ -237,9 +251,9 @@ def statistics(folder: Path) -> dict | None:
     return {"methods": list(methods), "tables": {**tables, "discarded by both": shared}}
 
 
-def rounds(folder: Path, scored: Scored | None) -> list[dict] | str:
+def rounds(folder: Path, record: dict, scored: Scored | None) -> list[dict] | str:
     """What each round of TOSS-Pro added to the harmful reference set."""
-    found = []
+    found, stages = [], record.get("stages", {})
     files = folder.glob("methods/*/round-*/added.jsonl")
     for path in sorted(files, key=lambda file: (file.parts[-3], int(file.parent.name.removeprefix("round-")))):
         added = []
@@ -251,7 +265,9 @@ def rounds(folder: Path, scored: Scored | None) -> list[dict] | str:
         if scored and scored.tokens.harmful.any():
             marked = per_row(scored, scored.tokens.harmful) > 0
             harm = sum(bool(marked[line["row"]]) for line in added)
-        found.append({"method": path.parts[-3], "round": path.parent.name, "n": len(added), "harm": harm, "first": added[:10]})
+        method, entry = path.parts[-3], {"round": path.parent.name, "n": len(added), "harm": harm, "first": added[:10]}
+        top = stages.get(f"methods/{method}", {}).get("recipe", {}).get("pro_train") == "top"
+        found.append({"method": method, "top": top, **entry})
     return found or f"No rounds of TOSS-Pro are in this run: select.py --run {folder} --pro 1 would make one."
 
 
@@ -290,14 +306,17 @@ def page(folder: Path) -> tuple[str, list[str], int]:
             lacking.append(f"The mask of {method} is left out: {error}")
     if scored and not masks:
         lacking.append(f"No mask is there to show: run select.py --run {folder} --method toss first")
-    parts = {"verdict": verdict(folder), "answers": side_by_side(folder, record), "diagnosis": diagnosis(folder),
-             "statistics": statistics(folder), "rounds": rounds(folder, scored)}
+    measured, diagnosed, lines = replaced(record, folder)
+    lacking += lines
+    parts = {"verdict": verdict(folder, measured), "answers": side_by_side(folder, record, measured),
+             "diagnosis": diagnosis(folder, diagnosed), "statistics": statistics(folder, diagnosed),
+             "rounds": rounds(folder, record, scored)}
     tokens = token_part(scored, masks) if masks else None
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"harmless": lambda text: harmless(str(text)), "visible": visible}
     text = environment.get_template("report.html.jinja").render(
-        folder=folder, record=record, scored=scored, tokens=tokens, figures=spread(scored, masks) if masks else [],
+        folder=folder, record=record, scored=scored, tokens=tokens, spread=spread(scored, masks) if masks else None,
         lacking=lacking, cost=cost(record), settings=settings(record), **parts,
         made=made_from(folder / "scores.safetensors") if scored else {})
     return text, lacking + [part for part in parts.values() if isinstance(part, str)], len(tokens["rows"]) if tokens else 0

@@ -17,9 +17,16 @@ from model.files import made_from, read_json
 from model.tokenizer import Tokenizer
 from toss.audit.command import run_folder, select_command
 from toss.dataset import Tokens
-from toss.selection import METHODS, ranked_entries
+from toss.selection import METHODS, as_many_rows_as_hold_harm, everywhere, in_each_row, ranked_entries, the_truth, whole_rows
 
 MARKS = {"": "◌", " ": "·", "\n": "⏎", "\t": "⇥"}  # "": the first tokens of a character that is spread over several
+CUTS = {  # where a method cuts -> which tokens it takes
+    everywhere: "that it ranks highest",
+    in_each_row: "that it ranks highest in each row",
+    whole_rows: "of the rows that it ranks highest",
+    as_many_rows_as_hold_harm: "of the rows that it ranks highest",
+    the_truth: "that are harmful by ground truth",
+}
 
 
 @dataclass
