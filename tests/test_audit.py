@@ -333,6 +333,12 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, sets, capsys):
     assert "no run directory" in capsys.readouterr().err and not (tmp_path / "typo").exists()
 
 
+def test_an_unknown_arithmetic_is_refused_by_its_flag(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(["--run", str(tmp_path), "--dtype", "int8"])
+    assert "choose from" in capsys.readouterr().err
+
+
 def test_a_method_that_is_not_there_is_an_error(tmp_path, base, sets):
     with pytest.raises(InputError, match="select.py"):
         evaluate_run(run_on(base, tmp_path), ["toss"], sets)
