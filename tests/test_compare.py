@@ -36,7 +36,8 @@ def table(forbidden: int, seconds: float = 10.0) -> dict:
 
 def test_mean_range_and_count_over_the_seeds():
     assert summary([0.2, 0.9, 0.7]) == {"mean": 0.6, "least": 0.2, "most": 0.9, "seeds": 3}
-    assert cell(summary([0.2, 0.9, 0.7])) == "0.60 [0.20, 0.90]" and cell(summary([0.5])) == "0.50" and cell(summary([])) == "-"
+    assert cell(summary([0.2, 0.9, 0.7])) == "0.60 [0.20, 0.90]"
+    assert cell(summary([0.5, 0.5])) == "0.50" and cell(summary([])) == "-"
 
 
 def test_refusals_kept_is_one_less_not_refused():
@@ -89,6 +90,12 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, scripts, cap
     assert "toss.audit.evaluate" in capsys.readouterr().err
     found = {"base": {"nll": wilson(1, 2)}, "sft": {"nll": wilson(1, 2)}, "toss": {"nll": wilson(2, 2)}}
     (trained / "metrics.json").write_text(json.dumps(found))
+    old = {"recipe": {"adapter": "of a model that is no longer there"}}
+    record = json.loads((trained / "run.json").read_text())
+    (trained / "run.json").write_text(json.dumps({**record, "stages": {**record["stages"], "evaluation/toss": old}}))
+    assert compare.main(["--run", str(trained)]) == 1
+    assert "toss has been trained again" in capsys.readouterr().err
+    (trained / "run.json").write_text(json.dumps(record))
     assert compare.main(["--run", str(trained)]) == 0
     written = json.loads((trained / "comparison.json").read_text())["methods"]
     assert written["toss"]["nll"]["mean"] == 1.0 and written["toss"]["tokens_to_sft"]["mean"] > 1
@@ -177,6 +184,8 @@ def test_a_sweeps_table_and_chart_hold_the_means_over_the_seeds():
     curve = [{**record(1, x, "toss", 0.5), "accuracy/harmful-rows": 0.4} for x in (0.0, 0.1)]
     picture = sweep.chart([*curve, {**curve[0], "x": "calibrated", "discard": 0.12}], "discard", "d")
     assert "calibrated: 0.12" in picture and ">harmful-row facts<" in picture
+    rounds = [{**record(1, 2, arm, 0.5), "accuracy/harmful-rows": 0.4} for arm in ("toss", "pro-1-40-rows")]
+    assert ">forbidden, D^h of 2: whole rows<" in sweep.chart(rounds, "pro", "rows of D^h")
 
 
 def few(files: dict[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from model.errors import InputError, reported
 from model.files import file_beside, read_json
 from toss.audit.baselines import dsir, safeinstr
-from toss.audit.evaluate import write_metrics
+from toss.audit.evaluate import read_metrics, stale, write_metrics
 from toss.audit.experiment import Experiment, Metrics, cell, drawn, markdown, over_seeds, row_files, summary, value
 from toss.run import git_commit
 from toss.selection import UNSCORED
@@ -192,7 +192,10 @@ def compare(folder: Path | None, every: bool, seeds: list[int] | None, jobs: int
             raise InputError(f"{folder} was begun with inputs of its own; --seeds and --all are for the embedded default")
         if not (folder / "metrics.json").exists():
             raise InputError(f"{folder}/metrics.json is not there: run python -m toss.audit.evaluate --run {folder} ... first")
-        metrics = read_json(folder / "metrics.json")
+        metrics = read_metrics(folder)
+        if old := [name for name in metrics if stale(record, folder, name)]:
+            raise InputError(f"{folder}/metrics.json: {', '.join(old)} has been trained again since it was evaluated: run "
+                             f"python -m toss.audit.evaluate --run {folder} ... again")
         result = summarise([{name: {"metrics": metrics[name], "cost": cost(record, name)} for name in metrics}])
         names = dict.fromkeys(name for table in metrics.values() for name in table if "@" not in name)
         text = tables_of(result, {name: name for name in names})

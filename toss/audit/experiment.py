@@ -107,10 +107,11 @@ def summary(values: list[float]) -> dict | None:
 
 
 def cell(entry: dict | None) -> str:
-    """A summary as text: the mean, and the range where there are several seeds."""
+    """A summary as text: the mean, and the range where the seeds differ."""
     if entry is None:
         return "-"
-    return f"{entry['mean']:.2f}" + (f" [{entry['least']:.2f}, {entry['most']:.2f}]" if entry["seeds"] > 1 else "")
+    least, most = f"{entry['least']:.2f}", f"{entry['most']:.2f}"
+    return f"{entry['mean']:.2f}" + (f" [{least}, {most}]" if least != most else "")
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

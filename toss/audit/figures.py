@@ -75,7 +75,7 @@ def line_chart(lines: dict[str, list[tuple]], title: str, x_label: str, y_label:
             kind = (f'fill="{colour}" fill-opacity="0.15"' if len(points) > 1 else f'stroke="{colour}" stroke-width="2"')
             bands.append(f'<polygon points="{" ".join(edge)}" {kind}/>')
         strokes.append(f'<polyline points="{" ".join(axes.at(*point[:2]) for point in points)}" {stroke(k)}/>')
-        every = math.ceil(len(points) / 16)
+        every = max(1, math.ceil(len(points) / 16))
         strokes += [marker(k, axes.at(*point[:2])) for point in points[::every]]
     return document(title, x_label, y_label, axes, bands + strokes, list(lines), marker)
 

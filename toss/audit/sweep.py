@@ -206,6 +206,14 @@ def chart(found: list[Record], name: str, label: str) -> str:
             for measure in measures if x != "calibrated" else ():
                 lines.setdefault(MEASURES[measure], []).append((x, *dot(group, measure)))
         return line_chart(lines, f"toss over d (calibrated: {cell(calibrated)})", label, "share", (0.0, 1.0))
+    if name == "pro":
+        groups = grouped(found)
+        for size, measure in ((2, "forbidden/held-out"), (80, "accuracy/harmful-rows")):
+            for learn, what in (("rows", "whole rows"), ("top", "top tokens")):
+                arms = [(0, "toss"), *((k, f"pro-1-{k}-{learn}") for k in (10, 40, 120))]
+                points = [(k, *dot(groups[size, arm], measure)) for k, arm in arms if (size, arm) in groups]
+                lines[f"{MEASURES[measure]}, D^h of {size}: {what}"] = points
+        return line_chart(lines, "One round of TOSS-Pro", "k, the rows added (0: toss)", "share", (0.0, 1.0))
     for (x, arm), group in grouped(found).items():
         lines.setdefault(arm, []).append((x, *dot(group, "forbidden/held-out")))
     return line_chart(lines, f"Sweep: {name}", label, "forbidden", (0.0, 1.0))
