@@ -27,7 +27,7 @@ Metrics = dict[str, dict]  # {metric: {"value", "n", "low", "high"}}
 def row_files(folder: Path | None = None) -> dict[str, str]:
     """The world's files by the names that data/demo.json gives them; those of a folder that data.world has written."""
     files = {name: path for name, path in read_json(DEMO).items() if str(path).endswith(".jsonl")}
-    return {name: str(folder / Path(path).name if folder else ROOT / path) for name, path in files.items()}
+    return {name: str(folder.absolute() / Path(path).name if folder else ROOT / path) for name, path in files.items()}
 
 
 def drawn(seed: int, folder: Path, **custom) -> dict[str, str]:
