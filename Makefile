@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(VENV) select.py --method sft
 	$(VENV) select.py --method toss
 	$(VENV) -m toss.audit.compare
-	$(VENV) -m toss.audit.diagnose --run runs/demo
+	$(VENV) -m toss.audit.diagnose --run runs/demo > runs/demo/diagnosis.txt
 	$(VENV) -m toss.audit.report --run runs/demo
 
 test: .venv/ready

@@ -344,6 +344,12 @@ def test_a_method_that_is_not_there_is_an_error(tmp_path, base, sets):
         evaluate_run(run_on(base, tmp_path), ["toss"], sets)
 
 
+def test_a_mistyped_method_stops_before_any_is_evaluated(tmp_path, base, sets):
+    with pytest.raises(InputError, match="tosss"):
+        evaluate_run(run_on(base, tmp_path), ["base", "tosss"], sets, max_new_tokens=1)
+    assert not (tmp_path / "run" / "answers").exists()
+
+
 def test_the_table_leaves_a_missing_metric_blank():
     lines = format_table({"a": {"m": wilson(1, 2)}, "b": {"k": wilson(1, 2)}}).splitlines()
     assert lines[0] == "| | a | b |" and lines[2:] == ["| m | 0.500 [0.095, 0.905] |  |", "| k |  | 0.500 [0.095, 0.905] |"]

@@ -105,6 +105,11 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, scripts, cap
     assert "inputs of its own" in capsys.readouterr().err
 
 
+def test_a_mistyped_folder_is_not_begun(tmp_path, capsys):
+    assert compare.main(["--run", str(tmp_path / "typo")]) == 1
+    assert "no run directory" in capsys.readouterr().err and not (tmp_path / "typo").exists()
+
+
 def test_markdown_lines_up():
     assert markdown(["", "a"], [["long", "1"], ["b", "22"]]).splitlines() == [
         "|      | a  |", "|------|----|", "| long | 1  |", "| b    | 22 |"]  # fmt: skip

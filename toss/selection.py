@@ -110,7 +110,7 @@ def everywhere(scores: Tensor, d: float, c: Candidates) -> Tensor:
 
 
 def in_each_row(scores: Tensor, d: float, c: Candidates) -> Tensor:
-    """The highest floor(d L_i) of each row by itself."""
+    """The highest floor(d L_i) of each row by itself: less than d of all tokens, since each row's share is rounded down."""
     rows = c.rows()
     order = scores.argsort(descending=True, stable=True)
     order = order[rows[order].argsort(stable=True)]  # by row, and the riskiest first within one

@@ -18,6 +18,7 @@ from pathlib import Path
 from model.errors import InputError, reported
 from model.files import file_beside, read_json
 from toss.audit.baselines import dsir, safeinstr
+from toss.audit.command import run_folder
 from toss.audit.evaluate import read_metrics, stale, write_metrics
 from toss.audit.experiment import Experiment, Metrics, cell, drawn, markdown, over_seeds, row_files, summary, value
 from toss.run import git_commit
@@ -186,7 +187,8 @@ x sft: as a multiple of plain fine-tuning's."""
 def compare(folder: Path | None, every: bool, seeds: list[int] | None, jobs: int) -> None:
     """Make, print and write the comparison of the shipped rows, of fresh ones over seeds, or of a run as it stands."""
     folder = folder or Path("runs/compare" if seeds else "runs/demo")
-    record = read_json(folder / "run.json") if (folder / "run.json").exists() else {"demo": True}
+    begun = seeds or folder == Path("runs/demo") and not (folder / "run.json").exists()  # these may be made from nothing
+    record = {"demo": True} if begun else read_json(run_folder(folder) / "run.json")
     if not record.get("demo"):
         if seeds or every:
             raise InputError(f"{folder} was begun with inputs of its own; --seeds and --all are for the embedded default")

@@ -43,6 +43,7 @@ from toss.rows import Row, read_rows
 from toss.run import Run
 from toss.scoring import score
 from toss.selection import ranked_entries
+from toss.settings import DEMO
 
 HEADER = {"note": "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."}
 
@@ -174,11 +175,12 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
                 warn_overlap(f"evaluation rows ({name}) and the run's {role} set", rows, trained_on, prompts_only=True)
     asked = {**run.identity, **{name: file_hash(path) for name, path in files.items()}, "words": sorted(words),
              "max_new_tokens": max_new_tokens, "prefill": prefill}
-    base = Base(run)
-    for method in methods:
-        adapter = run.folder / "methods" / method / "model" / "adapter_model.safetensors"
+    adapters = {name: run.folder / "methods" / name / "model" / "adapter_model.safetensors" for name in methods}
+    for method, adapter in adapters.items():
         if method != "base" and not adapter.exists():
             raise InputError(f"{adapter} is not there: run {select_command(run.folder, method)} first")
+    base = Base(run)
+    for method, adapter in adapters.items():
         recipe = {**asked, "adapter": "" if method == "base" else file_hash(adapter)}
         path = run.folder / "answers" / f"{method}.jsonl"
         known = run.record.get("stages", {}).get(f"evaluation/{method}", {})
@@ -196,6 +198,9 @@ def evaluate_run(run: Run, methods: list[str], files: dict[str, str], words: Seq
             if stage.startswith("evaluation/")}
     alike = {method: entry["metrics"] for method, entry in done.items()  # on the same files: only those share a table
              if {**entry["recipe"], "adapter": ""} == {**asked, "adapter": ""} and not stale(run.record, run.folder, method)}
+    if others := [method for method in done if method not in alike]:
+        print(f"{run.folder}/metrics.json leaves out {', '.join(others)}: evaluated on other files, in another way, or trained "
+              "again since")
     write_metrics(run.folder / "metrics.json", alike)
     table = {method: alike[method] for method in methods}
     for method in methods:
@@ -268,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--harmful", help="harmful prompts, JSONL: rows with a prompt, and a source to group by")
     parser.add_argument("--benign", help="benign prompts, JSONL")
     parser.add_argument("--utility", help="utility rows, JSONL: prompt and response, and an `answer` where there is one")
-    parser.add_argument("--words", help="text file with forbidden words, one a line")
+    parser.add_argument("--words", help="text file with forbidden words, one a line (the embedded default has its own)")
     parser.add_argument("--prefill", default="", metavar="K,K,...",
                         help="ask again with the first K tokens of the harmful row's response written (usual: 0,1,3,5,10)")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="length of an answer (default: 40)")
@@ -285,8 +290,10 @@ def command(given: dict) -> None:
     run = open_run(given)
     there = sorted(p.parent.name for p in (run.folder / "methods").glob("*/model"))
     vocabulary = read_text(Path(words)).split("\n") if words else []
-    table = evaluate_run(run, methods.split(",") if methods else ["base", *there], files,
-                         [word.strip() for word in vocabulary if word.strip()], length, prefill)
+    listed = [word.strip() for word in vocabulary if word.strip()]
+    if not words and run.record.get("demo"):
+        listed = read_json(DEMO)["forbidden_words"]  # the embedded default has its own
+    table = evaluate_run(run, methods.split(",") if methods else ["base", *there], files, listed, length, prefill)
     print(format_table(table))
 
 

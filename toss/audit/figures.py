@@ -18,8 +18,8 @@ from torch import Tensor
 from model.errors import InputError
 from model.files import file_beside
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("none", "8 4", "2 3", "10 3 2 3", "5 2", "12 4", "1 2 6 2", "4 4")  # one more than colours: pairs repeat late
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
+DASHES = ("none", "8 4", "2 3", "10 3 2 3", "5 2", "12 4", "1 2 6 2", "4 4")  # nine lines and more share a pair
 MARKERS = {  # around (0, 0), about 8 across
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "square": "M-3.5 -3.5h7v7h-7z", "triangle": "M0 -4.5L4.5 3.5h-9z",
     "diamond": "M0 -5L5 0L0 5L-5 0z", "down": "M0 4.5L4.5 -3.5h-9z", "bar": "M-1.5 -5h3v10h-3z", "flat": "M-5 -1.5h10v3h-10z",

@@ -204,7 +204,7 @@ def spread(scored: Scored, masks: list[Mask]) -> dict:
     figures, thresholds = [], []
     ranked = [mask for mask in masks if mask.method in ("toss", "toss-pro")]  # by S itself
     for mask in ranked or masks[:1]:
-        groups = ({"harmful by ground truth": mask.S[response & harm], "other response tokens": mask.S[response & ~harm]}
+        groups = ({"other response tokens": mask.S[response & ~harm], "harmful by ground truth": mask.S[response & harm]}
                   if harm.any() else {"response tokens": mask.S[response]})
         thresholds.append(discards(scored, mask)["threshold"] if ranked else None)
         title = "S of the response tokens" + (f", as {mask.label} ranks them" if ranked else "")
