@@ -209,13 +209,13 @@ def compare(folder: Path | None, every: bool, seeds: list[int] | None, jobs: int
         text = tables_of(result, COLUMNS)
         print(f"\n{folder}, one seed; d = {read_json(DEMO)['discard']}\n\n{text}\n{LEGEND}")
         side_by_side(folder, {name: row["metrics"] for name, row in tables[0].items()})
-        write(folder, result, text + LEGEND, seeds=[read_json(DEMO)["finetune"]["seed"]])
+        write(folder, result, f"{text}\n{LEGEND}", seeds=[read_json(DEMO)["finetune"]["seed"]])
     else:
         tables = over_seeds(one_seed, [(seed, folder, every) for seed in seeds], jobs)
         result = summarise(tables)
         text = tables_of(result, COLUMNS)
         print(f"\n{folder}, mean [least, most] over the seeds {', '.join(map(str, seeds))}\n\n{text}\n{LEGEND}")
-        write(folder, result, text + LEGEND, seeds=seeds)
+        write(folder, result, f"{text}\n{LEGEND}", seeds=seeds)
     print(f"\nwritten: {folder}/comparison.md, {folder}/comparison.json")
 
 
