@@ -71,8 +71,9 @@ class Run:
             return False
         if known is None:
             raise InputError(f"{path} is there, but {self.file} does not know how it was made; give --overwrite to replace it")
+        elsewhere = "another --name" if stage.startswith("methods/") else "another --run"
         raise InputError(f"{path} holds another result (different: {', '.join(differences(known, recipe))}); "
-                         "give --overwrite to replace it, or choose another --run")
+                         f"give --overwrite to replace it, or choose {elsewhere}")
 
     def check_made_from(self, file: Path, **expected: str) -> None:
         """Refuse a file whose header says that it was made from another model, tokenizer or data than this run's.
