@@ -38,6 +38,17 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def json_object(line: str, where: str) -> dict:
+    """A line that holds one JSON object; InputError beginning with `where` (file:line) when it does not."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON object was expected")
+    return value
+
+
 def cached_hash(key: str, path: Path, compute) -> str:
     """The hash stored under `key`, computed again when the file's size or time has changed."""
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.errors import InputError
+from model.files import json_object
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 FORMS = ("messages; prompt and response; instruction, input and output (Alpaca); conversations (ShareGPT); "
@@ -53,12 +54,7 @@ def read_rows(path: str | Path, responses: bool = True) -> list[Row]:
 
 def parse_row(line: str, where: str, responses: bool) -> Row:
     """One line of JSONL as a Row; see read_rows."""
-    try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: a JSON object was expected")
+    raw = json_object(line, where)
     messages = [turn(role, text, where) for role, text in conversation(raw, where, responses)]
     replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     if responses:

@@ -6,6 +6,7 @@ this file; to add a method, add its line there.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ class Candidates:
             raise InputError(f"the losses under the {model} model are not in scores.safetensors: run score.py{flag}")
         return self.losses[f"loss_{model}"][self.entries]
 
+    @cached_property
     def rows(self) -> Tensor:
         """The row of each, int64 [n]."""
         return self.tokens.row_of(self.entries)
@@ -92,14 +94,14 @@ def weighted(c: Candidates) -> Tensor:
 
 def mean_risk(c: Candidates) -> Tensor:
     """The mean S of the token's row, the same for all of its tokens."""
-    rows = c.rows()
+    rows = c.rows
     sums = torch.zeros(c.tokens.rows, dtype=torch.float64).index_add_(0, rows, risk(c).double())
     return (sums / torch.bincount(rows, minlength=c.tokens.rows))[rows].float()
 
 
 def earliness(c: Candidates) -> Tensor:
     """Minus the token's place among the response tokens of its row."""
-    rows = c.rows()
+    rows = c.rows
     first = torch.searchsorted(rows, rows)  # where the row begins among the competing tokens
     return (first - torch.arange(len(rows))).float()
 
@@ -111,7 +113,7 @@ def everywhere(scores: Tensor, d: float, c: Candidates) -> Tensor:
 
 def in_each_row(scores: Tensor, d: float, c: Candidates) -> Tensor:
     """The highest floor(d L_i) of each row by itself: less than d of all tokens, since each row's share is rounded down."""
-    rows = c.rows()
+    rows = c.rows
     order = scores.argsort(descending=True, stable=True)
     order = order[rows[order].argsort(stable=True)]  # by row, and the riskiest first within one
     place = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
@@ -123,18 +125,18 @@ def whole_rows(scores: Tensor, d: float, c: Candidates) -> Tensor:
     """Whole rows, the riskiest first, as many as fit into d of the tokens."""
     order, sizes = rows_by_risk(scores, c)
     fit = int((sizes[order].cumsum(0) <= math.floor(d * len(scores) + 1e-9)).sum())
-    return torch.isin(c.rows(), order[:fit])
+    return torch.isin(c.rows, order[:fit])
 
 
 def as_many_rows_as_hold_harm(scores: Tensor, d: float, c: Candidates) -> Tensor:
     """The N riskiest rows, whatever d: N is the true number of rows with harm."""
     truth = c.truth()
-    return torch.isin(c.rows(), rows_by_risk(scores, c)[0][: len(c.rows()[truth].unique())])
+    return torch.isin(c.rows, rows_by_risk(scores, c)[0][: len(c.rows[truth].unique())])
 
 
 def rows_by_risk(scores: Tensor, c: Candidates) -> tuple[Tensor, Tensor]:
     """Rows from the riskiest on (scores are equal within a row), and how many tokens of each compete."""
-    rows = c.rows()
+    rows = c.rows
     of_row = torch.full((c.tokens.rows,), -torch.inf).index_put((rows,), scores)
     return of_row.argsort(descending=True, stable=True), torch.bincount(rows, minlength=c.tokens.rows)
 

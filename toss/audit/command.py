@@ -1,12 +1,11 @@
 """What the audit's commands share: the flags of a run, opening it, the call that makes a method, and reading lines."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from model.errors import InputError
-from model.files import read_text
+from model.files import json_object, read_text
 from toss.base import DTYPES
 from toss.run import Run
 from toss.selection import METHODS
@@ -56,15 +55,8 @@ def select_command(folder: Path, name: str, method: str | None = None) -> str:
 def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """The objects of a JSONL file, each with its file:line, empty lines left out; InputError where a line is none."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):  # splitlines would also cut at U+2028
-        if not line:
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{path}:{number}: a JSON object was expected")
-        yield f"{path}:{number}", value
+        if line:
+            yield f"{path}:{number}", json_object(line, f"{path}:{number}")
 
 
 def evenly(items: list, n: int) -> list:

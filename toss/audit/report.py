@@ -27,7 +27,6 @@ from toss.audit.figures import histogram, line_chart
 from toss.audit.measures import refused
 from toss.audit.tokens import CUTS, Mask, Scored, Token, harmless, load_mask, load_scored, row_tokens, visible
 from toss.pipeline import whole_rows
-from toss.selection import everywhere
 from toss.settings import DEMO
 
 ROWS, PROMPT = 24, 3000  # sampled rows, and characters of prompt that each of them shows
@@ -192,10 +191,9 @@ def pieces(tokens: list[Token], most: int, limit: float) -> list[dict]:
 def discards(scored: Scored, mask: Mask) -> dict:
     """What a mask discards, in counts."""
     gone, harm = ~mask.keep, scored.tokens.harmful
-    lowest = float(mask.score[gone].min()) if gone.any() and mask.cut is everywhere else None
     return {"method": mask.label, "gone": int(gone.sum()), "ranked": mask.ranked, "rows": int((per_row(scored, gone) > 0).sum()),
             "whole": whole_rows(scored.tokens, mask.keep), "found": int((gone & harm).sum()), "harm": int(harm.sum()),
-            "which": CUTS.get(mask.cut), "threshold": lowest}  # fmt: skip
+            "which": CUTS.get(mask.cut), "threshold": mask.threshold}  # fmt: skip
 
 
 def spread(scored: Scored, masks: list[Mask]) -> dict:
@@ -206,7 +204,7 @@ def spread(scored: Scored, masks: list[Mask]) -> dict:
     for mask in ranked or masks[:1]:
         groups = ({"other response tokens": mask.S[response & ~harm], "harmful by ground truth": mask.S[response & harm]}
                   if harm.any() else {"response tokens": mask.S[response]})
-        thresholds.append(discards(scored, mask)["threshold"] if ranked else None)
+        thresholds.append(mask.threshold if ranked else None)
         title = "S of the response tokens" + (f", as {mask.label} ranks them" if ranked else "")
         figures.append(Markup(histogram(groups, title, "S = L^u - L^h, nats", thresholds[-1], log_y=True)))
     return {"figures": figures, "threshold": any(x is not None for x in thresholds)}

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import reported
-from model.files import file_beside, read_text
+from model.files import file_beside, read_json, read_text
 from toss.audit.experiment import Experiment, cell, drawn, markdown, over_seeds, summary, value
 from toss.audit.figures import dot_chart, line_chart, write_svg
 from toss.run import git_commit
-from toss.settings import DEMO, read_json
+from toss.settings import DEMO
 
 # One figure of a sweep: a seed, a setting x, an arm, its d, the true harmful share of the tokens, and the measures.
 Record = dict

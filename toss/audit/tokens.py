@@ -63,6 +63,12 @@ class Mask:
         return METHODS.get(self.method, (None, None))[1]
 
     @property
+    def threshold(self) -> float | None:
+        """The lowest score that went; None where nothing did, or where no one threshold holds for all rows."""
+        gone = ~self.keep
+        return float(self.score[gone].min()) if gone.any() and self.cut is everywhere else None
+
+    @property
     def label(self) -> str:
         """Its name, and the method in brackets where the name is another."""
         return self.name if self.method == self.name else f"{self.name} ({self.method})"
