@@ -6,6 +6,8 @@ strictness, since a tensor that silently stays random is the worst kind of bug.
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -56,6 +58,46 @@ def shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+@contextmanager
+def open_tensors(file: Path, device: str | torch.device = "cpu") -> Iterator[safe_open]:
+    """A safetensors file, open for reading; InputError naming it when it cannot be read, then or while it is open."""
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: cannot be read as safetensors, it may be truncated ({error})") from None
+
+
+def tensor_headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype (as safetensors spells it) and the shape of each tensor of a file; their values are not read."""
+    with open_tensors(file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def layout(folder: Path, model: Transformer) -> dict[Path, list[str]]:
+    """The tensors to read from each file of a checkpoint folder, which are all that `model` has.
+
+    From the files' headers alone, so that a checkpoint that does not fit is refused before any weight is read. Raises
+    InputError naming the file and the tensor when one is missing, extra or of another shape; see load_checkpoint.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head appears once
+    found: dict[Path, list[str]] = {}
+    for file in shards(folder):
+        found[file] = []
+        for name, (_, shape) in tensor_headers(file).items():
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
+                continue
+            if name not in wanted:
+                raise InputError(f"{file}: the tensor {name} is not part of this architecture")
+            if shape != wanted[name]:
+                raise InputError(f"{file}: the tensor {name} has the shape {shape}, but config.json asks for {wanted[name]}")
+            found[file].append(name)
+    if missing := sorted(wanted.keys() - {name for names in found.values() for name in names}):
+        raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    return found
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """Read a checkpoint folder (or hub id) into a frozen Transformer in evaluation mode.
 
@@ -73,30 +115,14 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head appears once
-    loaded = set()
-    for file in shards(folder):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-                        continue
-                    if name not in wanted:
-                        raise InputError(f"{file}: the tensor {name} is not part of this architecture")
-                    tensor = tensors.get_tensor(name)
-                    if tensor.shape != wanted[name]:
-                        raise InputError(f"{file}: the tensor {name} has the shape {tuple(tensor.shape)}, "
-                                         f"but config.json asks for {tuple(wanted[name])}")
-                    tensor = tensor.to(dtype)
-                    if not tensor.isfinite().all():
-                        raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
-                    owner, _, leaf = name.rpartition(".")
-                    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-                    loaded.add(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: cannot be read as safetensors, it may be truncated ({error})") from None
-    if missing := sorted(wanted.keys() - loaded):
-        raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    for file, names in layout(folder, model).items():
+        with open_tensors(file, device) as tensors:
+            for name in names:
+                tensor = tensors.get_tensor(name).to(dtype)
+                if not tensor.isfinite().all():
+                    raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.source = folder.absolute()

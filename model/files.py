@@ -118,7 +118,7 @@ def safetensors_header(f) -> dict:
         if size < 8 or length > size - 8:
             raise ValueError("its header is cut off")
         return dict(json.loads(f.read(length)))
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{f.name}: not a safetensors file, or truncated ({error})") from None
 
 
@@ -134,7 +134,14 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, made_from: dict[str, st
 def made_from(file: str | Path) -> dict[str, str]:
     """What save_tensors wrote into the header; empty for a file that was made elsewhere."""
     with open(file, "rb") as f:
-        return json.loads(safetensors_header(f).get("__metadata__", {}).get("made_from", "{}"))
+        metadata = safetensors_header(f).get("__metadata__") or {}
+    try:
+        note = json.loads(metadata.get("made_from", "{}"))
+        if all(isinstance(value, str) for value in note.values()):
+            return note
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise InputError(f"{file}: its header's made_from is not a JSON object of strings")
 
 
 @contextmanager

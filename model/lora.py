@@ -168,17 +168,9 @@ def save_adapter(model: nn.Module, path: str | Path, note: dict[str, str] | None
             (folder / "README.md").write_text(note["warning"] + "\n")
 
 
-def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Read a PEFT LoRA adapter from folder `path` in place, under `name`, and make it the active one.
-
-    Honours rsLoRA and rank and alpha patterns. Raises InputError, with the model unchanged, for what is not plain
-    LoRA on linear layers (DoRA, biases, saved modules, embeddings), for a tensor that is missing, extra, not finite
-    or of another shape, and for an adapter of ours that was trained on other weights (by their recorded hash; the
-    name of a base proves nothing and is not looked at).
-    """
-    path = Path(path)
+def adapter_settings(path: Path) -> dict:
+    """An adapter folder's adapter_config.json; InputError for a setting of PEFT's that is not implemented here."""
     config = read_json(path / "adapter_config.json")
-    file = path / "adapter_model.safetensors"
     if config.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA")
     for field in REFUSED:
@@ -192,6 +184,19 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), (int, float)) or not math.isfinite(config[field]):
             raise InputError(f"{path}: {field} is missing from adapter_config.json or not a number")
+    return config
+
+
+def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Read a PEFT LoRA adapter from folder `path` in place, under `name`, and make it the active one.
+
+    Honours rsLoRA and rank and alpha patterns. Raises InputError, with the model unchanged, for what is not plain
+    LoRA on linear layers (DoRA, biases, saved modules, embeddings), for a tensor that is missing, extra, not finite
+    or of another shape, and for an adapter of ours that was trained on other weights (by their recorded hash; the
+    name of a base proves nothing and is not looked at).
+    """
+    path = Path(path)
+    config, file = adapter_settings(path), path / "adapter_model.safetensors"
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -210,6 +215,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         if len(pair) != 2:
             raise InputError(f"{file}: {PREFIX}{key} has lora_{next(iter(pair))} alone; both A and B are needed")
         rank = pattern(config.get("rank_pattern"), key, config["r"])
+        if rank < 1:
+            raise InputError(f"{path}: the rank of {key} must be above 0, not {rank}")
         wanted = {"A": (rank, layers[key].in_features), "B": (layers[key].out_features, rank)}
         for part, shape in wanted.items():
             if tuple(pair[part].shape) != shape:

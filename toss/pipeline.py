@@ -74,10 +74,15 @@ def score_custom(settings: Settings) -> None:
     report("scores", path, cost)
     if cost["dtype"] != "float32":
         print(rounding_noise(base, tokens, adapters, losses, settings.discard))
-    S = (losses["loss_utility"] - losses["loss_degraded"])[tokens.response].sort().values
+    print(f"S = L^u - L^h {spread((losses['loss_utility'] - losses['loss_degraded'])[tokens.response])}")
+
+
+def spread(S: Tensor) -> str:
+    """How the scores of the response tokens are spread, in words."""
+    S = S.sort().values
     marks = {q: float(S[int(q / 100 * (len(S) - 1))]) for q in (1, 50, 90, 99)}
-    print(f"S = L^u - L^h over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard deviation {S.std():.3f}, "
-          f"quantiles " + ", ".join(f"{q} % {mark:.2f}" for q, mark in marks.items()))
+    return (f"over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard deviation {S.std():.3f}, "
+            f"quantiles " + ", ".join(f"{q} % {mark:.2f}" for q, mark in marks.items()))
 
 
 def finetune(settings: Settings) -> None:

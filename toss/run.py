@@ -22,7 +22,8 @@ from toss.settings import ROOT, Settings, flags_of
 
 # The hashes in file headers, in words.
 WHAT = {"base_sha256": "base model", "tokenizer_sha256": "tokenizer", "custom_sha256": "custom file",
-        "data_sha256": "reference file", "degraded_sha256": "degraded adapter", "utility_sha256": "utility adapter"}
+        "data_sha256": "reference file", "degraded_sha256": "degraded adapter", "utility_sha256": "utility adapter",
+        "scores_sha256": "scores file", "tokens_sha256": "set of tokens", "template": "prompt form", "max_length": "row length"}
 
 
 class Run:
@@ -81,11 +82,9 @@ class Run:
         A file without such a header (an adapter made elsewhere) passes: its shapes are checked when it is loaded.
         """
         header, maker = made_from(file), "score.py" if file.name == "scores.safetensors" else "train.py"
-        for name, value in {**self.identity, **expected}.items():
-            if header.get(name, value) != value:
-                raise InputError(f"{file} was made with another {WHAT.get(name, name)} than this run has now ({name} "
-                                 f"{header[name][:16]} there, {value[:16]} now); run {maker} again with --overwrite, or choose "
-                                 "another --run")
+        for what, values in misfits(header, {**self.identity, **expected}).values():
+            raise InputError(f"{file} was made with {what} than this run has now ({values}); run {maker} again with "
+                             "--overwrite, or choose another --run")
 
     def use(self, path: str | Path) -> str:
         """sha256 of an input file, which run.json will list among the run's inputs."""
@@ -122,6 +121,16 @@ def differences(known: dict, wanted: dict) -> list[str]:
     flat = [{**recipe, **recipe.get("settings", {})} for recipe in (known, wanted)]
     names = [name for name in flat[1] if name != "settings" and flat[0].get(name) != flat[1][name]]
     return [f"{name} {str(flat[0].get(name))[:16]} there, {str(flat[1][name])[:16]} now" for name in names]
+
+
+def misfits(header: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Where a file's header says that it was made from something else than there is now, each in words.
+
+    >>> misfits({"max_length": "512", "template": "chat", "role": "utility"}, {"max_length": "2048", "template": "chat"})
+    {'max_length': ('another row length', 'max_length 512 there, 2048 now')}
+    """
+    return {name: (f"another {WHAT.get(name, name)}", f"{name} {header[name][:16]} there, {value[:16]} now")
+            for name, value in now.items() if header.get(name, value) != value}
 
 
 def git_commit() -> str | None:

@@ -111,11 +111,26 @@ def read_tensors(path: Path, names: tuple[str, ...], N: int | None = None) -> di
         if name not in tensors:
             raise InputError(f"{path}: the tensor {name} is missing")
     for name, tensor in tensors.items():
+        if tensor.dim() != 1:
+            raise InputError(f"{path}: {name} has the shape {tuple(tensor.shape)}, where one number a token was expected")
         if name != "offsets" and len(tensor) != (N or len(tensors[names[0]])):
             raise InputError(f"{path}: {name} has {len(tensor)} entries, where {N or len(tensors[names[0]])} were expected")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{path}: {name} holds a value that is not finite")
     return tensors
+
+
+def read_scores(path: Path, name: str) -> tuple[Tokens, dict[str, Tensor]]:
+    """The tokens and the losses of a scores file; InputError when it is broken. name: the custom file, for messages."""
+    tensors, header = read_tensors(path, ("input_ids", "offsets", "response", "loss_utility", "loss_degraded")), made_from(path)
+    offsets = tensors["offsets"]
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(tensors["input_ids"]) or (offsets.diff() < 0).any():
+        raise InputError(f"{path}: offsets do not divide the {len(tensors['input_ids'])} tokens into rows")
+    response = tensors["response"].bool()
+    harmful = tensors["harmful"].bool() if "harmful" in tensors else torch.zeros_like(response)
+    left_out = (int(header[key]) if header.get(key, "").isdecimal() else 0 for key in ("skipped", "cut"))
+    tokens = Tokens(tensors["input_ids"], offsets, response, harmful, name, *left_out)
+    return tokens, {key: tensor for key, tensor in tensors.items() if key.startswith("loss_")}
 
 
 def load_scored(folder: str | Path) -> Scored:
@@ -127,19 +142,13 @@ def load_scored(folder: str | Path) -> Scored:
     path, settings = folder / "scores.safetensors", read_json(folder / "run.json").get("settings", {})
     if not path.exists():
         raise InputError(f"{path} is not there: run score.py --run {folder} first")
-    tensors = read_tensors(path, ("input_ids", "offsets", "response", "loss_utility", "loss_degraded"))
-    offsets, header = tensors["offsets"], made_from(path)
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(tensors["input_ids"]) or (offsets.diff() < 0).any():
-        raise InputError(f"{path}: offsets do not divide the {len(tensors['input_ids'])} tokens into rows")
+    tokens, losses = read_scores(path, str(settings.get("custom")))
+    header = made_from(path)
     if "model" not in settings:
         raise InputError(f"{folder / 'run.json'}: the settings name no model")
     tokenizer = load_tokenizer(settings["model"], settings.get("template"))
     if header.get("tokenizer_sha256", tokenizer.fingerprint()) != tokenizer.fingerprint():
         raise InputError(f"{path} was made with another tokenizer than {settings['model']} has now: run score.py again")
-    response = tensors["response"].bool()
-    harmful = tensors["harmful"].bool() if "harmful" in tensors else torch.zeros_like(response)
-    tokens = Tokens(tensors["input_ids"], offsets, response, harmful, str(settings.get("custom")))
-    losses = {name: tensor for name, tensor in tensors.items() if name.startswith("loss_")}
     return Scored(folder, tokens, losses, header, tokenizer)
 
 
