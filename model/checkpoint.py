@@ -75,6 +75,17 @@ def tensor_headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
+def skeleton(folder: Path) -> Transformer:
+    """The model that a folder's config.json describes, laid out without memory; InputError where it is not implemented."""
+    file = folder / "config.json"
+    config = Config.from_dict(read_json(file), str(file))
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, OverflowError) as error:  # absurd sizes
+        raise InputError(f"{file}: such a model cannot be laid out ({str(error).splitlines()[0]})") from None
+
+
 def layout(folder: Path, model: Transformer) -> dict[Path, list[str]]:
     """The tensors to read from each file of a checkpoint folder, which are all that `model` has.
 
@@ -112,9 +123,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"the device {device} cannot be used here ({str(error).splitlines()[0]})") from None
-    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = skeleton(folder)
     for file, names in layout(folder, model).items():
         with open_tensors(file, device) as tensors:
             for name in names:
@@ -123,7 +132,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
                     raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.source = folder.absolute()
     return model.eval()

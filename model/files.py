@@ -58,7 +58,7 @@ def cached_hash(key: str, path: Path, compute) -> str:
     if stat is None or not path.is_file():
         raise InputError(f"{path}: there is no such file")
     known = HASHES.get(key)
-    if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+    if not isinstance(known, list) or known[:-1] != [stat.st_size, stat.st_mtime_ns]:
         known = HASHES[key] = [stat.st_size, stat.st_mtime_ns, compute(path)]
     return known[2]
 

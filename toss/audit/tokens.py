@@ -124,13 +124,16 @@ def read_scores(path: Path, name: str) -> tuple[Tokens, dict[str, Tensor]]:
     """The tokens and the losses of a scores file; InputError when it is broken. name: the custom file, for messages."""
     tensors, header = read_tensors(path, ("input_ids", "offsets", "response", "loss_utility", "loss_degraded")), made_from(path)
     offsets = tensors["offsets"]
+    for key, dtype in (("input_ids", torch.int32), ("offsets", torch.int64)):
+        if tensors[key].dtype != dtype:
+            raise InputError(f"{path}: {key} is {tensors[key].dtype}, where {dtype} was expected")
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(tensors["input_ids"]) or (offsets.diff() < 0).any():
         raise InputError(f"{path}: offsets do not divide the {len(tensors['input_ids'])} tokens into rows")
     response = tensors["response"].bool()
     harmful = tensors["harmful"].bool() if "harmful" in tensors else torch.zeros_like(response)
     left_out = (int(header[key]) if header.get(key, "").isdecimal() else 0 for key in ("skipped", "cut"))
     tokens = Tokens(tensors["input_ids"], offsets, response, harmful, name, *left_out)
-    return tokens, {key: tensor for key, tensor in tensors.items() if key.startswith("loss_")}
+    return tokens, {key: tensor.float() for key, tensor in tensors.items() if key.startswith("loss_")}
 
 
 def load_scored(folder: str | Path) -> Scored:
@@ -156,8 +159,14 @@ def kept_eos(header: dict[str, str], tokens: Tokens) -> bool:
     """Did EOS stay out of a mask's ranking? header: its file's; an older one does not say, but counts the tokens ranked."""
     if "keep_eos" in header:
         return header["keep_eos"] == "True"
-    responses = int(tokens.response.sum())
-    return int(header.get("ranked", responses)) < responses
+    responses, ranked = int(tokens.response.sum()), header.get("ranked", "")
+    return ranked.isdecimal() and int(ranked) < responses
+
+
+def round_scores(place: Path) -> list[Path]:
+    """The scores of TOSS-Pro's rounds in a method's folder, in order: those of the last are the ones that it ranks by."""
+    rounds = [file for file in place.glob("round-*/scores.safetensors") if file.parent.name[len("round-"):].isdecimal()]
+    return sorted(rounds, key=lambda file: int(file.parent.name[len("round-"):]))
 
 
 def load_mask(scored: Scored, name: str) -> Mask:
@@ -171,7 +180,7 @@ def load_mask(scored: Scored, name: str) -> Mask:
         raise InputError(f"{path} is not there: run {select_command(scored.folder, name)} first")
     header = made_from(path)
     method = header.get("method", name)
-    rounds = sorted(place.glob("round-*/scores.safetensors"), key=lambda file: int(file.parent.name[len("round-"):]))
+    rounds = round_scores(place)
     for file in (path, *rounds[-1:]):
         made = made_from(file)
         for key in ("tokens_sha256", "utility_sha256", *(["degraded_sha256"] if file == path else [])):
