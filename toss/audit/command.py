@@ -2,11 +2,13 @@
 
 import argparse
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.errors import InputError
-from model.files import json_object, read_text
-from toss.base import DTYPES
+from model.files import file_hash, json_object, made_from, read_json, read_text
+from toss.base import ADAPTER, DTYPES
 from toss.run import Run
 from toss.selection import METHODS
 from toss.settings import inherit
@@ -36,6 +38,43 @@ def run_folder(folder: str | Path) -> Path:
     if not (Path(folder) / "run.json").exists():
         raise InputError(f"{folder} holds no run.json: it is no run directory")
     return Path(folder)
+
+
+@dataclass
+class Known:
+    """A run as it is now, to compare files with."""
+
+    folder: Path
+    record: dict  # run.json
+    run: Run | None = None  # None where it cannot be opened, as when its base model is gone
+    problem: str = ""  # why not
+    now: dict[str, str | None] = field(default_factory=dict)  # what a file's header is compared with; None: not there
+
+    def table(self, *names: str) -> dict:
+        """A table inside run.json; empty where there is none."""
+        found = self.record
+        for name in names:
+            found = found.get(name) if isinstance(found.get(name), dict) else {}
+        return found
+
+
+def known_run(folder: Path) -> Known:
+    """The run in a folder. Where its base model is gone, the hashes of its other files are known all the same."""
+    known = Known(folder, read_json(folder / "run.json"))
+    try:
+        known.run = open_run({"run": str(folder)})
+        known.now.update(known.run.identity)
+    except (InputError, OSError) as error:
+        known.problem = str(error)
+    except (TypeError, ValueError, AttributeError) as error:  # values of other kinds than the scripts write
+        known.problem = f"{folder / 'run.json'} is malformed ({error})"
+    custom = str(known.table("settings").get("custom"))
+    known.now["custom_sha256"] = file_hash(custom) if Path(custom).is_file() else known.table("inputs").get(custom)
+    files = {role: folder / role / ADAPTER[-1] for role in ("degraded", "utility")} | {"scores": folder / "scores.safetensors"}
+    known.now |= {f"{name}_sha256": file_hash(file) if file.is_file() else None for name, file in files.items()}
+    with suppress(InputError, OSError):  # a broken scores file is reported where it is described
+        known.now["tokens_sha256"] = made_from(files["scores"]).get("tokens_sha256")
+    return known
 
 
 def select_command(folder: Path, name: str, method: str | None = None) -> str:

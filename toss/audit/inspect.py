@@ -16,10 +16,9 @@ import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -28,59 +27,22 @@ from model.checkpoint import layout, resolve, shards, skeleton, tensor_headers
 from model.errors import InputError, reported
 from model.files import file_hash, made_from, read_json, read_text, tensors_hash
 from model.lora import adapter_settings
-from toss.audit.command import json_lines, open_run, run_folder
+from toss.audit.command import Known, json_lines, known_run, run_folder
 from toss.audit.measures import found_harm
 from toss.audit.tokens import harmless, kept_eos, read_scores, read_tensors, round_scores
 from toss.pipeline import spread, whole_rows
-from toss.run import Run, misfits
+from toss.run import misfits
 from toss.selection import ranked_entries
 
 ADAPTER, SCORES, SELECTION = "adapter_model.safetensors", "scores.safetensors", "selection.safetensors"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CONFIG = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "intermediate_size",
           "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
           "use_sliding_window", "layer_types", "tie_word_embeddings")  # fmt: skip
-PEFT = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern", "base_model_name_or_path")
+PEFT = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern",
+        "base_model_name_or_path")  # fmt: skip
 Lines = list[tuple[str, str]]  # label, text; two empty ones are an empty line
 Found = tuple[str, Lines, list[str]]  # what it is, the lines, and in words what does not fit
-
-
-@dataclass
-class Known:
-    """A run as it is now, to compare files with."""
-
-    folder: Path
-    record: dict  # run.json
-    run: Run | None = None  # None where it cannot be opened, as when its base model is gone
-    problem: str = ""  # why not
-    now: dict[str, str] = field(default_factory=dict)  # what a file's header is compared with
-
-    def table(self, *names: str) -> dict:
-        """A table inside run.json; empty where there is none."""
-        found = self.record
-        for name in names:
-            found = found.get(name) if isinstance(found.get(name), dict) else {}
-        return found
-
-
-def known_run(folder: Path) -> Known:
-    """The run in a folder. Where its base model is gone, the hashes of its other files are known all the same."""
-    known = Known(folder, read_json(folder / "run.json"))
-    try:
-        known.run = open_run({"run": str(folder)})
-        known.now.update(known.run.identity)
-    except (InputError, OSError) as error:
-        known.problem = str(error)
-    except (TypeError, ValueError, AttributeError) as error:  # values of other kinds than the scripts write
-        known.problem = f"{folder / 'run.json'} is malformed ({error})"
-    custom = str(known.table("settings").get("custom"))
-    known.now["custom_sha256"] = file_hash(custom) if Path(custom).is_file() else known.table("inputs").get(custom)
-    for name, file in (("degraded", f"degraded/{ADAPTER}"), ("utility", f"utility/{ADAPTER}"), ("scores", SCORES)):
-        known.now[f"{name}_sha256"] = file_hash(folder / file) if (folder / file).is_file() else None
-    with suppress(InputError, OSError):  # a broken scores file is reported where it is described
-        known.now["tokens_sha256"] = made_from(folder / SCORES).get("tokens_sha256")
-    return known
 
 
 def compared(file: Path, header: dict[str, str], known: Known | None) -> tuple[Lines, list[str]]:
@@ -118,7 +80,7 @@ def size(*files: Path) -> str:
 def weights(files: list[Path]) -> str:
     """Parameters, dtypes and size on disk of safetensors files, from their headers."""
     headers = [header for file in files for header in tensor_headers(file).values()]
-    dtypes = Counter(DTYPES.get(dtype, dtype) for dtype, _ in headers)
+    dtypes = {DTYPES.get(dtype, dtype) for dtype, _ in headers}
     return (f"{sum(math.prod(shape) for _, shape in headers):,} in {len(headers)} tensors, {' and '.join(sorted(dtypes))}, "
             f"{size(*files)} in {len(files)} file{'s' * (len(files) > 1)}")
 
@@ -138,7 +100,7 @@ def checkpoint(folder: Path, known: Known | None) -> Found:
     lines = [("model_type", str(raw.get("model_type"))), ("weights", weights(files))]
     lines += [(f"  {name}", json.dumps(raw[name])) for name in CONFIG if raw.get(name) is not None]
     refused = refusal(lambda: layout(folder, skeleton(folder)))
-    lines.append(("loading", f"refused: {refused}" if refused else "complete: names and shapes are those that config.json asks for"))
+    lines.append(("loading", f"refused: {refused}" if refused else "complete: the names and shapes that config.json asks for"))
     wrong, header = ["it is refused"] * bool(refused), {}
     try:
         tokenizer = load_tokenizer(folder)
@@ -174,7 +136,7 @@ def adapter(folder: Path, known: Known | None) -> Found:
     base = known.run.checkpoint if known and known.run else Path(str(config.get("base_model_name_or_path") or "-"))
     there = (base / "config.json").is_file()
     refused = refusal(lambda: load_adapter(skeleton(base), folder) if there else adapter_settings(folder))
-    fine = f"every tensor fits a layer of {base}" if there else "its settings are implemented; shapes not checked, for want of a base"
+    fine = f"every tensor fits a layer of {base}" if there else "its settings are implemented; shapes unchecked, without a base"
     lines.append(("loading", f"refused: {refused}" if refused else fine))
     verdicts, wrong = compared(file, header, known)
     title = f"the {header['role']} adapter of a run" if "role" in header else "an adapter"
@@ -193,7 +155,7 @@ def scores(file: Path, known: Known | None) -> Found:
     if n:
         lines.append(("S = L^u - L^h", spread((losses["loss_utility"] - losses["loss_degraded"])[tokens.response])))
     harm = int((tokens.harmful & tokens.response).sum())
-    lines.append(("ground truth", f"{harm:,} response tokens are harmful ({harm / n:.1%})" if harm else "none: no harm is marked"))
+    lines.append(("ground truth", f"{harm:,} response tokens are harmful ({harm / n:.1%})" if harm else "none is marked"))
     verdicts, wrong = compared(file, header, known)
     return "the scores of a custom set", lines + verdicts, wrong
 
@@ -205,8 +167,9 @@ def selection(file: Path, known: Known | None) -> Found:
     gone = ~keep
     if header.get("discarded", str(int(gone.sum()))) != str(int(gone.sum())):
         raise InputError(f"{file}: discards {int(gone.sum())} tokens, but its header says {header['discarded']}: it was altered")
-    lines = [("method", f"{header.get('method', 'unknown')}, d = {header.get('discard', '?')}, keep_eos = {header.get('keep_eos', '?')}"),
-             ("discarded", f"{int(gone.sum()):,} of {header.get('ranked', '?')} ranked tokens, {len(keep):,} in all")]
+    said = {name: header.get(name, "?") for name in ("method", "discard", "keep_eos", "ranked")}
+    lines = [("method", f"{said['method']}, d = {said['discard']}, keep_eos = {said['keep_eos']}"),
+             ("discarded", f"{int(gone.sum()):,} of {said['ranked']} ranked tokens, {len(keep):,} in all")]
     if score is not None and gone.any():
         lines.append(("score", f"{float(score[gone].min()):.3f} to {float(score[gone].max()):.3f} of those that went"))
     if known and known.run and "tokens_sha256" in header and (known.folder / SCORES).is_file():
@@ -255,18 +218,19 @@ def whole(folder: Path, known: Known) -> Found:
     """A run directory: its inputs, its stages, and whether its files were made from one another as they are now."""
     own = known if known.folder.samefile(folder) else known_run(folder)
     settings, misfit = own.table("settings"), []
-    lines = [("model", str(settings.get("model"))), ("prompt form", f"{settings.get('template')}, {settings.get('max_length')} tokens")]
+    lines = [("model", f"{settings.get('model')}{': ' * bool(own.problem)}{own.problem}"),
+             ("prompt form", f"{settings.get('template')}, at most {settings.get('max_length')} tokens a row")]
     for path, digest in sorted(own.table("inputs").items()):
-        name = next((name for name in ("harmful", "utility", "custom") if settings.get(name) == path), "")
+        name = next((f"{name} set" for name in ("harmful", "utility", "custom") if settings.get(name) == path), "")
         state = "gone" if not Path(path).is_file() else "as it was" if file_hash(path) == digest else "changed since"
         if name or state != "as it was":
-            lines.append((name, f"{path}: {state}"))
+            lines.append((name or "base file", f"{path}: {state}"))
         misfit += [f"{path} has changed"] if state == "changed since" else []
     for stage in own.table("stages"):
         entry, recipe = own.table("stages", stage), own.table("stages", stage, "recipe", "settings")
         gone = not any((folder / name).exists() for name in (stage, f"{stage}.safetensors"))
-        lines += [("", ""), (stage, f"{entry.get('rows')} rows, {entry.get('tokens')} tokens in {entry.get('seconds')} s, peak memory "
-                                    f"{entry.get('peak_memory_gib')} GiB{'; its files are gone' * gone}"),
+        cost = "{rows} rows, {tokens} tokens, {seconds} s, peak memory {peak_memory_gib} GiB".format_map(defaultdict(str, entry))
+        lines += [("", ""), (f"stage {stage}", cost + "; its files are gone" * gone),
                   ("", ", ".join(f"{name} {value}" for name, value in recipe.items()))]
     files, wrong = inside(folder, known)
     return "a run directory", lines + files, misfit + wrong
@@ -279,16 +243,17 @@ def identify(path: Path) -> tuple[Path, Callable]:
     if not path.is_file():
         path = resolve(path)
         held = sorted(file.name for file in path.iterdir())
-        if describe := next((kinds[name] for name in kinds if name in held), part if any(path.glob(f"*/{SELECTION}")) else None):
-            return path, describe
-        pickles = [name for name in held if name.endswith(PICKLES)]
-        what = f"pickles, which are never read ({pickles[0]})" if pickles else f"{len(held)} entries, none of them known" if held else "nothing"
-        raise InputError(f"{path} holds {what}: it is no checkpoint, adapter, run directory or part of one")
+        describe = next((kinds[name] for name in kinds if name in held), None)
+        if describe or any(path.glob(f"*/{SELECTION}")):
+            return path, describe or part
+        holds = ", ".join(held[:3]) + ", ..." * (len(held) > 3) or "nothing"
+        raise InputError(f"{path} holds {holds}: it is no checkpoint or adapter in safetensors (pickles are never read), and no "
+                         "run directory or part of one")
     if path.name in kinds and path.name != SELECTION:
         return path.parent, kinds[path.name]
     with open(path, "rb") as f:
         start = f.read(2)
-    if path.suffix in PICKLES or start[:1] == b"\x80" or start == b"PK":
+    if start[:1] == b"\x80" or start == b"PK":
         raise InputError(f"{path}: a pickle or an archive, which is never read here, since it can run code; safetensors only")
     names = tensor_headers(path).keys()
     if "keep" in names or {"input_ids", "offsets", "loss_utility"} <= names:
