@@ -137,11 +137,11 @@ def made_from(file: str | Path) -> dict[str, str]:
         metadata = safetensors_header(f).get("__metadata__") or {}
     try:
         note = json.loads(metadata.get("made_from", "{}"))
-        if all(isinstance(value, str) for value in note.values()):
-            return note
     except (ValueError, TypeError, AttributeError, RecursionError):
-        pass
-    raise InputError(f"{file}: its header's made_from is not a JSON object of strings")
+        note = None
+    if not isinstance(note, dict) or not all(isinstance(value, str) for value in note.values()):
+        raise InputError(f"{file}: its header's made_from is not a JSON object of strings")
+    return note
 
 
 @contextmanager

@@ -112,7 +112,8 @@ def test_adapters_of_a_run(look, trained):
     assert status == 0 and "warning" not in said and said["role"] == "utility"
 
 
-@pytest.mark.parametrize("name, label, text", [("rslora", "use_rslora", "true"), ("pattern", "rank_pattern", '{"layers.0.self_attn.q_proj": 2}')])
+@pytest.mark.parametrize("name, label, text", [("rslora", "use_rslora", "true"),
+                                               ("pattern", "rank_pattern", '{"layers.0.self_attn.q_proj": 2}')])  # fmt: skip
 def test_an_adapter_made_elsewhere(look, name, label, text):
     status, said = look(GOLDENS / "adapters" / name)
     assert status == 0 and said[""].endswith(": an adapter (LoRA)") and said[label] == text
@@ -139,7 +140,8 @@ def test_scores(look, trained):
     status, said = look(trained / "scores.safetensors")
     tensors = load_file(trained / "scores.safetensors")
     n, S = int(tensors["response"].sum()), (tensors["loss_utility"] - tensors["loss_degraded"])[tensors["response"]]
-    assert status == 0 and said["rows"] == "10, 0 skipped, 0 cut" and said["tokens"] == f"{len(tensors['offsets']) and int(tensors['offsets'][-1])}, of which {n} of responses"
+    assert status == 0 and said["rows"] == "10, 0 skipped, 0 cut"
+    assert said["tokens"] == f"{len(tensors['input_ids'])}, of which {n} of responses"
     assert f"mean {S.mean():.3f}, standard deviation {S.std():.3f}" in said["S = L^u - L^h"]
     assert said["losses"].startswith("loss_degraded, loss_utility (scored in float32; ")
     assert said["ground truth"].startswith(f"{int((tensors['harmful'] & tensors['response']).sum())} response tokens are harmful")
@@ -228,8 +230,8 @@ def test_a_run_whose_base_is_gone_is_still_described(look, tmp_path, trained, ba
     edit_json(trained / "run.json", settings={**record["settings"], "model": str(moved)})
     shutil.rmtree(moved)
     status, said = look(trained)
-    assert status == 0 and "no such checkpoint folder" in said["model"] and said["scores.safetensors"].endswith("  fits")
-    assert "its base was not compared" in said[str(trained)]
+    assert status == 0 and said["scores.safetensors"].endswith("  fits")
+    assert "its base was not compared" in said[str(trained)] and "no such checkpoint folder" in said[str(trained)]
     status, said = look(trained / "degraded")
     assert status == 0 and said["data_sha256"].endswith("  fits") and not said["base_sha256"].endswith("fits")
     status, said = look(trained / "scores.safetensors", "--run", trained)
@@ -244,16 +246,19 @@ def test_a_file_that_was_altered(look, trained, scripts):
     rewrite(trained / "scores.safetensors", lambda tensors, header: tensors["input_ids"][:3].fill_(7))
     assert "it was altered" in look(trained / "scores.safetensors")[1]["error"]
     status, said = look(trained)
-    assert status == 2 and "it was altered" in said["scores.safetensors"] and "it was altered" in said["methods/toss/selection.safetensors"]
+    assert status == 2
+    assert all("it was altered" in said[place] for place in ("scores.safetensors", "methods/toss/selection.safetensors"))
 
 
 def test_unknown_strings_of_a_header_are_printed_without_control_characters(look, tmp_path):
-    save_tensors({"keep": torch.ones(3, dtype=torch.bool)}, tmp_path / "s.safetensors", {"mask_sha256": "ab" * 32, "note": "a\n\x1b[2Jb"})
+    header = {"mask_sha256": "ab" * 32, "note": "a\n\x1b[2Jb"}
+    save_tensors({"keep": torch.ones(3, dtype=torch.bool)}, tmp_path / "s.safetensors", header)
     status, said = look(tmp_path / "s.safetensors")
     assert status == 0 and said["mask_sha256"] == "ab" * 8 and said["note"] == "a <1b>[2Jb"
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0{}", b"version https://git-lfs", b"\xff" * 500, b"\x80\x02}q\0.", b"PK\x03\x04"])
+@pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0{}", b"version https://git-lfs", b"\xff" * 500, b"\x80\x02}q\0.",
+                                    b"PK\x03\x04"])  # fmt: skip
 @pytest.mark.parametrize("which", ["scores.safetensors", "degraded/adapter_model.safetensors", "base/model.safetensors"])
 def test_a_broken_file_is_one_line(look, tmp_path, trained, base, damage, which):
     shutil.copytree(base, trained / "base")
@@ -276,11 +281,14 @@ def test_a_truncated_file_is_one_line(look, trained, which):
         assert status == 1 and which.split("/")[-1] in said["error"]
 
 
-@pytest.mark.parametrize("record", [{"settings": []}, {"settings": {"model": 5}}, {"stages": [1]}, {"hashes": 3}, {"inputs": "x"}])
-def test_a_malformed_run_json_is_no_traceback(look, trained, record):
+@pytest.mark.parametrize("record, words", [({"settings": []}, "settings is not a table"), ({"hashes": 3}, "malformed"),
+                                           ({"stages": [1]}, "stages is not a table"), ({"settings": {"model": 5}}, "malformed"),
+                                           ({"inputs": "x"}, "inputs is not a table")])  # fmt: skip
+def test_a_malformed_run_json_is_one_line(look, trained, record, words):
     edit_json(trained / "run.json", **record)
-    status, said = look(trained)
-    assert status in (0, 1, 2) and (said.get("") == f"{trained}: a run directory" or "error" in said)
+    for path in (trained, trained / "degraded"):
+        status, said = look(path)
+        assert status == 1 and "run.json" in said["error"] and words in said["error"]
 
 
 def test_headers_that_are_not_ours(look, tmp_path):
@@ -316,7 +324,8 @@ def test_a_name_nobody_has_is_one_line(look, monkeypatch):
 def test_misfits_are_what_a_run_refuses_a_file_for():
     now = {"base_sha256": "a" * 64, "template": "chat", "custom_sha256": "c" * 64}
     assert misfits({"base_sha256": "a" * 64, "role": "sft"}, now) == {}  # what a header does not say cannot differ
-    assert misfits({"base_sha256": "b" * 64}, now)["base_sha256"] == ("another base model", f"base_sha256 {'b' * 16} there, {'a' * 16} now")
+    assert misfits({"base_sha256": "b" * 64, "template": "chat"}, now) == {
+        "base_sha256": ("another base model", f"base_sha256 {'b' * 16} there, {'a' * 16} now")}
 
 
 def test_help_names_the_exit_statuses_and_hides_no_standard_module(capsys):

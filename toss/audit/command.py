@@ -59,15 +59,21 @@ class Known:
 
 
 def known_run(folder: Path) -> Known:
-    """The run in a folder. Where its base model is gone, the hashes of its other files are known all the same."""
+    """The run in a folder. Where its base model is gone, the hashes of its other files are known all the same.
+
+    Raises InputError when run.json is missing or malformed.
+    """
     known = Known(folder, read_json(folder / "run.json"))
+    for name in ("settings", "inputs", "stages"):
+        if not isinstance(known.record.get(name, {}), dict):
+            raise InputError(f"{folder / 'run.json'}: {name} is not a table")
     try:
         known.run = open_run({"run": str(folder)})
         known.now.update(known.run.identity)
     except (InputError, OSError) as error:
         known.problem = str(error)
     except (TypeError, ValueError, AttributeError) as error:  # values of other kinds than the scripts write
-        known.problem = f"{folder / 'run.json'} is malformed ({error})"
+        raise InputError(f"{folder / 'run.json'} is malformed ({error})") from None
     custom = str(known.table("settings").get("custom"))
     known.now["custom_sha256"] = file_hash(custom) if Path(custom).is_file() else known.table("inputs").get(custom)
     files = {role: folder / role / ADAPTER[-1] for role in ("degraded", "utility")} | {"scores": folder / "scores.safetensors"}

@@ -2,9 +2,9 @@
 
     python -m toss.audit.inspect PATH [--run R]
 
-PATH: a checkpoint (a folder or hub id), an adapter, a scores or selection file, a run directory, or a folder in one
-(methods/, methods/NAME, round-t). With --run R, or where PATH lies inside a run directory, it is compared with that run
-as it is now. A checkpoint inside a run (a merged one) is compared only when asked: it is not the run's base.
+PATH: a checkpoint (a folder, or a hub id, which is fetched first), an adapter, a scores or selection file, a run
+directory, or a folder in one (methods/, methods/NAME, round-t). With --run R, or where PATH lies inside a run directory,
+it is compared with that run as it is now; a checkpoint inside a run, a merged one, only when asked.
 
 Exit status: 0 it was identified (and fits the run, where it was compared with one); 1 it cannot be identified or read;
 2 it does not fit the run.
@@ -218,7 +218,7 @@ def whole(folder: Path, known: Known) -> Found:
     """A run directory: its inputs, its stages, and whether its files were made from one another as they are now."""
     own = known if known.folder.samefile(folder) else known_run(folder)
     settings, misfit = own.table("settings"), []
-    lines = [("model", f"{settings.get('model')}{': ' * bool(own.problem)}{own.problem}"),
+    lines = [("model", str(settings.get("model"))),
              ("prompt form", f"{settings.get('template')}, at most {settings.get('max_length')} tokens a row")]
     for path, digest in sorted(own.table("inputs").items()):
         name = next((f"{name} set" for name in ("harmful", "utility", "custom") if settings.get(name) == path), "")
@@ -267,10 +267,9 @@ def inspect(path: str, run: str | None) -> int:
     """Describe what a path holds on standard output; returns the exit status, 0 or 2."""
     place, describe = identify(Path(path))
     around = [p for p in (place.absolute(), *place.absolute().parents) if (p / "run.json").is_file()]
+    known = None
     if run or around and describe is not checkpoint:
         known = known_run(run_folder(run) if run else Path(min(str(around[0]), os.path.relpath(around[0]), key=len)))
-    else:
-        known = None
     if run and known.problem:
         raise InputError(known.problem)
     title, lines, misfit = describe(place, known)
