@@ -49,10 +49,11 @@ def test_a_checkpoint(look, base):
     status, said = look(base)
     assert status == 0 and said[""] == f"{base}: a checkpoint" and said["model_type"] == "llama"
     parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
-    assert said["weights"].startswith(f"{parameters:,} in 20 tensors, float32, ") and said["weights"].endswith(" kB in 1 file")
+    assert said["parameters"].startswith(f"{parameters:,} in 20 tensors, float32, ")
+    assert said["parameters"].endswith(" kB in 1 file")
     assert (said["num_hidden_layers"], said["head_dim"], said["tie_word_embeddings"]) == ("2", "8", "true")
     assert said["loading"].startswith("complete") and said["prompt form"].startswith("chat template, in ")
-    assert "id " in said["eos"] and look(base / "model.safetensors")[1]["weights"] == said["weights"]
+    assert "id " in said["eos"] and look(base / "model.safetensors")[1]["parameters"] == said["parameters"]
 
 
 def test_where_the_chat_template_is(look, tmp_path, base):
@@ -70,15 +71,15 @@ def test_where_the_chat_template_is(look, tmp_path, base):
 
 def test_shards_dtypes_and_raw_fields(look, tmp_path, base):
     status, said = look(GOLDENS / "gqa-tied-shards")
-    assert status == 0 and said["weights"].endswith("in 3 files") and said["loading"].startswith("complete")
+    assert status == 0 and said["parameters"].endswith("in 3 files") and said["loading"].startswith("complete")
     assert '"rope_theta": 500.0' in said["rope_parameters"] and said["tokenizer"].startswith("refused: ")
-    assert look(GOLDENS / "gqa-tied-shards" / "model.safetensors.index.json")[1]["weights"] == said["weights"]
+    assert look(GOLDENS / "gqa-tied-shards" / "model.safetensors.index.json")[1]["parameters"] == said["parameters"]
     copy = Path(shutil.copytree(base, tmp_path / "copy"))
     tensors = load_file(copy / "model.safetensors")
     save_file({name: tensor.half() if "mlp" in name else tensor for name, tensor in tensors.items()}, copy / "model.safetensors")
     edit_json(copy / "config.json", sliding_window=128)
     said = look(copy)[1]
-    assert "float16 and float32" in said["weights"] and said["sliding_window"] == "128"
+    assert "float16 and float32" in said["parameters"] and said["sliding_window"] == "128"
 
 
 @pytest.mark.parametrize("change, refusal", [({"model_type": "mamba"}, "model_type 'mamba' is not implemented here"),

@@ -97,7 +97,7 @@ def refusal(work: Callable) -> str:
 def checkpoint(folder: Path, known: Known | None) -> Found:
     """A checkpoint: what its config.json says, whether the files hold that model, how its tokenizer puts a prompt."""
     raw, files = read_json(folder / "config.json"), shards(folder)
-    lines = [("model_type", str(raw.get("model_type"))), ("weights", weights(files))]
+    lines = [("model_type", str(raw.get("model_type"))), ("parameters", weights(files))]
     lines += [(f"  {name}", json.dumps(raw[name])) for name in CONFIG if raw.get(name) is not None]
     refused = refusal(lambda: layout(folder, skeleton(folder)))
     lines.append(("loading", f"refused: {refused}" if refused else "complete: the names and shapes that config.json asks for"))
@@ -131,7 +131,7 @@ def template_place(folder: Path, template: str) -> str:
 def adapter(folder: Path, known: Known | None) -> Found:
     """An adapter in PEFT's format: its settings, and whether it would load on the run's base, or the one that it names."""
     file, config = folder / ADAPTER, read_json(folder / "adapter_config.json")
-    lines = [("weights", weights([file])), *((f"  {name}", json.dumps(config[name])) for name in PEFT if config.get(name))]
+    lines = [("parameters", weights([file])), *((f"  {name}", json.dumps(config[name])) for name in PEFT if config.get(name))]
     header = made_from(file)
     base = known.run.checkpoint if known and known.run else Path(str(config.get("base_model_name_or_path") or "-"))
     there = (base / "config.json").is_file()
