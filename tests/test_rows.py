@@ -36,6 +36,34 @@ def test_alpaca_input_follows_the_instruction(tmp_path):
     assert read_rows(path)[0].messages[0]["content"] == "Add.\n\n1 2"
 
 
+VARIATIONS = {
+    "ShareGPT's other names": {"conversations": [{"from": "user", "value": "Hi?"}, {"from": "chatgpt", "value": "Hello."}]},
+    "bing": {"conversations": [{"from": "human", "value": "Hi?", "weight": 0}, {"from": "bing", "value": "Hello."}]},
+    "role and content": {"conversations": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]},
+    "from and value": {"messages": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i?"}]},
+                           {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]}]},
+    "no input": {"instruction": "Hi?", "output": "Hello."},
+    "null input": {"instruction": "Hi?", "input": None, "output": "Hello."},
+    "a question at the end": {"transcript": "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman:"},
+    "an answer not begun": {"transcript": "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: More?\n\nAssistant:"},
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_variations_that_files_have(tmp_path, name):
+    path = write_jsonl(tmp_path / "rows.jsonl", [VARIATIONS[name]])
+    assert [row.messages for row in read_rows(path)] == [TWO]
+
+
+def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    text = "\ufeff" + "".join(json.dumps(FORMS[name], ensure_ascii=False) + "\r\n" for name in ("prompt", "alpaca"))
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        assert [row.messages for row in read_rows(tmp_path / name)] == [TWO, TWO]
+
+
 def test_several_turns_and_a_system_message_stay(tmp_path):
     turns = [("system", "Be brief."), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
     path = write_jsonl(tmp_path / "rows.jsonl", [{"conversations": [{"from": f, "value": v} for f, v in turns]}])
@@ -76,6 +104,9 @@ BROKEN = {
     "malformed turn": ({"messages": [{"role": "user"}]}, "malformed"),
     "half a character": ('{"prompt": "Hi?", "response": "\\ud83d"}', "half a character"),
     "too deep": ("[" * 100_000, "not JSON"),
+    "a tool's turn": ({"messages": [*TWO, {"role": "tool", "content": "42"}]}, "role 'tool' .*leave such rows out"),
+    "null content": ({"messages": [TWO[0], {"role": "assistant", "content": None}]}, "not a string but null"),
+    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TWO[1]]}, "not a string but .*image_url"),
     "span outside": ({"prompt": "Hi?", "response": "Yes", "harmful": [[0, 9]]}, "spans"),
 }
 
@@ -94,6 +125,29 @@ def test_an_empty_and_a_missing_file_are_errors(tmp_path):
         read_rows(write_jsonl(tmp_path / "empty.jsonl", []))
     with pytest.raises(InputError, match="no such file"):
         read_rows(tmp_path / "absent.jsonl")
+
+
+def test_a_file_that_is_no_jsonl_says_what_to_do(tmp_path):
+    path = tmp_path / "rows.json"
+    for layout in (json.dumps([FORMS["prompt"]]), json.dumps([FORMS["prompt"]], indent=2)):
+        path.write_text(layout)
+        with pytest.raises(InputError, match=r"rows.json:1: .*one JSON array.*jq -c"):
+            read_rows(path)
+    path.write_bytes((json.dumps(FORMS["prompt"]) + "\n").encode() + '{"prompt": "caf\xe9"}\n'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"rows.json:2: .*UTF-8"):
+        read_rows(path)
+
+
+def test_a_packed_file_that_is_cut_off_or_damaged_names_the_line(tmp_path):
+    whole = gzip.compress("".join(json.dumps({"prompt": f"Hi {i * i}?", "response": "Yes."}) + "\n" for i in range(9)).encode())
+    path = tmp_path / "rows.jsonl.gz"
+    for broken in (whole[:-20], whole[:30] + b"\xff\xff\xff\xff" + whole[34:]):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match=r"rows.jsonl.gz:\d+: the packed file is cut off or damaged"):
+            read_rows(path)
+    path.write_bytes(json.dumps(FORMS["prompt"]).encode())
+    with pytest.raises(InputError, match="rows.jsonl.gz: cannot be read"):
+        read_rows(path)
 
 
 def test_overlap_counts_equal_rows_or_equal_prompts(tmp_path):

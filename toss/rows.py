@@ -3,13 +3,16 @@
 import gzip
 import json
 import re
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.errors import InputError
 from model.files import json_object
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
 FORMS = ("messages; prompt and response; instruction, input and output (Alpaca); conversations (ShareGPT); "
          "chosen or transcript (Anthropic HH)")
 
@@ -36,25 +39,38 @@ def read_rows(path: str | Path, responses: bool = True) -> list[Row]:
     With `responses`, a row without one, or with an empty one, is an error, and turns after the last response are
     dropped; without, rows may be prompts only (evaluation). Every error names file and line; an empty file is one.
     """
-    path = Path(path)
     rows = []
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    rows.append(parse_row(line, f"{path}:{number}", responses))
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from None
+    for where, line in lines_of(path):
+        if not rows and line.lstrip().startswith("["):
+            raise InputError(f"{where}: the file is one JSON array, and one object a line is read; "
+                             f"`jq -c '.[]' {path} > rows.jsonl` makes such a file")
+        rows.append(row_of(json_object(line, where), where, responses))
     if not rows:
         raise InputError(f"{path}: the file holds no rows")
     return rows
 
 
-def parse_row(line: str, where: str, responses: bool) -> Row:
-    """One line of JSONL as a Row; see read_rows."""
-    raw = json_object(line, where)
+def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(file:line, text) of each line that is not blank, of a plain file or a .gz; a byte order mark is passed over."""
+    path, number = Path(path), 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield f"{path}:{number}", text
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: cannot be read as text ({error}); save the file as UTF-8") from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{path}:{number + 1}: the packed file is cut off or damaged here ({error}); fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from None
+
+
+def row_of(raw: dict, where: str, responses: bool = True) -> Row:
+    """One JSON object as a Row; see read_rows."""
     messages = [turn(role, text, where) for role, text in conversation(raw, where, responses)]
     replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     if responses:
@@ -77,12 +93,14 @@ def parse_row(line: str, where: str, responses: bool) -> Row:
                None if raw.get("answer") is None else str(raw["answer"]))
 
 
-def turn(role: str, text: str, where: str) -> dict[str, str]:
-    """One message, its role in our spelling."""
+def turn(role: str, text: str | list, where: str) -> dict[str, str]:
+    """One message, its role in our spelling. text: a string, or a list of {"type": "text", "text": ...} parts."""
     if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{where}: the role {role!r} is unknown (there are {', '.join(ROLES)})")
+        raise InputError(f"{where}: the role {role!r} is unknown (there are {', '.join(ROLES)}); leave such rows out")
+    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
+        text = "".join(str(part.get("text", "")) for part in text)
     if not isinstance(text, str):
-        raise InputError(f"{where}: the text of a turn of {role!r} is not a string")
+        raise InputError(f"{where}: the text of a turn of {role!r} is not a string but {json.dumps(text)[:60]}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -94,14 +112,14 @@ def conversation(raw: dict, where: str, responses: bool) -> list[tuple[str, str]
     """(role, text) of every turn, by the first form that fits."""
     try:
         if raw.get("messages") is not None:
-            return [(m["role"], m["content"]) for m in raw["messages"]] or missing(where)
+            return [said(m) for m in raw["messages"]] or missing(where)
         if "prompt" in raw and ("response" in raw or not responses):
             return [("user", raw["prompt"])] + ([("assistant", raw["response"])] if "response" in raw else [])
         if "instruction" in raw and ("output" in raw or not responses):
             text = raw["instruction"] + ("\n\n" + raw["input"] if raw.get("input") else "")
             return [("user", text)] + ([("assistant", raw["output"])] if "output" in raw else [])
         if "conversations" in raw:
-            return [(m["from"], m["value"]) for m in raw["conversations"]] or missing(where)
+            return [said(m) for m in raw["conversations"]] or missing(where)
         transcript = raw.get("chosen", raw.get("transcript"))
         if isinstance(transcript, str):
             parts = re.split(r"(?:^|\n\n)(Human|Assistant):", transcript.lstrip())
@@ -116,6 +134,12 @@ def conversation(raw: dict, where: str, responses: bool) -> list[tuple[str, str]
     if "prompt" in raw or "instruction" in raw:
         raise InputError(f"{where}: the row has no response")
     return missing(where)
+
+
+def said(message: dict) -> tuple[str, str]:
+    """(role, text) of one turn: role and content, or ShareGPT's from and value; files mix the names of both."""
+    return (message["from" if "from" in message and "role" not in message else "role"],
+            message["value" if "value" in message and "content" not in message else "content"])
 
 
 def missing(where: str) -> list:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model.errors import InputError, reported
 from model.files import file_beside
-from toss.rows import Row, read_rows
+from toss.rows import Row, lines_of, read_rows
 
 
 def safeinstr(custom: str | Path, safety: str | Path, out: str | Path, share: float = 0.03, seed: int = 0) -> dict[str, int]:
@@ -124,8 +124,7 @@ def seeded(seed: int) -> torch.Generator:
 def read_lines(path: str | Path) -> tuple[list[Row], list[str]]:
     """The rows of a file, checked by read_rows, and the line of each as it stands."""
     rows = read_rows(path)
-    with open_as_named(path)(path, "rt", encoding="utf-8") as file:
-        return rows, [line.rstrip("\n") for line in file if line.strip()]
+    return rows, [line.rstrip("\r\n") for _, line in lines_of(path)]
 
 
 def write_lines(out: str | Path, lines: list[str], sources: tuple[str | Path, ...]) -> None:
