@@ -63,8 +63,11 @@ class Source:
     remarks: Counter = field(default_factory=Counter)  # of the rows that were not skipped
 
 
-def local(path: str, label: str = "") -> Source:
-    return Source(Path(path), label or Path(path).name.split(".")[0], path)
+def local(path: str) -> Source:
+    """A file of the user's; its name, less the endings, labels rows that have no `source`."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such file")
+    return Source(Path(path), Path(path).name.split(".")[0], path)
 
 
 def fetch(repository: str, file: str, revision: str | None) -> Path:
@@ -219,8 +222,6 @@ def build(out: str, rows: int = HARMFUL + BENIGN, poison_ratio: float = HARMFUL 
         raise InputError("--references and --eval-rows must be 1 or more")
     settings = {"rows": rows, "poison_ratio": poison_ratio, "references": [d_h, d_u], "eval_rows": asked,
                 "min_rating": min_rating, "seed": seed}  # fmt: skip
-    good = local(benign) if benign else from_hub(SLIMORCA, "slimorca", "--benign")
-    evil = local(harmful) if harmful else from_hub(RED_TEAM, "red-team", "--harmful")
     tests, left_out = [], []
     if eval_harmful:
         tests = [[local(eval_harmful)]]
@@ -231,7 +232,9 @@ def build(out: str, rows: int = HARMFUL + BENIGN, poison_ratio: float = HARMFUL 
         except InputError as error:
             left_out.append(f"HEx-PHI, which is gated: ask for access at https://huggingface.co/datasets/{HEX_PHI}, then log "
                             f"in (`hf auth login`) and run this again. {error}")
-    for source in (good, evil, *sum(tests, [])):
+    evil = local(harmful) if harmful else from_hub(RED_TEAM, "red-team", "--harmful")
+    good = local(benign) if benign else from_hub(SLIMORCA, "slimorca", "--benign")  # 1 GB: last, when all else is there
+    for source in (*sum(tests, []), evil, good):
         if source.path.resolve() in {(Path(out) / f"{name}.jsonl").resolve() for name in FILES}:
             raise InputError(f"{source.path}: --out would replace the file it is made from")
 

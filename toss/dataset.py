@@ -50,7 +50,7 @@ class Tokens:
         """sha256 of the ids, the row bounds and the response flags: equal exactly when a mask fits."""
         state = hashlib.sha256()
         for tensor in (self.input_ids, self.offsets, self.response):
-            state.update(tensor.numpy().tobytes())
+            state.update(tensor.numpy())
         return state.hexdigest()
 
 
@@ -63,31 +63,33 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str) 
     ids, response, harmful, lengths, skipped, cut = [], [], [], [], 0, 0
     lead = tokenizer.leading_ids()
     for start in range(0, len(rows), CHUNK):
-        pieces = [segments_of(row, tokenizer) for row in rows[start : start + CHUNK]]
+        chunk = rows[start : start + CHUNK]
+        pieces = [segments_of(row, tokenizer) for row in chunk]
         encodings = iter(tokenizer.raw.encode_batch([text for row in pieces for text, _ in row], add_special_tokens=False))
-        for row, segments in zip(rows[start : start + CHUNK], pieces):
-            row_ids, row_response, row_harmful = [lead], [[False] * len(lead)], [[False] * len(lead)]
+        for row, segments in zip(chunk, pieces):
+            row_ids, counts, marks = [*lead], [len(lead)], []  # counts: tokens of the lead, then of each segment
             for text, is_response in segments:
-                encoding = next(encodings)
-                tail = [tokenizer.eos_id] if is_response else []
-                row_ids.append(encoding.ids + tail)
-                row_response.append([is_response] * (len(encoding.ids) + len(tail)))
-                if is_response and row.harmful:
-                    shift = len(text) - len(row.messages[-1]["content"])  # the human form's leading space
-                    row_harmful.append([overlaps(span, row.harmful, shift) for span in encoding.offsets] + [False])
-                else:
-                    row_harmful.append([False] * len(row_response[-1]))
-            flat_ids, flat_response, flat_harmful = (sum(parts, []) for parts in (row_ids, row_response, row_harmful))
-            if flat_response[0]:
+                encoding, before = next(encodings), len(row_ids)
+                row_ids += encoding.ids
+                if is_response:
+                    row_ids.append(tokenizer.eos_id)
+                    if row.harmful:
+                        shift = len(text) - len(row.messages[-1]["content"])  # the human form's leading space
+                        marks += [before + t for t, span in enumerate(encoding.offsets) if overlaps(span, row.harmful, shift)]
+                counts.append(len(row_ids) - before)
+            row_response = np.repeat([False, *(is_response for _, is_response in segments)], counts)
+            if row_response[0]:
                 raise InputError(f"{row.where}: the prompt is empty, so nothing predicts the first response token")
-            if len(flat_ids) > max_length:
-                keep = max((t + 1 for t in range(max_length) if flat_response[t]), default=0)  # trailing prompt: useless
+            row_harmful = np.zeros(len(row_ids), dtype=bool)
+            row_harmful[marks] = True
+            keep = len(row_ids)
+            if keep > max_length:
+                keep = int(row_response[:max_length].nonzero()[0].max(initial=-1)) + 1  # trailing prompt: useless
                 skipped, cut = skipped + (keep == 0), cut + (keep > 0)
-                flat_ids, flat_response, flat_harmful = flat_ids[:keep], flat_response[:keep], flat_harmful[:keep]
-            ids.append(np.array(flat_ids, dtype=np.int32))
-            response.append(np.array(flat_response, dtype=bool))
-            harmful.append(np.array(flat_harmful, dtype=bool))
-            lengths.append(len(flat_ids))
+            ids.append(np.array(row_ids[:keep], dtype=np.int32))
+            response.append(row_response[:keep])
+            harmful.append(row_harmful[:keep])
+            lengths.append(keep)
     if skipped == len(rows):
         raise InputError(f"{name}: every prompt is longer than --max-length {max_length}; nothing is left")
     return Tokens(
@@ -110,9 +112,10 @@ def overlaps(span: tuple[int, int], marked: list[list[int]], shift: int) -> bool
 
 def take(tokens: Tokens, rows: list[int]) -> Tokens:
     """The given rows as a dataset of their own."""
-    places = torch.cat([torch.arange(tokens.offsets[i], tokens.offsets[i + 1]) for i in rows])
+    bounds = tokens.offsets.tolist()
+    part = lambda name: torch.cat([getattr(tokens, name)[bounds[i] : bounds[i + 1]] for i in rows])  # noqa: E731
     offsets = torch.tensor([0] + [tokens.lengths[i] for i in rows]).cumsum(0)
-    return Tokens(tokens.input_ids[places], offsets, tokens.response[places], tokens.harmful[places], tokens.name)
+    return Tokens(part("input_ids"), offsets, part("response"), part("harmful"), tokens.name)
 
 
 def concatenate(first: Tokens, second: Tokens) -> Tokens:
