@@ -180,7 +180,10 @@ def draw(sources: list[Source], wanted: dict[str, int], used: dict[bytes, str], 
                 seen.add(key)
                 source.remarks.update(remarks(raw, row))
                 entry = (-int.from_bytes(key, "big"), k, written(row, source))
-                heapq.heappush(heap, entry) if len(heap) < count else heapq.heappushpop(heap, entry)
+                if len(heap) < count:
+                    heapq.heappush(heap, entry)
+                else:
+                    heapq.heappushpop(heap, entry)
     heap.sort(reverse=True)
     if len(heap) < count and not (fewer and heap):
         reasons = sum((source.skipped for source in sources), Counter()).most_common()
@@ -193,7 +196,7 @@ def draw(sources: list[Source], wanted: dict[str, int], used: dict[bytes, str], 
         part, start = heap[start : start + n], start + n
         result[name] = [line for *_, line in part]
         why = f"the question is in {'the evaluation' if name.startswith('eval_') else 'another set'}"
-        used.update((((-rank).to_bytes(16, "big"), why) for rank, *_ in part))
+        used.update(((-rank).to_bytes(16, "big"), why) for rank, *_ in part)
         for k, source in enumerate(sources):
             source.taken[name] = sum(entry[1] == k for entry in part)
     return result
@@ -234,7 +237,8 @@ def build(out: str, rows: int = HARMFUL + BENIGN, poison_ratio: float = HARMFUL 
                             f"in (`hf auth login`) and run this again. {error}")
     evil = local(harmful) if harmful else from_hub(RED_TEAM, "red-team", "--harmful")
     good = local(benign) if benign else from_hub(SLIMORCA, "slimorca", "--benign")  # 1 GB: last, when all else is there
-    for source in (*sum(tests, []), evil, good):
+    sources = [*itertools.chain(*tests), evil, good]
+    for source in sources:
         if source.path.resolve() in {(Path(out) / f"{name}.jsonl").resolve() for name in FILES}:
             raise InputError(f"{source.path}: --out would replace the file it is made from")
 
@@ -255,8 +259,7 @@ def build(out: str, rows: int = HARMFUL + BENIGN, poison_ratio: float = HARMFUL 
                 file.writelines(line + "\n" for line in lines[name])
         hashes = {f"{name}.jsonl": {"rows": len(lines[name]), "sha256": file_hash(folder / f"{name}.jsonl")} for name in FILES}
         summary = {"settings": settings, "harmful_in_custom": bad, "files": hashes, "left_out": left_out,
-                   "sources": [{name: value for name, value in vars(source).items() if name != "path"}
-                               for source in (*sum(tests, []), evil, good)]}  # fmt: skip
+                   "sources": [{name: value for name, value in vars(source).items() if name != "path"} for source in sources]}
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 

@@ -45,7 +45,8 @@ def test_the_custom_set_holds_the_asked_share_and_no_question_is_used_twice(tmp_
     sets = read_all(tmp_path / "out")
     assert {name: len(rows) for name, rows in sets.items()} == dict(zip(ROWS, (40, 5, 10, 6, 6)))
     assert sum(map(is_bad, sets["custom"])) == expected
-    assert all(map(is_bad, sets["harmful"] + sets["eval_harmful"])) and not any(map(is_bad, sets["utility"] + sets["eval_utility"]))
+    assert all(map(is_bad, sets["harmful"] + sets["eval_harmful"]))
+    assert not any(map(is_bad, sets["utility"] + sets["eval_utility"]))
     questions = [question(row) for rows in sets.values() for row in rows]
     assert len(questions) == len(set(questions)) == 67
     assert not any(overlap(a, b, prompts_only=True) for a, b in itertools.combinations(sets.values(), 2))
@@ -92,7 +93,8 @@ def test_the_summary_accounts_for_every_row_and_hashes_every_file(tmp_path, pool
     assert (evil["read"], fine["read"], fine["taken"]) == (27, 120, {"eval_utility": 6, "utility": 10, "custom": 36})
     assert all(source["sha256"] == file_hash(source["origin"]) for source in summary["sources"])
     for name, entry in summary["files"].items():
-        assert entry == {"rows": len((tmp_path / "out" / name).read_text().splitlines()), "sha256": file_hash(tmp_path / "out" / name)}
+        file = tmp_path / "out" / name
+        assert entry == {"rows": len(file.read_text().splitlines()), "sha256": file_hash(file)}
     assert summary["harmful_in_custom"] == 4
 
 
@@ -185,7 +187,8 @@ def test_an_evaluation_question_never_trains_and_ratings_choose(tmp_path, hub):
     build(tmp_path / "out", rows=56, poison_ratio=0.25, eval_rows=9, references=(5, 30), min_rating=3)
     sets = read_all(tmp_path / "out")
     assert "asked 3?" not in {question(row) for name in ("custom", "harmful") for row in sets[name]}
-    numbers = {int(question(row).split()[1][:-1]) for name in ("custom", "harmful") for row in sets[name] if row.source == "red-team"}
+    harm = [row for name in ("custom", "harmful") for row in sets[name] if row.source == "red-team"]
+    numbers = {int(question(row).split()[1][:-1]) for row in harm}
     assert len(numbers) == 19 and all(number % 5 >= 3 for number in numbers)
 
 

@@ -141,7 +141,7 @@ def test_a_file_that_is_no_jsonl_says_what_to_do(tmp_path):
 def test_a_packed_file_that_is_cut_off_or_damaged_names_the_line(tmp_path):
     whole = gzip.compress("".join(json.dumps({"prompt": f"Hi {i * i}?", "response": "Yes."}) + "\n" for i in range(9)).encode())
     path = tmp_path / "rows.jsonl.gz"
-    for broken in (whole[:-20], whole[:30] + b"\xff\xff\xff\xff" + whole[34:]):
+    for broken in (whole[:-20], whole[:10] + b"\xff" + whole[11:]):
         path.write_bytes(broken)
         with pytest.raises(InputError, match=r"rows.jsonl.gz:\d+: the packed file is cut off or damaged"):
             read_rows(path)

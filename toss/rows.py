@@ -97,8 +97,8 @@ def turn(role: str, text: str | list, where: str) -> dict[str, str]:
     """One message, its role in our spelling. text: a string, or a list of {"type": "text", "text": ...} parts."""
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"{where}: the role {role!r} is unknown (there are {', '.join(ROLES)}); leave such rows out")
-    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
-        text = "".join(str(part.get("text", "")) for part in text)
+    if isinstance(text, list) and text and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
+        text = "".join(part["text"] for part in text)
     if not isinstance(text, str):
         raise InputError(f"{where}: the text of a turn of {role!r} is not a string but {json.dumps(text)[:60]}")
     try:
