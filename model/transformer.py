@@ -1,89 +1,22 @@
-"""A decoder-only transformer of the Llama family. Reads bottom up: norm, rotary embedding, attention, MLP, block, model.
+"""A decoder-only transformer: Llama, Mistral, Qwen2 or Qwen3. Reads bottom up: norm, rope, attention, MLP, block, model.
+
+What tells the families apart is in Config: biases, a norm on queries and keys, a sliding window, the rope's scaling.
 
 Every module has the name that Hugging Face gives it, so a public checkpoint's tensors fit without a mapping table.
 Shapes in trailing comments: B rows, T tokens, D hidden size, H query heads, K key-value heads, E head size.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.errors import InputError
+from model.config import Config
 from model.lora import LoRALinear
 
-
-@dataclass
-class Config:
-    """The fields of a Hugging Face `config.json` that change what the model computes."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or {"rope_type": "linear" | "llama3", "factor": ..., ...}
-    attention_bias: bool = False  # on q, k, v and o
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-
-    @classmethod
-    def from_dict(cls, raw: dict, where: str) -> "Config":
-        """Read `config.json`'s dictionary; `where` names the file in errors.
-
-        Raises InputError for an architecture, activation or rope type that is not implemented here: none of them is
-        ever run approximately.
-        """
-        if raw.get("model_type") != "llama":
-            raise InputError(f"{where}: model_type {raw.get('model_type')!r} is not implemented here (only 'llama' is)")
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise InputError(f"{where}: hidden_act {raw['hidden_act']!r} is not implemented here (only 'silu' is)")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the newer spelling, then the older one
-        if not isinstance(rope, dict):
-            raise InputError(f"{where}: the rope scaling must be an object, not {rope!r}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise InputError(f"{where}: rope type {kind!r} is not implemented here (default, linear and llama3 are)")
-        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise InputError(f"{where}: partial_rotary_factor is not implemented here")
-
-        def count(name: str, otherwise: int | None = None) -> int:
-            value = otherwise if raw.get(name) is None else raw[name]
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{where}: the field {name!r} must be a whole number above 0, not {value!r}")
-            return value
-
-        heads = count("num_attention_heads")
-        config = cls(
-            vocab_size=count("vocab_size"),
-            hidden_size=count("hidden_size"),
-            intermediate_size=count("intermediate_size"),
-            num_hidden_layers=count("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=count("num_key_value_heads", heads),
-            head_dim=count("head_dim", count("hidden_size") // heads),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-            rope_scaling=None if kind == "default" else {**rope, "rope_type": kind},
-            attention_bias=bool(raw.get("attention_bias")),
-            mlp_bias=bool(raw.get("mlp_bias")),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        )
-        if heads % config.num_key_value_heads:
-            raise InputError(f"{where}: {heads} query heads cannot share {config.num_key_value_heads} key-value heads evenly")
-        try:
-            rope_frequencies(config, torch.device("cpu"))
-            config.rms_norm_eps + 0.0
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{where}: rms_norm_eps, rope_theta or a number of the rope scaling of type {kind!r} is missing or "
-                             f"not one ({error})") from None
-        return config
+Rope = tuple[Tensor, Tensor]  # cosine and sine of every position's angles, [B or 1, 1, T, E/2] each
+Masks = tuple[Tensor | None, Tensor | None]  # of a full layer and of a windowed one; see attention_masks
 
 
 class RMSNorm(nn.Module):
@@ -121,6 +54,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def attention_masks(positions: Tensor, window: int | None, cache: "Cache | None") -> Masks:
+    """Which keys a query of a full and of a windowed layer sees, bool [B or 1, 1, T, S]; None: all up to its own, S = T."""
+    T = positions.shape[1]
+    if cache is not None and T == 1:  # a new token sees the slots up to its own; `is_causal` would show it slot 0 alone
+        age = positions[:, None, :, None] - torch.arange(cache.keys.shape[3], device=positions.device)  # (B, 1, 1, S)
+        return age >= 0, (age >= 0) & (age < window) if window else None
+    if window is None or T <= window:
+        return None, None  # no token of the row is further away than the window reaches
+    order = torch.arange(T, device=positions.device)
+    age = order[:, None] - order  # (T, T)
+    return None, ((age >= 0) & (age < window))[None, None]  # (1, 1, T, T)
+
+
 class Cache:
     """Keys and values of the tokens seen so far, for generation; one slot per position and row."""
 
@@ -144,27 +90,30 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.windowed = layer in config.windowed_layers
         self.groups = config.num_attention_heads // config.num_key_value_heads
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = LoRALinear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = LoRALinear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = LoRALinear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = LoRALinear(queries, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = LoRALinear(queries, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, masks: Masks, positions: Tensor, cache: Cache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, E)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             keys, values = cache.update(self.layer, positions, k, v)  # (B, K, S, E), S slots
-            if T == 1:  # a new token sees the slots up to its own; `is_causal` would show it slot 0 alone
+            if T == 1:
                 k, v = keys, values
-                mask = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, 1, S)
-        # The flash kernels read grouped keys as they are; float32 has no such kernel on CUDA and the CPU's is slower.
-        grouped = x.is_cuda and x.dtype != torch.float32
+        mask = masks[self.windowed]
+        # The flash kernels read grouped keys as they are but take no mask; float32 has no such kernel on CUDA and the
+        # CPU's is slower.
+        grouped = x.is_cuda and x.dtype != torch.float32 and mask is None
         if self.groups > 1 and not grouped:
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)  # (B, H, S, E)
         y = F.scaled_dot_product_attention(
@@ -195,8 +144,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, cache)
+    def forward(self, x: Tensor, rope: Rope, masks: Masks, positions: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, masks, positions, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -215,7 +164,7 @@ class Transformer(nn.Module):
 
     The head is left to the caller so that logits are built only where a loss or a next token is needed.
     Rows are padded on the right: under causal attention a real token never sees what is to its right, so no padding
-    mask exists anywhere.
+    mask exists anywhere. A mask exists where a row is longer than a sliding window, and in decoding.
     """
 
     def __init__(self, config: Config):
@@ -223,7 +172,7 @@ class Transformer(nn.Module):
         self.config = config
         self.source = None  # the folder that the weights came from; set by load_checkpoint
         self.model = Body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LoRALinear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -243,8 +192,9 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)  # (B or 1, 1, T, E/2)
-        cos, sin = angles.cos(), angles.sin()
+        rope = angles.cos(), angles.sin()
+        masks = attention_masks(positions, self.config.sliding_window, cache)
         x = self.model.embed_tokens(ids).float()  # (B, T, D)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, positions, cache)
+            x = layer(x, rope, masks, positions, cache)
         return self.model.norm(x)

@@ -2,9 +2,10 @@
 
     python tests/make_goldens.py [SMOLLM2_ALIGNED_FOLDER]
 
-The tests never run this; they compare against the committed files. It needs torch, transformers and peft; the versions
-that wrote the committed files are in goldens/versions.json. With a folder it also writes goldens/real.json, the figures of
-that checkpoint. Each goldens/<model>/ holds the checkpoint as `save_pretrained` writes it and golden.safetensors:
+The tests never run this; they compare against the committed files. It needs torch, transformers and peft. A folder that is
+there already stays as it is: delete it to have it written again. The versions of the last run are in goldens/versions.json,
+those that wrote a model in its config.json. With a folder it also writes goldens/real.json, the figures of that checkpoint.
+Each goldens/<model>/ holds the checkpoint as `save_pretrained` writes it and golden.safetensors:
 
     input_ids [B, T], logits [B, T, V], losses [B, T] (-log P(token t | before), 0 at t = 0), prompts [P, L] with lengths [P],
     new_ids [P, 12] with new_lengths [P]: greedy, without the eos; the metadata name the eos.
@@ -12,7 +13,6 @@ that checkpoint. Each goldens/<model>/ holds the checkpoint as `save_pretrained`
 import hashlib
 import json
 import platform
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import peft
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -34,19 +34,48 @@ MODELS = {
     "headdim-bias-linear": dict(num_key_value_heads=2, head_dim=12, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3,
                                 rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
     "llama3-rope": dict(num_attention_heads=2, num_key_value_heads=1, rope_parameters=dict(rope_type="llama3", rope_theta=100.0, **LLAMA3)),
+    # The rows are 24 tokens long and answers go on to 24 too: every window is crossed in both.
+    "mistral-window": dict(model_type="mistral", num_key_value_heads=2, sliding_window=8, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+    "mistral-full": dict(model_type="mistral", num_key_value_heads=2, head_dim=12, sliding_window=None, rms_norm_eps=1e-5,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=2, use_sliding_window=False, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "qwen2-tied": dict(model_type="qwen2", num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+    "qwen2-windows": dict(model_type="qwen2", num_key_value_heads=2, num_hidden_layers=3, intermediate_size=32, tie_word_embeddings=True,
+                          use_sliding_window=True, sliding_window=6, max_window_layers=1, rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+    "qwen3": dict(model_type="qwen3", num_key_value_heads=2, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "qwen3-bias-windows": dict(model_type="qwen3", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True, attention_bias=True,
+                               use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
+                               rope_parameters=dict(rope_type="default", rope_theta=1e4)),
 }
-# The same two rope settings in the spelling that older checkpoints have; "type" is older than "rope_type".
+# The same settings as the hub's older checkpoints spell them: "type" is older than "rope_type", and a window that is not
+# used is there all the same.
 OLD_SPELLING = {
     "headdim-bias-linear": dict(rope_theta=10000.0, rope_scaling=dict(type="linear", factor=4.0)),
     "llama3-rope": dict(rope_theta=100.0, rope_scaling=dict(rope_type="llama3", **LLAMA3)),
+    "mistral-window": dict(rope_theta=10000.0),
+    "qwen2": dict(rope_theta=1000000.0, rope_scaling=None, sliding_window=8, use_sliding_window=False, max_window_layers=1),
+    "qwen2-windows": dict(rope_theta=10000.0, sliding_window=6, use_sliding_window=True, max_window_layers=1),
+    "qwen3": dict(rope_theta=1000000, rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=2),
 }
+NEW_FIELDS = ("rope_parameters", "layer_types", "dtype")  # which older checkpoints lack
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QV = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+# name -> PEFT's settings; the base, where it is not gqa-tied, and the dtype, where it is not float32,
 ADAPTERS = {
-    "qv": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
-    "all": dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR),
-    "rslora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True),
-    "pattern": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"],
-                    rank_pattern={"layers.0.self_attn.q_proj": 2}, alpha_pattern={"layers.1.self_attn.v_proj": 3}),
+    "qv": QV,
+    "all": QV | dict(target_modules=ALL_LINEAR),
+    "rslora": QV | dict(use_rslora=True),
+    "pattern": QV | dict(rank_pattern={"layers.0.self_attn.q_proj": 2}, alpha_pattern={"layers.1.self_attn.v_proj": 3}),
+    "regex": QV | dict(target_modules=r".*\.1\..*(q|down)_proj"),
+    "layers": QV | dict(target_modules=["o_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    "excluded": QV | dict(target_modules=["k_proj", "gate_proj"], exclude_modules=["layers.0.mlp.gate_proj"]),
+    "paths-bfloat16": QV | dict(target_modules=["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"], dtype="bfloat16"),
+    "head": QV | dict(base="plain", target_modules=["q_proj", "lm_head"]),
+    "head-tied-float16": QV | dict(target_modules=["v_proj", "lm_head"], dtype="float16"),
+    "all-linear-mistral": QV | dict(base="mistral-window", target_modules="all-linear"),
+    "all-linear-qwen2": QV | dict(base="qwen2", target_modules="all-linear"),
+    "all-linear-qwen3": QV | dict(base="qwen3", target_modules="all-linear", use_rslora=True,
+                                  rank_pattern={"^model.layers.1.self_attn.q_proj": 2}),
 }
 
 
@@ -99,7 +128,8 @@ def figures(model, seed):
 
 
 def build_model(name, seed, **settings):
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SMALL | settings), dtype="float32")).eval()
+    config = transformers.AutoConfig.for_model(**({"model_type": "llama"} | SMALL | settings), dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     randomise(model, seed)
     return model
@@ -107,6 +137,8 @@ def build_model(name, seed, **settings):
 
 def write_models():
     for seed, (name, settings) in enumerate(MODELS.items()):
+        if (GOLDENS / name).exists():
+            continue
         model = build_model(name, seed, **settings)
         tensors, eos = figures(model, 100 + seed)
         model.config.eos_token_id = model.generation_config.eos_token_id = eos
@@ -114,10 +146,9 @@ def write_models():
         save_file(tensors, GOLDENS / name / "golden.safetensors", metadata={"eos_id": str(eos)})
         if name in OLD_SPELLING:
             config = json.loads((GOLDENS / name / "config.json").read_text())
-            del config["rope_parameters"]
-            old = config | OLD_SPELLING[name]
+            old = {k: v for k, v in config.items() if k not in NEW_FIELDS} | OLD_SPELLING[name] | {"torch_dtype": "float32"}
             (GOLDENS / name / "config-old-spelling.json").write_text(json.dumps(old, indent=2) + "\n")
-            again = transformers.LlamaForCausalLM(transformers.LlamaConfig(**old)).eval()
+            again = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**old)).eval()
             again.load_state_dict(model.state_dict())
             assert torch.equal(again(tensors["input_ids"]).logits, tensors["logits"])
         if name == "gqa-tied":
@@ -129,25 +160,33 @@ def write_models():
 
 def write_adapters():
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        base = transformers.LlamaForCausalLM.from_pretrained(GOLDENS / "gqa-tied", dtype=torch.float32).eval()
+        folder, settings = GOLDENS / "adapters" / name, dict(settings)
+        if folder.exists():
+            continue
+        name, dtype = settings.pop("base", "gqa-tied"), getattr(torch, settings.pop("dtype", "float32"))
+        base = transformers.AutoModelForCausalLM.from_pretrained(GOLDENS / name, dtype=torch.float32).eval()
         base.config._name_or_path = base.name_or_path = ""  # no path of this machine in adapter_config.json
         model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings)).eval()
         rng = torch.Generator().manual_seed(1000 + seed)
         with torch.no_grad():
             for key, p in model.named_parameters():
                 if "lora_" in key:
-                    p.copy_(0.2 * torch.randn(p.shape, generator=rng))
-        folder = GOLDENS / "adapters" / name
+                    p.copy_((0.2 * torch.randn(p.shape, generator=rng)).to(dtype))
         model.save_pretrained(folder)
+        if dtype != torch.float32:  # as peft writes an adapter that sits on a base of this dtype
+            file = folder / "adapter_model.safetensors"
+            save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
         (folder / "README.md").unlink(missing_ok=True)
         config = json.loads((folder / "adapter_config.json").read_text())
-        config["target_modules"].sort()  # a set: its order changes from run to run
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()  # a set: its order changes from run to run
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         ids = torch.randint(80, (2, 24), generator=rng)
         with torch.no_grad():
             logits = model(ids).logits
             merged = model.merge_and_unload()(ids).logits
-        save_file(dict(input_ids=ids, logits=logits, losses=losses_of(logits, ids), merged_logits=merged), folder / "golden.safetensors")
+        save_file(dict(input_ids=ids, logits=logits, losses=losses_of(logits, ids), merged_logits=merged), folder / "golden.safetensors",
+                  metadata={"base": name})
 
 
 SENTENCES = [
@@ -216,6 +255,8 @@ def write_tokenizers():
     for name, tokenizer, template, eos in (("chatml", chatml, CHATML, "<|im_end|>"), ("bos", with_bos, HEADERS, "</s>"),
                                            ("metaspace", metaspace, INST, "</s>")):
         folder = GOLDENS / f"tokenizer-{name}"
+        if folder.exists():
+            continue
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, chat_template=template)
         fast.save_pretrained(folder)  # the template lands in chat_template.jinja; the tests make the inline form themselves
         fast = transformers.AutoTokenizer.from_pretrained(folder)
@@ -258,8 +299,6 @@ def write_real(folder):
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for folder in (*MODELS, "gqa-tied-shards", "adapters", "tokenizer-chatml", "tokenizer-bos", "tokenizer-metaspace"):
-        shutil.rmtree(GOLDENS / folder, ignore_errors=True)
     write_models()
     write_adapters()
     write_tokenizers()

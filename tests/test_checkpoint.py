@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import InputError, load_adapter, load_checkpoint, save_checkpoint
+from model.config import Config
 from model.files import file_hash, tensors_hash
 from model.lora import merge_adapter
 
@@ -118,6 +119,28 @@ def test_a_weight_beyond_float16_is_refused_in_float16_only(folder):
     (dict(num_key_value_heads=2), "k_proj|v_proj"),
     (dict(head_dim=16), "_proj"),
     (dict(mlp_bias=True), "bias"),
+    (dict(model_type="gemma3_text"), "gemma3_text.*llama, mistral, qwen2, qwen3"),
+    (dict(model_type=["llama"]), "model_type"),
+    (dict(model_type="qwen2"), "bias"),
+    (dict(model_type="qwen3", head_dim=8), "_norm"),
+    (dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantization_config"),
+    (dict(compression_config=dict(format="int-quantized")), "compression_config"),
+    (dict(is_causal=False), "is_causal"),
+    (dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e4))), "rope.*full_attention"),
+    (dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary_factor"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    (dict(rope_parameters=dict(rope_type=["linear"], rope_theta=1e4)), "rope type"),
+    (dict(rope_parameters=dict(rope_type="default", rope_theta="1e4")), "rope_theta"),
+    (dict(rms_norm_eps=None), "rms_norm_eps"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),  # Llama has no window
+    (dict(model_type="mistral", layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    (dict(model_type="mistral", sliding_window=0), "sliding_window"),
+    (dict(model_type="qwen2", layer_types=["full_attention", "chunked_attention"]), "layer_types.*chunked_attention"),
+    (dict(model_type="qwen2", layer_types=["full_attention"]), "layer_types"),
+    (dict(model_type="qwen2", layer_types=["full_attention", "sliding_attention"]), "layer_types"),  # but no use_sliding_window
+    (dict(model_type="qwen2", use_sliding_window=True, max_window_layers="2"), "max_window_layers"),
+    (dict(model_type="qwen3", use_sliding_window=True, max_window_layers=1, sliding_window=-1), "sliding_window"),
+    (dict(head_dim=7), "head_dim"),
 ])  # fmt: skip
 def test_a_config_that_is_not_implemented_or_does_not_fit_is_named(folder, fields, words):
     reconfigure(folder, **fields)
@@ -133,6 +156,27 @@ def test_a_config_that_lacks_a_field_names_it(folder, field):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=field):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("family", "fields", "want"), [
+    ("llama", {}, dict(num_key_value_heads=64, head_dim=4, attention_bias=False, output_bias=False, windowed_layers=frozenset())),
+    ("llama", dict(attention_bias=True, sliding_window=8), dict(attention_bias=True, output_bias=True, windowed_layers=frozenset())),
+    ("mistral", {}, dict(num_key_value_heads=8, head_dim=4, sliding_window=4096, windowed_layers=frozenset(range(30)))),
+    ("mistral", dict(num_key_value_heads=None, sliding_window=None), dict(num_key_value_heads=64, windowed_layers=frozenset())),
+    ("mistral", dict(attention_bias=True, mlp_bias=True), dict(attention_bias=False, output_bias=False, mlp_bias=False)),
+    ("qwen2", {}, dict(num_key_value_heads=32, head_dim=4, attention_bias=True, output_bias=False, windowed_layers=frozenset())),
+    ("qwen2", dict(use_sliding_window=True), dict(sliding_window=4096, windowed_layers=frozenset({28, 29}))),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=None), dict(sliding_window=None, windowed_layers=frozenset())),
+    ("qwen2", dict(attention_bias=False), dict(attention_bias=True)),
+    ("qwen3", {}, dict(num_key_value_heads=32, head_dim=128, attention_bias=False, qk_norm=True, windowed_layers=frozenset())),
+    ("qwen3", dict(attention_bias=True), dict(attention_bias=True, output_bias=True)),
+    ("qwen3", dict(use_sliding_window=True, sliding_window=9, max_window_layers=0), dict(windowed_layers=frozenset(range(30)))),
+])  # fmt: skip
+def test_a_field_that_is_absent_means_what_it_means_in_the_family(family, fields, want):
+    sizes = dict(vocab_size=80, hidden_size=256, intermediate_size=48, num_hidden_layers=30, num_attention_heads=64)
+    config = Config.from_dict({"model_type": family, **sizes, **fields}, "config.json")
+    want = dict(rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, mlp_bias=False, tie_word_embeddings=False) | want
+    assert {name: getattr(config, name) for name in want} == want
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null"])
@@ -236,13 +280,15 @@ def test_pickles_are_never_opened(folder, tmp_path):
     assert not (tmp_path / "opened").exists()
 
 
-@pytest.mark.parametrize("name", ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope", "gqa-tied-shards"])
+@pytest.mark.parametrize("name", ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope", "gqa-tied-shards", "mistral-full",
+                                  "qwen2", "qwen2-windows", "qwen3-bias-windows"])  # fmt: skip
 def test_saved_and_loaded_again_is_equal(name, tmp_path):
     model = load_checkpoint(GOLDENS / name)
     save_checkpoint(model, tmp_path / "out", like=GOLDENS / name)
     assert_same_weights(load_checkpoint(tmp_path / "out"), model)
     stored = load_file(tmp_path / "out/model.safetensors").keys()
-    assert ("lm_head.weight" in stored) == (not name.startswith("gqa-tied"))
+    assert stored == set().union(*(load_file(file) for file in (GOLDENS / name).glob("model*.safetensors")))
+    assert ("lm_head.weight" in stored) == (name in ("plain", "headdim-bias-linear", "llama3-rope", "mistral-full", "qwen2"))
     assert not any("lora" in key for key in stored)
 
 

@@ -15,7 +15,8 @@ from model.generation import generate
 from model.lora import merge_adapter
 
 GOLDENS = Path(__file__).parent / "goldens"
-MODELS = ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope"]
+MODELS = ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope", "mistral-window", "mistral-full", "qwen2", "qwen2-tied",
+          "qwen2-windows", "qwen3", "qwen3-bias-windows"]  # fmt: skip
 
 
 def golden(name):

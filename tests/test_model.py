@@ -15,7 +15,8 @@ from model import load_checkpoint, load_tokenizer
 from model.generation import generate
 
 GOLDENS = Path(__file__).parent / "goldens"
-MODELS = ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope"]
+MODELS = ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope", "mistral-window", "mistral-full", "qwen2", "qwen2-tied",
+          "qwen2-windows", "qwen3", "qwen3-bias-windows"]  # fmt: skip
 REAL = os.environ.get("TOSS_REAL_CHECKPOINT")
 
 
@@ -45,25 +46,90 @@ def test_logits_and_losses_equal_transformers(name):
     torch.testing.assert_close(losses_of(logits, want["input_ids"]), want["losses"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["headdim-bias-linear", "llama3-rope"])
-def test_the_old_spelling_of_rope_settings_means_the_same(name, tmp_path):
-    shutil.copytree(GOLDENS / name, tmp_path / "m")
-    old = tmp_path / "m/config-old-spelling.json"
-    assert "rope_scaling" in json.loads(old.read_text())
-    old.replace(tmp_path / "m/config.json")
+def changed(name, tmp_path, change):
+    """The golden model, read with another config.json: what `change` makes of its dictionary."""
+    folder = shutil.copytree(GOLDENS / name, tmp_path / "m")
+    config = change(json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps(config))
+    return load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["headdim-bias-linear", "llama3-rope", "mistral-window", "qwen2", "qwen2-windows", "qwen3"])
+def test_the_hubs_older_spelling_means_the_same(name, tmp_path):
+    old = json.loads((GOLDENS / name / "config-old-spelling.json").read_text())
+    assert "rope_theta" in old and "rope_parameters" not in old and (name == "llama3-rope" or "layer_types" not in old)
     model, want = golden(name)
-    assert torch.equal(logits_of(load_checkpoint(tmp_path / "m"), want["input_ids"]), logits_of(model, want["input_ids"]))
+    again = changed(name, tmp_path, lambda config: old)
+    assert torch.equal(logits_of(again, want["input_ids"]), logits_of(model, want["input_ids"])) and again.config == model.config
 
 
-@pytest.mark.parametrize("name", ["headdim-bias-linear", "llama3-rope"])
-def test_the_rope_scaling_goldens_can_tell(name, tmp_path):
-    """Without its scaling the model is far from the golden logits, so the tests above do pin the scaling."""
-    shutil.copytree(GOLDENS / name, tmp_path / "m")
-    config = json.loads((tmp_path / "m/config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
-    (tmp_path / "m/config.json").write_text(json.dumps(config))
+def without(*fields, **others):
+    return lambda config: {key: value for key, value in config.items() if key not in fields} | others
+
+
+def default_rope(config):
+    return config | {"rope_parameters": {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}}
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("headdim-bias-linear", default_rope),
+    ("llama3-rope", default_rope),
+    ("qwen2", without("rope_parameters")),  # the default is not its 1e6
+    ("mistral-window", without(sliding_window=None)),
+    ("mistral-window", without("sliding_window")),  # the default is 4096
+    ("mistral-window", without(sliding_window=7)),
+    ("mistral-window", without(sliding_window=9)),
+    ("qwen2-windows", without("layer_types", use_sliding_window=False)),
+    ("qwen2-windows", without("layer_types", "use_sliding_window")),
+    ("qwen2-windows", without("layer_types", max_window_layers=0)),
+    ("qwen2-windows", without("layer_types", max_window_layers=2)),
+    ("qwen2-windows", without("layer_types", "max_window_layers")),  # the default is 28
+    ("qwen2-windows", without(layer_types=["sliding_attention", "full_attention", "full_attention"])),
+    ("qwen2-windows", without(sliding_window=7)),
+    ("qwen3-bias-windows", without(layer_types=["full_attention", "sliding_attention"])),
+    ("qwen3-bias-windows", without(layer_types=["full_attention", "full_attention"])),
+    ("qwen3-bias-windows", without(sliding_window=4)),
+])  # fmt: skip
+def test_the_goldens_can_tell_a_setting(name, change, tmp_path):
+    """With another setting the model is far from the golden logits, so the tests above do pin it."""
     _, want = golden(name)
-    assert (logits_of(load_checkpoint(tmp_path / "m"), want["input_ids"]) - want["logits"]).abs().max() > 0.1
+    assert (logits_of(changed(name, tmp_path, change), want["input_ids"]) - want["logits"]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("name", "part"), [
+    ("qwen3", "q_norm"), ("qwen3", "k_norm"), ("qwen3-bias-windows", "k_norm"), ("qwen3-bias-windows", "o_proj.bias"),
+    ("qwen2", "q_proj.bias"), ("qwen2", "v_proj.bias"), ("headdim-bias-linear", "o_proj.bias"),
+])  # fmt: skip
+def test_the_goldens_can_tell_a_part_of_attention(name, part):
+    """Without the norm (its place taken by nothing) or with a zero bias, the same."""
+    model, want = load_checkpoint(GOLDENS / name), golden(name)[1]
+    for layer in model.model.layers:
+        owner, _, leaf = part.rpartition(".")
+        if leaf == "bias":
+            getattr(layer.self_attn, owner).bias.data.zero_()
+        else:
+            setattr(layer.self_attn, part, torch.nn.Identity())
+    assert (logits_of(model, want["input_ids"]) - want["logits"]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2-windows"])
+def test_a_mask_is_made_once_and_only_for_a_row_longer_than_the_window(name, monkeypatch):
+    model, want = golden(name)
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def seen(*args, attn_mask, is_causal, **kwargs):
+        assert is_causal == (attn_mask is None)
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    window, layers = model.config.sliding_window, model.config.windowed_layers
+    logits_of(model, want["input_ids"][:, :window])
+    assert masks == [None] * model.config.num_hidden_layers
+    masks.clear()
+    logits_of(model, want["input_ids"][:, : window + 1])
+    assert [mask is not None for mask in masks] == [i in layers for i in range(model.config.num_hidden_layers)]
+    assert len({id(mask) for mask in masks if mask is not None}) == 1
 
 
 def test_the_call_gives_final_norm_hidden_states():
@@ -75,7 +141,7 @@ def test_the_call_gives_final_norm_hidden_states():
     torch.testing.assert_close(rms, torch.ones_like(rms), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["plain", "llama3-rope"])
+@pytest.mark.parametrize("name", ["plain", "llama3-rope", "mistral-window", "qwen3-bias-windows"])
 def test_right_padding_leaves_the_real_positions_alone(name):
     model, want = golden(name)
     row, lengths = want["input_ids"][0], [1, 5, 17, 24]
