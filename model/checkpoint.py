@@ -149,6 +149,7 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
     like = resolve(like)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
     config = read_json(like / "config.json")
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors  # merging an adapter of the head unties it
     config["dtype" if "dtype" in config else "torch_dtype"] = str(model.dtype).removeprefix("torch.")  # newer, older spelling
     with written_beside(path) as folder:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -22,7 +22,7 @@ PREFIX = "base_model.model."  # what PEFT puts before every module's name
 # Settings of PEFT's that change what an adapter computes and are not implemented here.
 REFUSED = ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
            "layer_replication", "target_parameters", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
-           "monteclora_config")
+           "monteclora_config", "velora_config", "ensure_weight_tying")
 
 
 class LoRALinear(nn.Linear):
@@ -113,7 +113,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def merge_adapter(model: nn.Module) -> None:
     """Fold the active adapter into the base weights (W + scale B A, added in float32) and remove it.
 
-    In a half-precision base small updates round away: merge to ship a model, never before scoring.
+    In a half-precision base small updates round away: merge to ship a model, never before scoring. The weights are new
+    tensors, so that a head which was tied to the embedding leaves it as it is, and is tied no longer.
     """
     layers = active_adapter(model)
     if not layers:
@@ -122,7 +123,7 @@ def merge_adapter(model: nn.Module) -> None:
     with torch.no_grad():
         for layer in layers.values():
             update = layer.lora_B[name] @ layer.lora_A[name] * layer.scale[name]
-            layer.weight.copy_(layer.weight.float() + update)
+            layer.weight = nn.Parameter((layer.weight + update).to(layer.weight.dtype), layer.weight.requires_grad)
     remove_adapter(model, name)
     model.source = None  # these are no longer the folder's weights
 
@@ -178,9 +179,11 @@ def adapter_settings(path: Path) -> dict:
             raise InputError(f"{path}: the adapter uses {field}, which is not implemented here")
     if config.get("bias", "none") != "none":
         raise InputError(f"{path}: the adapter trains biases (bias={config['bias']!r}), which is not implemented here")
-    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base's weights, which is not "
                          "implemented here; let PEFT convert the adapter to plain LoRA")
+    if not isinstance(config.get("target_modules"), (list, str)):
+        raise InputError(f"{path}: target_modules is neither a list of layers nor a regular expression in adapter_config.json")
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), (int, float)) or not math.isfinite(config[field]):
             raise InputError(f"{path}: {field} is missing from adapter_config.json or not a number")
@@ -190,10 +193,10 @@ def adapter_settings(path: Path) -> dict:
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Read a PEFT LoRA adapter from folder `path` in place, under `name`, and make it the active one.
 
-    Honours rsLoRA and rank and alpha patterns. Raises InputError, with the model unchanged, for what is not plain
-    LoRA on linear layers (DoRA, biases, saved modules, embeddings), for a tensor that is missing, extra, not finite
-    or of another shape, and for an adapter of ours that was trained on other weights (by their recorded hash; the
-    name of a base proves nothing and is not looked at).
+    Honours rsLoRA, rank and alpha patterns, and every way of naming the layers. Raises InputError, with the model
+    unchanged, for what is not plain LoRA on linear layers (DoRA, biases, saved modules, embeddings), for a tensor that
+    is missing, extra, not finite or of another shape, and for an adapter of ours that was trained on other weights (by
+    their recorded hash; the name of a base proves nothing and is not looked at).
     """
     path = Path(path)
     config, file = adapter_settings(path), path / "adapter_model.safetensors"
@@ -204,11 +207,14 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     layers, pairs = lora_layers(model), {}
     for key, tensor in tensors.items():
         layer, _, part = key.removeprefix(PREFIX).partition(".lora_")
+        if (base := layer.replace(".base_layer.", ".")) in ("lm_head.weight", "model.embed_tokens.weight"):
+            check_copy(tensor, model.get_parameter(base), f"{file}: the tensor {key}")
+            continue
         if layer not in layers or part not in ("A.weight", "B.weight"):
             raise InputError(f"{file}: the tensor {key} belongs to no linear layer of this model")
         if not tensor.isfinite().all():
             raise InputError(f"{file}: the tensor {key} is not finite")
-        pairs.setdefault(layer, {})[part[0]] = tensor
+        pairs.setdefault(layer, {})[part[0]] = tensor.float()
     if not pairs:
         raise InputError(f"{file}: there is no LoRA tensor in it")
     for key, pair in pairs.items():
@@ -224,14 +230,14 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
                                  f"but this model needs {shape}: the adapter was made for another base")
         alpha = pattern(config.get("alpha_pattern"), key, config["lora_alpha"])
         pair["scale"] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    targets = config.get("target_modules")
-    if isinstance(targets, list):  # else a regular expression
-        part_of_them = config.get("layers_to_transform") is not None or config.get("exclude_modules")
-        for key in layers:
-            is_target = any(f".{key}".endswith(f".{target}") for target in targets)
-            if key in pairs and not is_target or key not in pairs and is_target and not part_of_them:
-                raise InputError(f"{file}: target_modules {'asks for' if is_target else 'does not name'} {key}, whose tensors "
-                                 f"are {'not ' if is_target else ''}in the file")
+    for key in layers:
+        try:
+            asked = is_target(config, key)
+        except (TypeError, re.error) as error:
+            raise InputError(f"{path}: target_modules or what narrows it is malformed ({error})") from None
+        if asked != (key in pairs):
+            raise InputError(f"{file}: target_modules {'asks for' if asked else 'does not name'} {key}, whose tensors "
+                             f"are {'not ' if asked else ''}in the file")
     check_base(model, file)
     remove_adapter(model, name)
     for key, pair in pairs.items():
@@ -250,6 +256,37 @@ def check_base(model: nn.Module, file: Path) -> None:
     if recorded and model.source is not None and recorded != tensors_hash(model.source):
         raise InputError(f"{file}: the adapter was trained on other base weights (sha256 {recorded[:12]}...) "
                          f"than those in {model.source}")
+
+
+def check_copy(tensor: Tensor, own: Tensor, what: str) -> None:
+    """Refuse a copy of the embedding or the head, which PEFT adds where the head is a target, that is not the base's own."""
+    same = tensor.shape == own.shape
+    if same and not own.is_meta:  # a model without memory has no values to compare
+        own = own.detach().cpu()
+        same = torch.equal(tensor, own.to(tensor.dtype)) or torch.equal(tensor.to(own.dtype), own)  # either may be rounded
+    if not same:
+        raise InputError(f"{what} differs from this base's own: an adapter with a changed base is not implemented here")
+
+
+def is_target(config: dict, layer: str) -> bool:
+    """Whether an adapter_config.json puts an adapter on this linear layer, by PEFT's rules."""
+
+    def named(names: list[str] | str | None) -> bool:  # ends of names, or a regular expression of the whole
+        if isinstance(names, str):
+            return re.fullmatch(names, layer) is not None
+        return any(f".{layer}".endswith(f".{name}") for name in names or ())
+
+    targets, only = config["target_modules"], config.get("layers_to_transform")
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = "(?!lm_head$).*"
+    if not named(targets) or named(config.get("exclude_modules")):
+        return False
+    if isinstance(targets, str) or only is None or only == []:
+        return True
+    lists = config.get("layers_pattern") or r"[^.]*"
+    lists = [lists] if isinstance(lists, str) else lists
+    found = [match for name in lists if (match := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", layer))]
+    return bool(found) and int(found[0][1]) in ([only] if isinstance(only, int) else only)
 
 
 def pattern(patterns: dict | None, layer: str, default: float) -> float:

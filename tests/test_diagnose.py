@@ -22,7 +22,7 @@ def model(base):
     model = load_checkpoint(base, device="cpu", dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     for seed, name in enumerate(("degraded", "utility", "sft")):
-        add_adapter(model, name, 2, 4, ["q_proj", "v_proj"], seed)
+        add_adapter(model, name, 2, 4, ["q_proj", "v_proj", *(["lm_head"] if name != "utility" else [])], seed)
         for layer in active_adapter(model).values():
             torch.nn.init.normal_(layer.lora_B[name], std=0.5, generator=generator)
     return model

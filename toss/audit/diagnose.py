@@ -113,7 +113,11 @@ def movement(model: Transformer, tokens: Tokens, wanted: Tensor, names: list[str
                 set_adapter(model, None if name == "base" else name)
                 hidden[name] = model(batch.ids).flatten(0, 1)[batch.before].split(size)  # chunks of (n, D)
             for k, entries in enumerate(batch.entries.cpu().split(size)):
-                log_p = lambda name: torch.log_softmax(model.lm_head(hidden[name][k]).float(), dim=-1)  # noqa: E731
+
+                def log_p(name: str) -> Tensor:
+                    set_adapter(model, None if name == "base" else name)  # the head may carry LoRA too
+                    return torch.log_softmax(model.lm_head(hidden[name][k]).float(), dim=-1)
+
                 base, *references = map(log_p, ("base", *REFERENCES))
                 start = [kl(base, reference) for reference in references]
                 for name in names:
