@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from agreement import GOLDENS, MODELS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,10 +14,6 @@ from model import load_adapter, load_checkpoint
 from model.generate import main
 from model.generation import generate
 from model.lora import merge_adapter
-
-GOLDENS = Path(__file__).parent / "goldens"
-MODELS = ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope", "mistral-window", "mistral-full", "qwen2", "qwen2-tied",
-          "qwen2-windows", "qwen3", "qwen3-bias-windows"]  # fmt: skip
 
 
 def golden(name):

@@ -2,22 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from agreement import ADAPTERS, GOLDENS, base_of
 from safetensors.torch import load_file
 
 from model import InputError, load_adapter, load_checkpoint, save_adapter, save_checkpoint
 from model.lora import adapter_parameters, add_adapter, is_target, lora_layers, merge_adapter, set_adapter
 
-GOLDENS = Path(__file__).parent / "goldens"
-# PEFT's adapters, each with the base that it sits on
-ADAPTERS = {"qv": "gqa-tied", "all": "gqa-tied", "rslora": "gqa-tied", "pattern": "gqa-tied", "regex": "gqa-tied",
-            "layers": "gqa-tied", "excluded": "gqa-tied", "paths-bfloat16": "gqa-tied", "head": "plain",
-            "head-tied-float16": "gqa-tied", "all-linear-mistral": "mistral-window", "all-linear-qwen2": "qwen2",
-            "all-linear-qwen3": "qwen3"}  # fmt: skip
-PREFIX = "base_model.model.model.layers"
 IDS = torch.arange(20).view(2, 10) * 3 + 1
 
 
@@ -54,7 +47,7 @@ def assert_unchanged(model, before):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_pefts_adapters_give_pefts_logits(name):
-    model = load_checkpoint(GOLDENS / ADAPTERS[name])
+    model = load_checkpoint(base_of(name))
     want = load_file(GOLDENS / "adapters" / name / "golden.safetensors")
     base = logits(model, want["input_ids"])
     load_adapter(model, GOLDENS / "adapters" / name)
@@ -64,7 +57,7 @@ def test_pefts_adapters_give_pefts_logits(name):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_merged_equals_the_adapter_and_pefts_merge(name):
-    model = load_checkpoint(GOLDENS / ADAPTERS[name])
+    model = load_checkpoint(base_of(name))
     want = load_file(GOLDENS / "adapters" / name / "golden.safetensors")
     load_adapter(model, GOLDENS / "adapters" / name)
     adapted = logits(model, want["input_ids"])
@@ -164,7 +157,7 @@ def test_targets_that_the_model_lacks_are_named(model, target):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_pefts_adapter_written_here_is_the_same_adapter(name, tmp_path):
-    model = load_checkpoint(GOLDENS / ADAPTERS[name])
+    model = load_checkpoint(base_of(name))
     load_adapter(model, GOLDENS / "adapters" / name)
     want = logits(model)
     save_adapter(model, tmp_path / "out")
@@ -192,7 +185,7 @@ def test_the_written_files_are_pefts(model, tmp_path):
     assert {k: config[k] for k in same} == {k: peft[k] for k in same}
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "out", GOLDENS / "adapters/qv"))
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
-    assert sorted(ours)[0] == f"{PREFIX}.0.self_attn.q_proj.lora_A.weight"
+    assert sorted(ours)[0] == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj", "o_proj", "k_proj"], ["lm_head"]])

@@ -2,22 +2,19 @@
 
 import hashlib
 import json
-import os
 import shutil
 from functools import cache
 from pathlib import Path
 
+import agreement
 import pytest
 import torch
+from agreement import ADAPTERS, GOLDENS, MODELS, REAL, goldens
 from safetensors.torch import load_file
 
 from model import load_checkpoint, load_tokenizer
+from model.config import FAMILIES
 from model.generation import generate
-
-GOLDENS = Path(__file__).parent / "goldens"
-MODELS = ["plain", "gqa-tied", "headdim-bias-linear", "llama3-rope", "mistral-window", "mistral-full", "qwen2", "qwen2-tied",
-          "qwen2-windows", "qwen3", "qwen3-bias-windows"]  # fmt: skip
-REAL = os.environ.get("TOSS_REAL_CHECKPOINT")
 
 
 @cache
@@ -196,3 +193,18 @@ def test_a_real_checkpoint_gives_the_stored_losses_prompt_and_answer():
     ids = torch.tensor([want["text_ids"]])
     torch.testing.assert_close(losses_of(logits_of(model, ids), ids)[0], torch.tensor(want["losses"]), atol=1e-4, rtol=0)
     assert generate(model, [want["prompt_ids"]], max_new_tokens=16, eos_id=want["eos_id"]) == [want["new_ids"]]
+
+
+def test_the_table_of_golden_files_is_whole_and_within_the_bound():
+    rows = list(goldens())
+    assert len(MODELS) == 11 and len(ADAPTERS) == 13
+    assert {family for family, _, _ in rows} == set(FAMILIES) and len(rows) == 2 * len(MODELS) + len(ADAPTERS)
+    assert all(value < 1e-4 for _, _, value in rows)
+
+
+def test_the_table_names_every_family_and_a_difference(capsys, monkeypatch):
+    monkeypatch.setattr(agreement, "find_spec", lambda name: None)  # without the live part
+    agreement.main()
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert {line[0] for line in table[2:]} == {f"| {family}" for family in FAMILIES}
+    assert {len(line) for line in table[2:]} == {4}
