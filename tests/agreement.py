@@ -80,14 +80,20 @@ def train(model: Transformer, ids: Tensor, targets: list[str], lr: float) -> Non
 
 
 def round_trip(folder: Path, out: Path, ids: Tensor, targets: list[str], lr: float) -> dict[str, float]:
-    """Largest differences on a way through transformers and peft and back, float32; `moved`: what the adapter does."""
+    """Largest differences on a way through transformers and peft and back, float32.
+
+    Beside them `size`, the largest logit, and `moved`, by how much the adapter changes one.
+    """
     import peft
     import transformers
 
     their_logits = torch.no_grad()(lambda model: model(ids).logits)
     read = lambda path, dtype=torch.float32: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()  # noqa: E731
     ours, theirs, found = load_checkpoint(folder), read(folder), {}
-    found["logits, live"] = apart(base := logits_of(ours, ids), their_logits(theirs))
+    base, want = logits_of(ours, ids), their_logits(theirs)
+    losses = lambda logits: F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")  # noqa: E731
+    found["logits, live"], found["size"] = apart(base, want), float(want.abs().max())
+    found["losses of the tokens, live"] = apart(losses(base), losses(want))
 
     tensors = dict(ours.named_parameters())
     size = sum(p.numel() for p in tensors.values())  # bytes a shard: two shards or more in any dtype
@@ -141,7 +147,7 @@ def main() -> None:
                     found[f"{family(Path(REAL))}, {Path(REAL).name}", what].append(value)
     print("| family | what was compared | models or adapters | largest difference |\n|---|---|---|---|")
     for (kind, what), values in sorted(found.items(), key=lambda item: item[0][0]):
-        if what != "moved":
+        if what not in ("size", "moved"):
             print(f"| {kind} | {what} | {len(values)} | {max(values):.1e} |".replace("0.0e+00", "0"))
 
 

@@ -15,13 +15,15 @@ from model.config import FAMILIES, Config
 from model.lora import REFUSED
 
 peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-BOUND = 1e-4  # logits in float32; those of the golden models reach 10
+BOUND = 1e-4  # logits in float32; those of the golden models stay below 10
 IDS = torch.arange(20).view(2, 10) * 3 + 1
 
 
 def assert_close(found):
-    moved, exact = found.pop("moved"), found.pop("tensors, split by transformers")
-    assert exact == 0 and all(value < BOUND for value in found.values()), found
+    moved, exact, size = found.pop("moved"), found.pop("tensors, split by transformers"), found.pop("size")
+    assert exact == 0 and found["losses of the tokens, live"] < BOUND
+    # Rounding grows with the logits: where they reach 38, transformers in float32 is 9e-5 from itself in float64, as we are.
+    assert all(value < BOUND * max(1, size / 10) for value in found.values()), found
     assert moved > 1000 * max(found.values())  # the adapter did something, so its differences mean something
 
 
