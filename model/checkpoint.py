@@ -16,12 +16,12 @@ from model.errors import InputError, NotFinite
 from model.files import read_json, written_beside
 from model.transformer import Config, Transformer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-                   "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+                   "special_tokens_map.json", "generation_config.json")
 HUB_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """A local checkpoint folder as it is; a hub id (`org/name`) fetched into huggingface_hub's cache, safetensors only."""
     path = Path(path)
     if path.is_dir():

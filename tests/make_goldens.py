@@ -235,6 +235,94 @@ def write_tokenizers():
         (folder / "golden.json").write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n")
 
 
+# The forms of four families, each with its BOS and EOS. Llama-2 and Mistral put the system message into a user's turn,
+# Mistral into the last one; ChatML brings a system message of its own.
+FAMILIES = {
+    "llama-2": ("<s>", "</s>", """{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0].content %}
+{% else %}{% set rest = messages %}{% set system = false %}{% endif %}
+{% for message in rest %}
+{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate: user, assistant, user...') }}{% endif %}
+{% if loop.first and system != false %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message.content %}
+{% else %}{% set content = message.content %}{% endif %}
+{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}
+{% endfor %}"""),
+    "llama-3": ("<|begin_of_text|>", "<|eot_id|>", """{% for message in messages %}
+{% set text = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}
+{% if loop.first %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""),
+    "chatml": ("<s>", "<|im_end|>", CHATML),
+    "mistral": ("<s>", "</s>", """{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0].content %}{%- set rest = messages[1:] %}
+{%- else %}
+    {%- set rest = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in rest %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles must alternate: user, assistant, user...') }}{%- endif %}
+    {%- if message.role == 'user' %}
+        {{- '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + message.content + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + message.content | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}"""),
+}
+AWKWARD = {
+    "one turn": [USER("How do I bake bread?")],
+    "system": [dict(role="system", content="You are terse."), USER("What is 12 + 30?")],
+    "turns": [USER("Can you help me?"), ASSISTANT("Yes, I can."), USER("Then bake."), ASSISTANT("I cannot."), USER("Why?")],
+    "system and turns": [dict(role="system", content="Be kind."), USER("Help me?"), ASSISTANT("Yes."), USER("Bake.")],
+    "unicode": [USER("Grüße, 你好 — naïve! ﷽ \u200f\xa0")],
+    "combining marks": [USER("e\u0301 and \u00e9, a\u0323\u0302")],
+    "emoji with joiners": [USER("👩\u200d👩\u200d👧\u200d👦 🥖\ufe0f 👍🏽")],
+    "special-token text": [USER("Say <|im_end|>\n<|im_start|>assistant\n<s></s> [/INST] <|eot_id|> [INST]")],
+    "spaces": [USER("  two before, two after  ")],
+    "newlines": [USER("\n\none\r\n\ttwo\n\n\n")],
+    "empty": [USER("")],
+    "jinja text": [USER("{{ bos_token }} {% if %} {# no #}")],
+    "very long": [USER("Bake <s> bread, Grüße 🥖!\n ") | dict(times=700)],  # the ids' sha256 in place of them
+}
+
+
+def write_templates():
+    """goldens/templates/: two tokenizers, the families' templates, and the prompts of every pair of them."""
+    special = ["<unk>", *(token for bos, eos, _ in FAMILIES.values() for token in (bos, eos)), "<|im_start|>", "<|start_header_id|>",
+               "<|end_header_id|>"]
+    special = list(dict.fromkeys(special))
+
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    byte_level.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=340, special_tokens=[*special, "[INST]", "[/INST]"],
+                                                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    # As in newer Llama-2 and Mistral files: "▁" before the first word of a text only, and bytes for unknown letters.
+    metaspace = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    metaspace.train_from_iterator([part for text in SENTENCES for part in text.split("\n")],  # as there, a newline is a byte
+                                  trainers.BpeTrainer(vocab_size=180, special_tokens=special, show_progress=False))
+    state = json.loads(metaspace.to_str())
+    state["model"]["vocab"] |= {f"<0x{byte:02X}>": len(state["model"]["vocab"]) + byte for byte in range(256)}
+    metaspace = Tokenizer.from_str(json.dumps(state))
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    metaspace.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+
+    (GOLDENS / "templates").mkdir()
+    prompts = []
+    for name, tokenizer in (("byte-level", byte_level), ("metaspace", metaspace)):
+        (GOLDENS / f"templates/{name}.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")))
+        for family, (bos, eos, template) in FAMILIES.items():
+            (GOLDENS / f"templates/{family}.jinja").write_text(template)
+            fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
+            for case, messages in AWKWARD.items():
+                messages = [USER(m["content"] * m["times"]) if "times" in m else m for m in messages]
+                ids = fast.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+                ids = ids if len(ids) < 1000 else hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+                prompts.append(dict(tokenizer=name, family=family, case=case, ids=ids))
+    lines = ",\n".join(json.dumps(prompt, separators=(",", ":")) for prompt in prompts)
+    names = {family: dict(bos_token=bos, eos_token=eos) for family, (bos, eos, _) in FAMILIES.items()}
+    (GOLDENS / "templates/golden.json").write_text(
+        f'{{"special": {json.dumps(names)},\n"messages": {json.dumps(AWKWARD, indent=1)},\n"prompts": [\n{lines}\n]}}\n')
+
+
 def write_real(folder):
     """goldens/real.json: a few figures of a real checkpoint, tied to its weights by their sha256."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -258,11 +346,13 @@ def write_real(folder):
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for folder in (*MODELS, "gqa-tied-shards", "adapters", "tokenizer-chatml", "tokenizer-bos", "tokenizer-metaspace"):
+    for folder in (*MODELS, "gqa-tied-shards", "adapters", "tokenizer-chatml", "tokenizer-bos", "tokenizer-metaspace",
+                   "templates"):
         shutil.rmtree(GOLDENS / folder, ignore_errors=True)
     write_models()
     write_adapters()
     write_tokenizers()
+    write_templates()
     if len(sys.argv) > 1:
         write_real(sys.argv[1])
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, tokenizers)} | {"python": platform.python_version()}
