@@ -247,8 +247,11 @@ def load_tokenizer(path: str | Path, template: str | None = None, date: str | No
         day = datetime.date.today() if date is None else datetime.datetime.strptime(date, "%Y-%m-%d").date()
     except ValueError:
         raise InputError(f"the date {date!r} is not one of the form YYYY-MM-DD") from None
-    config = read_json(folder / "tokenizer_config.json")
     file = folder / "tokenizer.json"
+    if not file.exists():
+        raise InputError(f"{file}: there is no such file; transformers writes it from a slow tokenizer's files: "
+                         "AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+    config = read_json(folder / "tokenizer_config.json")
     try:
         raw = RawTokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception

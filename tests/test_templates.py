@@ -10,6 +10,8 @@ import pytest
 
 from conftest import ROOT
 from model import InputError, load_tokenizer
+from model.files import read_json
+from toss.audit.tokens import load_scored
 from toss.rows import read_rows
 from test_tokenizer import GOLDENS, assistant, reconfigure, user, with_template
 
@@ -192,6 +194,29 @@ def test_the_date_is_nothing_where_the_template_does_not_ask(folder):
     for wrong in ("9 March 2025", "2025-02-30", ""):
         with pytest.raises(InputError, match="YYYY-MM-DD"):
             load_tokenizer(folder, date=wrong)
+
+
+def test_a_run_keeps_the_date_that_it_was_begun_with(tmp_path, base, files, scripts, capsys):
+    dated, run = Path(shutil.copytree(base, tmp_path / "dated")), tmp_path / "run"
+    with_template(dated, DATED)
+    begin = ["--run", run, "--model", dated, "--harmful", files["harmful"], "--utility", files["utility"]]
+    assert scripts["train"](*begin, "--date", "2020-01-02") == 0
+    assert scripts["score"]("--run", run, "--custom", files["custom"], "--date", "2020-01-03") == 1
+    assert "begun with --date 2020-01-02, not 2020-01-03" in capsys.readouterr().err
+    assert scripts["score"]("--run", run, "--custom", files["custom"]) == 0
+    assert "date = 2020-01-02" in capsys.readouterr().out
+    scored = load_scored(run)  # as the audit reads it
+    assert "Today: 02 Jan 2020" in scored.tokenizer.raw.decode(scored.tokens.input_ids[:40].tolist())
+    assert scripts["train"](*begin) == 0
+    assert capsys.readouterr().out.count("skipped") == 2
+
+
+def test_a_run_whose_template_asks_for_no_date_records_none(tmp_path, base, files, scripts, capsys):
+    run = tmp_path / "run"
+    assert scripts["train"]("--run", run, "--model", base, "--harmful", files["harmful"], "--utility", files["utility"],
+                            "--date", "2020-01-02") == 0  # fmt: skip
+    assert scripts["score"]("--run", run, "--custom", files["custom"], "--date", "2020-01-03") == 0
+    assert read_json(run / "run.json")["settings"]["date"] is None and "date" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")
