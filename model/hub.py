@@ -15,20 +15,21 @@ def fetch(name: str, revision: str | None, small: tuple[str, ...], weights: bool
     small: patterns of the files to fetch, config.json among them. weights: also model.safetensors, or else the shards
     that the index names. Without a network what the cache holds is used, if nothing is missing. Raises InputError.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub import errors as hub
 
     called = name if revision is None else f"{name} (revision {revision})"
     try:
-        # The named revision is asked for once; all else comes from the commit that it stands for now.
+        try:
+            there = [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=10).siblings]
+        except Exception:
+            known = try_to_load_from_cache(name, "config.json", revision=revision)
+            if isinstance(known, str) and complete(Path(known).parent, weights):
+                return Path(known).parent
+            raise
+        # The revision is asked for by its name once, which the cache remembers; the rest comes from the commit found.
         folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
         commit = folder.name
-        try:
-            there = [file.rfilename for file in HfApi().model_info(name, revision=commit).siblings]
-        except Exception:  # noqa: BLE001
-            if not complete(folder, weights):
-                raise
-            return folder
         for file in there:
             if any(fnmatch(file, pattern) for pattern in small):
                 hf_hub_download(name, file, revision=commit)

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 import torch
 
@@ -44,7 +45,8 @@ class Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the s
     def do_HEAD(self):
         hub, parts = self.server, self.path.split("?")[0].strip("/").split("/")
         listing = parts[:2] == ["api", "models"]
-        name, place = "/".join(parts[2:4] if listing else parts[:2]), parts[5 if listing else 3]
+        name = "/".join(parts[2:4] if listing else parts[:2])
+        place = (parts[5:] or ["main"])[0] if listing else parts[3]
         revisions = hub.repositories.get(name, {})
         commit = revisions.get(unquote(place), unquote(place))
         if not revisions or name in hub.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -89,7 +91,8 @@ def hub(tmp_path, monkeypatch):
     server = Hub()
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):  # older versions have it in both
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
