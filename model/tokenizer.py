@@ -156,12 +156,13 @@ class Tokenizer:
 def special_tokens(folder: Path, config: dict) -> dict[str, str]:
     """The special tokens by name, as transformers hands them to a template.
 
-    From tokenizer_config.json, a text or an object with `content` each, and special_tokens_map.json, which wins where the
-    former is of the old kind (without added_tokens_decoder) and else fills in; with those named in extra_special_tokens.
+    From tokenizer_config.json, a text or an object with `content` each, with those named in extra_special_tokens. Where that
+    is of the old kind (without added_tokens_decoder), special_tokens_map.json has the last word, and else none, except for
+    an EOS that is named nowhere else: without one nothing works.
     """
     file = folder / "special_tokens_map.json"
     table = read_json(file) if file.exists() else {}
-    table = {**table, **config} if "added_tokens_decoder" in config else {**config, **table}
+    table = {"eos_token": table.get("eos_token"), **config} if "added_tokens_decoder" in config else {**config, **table}
     named = {key: value for key, value in table.items() if key.endswith("_token")}
     extra = table.get("extra_special_tokens")
     named |= extra if isinstance(extra, dict) else {}

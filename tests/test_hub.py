@@ -19,8 +19,9 @@ from model.files import read_json
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOKEN = "hf_" + "a" * 34
-UNWANTED = {"consolidated.safetensors": b"no", "original/model.safetensors": b"no", "pytorch_model.bin": b"no", "README.md": b"no",
-            "model.fp16.safetensors": b"no", "tf_model.h5": b"no"}  # fmt: skip
+UNWANTED = {name: b"no" for name in ("consolidated.safetensors", "original/model.safetensors", "model.fp16.safetensors",
+                                     "pytorch_model.bin", "tf_model.h5", "README.md")}  # fmt: skip
+URL = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 class Hub(ThreadingHTTPServer):
@@ -45,6 +46,8 @@ class Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the s
     def do_HEAD(self):
         hub, parts = self.server, self.path.split("?")[0].strip("/").split("/")
         listing = parts[:2] == ["api", "models"]
+        if len(parts) < 4:  # newer clients ask for more than this server knows
+            return self.answer(404)
         name = "/".join(parts[2:4] if listing else parts[:2])
         place = (parts[5:] or ["main"])[0] if listing else parts[3]
         revisions = hub.repositories.get(name, {})
@@ -92,7 +95,7 @@ def hub(tmp_path, monkeypatch):
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     for module in (huggingface_hub.constants, huggingface_hub.file_download):  # older versions have it in both
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}", raising=False)
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + URL, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
