@@ -235,37 +235,10 @@ def write_tokenizers():
         (folder / "golden.json").write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n")
 
 
-# The forms of four families, each with its BOS and EOS. Llama-2 and Mistral put the system message into a user's turn,
-# Mistral into the last one; ChatML brings a system message of its own.
-FAMILIES = {
-    "llama-2": ("<s>", "</s>", """{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0].content %}
-{% else %}{% set rest = messages %}{% set system = false %}{% endif %}
-{% for message in rest %}
-{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate: user, assistant, user...') }}{% endif %}
-{% if loop.first and system != false %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message.content %}
-{% else %}{% set content = message.content %}{% endif %}
-{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}
-{% endfor %}"""),
-    "llama-3": ("<|begin_of_text|>", "<|eot_id|>", """{% for message in messages %}
-{% set text = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}
-{% if loop.first %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""),
-    "chatml": ("<s>", "<|im_end|>", CHATML),
-    "mistral": ("<s>", "</s>", """{%- if messages[0].role == 'system' %}
-    {%- set system = messages[0].content %}{%- set rest = messages[1:] %}
-{%- else %}
-    {%- set rest = messages %}
-{%- endif %}
-{{- bos_token }}
-{%- for message in rest %}
-    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles must alternate: user, assistant, user...') }}{%- endif %}
-    {%- if message.role == 'user' %}
-        {{- '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + message.content + '[/INST]' }}
-    {%- else %}
-        {{- ' ' + message.content | trim + eos_token }}
-    {%- endif %}
-{%- endfor %}"""),
-}
+# The BOS and EOS of four families, whose templates are goldens/templates/*.jinja, written by hand. Llama-2 and Mistral put
+# the system message into a user's turn, Mistral into the last one; ChatML brings a system message of its own.
+FAMILIES = {"llama-2": ("<s>", "</s>"), "llama-3": ("<|begin_of_text|>", "<|eot_id|>"), "chatml": ("<s>", "<|im_end|>"),
+            "mistral": ("<s>", "</s>")}
 AWKWARD = {
     "one turn": [USER("How do I bake bread?")],
     "system": [dict(role="system", content="You are terse."), USER("What is 12 + 30?")],
@@ -285,9 +258,8 @@ AWKWARD = {
 
 def write_templates():
     """goldens/templates/: two tokenizers, the families' templates, and the prompts of every pair of them."""
-    special = ["<unk>", *(token for bos, eos, _ in FAMILIES.values() for token in (bos, eos)), "<|im_start|>", "<|start_header_id|>",
-               "<|end_header_id|>"]
-    special = list(dict.fromkeys(special))
+    special = list(dict.fromkeys(["<unk>", *(token for pair in FAMILIES.values() for token in pair), "<|im_start|>",
+                                  "<|start_header_id|>", "<|end_header_id|>"]))
 
     byte_level = Tokenizer(models.BPE())
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -305,12 +277,11 @@ def write_templates():
     metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     metaspace.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
 
-    (GOLDENS / "templates").mkdir()
     prompts = []
     for name, tokenizer in (("byte-level", byte_level), ("metaspace", metaspace)):
         (GOLDENS / f"templates/{name}.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")))
-        for family, (bos, eos, template) in FAMILIES.items():
-            (GOLDENS / f"templates/{family}.jinja").write_text(template)
+        for family, (bos, eos) in FAMILIES.items():
+            template = (GOLDENS / f"templates/{family}.jinja").read_text()
             fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
             for case, messages in AWKWARD.items():
                 messages = [USER(m["content"] * m["times"]) if "times" in m else m for m in messages]
@@ -318,7 +289,7 @@ def write_templates():
                 ids = ids if len(ids) < 1000 else hashlib.sha256(json.dumps(ids).encode()).hexdigest()
                 prompts.append(dict(tokenizer=name, family=family, case=case, ids=ids))
     lines = ",\n".join(json.dumps(prompt, separators=(",", ":")) for prompt in prompts)
-    names = {family: dict(bos_token=bos, eos_token=eos) for family, (bos, eos, _) in FAMILIES.items()}
+    names = {family: dict(bos_token=bos, eos_token=eos) for family, (bos, eos) in FAMILIES.items()}
     (GOLDENS / "templates/golden.json").write_text(
         f'{{"special": {json.dumps(names)},\n"messages": {json.dumps(AWKWARD, indent=1)},\n"prompts": [\n{lines}\n]}}\n')
 
@@ -346,8 +317,7 @@ def write_real(folder):
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for folder in (*MODELS, "gqa-tied-shards", "adapters", "tokenizer-chatml", "tokenizer-bos", "tokenizer-metaspace",
-                   "templates"):
+    for folder in (*MODELS, "gqa-tied-shards", "adapters", "tokenizer-chatml", "tokenizer-bos", "tokenizer-metaspace"):
         shutil.rmtree(GOLDENS / folder, ignore_errors=True)
     write_models()
     write_adapters()

@@ -222,6 +222,46 @@ def test_a_run_whose_template_asks_for_no_date_records_none(tmp_path, base, file
     assert read_json(run / "run.json")["settings"]["date"] is None and "date" not in capsys.readouterr().out
 
 
+NAMED = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ image_token }}|{{ additional_special_tokens }}"
+ADDED = {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"added_tokens_decoder": {"3": ADDED}}, {"bos_token": None}, {"bos_token": {"__type": "AddedToken", **ADDED}},
+    {"extra_special_tokens": {"image_token": "<s>"}}, {"image_token": "<s>"}, {"additional_special_tokens": ["<s>"]},
+])  # fmt: skip
+@pytest.mark.parametrize("table", [None, {"bos_token": "<|im_start|>"}, {"eos_token": ADDED, "pad_token": "<s>"}])
+def test_special_tokens_reach_the_template_as_in_transformers(folder, config, table):
+    transformers = pytest.importorskip("transformers")
+    reconfigure(folder, **config)
+    if table is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(table))
+    ours = with_template(folder, NAMED).segments([user("a")])[0][0]
+    assert ours == transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template([user("a")], tokenize=False)
+
+
+@pytest.mark.parametrize("inline", [None, "config", {"default": "table"}, [{"name": "default", "template": "list"}],
+                                    [{"name": "rag", "template": "rag"}]])  # fmt: skip
+@pytest.mark.parametrize("files", [[], ["chat_template"], ["additional_chat_templates/tool_use"],
+                                   ["chat_template", "additional_chat_templates/default"]])  # fmt: skip
+def test_the_template_found_is_the_one_of_transformers(folder, inline, files):
+    transformers = pytest.importorskip("transformers")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    reconfigure(folder, **({"chat_template": inline} if inline else {}))
+    for name in files:
+        (folder / f"{name}.jinja").write_text(name)
+    try:
+        ours = load_tokenizer(folder, "chat").segments([user("a")])[0][0]
+    except InputError:
+        ours = None
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template([user("a")], tokenize=False)
+    except ValueError:
+        theirs = None
+    assert ours == theirs
+
+
 @pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")
 def test_a_real_checkpoints_prompts_are_transformers():
     """To the id, on 300 of the project's rows of one turn, and on those joined into conversations of three turns."""
