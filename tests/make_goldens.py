@@ -264,8 +264,9 @@ def write_templates():
     byte_level = Tokenizer(models.BPE())
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
-    byte_level.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=340, special_tokens=[*special, "[INST]", "[/INST]"],
-                                                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    byte_level.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=340, special_tokens=[*special, "[INST]", "[/INST]"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     # As in newer Llama-2 and Mistral files: "▁" before the first word of a text only, and bytes for unknown letters.
     metaspace = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -275,14 +276,17 @@ def write_templates():
     state["model"]["vocab"] |= {f"<0x{byte:02X}>": len(state["model"]["vocab"]) + byte for byte in range(256)}
     metaspace = Tokenizer.from_str(json.dumps(state))
     metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    metaspace.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    metaspace.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
 
     prompts = []
     for name, tokenizer in (("byte-level", byte_level), ("metaspace", metaspace)):
-        (GOLDENS / f"templates/{name}.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")))
+        compact = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
+        (GOLDENS / f"templates/{name}.json").write_text(compact)
         for family, (bos, eos) in FAMILIES.items():
             template = (GOLDENS / f"templates/{family}.jinja").read_text()
-            fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
+            fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos,
+                                                        chat_template=template)
             for case, messages in AWKWARD.items():
                 messages = [USER(m["content"] * m["times"]) if "times" in m else m for m in messages]
                 ids = fast.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)

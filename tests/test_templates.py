@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
+from test_tokenizer import GOLDENS, assistant, reconfigure, user, with_template
+
 from model import InputError, load_tokenizer
 from model.files import read_json
 from toss.audit.tokens import load_scored
 from toss.rows import read_rows
-from test_tokenizer import GOLDENS, assistant, reconfigure, user, with_template
 
 GOLDEN = json.loads((GOLDENS / "templates/golden.json").read_text(encoding="utf-8"))
 MOVES_THE_SYSTEM_TEXT = ("mistral", "system and turns")
