@@ -15,6 +15,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Encoding
 from tokenizers import Tokenizer as RawTokenizer
 
 from model.checkpoint import resolve
@@ -127,8 +128,8 @@ class Tokenizer:
             return []
         return (ids := self.raw.encode("a").ids)[: ids.index(self.encode("a")[0])]
 
-    def encode_segments(self, rows: list[list[tuple[str, bool]]]) -> list[list[tuple[list[int], list[tuple[int, int]]]]]:
-        """Ids of each piece of several conversations, and of a response's tokens the spans of characters they stand for.
+    def encode_segments(self, rows: list[list[tuple[str, bool]]]) -> list[list[tuple[list[int], Encoding]]]:
+        """Ids of each piece of several conversations, with what they are from: its `offsets` are a response's tokens' characters.
 
         A prompt after a response is encoded behind the EOS before it, as in the text as a whole: many Metaspace tokenizers
         put a space only before the very first word. All rows go to the tokenizer's threads together.
@@ -141,8 +142,8 @@ class Tokenizer:
             encoded.append([])
             for k, (_, is_response) in enumerate(row):
                 encoding = next(encodings)
-                start = encoding.ids.index(self.eos_id) + 1 if k and not is_response else 0
-                encoded[-1].append((encoding.ids[start:], encoding.offsets[start:]))
+                ids = encoding.ids
+                encoded[-1].append((ids[ids.index(self.eos_id) + 1 :] if k and not is_response else ids, encoding))
         return encoded
 
     def prompt_ids(self, messages: Messages) -> list[int]:

@@ -66,13 +66,13 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str) 
         pieces = [segments_of(row, tokenizer) for row in rows[start : start + CHUNK]]
         for row, segments, encoded in zip(rows[start : start + CHUNK], pieces, tokenizer.encode_segments(pieces)):
             row_ids, row_response, row_harmful = [lead], [[False] * len(lead)], [[False] * len(lead)]
-            for (text, is_response), (piece, spans) in zip(segments, encoded):
+            for (text, is_response), (piece, encoding) in zip(segments, encoded):
                 tail = [tokenizer.eos_id] if is_response else []
                 row_ids.append(piece + tail)
                 row_response.append([is_response] * (len(piece) + len(tail)))
                 if is_response and row.harmful:
                     shift = len(text) - len(row.messages[-1]["content"])  # the human form's leading space
-                    row_harmful.append([overlaps(span, row.harmful, shift) for span in spans] + [False])
+                    row_harmful.append([overlaps(span, row.harmful, shift) for span in encoding.offsets] + [False])
                 else:
                     row_harmful.append([False] * len(row_response[-1]))
             flat_ids, flat_response, flat_harmful = (sum(parts, []) for parts in (row_ids, row_response, row_harmful))
