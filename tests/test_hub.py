@@ -16,6 +16,7 @@ import torch
 from model import InputError, load_checkpoint, load_tokenizer
 from model.checkpoint import resolve
 from model.files import read_json
+from model.generate import main as talk
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOKEN = "hf_" + "a" * 34
@@ -139,7 +140,7 @@ def test_a_tokenizer_is_fetched_without_the_weights(hub):
                                 "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
 
 
-def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, capsys):
     first = hub.put("someone/model", contents(GOLDENS / "plain"))
     second = hub.put("someone/model", contents(GOLDENS / "headdim-bias-linear"), "refs/pr/1")
     for revision, folder, commit in ((None, "plain", first), ("main", "plain", first), (first, "plain", first),
@@ -148,6 +149,8 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
         assert_same_weights(load_checkpoint("someone/model", revision=revision), load_checkpoint(GOLDENS / folder))
     with pytest.raises(InputError, match="someone/model: .*no revision 'v9'"):
         load_checkpoint("someone/model", revision="v9")
+    assert talk(["--model", "someone/model", "--revision", "v9", "--prompt", "a"]) == 1
+    assert "no revision 'v9'" in capsys.readouterr().err
 
 
 def test_a_private_repository_needs_the_usual_token(hub, monkeypatch):

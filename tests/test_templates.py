@@ -11,6 +11,7 @@ from conftest import ROOT
 from test_tokenizer import GOLDENS, assistant, reconfigure, user, with_template
 
 from model import InputError, load_tokenizer
+from model import generate as talk
 from model.files import read_json
 from toss.audit.tokens import load_scored
 from toss.rows import read_rows
@@ -212,6 +213,16 @@ def test_a_run_keeps_the_date_that_it_was_begun_with(tmp_path, base, files, scri
     assert "Today: 02 Jan 2020" in scored.tokenizer.raw.decode(scored.tokens.input_ids[:40].tolist())
     assert scripts["train"](*begin) == 0
     assert capsys.readouterr().out.count("skipped") == 2
+
+
+def test_talking_to_a_checkpoint_takes_the_date(tmp_path, base, monkeypatch, capsys):
+    dated, seen = Path(shutil.copytree(base, tmp_path / "dated")), []
+    tokenizer = with_template(dated, DATED)
+    monkeypatch.setattr(talk, "generate", lambda model, prompts, *_: seen.extend(prompts) or [[]])
+    assert talk.main(["--model", str(dated), "--date", "2020-01-02", "--prompt", "Hi", "--device", "cpu"]) == 0
+    assert "Today: 02 Jan 2020" in tokenizer.raw.decode(seen[0])
+    assert talk.main(["--model", str(dated), "--date", "2 Jan", "--prompt", "Hi"]) == 1
+    assert "YYYY-MM-DD" in capsys.readouterr().err
 
 
 def test_a_run_whose_template_asks_for_no_date_records_none(tmp_path, base, files, scripts, capsys):
