@@ -49,9 +49,9 @@ def fetch(name: str, revision: str | None, small: tuple[str, ...], weights: bool
     except Exception as error:  # the hub's client raises what its HTTP library raises, which differs between versions
         if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
             raise InputError(f"{called}: the repository on the hub has no config.json, so it is no checkpoint") from None
-        raise InputError(f"{called}: no local folder, not (wholly) in the cache, and not to be had from the hub "
-                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); without a network, fetch it "
-                         f"elsewhere with `hf download {name}` and pass the folder") from None
+        raise InputError(f"{called}: neither a local folder nor to be had from the hub ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:200]}), and the cache does not hold all of it; without a network, "
+                         f"fetch it elsewhere with `hf download {name}` and pass the folder") from None
 
 
 def weight_files(called: str, folder: Path, there: list[str]) -> list[str]:
