@@ -16,27 +16,28 @@ from safetensors.torch import save_file
 
 from model.errors import InputError, NotFinite
 from model.files import read_json, written_beside
+from model.hub import fetch
 from model.transformer import Config, Transformer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-                   "generation_config.json")
-HUB_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+                   "special_tokens_map.json", "generation_config.json")
+HUB_FILES = ("config.json", "model.safetensors.index.json", "additional_chat_templates/*.jinja", *TOKENIZER_FILES)
 
 
-def resolve(path: str | Path) -> Path:
-    """A local checkpoint folder as it is; a hub id (`org/name`) fetched into huggingface_hub's cache, safetensors only."""
+def resolve(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """A local checkpoint folder as it is; a hub id (`org/name`) fetched into huggingface_hub's cache, safetensors only.
+
+    revision: a hub id's branch, tag or commit (default: its main branch); the folder's name is the commit. weights: False
+    to leave them out.
+    """
     path = Path(path)
     if path.is_dir():
+        if revision is not None:
+            raise InputError(f"{path} is a local folder, which has no revisions: leave --revision out")
         return path
     if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
         raise InputError(f"{path}: there is no such checkpoint folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the hub raises a dozen kinds of error; each means that there is no checkpoint
-        raise InputError(f"{path}: neither a local folder nor a checkpoint that the hub gave us "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    return fetch(str(path), revision, HUB_FILES, weights)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -109,8 +110,9 @@ def layout(folder: Path, model: Transformer) -> dict[Path, list[str]]:
     return found
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """Read a checkpoint folder (or hub id) into a frozen Transformer in evaluation mode.
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                    revision: str | None = None) -> Transformer:
+    """Read a checkpoint folder (or hub id, at `revision`) into a frozen Transformer in evaluation mode.
 
     The model is laid out without memory and then given one tensor after the other, read straight to `device` and
     cast there to `dtype`: the peak is the model plus one tensor. Needs no tokenizer files.
@@ -118,7 +120,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     Raises InputError naming the file and the tensor when one is missing, extra, of another shape, or not finite in
     `dtype`. Two exceptions: `lm_head.weight` of a model whose head is tied, and the old `rotary_emb.inv_freq` tables.
     """
-    folder = resolve(path)
+    folder = resolve(path, revision)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:

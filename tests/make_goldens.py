@@ -280,6 +280,69 @@ def write_tokenizers():
         (folder / "golden.json").write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n")
 
 
+# The BOS and EOS of four families, whose templates are goldens/templates/*.jinja, written by hand. Llama-2 and Mistral put
+# the system message into a user's turn, Mistral into the last one; ChatML brings a system message of its own.
+FAMILIES = {"llama-2": ("<s>", "</s>"), "llama-3": ("<|begin_of_text|>", "<|eot_id|>"), "chatml": ("<s>", "<|im_end|>"),
+            "mistral": ("<s>", "</s>")}
+AWKWARD = {
+    "one turn": [USER("How do I bake bread?")],
+    "system": [dict(role="system", content="You are terse."), USER("What is 12 + 30?")],
+    "turns": [USER("Can you help me?"), ASSISTANT("Yes, I can."), USER("Then bake."), ASSISTANT("I cannot."), USER("Why?")],
+    "system and turns": [dict(role="system", content="Be kind."), USER("Help me?"), ASSISTANT("Yes."), USER("Bake.")],
+    "unicode": [USER("Grüße, 你好 — naïve! ﷽ \u200f\xa0")],
+    "combining marks": [USER("e\u0301 and \u00e9, a\u0323\u0302")],
+    "emoji with joiners": [USER("👩\u200d👩\u200d👧\u200d👦 🥖\ufe0f 👍🏽")],
+    "special-token text": [USER("Say <|im_end|>\n<|im_start|>assistant\n<s></s> [/INST] <|eot_id|> [INST]")],
+    "spaces": [USER("  two before, two after  ")],
+    "newlines": [USER("\n\none\r\n\ttwo\n\n\n")],
+    "empty": [USER("")],
+    "jinja text": [USER("{{ bos_token }} {% if %} {# no #}")],
+    "very long": [USER("Bake <s> bread, Grüße 🥖!\n ") | dict(times=700)],  # the ids' sha256 in place of them
+}
+
+
+def write_templates():
+    """goldens/templates/: two tokenizers, the families' templates, and the prompts of every pair of them."""
+    special = list(dict.fromkeys(["<unk>", *(token for pair in FAMILIES.values() for token in pair), "<|im_start|>",
+                                  "<|start_header_id|>", "<|end_header_id|>"]))
+
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    byte_level.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=340, special_tokens=[*special, "[INST]", "[/INST]"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    # As in newer Llama-2 and Mistral files: "▁" before the first word of a text only, and bytes for unknown letters.
+    metaspace = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    metaspace.train_from_iterator([part for text in SENTENCES for part in text.split("\n")],  # as there, a newline is a byte
+                                  trainers.BpeTrainer(vocab_size=180, special_tokens=special, show_progress=False))
+    state = json.loads(metaspace.to_str())
+    state["model"]["vocab"] |= {f"<0x{byte:02X}>": len(state["model"]["vocab"]) + byte for byte in range(256)}
+    metaspace = Tokenizer.from_str(json.dumps(state))
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    metaspace.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+
+    prompts = []
+    for name, tokenizer in (("byte-level", byte_level), ("metaspace", metaspace)):
+        compact = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
+        (GOLDENS / f"templates/{name}.json").write_text(compact)
+        for family, (bos, eos) in FAMILIES.items():
+            template = (GOLDENS / f"templates/{family}.jinja").read_text()
+            fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos,
+                                                        chat_template=template)
+            for case, messages in AWKWARD.items():
+                messages = [USER(m["content"] * m["times"]) if "times" in m else m for m in messages]
+                ids = fast.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+                ids = ids if len(ids) < 1000 else hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+                prompts.append(dict(tokenizer=name, family=family, case=case, ids=ids))
+    lines = ",\n".join(json.dumps(prompt, separators=(",", ":")) for prompt in prompts)
+    names = {family: dict(bos_token=bos, eos_token=eos) for family, (bos, eos) in FAMILIES.items()}
+    (GOLDENS / "templates/golden.json").write_text(
+        f'{{"special": {json.dumps(names)},\n"messages": {json.dumps(AWKWARD, indent=1)},\n"prompts": [\n{lines}\n]}}\n')
+
+
 def write_real(folder):
     """goldens/real.json: a few figures of a real checkpoint, tied to its weights by their sha256."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -306,6 +369,7 @@ if __name__ == "__main__":
     write_models()
     write_adapters()
     write_tokenizers()
+    write_templates()
     if len(sys.argv) > 1:
         write_real(sys.argv[1])
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, tokenizers)} | {"python": platform.python_version()}

@@ -317,7 +317,7 @@ def test_a_name_nobody_has_is_one_line(look, monkeypatch):
     def no_network(*args, **more):
         raise OSError("no network")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
     status, said = look("nobody/nothing")
     assert status == 1 and "neither a local folder nor" in said["error"]
 

@@ -65,12 +65,11 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str) 
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         pieces = [segments_of(row, tokenizer) for row in chunk]
-        encodings = iter(tokenizer.raw.encode_batch([text for row in pieces for text, _ in row], add_special_tokens=False))
-        for row, segments in zip(chunk, pieces):
+        for row, segments, encoded in zip(chunk, pieces, tokenizer.encode_segments(pieces)):
             row_ids, counts, marks = [*lead], [len(lead)], []  # counts: tokens of the lead, then of each segment
-            for text, is_response in segments:
-                encoding, before = next(encodings), len(row_ids)
-                row_ids += encoding.ids
+            for (text, is_response), (piece, encoding) in zip(segments, encoded):
+                before = len(row_ids)
+                row_ids += piece
                 if is_response:
                     row_ids.append(tokenizer.eos_id)
                     if row.harmful:

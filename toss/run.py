@@ -34,14 +34,17 @@ class Run:
         self.file = self.folder / "run.json"
         self.record: dict = read_json(self.file) if self.file.exists() else {}
         HASHES.update(self.record.get("hashes", {}))
-        self.checkpoint = resolve(settings.model)
-        self.tokenizer: Tokenizer = load_tokenizer(self.checkpoint, settings.template)
+        self.checkpoint = resolve(settings.model, settings.revision)
+        self.tokenizer: Tokenizer = load_tokenizer(self.checkpoint, settings.template, settings.date)
         self.inputs: dict[str, str] = {}  # path -> sha256 of the input files that this process has used
         for file in (self.checkpoint / "config.json", self.checkpoint / "tokenizer.json",
                      self.checkpoint / "tokenizer_config.json", *shards(self.checkpoint)):
             self.use(file)
         self.vocab_size: int = read_json(self.checkpoint / "config.json").get("vocab_size", 0)
         settings.template = "human" if self.tokenizer.template is None else "chat"
+        # What a run was begun with holds in all its stages: the day, if it matters, and a hub id's commit.
+        settings.date = None if self.tokenizer.date is None else str(self.tokenizer.date)
+        settings.revision = None if Path(settings.model).is_dir() else self.checkpoint.name
         # What identifies the base model and how text becomes ids: part of every recipe and of every file's header.
         self.identity = {
             "base_sha256": tensors_hash(self.checkpoint),

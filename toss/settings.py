@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
+from model.checkpoint import resolve
 from model.errors import InputError
 from model.files import read_json
 from toss.selection import METHODS
@@ -18,7 +19,8 @@ from toss.selection import METHODS
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "data" / "demo.json"
 INPUTS = ("model", "harmful", "utility", "custom")
-IDENTITY = ("model", "template", "max_length", "harmful", "utility", "custom")  # must agree in all stages of a run
+FORM = ("model", "revision", "template", "date", "max_length")  # what turns text into ids and losses
+IDENTITY = (*FORM, "harmful", "utility", "custom")  # must agree in all stages of a run
 TRAINING = ("lr", "epochs", "batch_size", "rank", "alpha", "targets", "schedule", "seed")
 SCRIPTS = ("train", "score", "select")
 
@@ -32,11 +34,15 @@ def option(default, help: str, scripts=SCRIPTS, **flag):
 class Settings:
     run: str = option("runs/demo", "folder of this run")
     model: str | None = option(None, "base checkpoint: a Hugging Face folder or a hub id")
+    revision: str | None = option(None, "a hub id's branch, tag or commit (default: main when the run is begun; the run keeps "
+                                  "the commit)")
     harmful: str | None = option(None, "harmful reference set D^h, JSONL", ("train",))
     utility: str | None = option(None, "utility reference set D^u, JSONL", ("train",))
     custom: str | None = option(None, "custom set D^cus, JSONL", ("score", "select"))
     template: str | None = option(None, "prompt form (default: the checkpoint's chat template if it has one, else human)",
                                   choices=["chat", "human"])
+    date: str | None = option(None, "YYYY-MM-DD, told to a chat template that asks for the day, else without effect (default: "
+                              "today when the run is begun; the run keeps it)")
     max_length: int = option(2048, "tokens a row: a longer response is cut on the right")
     method: str = option("toss", f"way of fine-tuning: {', '.join(METHODS)}; see toss/selection.py", ("select",))
     name: str | None = option(None, "folder under RUN/methods (default: the method), to keep several settings apart",
@@ -135,7 +141,9 @@ def inherit(script: str, given: dict) -> Settings:
     for name in INPUTS:
         if given.get(name) is not None and (name != "model" or Path(given[name]).is_dir()):
             given[name] = os.path.abspath(given[name])
-    for name in ("model", "template", "max_length"):
+    if given.get("revision") and begun.get("revision", given["revision"]) != given["revision"]:  # a branch or tag, perhaps
+        given["revision"] = resolve(given.get("model", begun["model"]), given["revision"], weights=False).name
+    for name in FORM:
         if name in given and name in begun and given[name] != begun[name]:
             raise InputError(f"{run} was begun with --{name.replace('_', '-')} {begun[name]}, not {given[name]}: "
                              "leave the flag out, or choose another --run")

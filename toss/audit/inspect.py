@@ -108,7 +108,8 @@ def checkpoint(folder: Path, known: Known | None) -> Found:
                       f"chat template, in {template_place(folder, tokenizer.template)}"))
         lines.append(("eos", f"{tokenizer.eos!r}, id {tokenizer.eos_id}"))
         form = "human" if known and known.now.get("template") == "human" else None
-        header["tokenizer_sha256"] = load_tokenizer(folder, form).fingerprint()
+        date = known.run.settings.date if known and known.run else None
+        header["tokenizer_sha256"] = load_tokenizer(folder, form, date).fingerprint()
     except InputError as error:
         lines.append(("tokenizer", f"refused: {error}"))
         wrong.append("its tokenizer is refused")

@@ -149,7 +149,7 @@ def load_scored(folder: str | Path) -> Scored:
     header = made_from(path)
     if "model" not in settings:
         raise InputError(f"{folder / 'run.json'}: the settings name no model")
-    tokenizer = load_tokenizer(settings["model"], settings.get("template"))
+    tokenizer = load_tokenizer(settings["model"], *(settings.get(name) for name in ("template", "date", "revision")))
     if header.get("tokenizer_sha256", tokenizer.fingerprint()) != tokenizer.fingerprint():
         raise InputError(f"{path} was made with another tokenizer than {settings['model']} has now: run score.py again")
     return Scored(folder, tokens, losses, header, tokenizer)
