@@ -270,7 +270,8 @@ def inspect(path: str, run: str | None) -> int:
     around = [p for p in (place.absolute(), *place.absolute().parents) if (p / "run.json").is_file()]
     known = None
     if run or around and describe is not checkpoint:
-        known = known_run(run_folder(run) if run else Path(min(str(around[0]), os.path.relpath(around[0]), key=len)))
+        here = around and around[0].is_relative_to(Path.cwd())
+        known = known_run(run_folder(run) if run else Path(os.path.relpath(around[0])) if here else around[0])
     if run and known.problem:
         raise InputError(known.problem)
     title, lines, misfit = describe(place, known)
