@@ -14,10 +14,15 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
     from model.errors import reported
+    from toss.parallel import processes
     from toss.pipeline import score_custom
     from toss.settings import parse
 
-    return reported(lambda: score_custom(parse("score", __doc__, argv)))
+    def work() -> None:
+        with processes():
+            score_custom(parse("score", __doc__, argv))
+
+    return reported(work)
 
 
 if __name__ == "__main__":

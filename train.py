@@ -16,10 +16,15 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
     from model.errors import reported
+    from toss.parallel import processes
     from toss.pipeline import train_references
     from toss.settings import parse
 
-    return reported(lambda: train_references(parse("train", __doc__, argv)))
+    def work() -> None:
+        with processes():
+            train_references(parse("train", __doc__, argv))
+
+    return reported(work)
 
 
 if __name__ == "__main__":

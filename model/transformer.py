@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import Config
 from model.lora import LoRALinear
@@ -171,6 +172,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # the folder that the weights came from; set by load_checkpoint
+        self.gradient_checkpointing = False  # keep each block's input alone for the backward pass, and compute the block again
         self.model = Body(config)
         self.lm_head = LoRALinear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -196,5 +198,8 @@ class Transformer(nn.Module):
         masks = attention_masks(positions, self.config.sliding_window, cache)
         x = self.model.embed_tokens(ids).float()  # (B, T, D)
         for layer in self.model.layers:
-            x = layer(x, rope, masks, positions, cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, masks, positions, cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rope, masks, positions, cache)
         return self.model.norm(x)

@@ -9,6 +9,7 @@ from model import load_checkpoint
 from model.errors import InputError
 from model.lora import lora_layers, remove_adapter, set_adapter
 from model.transformer import Transformer
+from toss.parallel import size
 from toss.run import Run
 from toss.training import line_log
 
@@ -37,6 +38,10 @@ class Base:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {settings.device} cannot be used here ({str(error).splitlines()[0]})") from None
+        if self.device.type == "cuda" and self.device.index is None:  # torchrun gave each process one
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        elif self.device.type != "cpu" and size() > 1:
+            raise InputError(f"--device {name} with several processes: choose cuda or cpu, and each process finds its own")
         self.dtypes = dict.fromkeys(("train", "score"), "float32" if settings.dtype == "auto" else settings.dtype)
         if settings.dtype == "auto" and self.device.type == "cuda":
             self.dtypes = {"train": "bfloat16", "score": "float16"}
@@ -46,7 +51,7 @@ class Base:
 
     def log(self, stage: str) -> Callable[[dict], None]:
         """Where a stage of training writes its steps: the run's log.jsonl."""
-        return line_log(self.run.folder / "log.jsonl", stage)
+        return line_log(self.run.out / "log.jsonl", stage)
 
     def load(self, purpose: str) -> Transformer:
         """The base in the dtype of `purpose` ("train" or "score"), without any adapter."""
@@ -55,6 +60,7 @@ class Base:
             self.model = None  # free the old one first
             torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
             self.model, self.loaded = load_checkpoint(self.run.checkpoint, self.device, DTYPES[dtype]), dtype
+            self.model.gradient_checkpointing = self.run.settings.gradient_checkpointing
         for name in {name for layer in lora_layers(self.model).values() for name in layer.scale}:
             remove_adapter(self.model, name)
         set_adapter(self.model, None)

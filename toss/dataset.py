@@ -149,6 +149,17 @@ def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[i
     return groups
 
 
+def halved(budget: int, longest: int, name: str, advice: str) -> int:
+    """Half the tokens a batch, with a line, for when memory ran out; InputError where batches hold one row each already.
+
+    longest: tokens of the longest row at hand. name, advice: for the messages, who ran out and what else would help.
+    """
+    if budget <= longest:
+        raise InputError(f"{name}: out of memory on a single row of at most {longest} tokens; {advice}")
+    print(f"{name}: out of memory with {budget} tokens a batch; going on with {budget // 2} (--batch-tokens)")
+    return budget // 2
+
+
 def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device) -> Batch:
     """Put rows into one padded batch. wanted: bool [N], the places in the flat arrays where a loss is asked for.
 

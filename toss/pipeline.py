@@ -15,6 +15,7 @@ from model.files import file_beside, file_hash, made_from, read_json, save_tenso
 from model.lora import merge_adapter
 from toss.base import ADAPTER, DTYPES, Base, reference_note
 from toss.dataset import Tokens
+from toss.parallel import rank
 from toss.refinement import default_samples, refine
 from toss.rows import Row, overlap, read_rows
 from toss.run import Run
@@ -39,7 +40,7 @@ def train_references(settings: Settings) -> None:
             continue
         tokens = run.tokens(rows[role], path)
         cost = train(base.load("train"), tokens, torch.ones_like(tokens.response), settings, base.budget, role, base.log(role))
-        save_adapter(base.model, run.folder / role, reference_note(role, run, data_sha256=run.use(path)))
+        save_adapter(base.model, run.out / role, reference_note(role, run, data_sha256=run.use(path)))
         run.finish(role, recipe, cost)
         report(role, run.folder / role, cost)
 
@@ -67,7 +68,7 @@ def score_custom(settings: Settings) -> None:
     arrays = {name: getattr(tokens, name) for name in ("input_ids", "offsets", "response", "harmful")}
     note = {**run.identity, **sources, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
             "skipped": str(tokens.skipped), "cut": str(tokens.cut)}
-    with file_beside(path) as file:
+    with file_beside(run.out / path.name) as file:
         save_tensors({**arrays, **losses}, file, note)
     cost = {**cost, "rows": tokens.rows, "skipped": tokens.skipped, "cut": tokens.cut}
     run.finish("scores", recipe, cost)
@@ -103,7 +104,7 @@ def finetune(settings: Settings) -> None:
                    "pro_train": settings.pro_train}
     parts = ("selection.safetensors", *(f"model/{name}" for name in ADAPTER))
     if not run.is_done(f"methods/{settings.name}", folder, recipe, parts):
-        with written_beside(folder, whole=True) as beside:
+        with written_beside(run.out / "methods" / settings.name, whole=True) as beside:
             cost = {}
             if method == "toss-pro":
                 harmful = degraded_data(run, reference)
@@ -123,7 +124,7 @@ def finetune(settings: Settings) -> None:
         report(settings.name, folder, cost)
         print(f"{settings.name}: {int((~keep).sum())} of {len(entries)} response tokens discarded, "
               f"{whole_rows(tokens, keep)} rows lost all of theirs")
-    if settings.merge:
+    if settings.merge and rank() == 0:
         merge(base, folder / "model")
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from model.errors import InputError
 from model.files import HASHES, file_beside, file_hash, made_from, read_json, tensors_hash
 from model.tokenizer import Tokenizer, load_tokenizer
 from toss.dataset import Tokens, tokenise
+from toss.parallel import rank
 from toss.rows import Row
 from toss.settings import ROOT, Settings, flags_of
 
@@ -32,6 +34,9 @@ class Run:
     def __init__(self, settings: Settings):
         self.settings, self.folder = settings, Path(settings.run)
         self.file = self.folder / "run.json"
+        # Of several processes the first alone writes into the run; what the others write vanishes with them.
+        self.scratch = tempfile.TemporaryDirectory() if rank() > 0 else None
+        self.out = Path(self.scratch.name) if self.scratch else self.folder
         self.record: dict = read_json(self.file) if self.file.exists() else {}
         HASHES.update(self.record.get("hashes", {}))
         self.checkpoint = resolve(settings.model, settings.revision)
@@ -96,6 +101,8 @@ class Run:
 
     def finish(self, stage: str, recipe: dict, cost: dict) -> None:
         """Write down that a stage was made: its recipe, its settings, its cost, and the state of the run."""
+        if self.out != self.folder:
+            return
         self.record = record = read_json(self.file) if self.file.exists() else {}
         names = [name for name in flags_of(self.settings.script) if name not in ("run", "overwrite")]
         settings = {name: getattr(self.settings, name) for name in names}

@@ -1,17 +1,22 @@
 """Per-token losses of a dataset under the active adapter, and the scores made of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import load_adapter
+from model.checkpoint import shards
 from model.errors import InputError, NotFinite
 from model.transformer import Transformer
 from toss.base import Base
-from toss.dataset import Tokens, batches, collate, take
+from toss.dataset import Tokens, batches, collate, halved, take
 from toss.loss import token_losses
+from toss.parallel import rank, share, sum_over_processes
 from toss.selection import select_tokens
 from toss.training import Clock
 
@@ -21,15 +26,23 @@ def score(model: Transformer, tokens: Tokens, budget: int, name: str) -> Tensor:
     """-log P(y_ij | x_i, y_i,<j) of every response token under the model as it stands, float32 [N] on the CPU.
 
     Entry t belongs to token t of the flat arrays; it is 0 where that is not a response token. budget: tokens a batch,
-    padding included. name: for the progress bar and errors. Raises NotFinite naming the row for a NaN or an infinity.
+    padding included; halved when memory runs out. name: for the progress bar and errors. Of several processes each runs its
+    share of the batches, and all hold the result. Raises NotFinite naming the row for a NaN or an infinity.
     """
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
-    rows = [i for i, length in enumerate(tokens.lengths) if length]
-    with tqdm(total=sum(tokens.lengths), desc=name, unit="tok", unit_scale=True, leave=False, disable=None) as bar:
-        for group in batches(rows, tokens.lengths, budget):
-            batch = collate(tokens, group, tokens.response, model.device)
-            losses[batch.entries] = token_losses(model, batch)
-            bar.update(sum(tokens.lengths[i] for i in group))
+    groups = share(batches([i for i, length in enumerate(tokens.lengths) if length], tokens.lengths, budget))
+    seen = sum(tokens.lengths[i] for group in groups for i in group)
+    with tqdm(total=seen, desc=name, unit="tok", unit_scale=True, leave=False, disable=rank() > 0 or None) as bar:
+        while groups:
+            try:
+                batch = collate(tokens, groups[0], tokens.response, model.device)
+                losses[batch.entries] = token_losses(model, batch)
+            except torch.OutOfMemoryError:
+                budget = halved(budget, tokens.lengths[groups[0][0]], name, "lower --max-length")
+                groups = batches([i for group in groups for i in group], tokens.lengths, budget)
+                continue
+            bar.update(sum(tokens.lengths[i] for i in groups.pop(0)))
+    sum_over_processes([losses])  # each place was filled by one of them
     losses = losses.cpu()
     if not losses.isfinite().all():
         entry = (~losses.isfinite()).nonzero()[0]
@@ -44,7 +57,9 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
 
     One base stays in memory and the adapters are swapped on it, never merged: a merge into a half-precision base
     rounds small updates away. When float16 overflows, all of them are scored again in float32 with TF32 products, or
-    in bfloat16 where that does not fit.
+    in bfloat16 where that does not fit. An overflow shows in the losses, which need no watch on every layer: PyTorch's
+    float16 does not saturate, and an infinity that a block adds to the float32 residual stream stays there, becomes NaN in
+    the next norm, and through the keys reaches all later positions of the row.
     """
     clock = Clock(base.device)
     losses: dict[str, Tensor] = {}
@@ -63,11 +78,59 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
             problem, base.dtypes["score"] = str(error), "tf32"
         except torch.OutOfMemoryError as error:
             if base.dtypes["score"] != "tf32" or base.run.settings.dtype == "tf32":  # it was not we who chose it
-                raise InputError(f"{name}: out of memory; lower --batch-tokens ({str(error).splitlines()[0]})") from None
+                raise InputError(f"{name}: the base does not fit into memory as {base.dtypes['score']} "
+                                 f"({str(error).splitlines()[0]})") from None
             problem, base.dtypes["score"] = "float32 does not fit", "bfloat16"
         if problem:  # outside the handlers, where the failed attempt no longer holds the old weights
             print(f"warning: {problem}; scoring again in {base.dtypes['score']}")
     return losses, {**clock.stop(), "tokens": sum(tokens.lengths) * len(adapters), "dtype": base.dtypes["score"]}
+
+
+@contextmanager
+def in_float32(model: Transformer) -> Iterator[None]:
+    """Inside, the model computes in float32, whatever its weights' dtype, in little more memory than it has already.
+
+    Each block takes its weights in float32 from the checkpoint's files for as long as it computes, and then its own again;
+    the embedding, the last norm and the head keep theirs until the end.
+    """
+    files = [safe_open(file, framework="pt", device=str(model.device)) for file in shards(model.source)]
+    stored = {name: file for file in files for name in file.keys()}
+    prefix = {layer: f"model.layers.{i}." for i, layer in enumerate(model.model.layers)}
+    prefix |= {model.model.embed_tokens: "model.embed_tokens.", model.model.norm: "model.norm."}
+    prefix[model.lm_head] = "model.embed_tokens." if model.config.tie_word_embeddings else "lm_head."
+    own: dict[nn.Module, dict[str, nn.Parameter]] = {}
+
+    def enter(module: nn.Module, _=None) -> None:
+        names = {name: prefix[module] + name for name, _ in module.named_parameters() if prefix[module] + name in stored}
+        own[module] = swap(module, {name: nn.Parameter(stored[key].get_tensor(key).float(), requires_grad=False)
+                                    for name, key in names.items()})
+
+    def leave(module: nn.Module, *_) -> None:
+        swap(module, own.pop(module))
+
+    hooks = [layer.register_forward_pre_hook(enter) for layer in model.model.layers]
+    hooks += [layer.register_forward_hook(leave) for layer in model.model.layers]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    try:
+        for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+            enter(module)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for hook in hooks:
+            hook.remove()
+        for module in list(own):  # these three, and the block at which a pass was broken off
+            leave(module)
+
+
+def swap(module: nn.Module, weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Give a module other weights, by their names in it; returns those that it had."""
+    had = {name: module.get_parameter(name) for name in weights}
+    for name, weight in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, weight)
+    return had
 
 
 def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None], losses: dict[str, Tensor], d: float,
@@ -77,20 +140,17 @@ def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None],
     S is a difference of two close losses, so the arithmetic decides part of the mask.
     """
     spread = torch.linspace(0, tokens.rows - 1, min(sample, tokens.rows)).long().unique().tolist()
-    part = take(tokens, spread)
-    used = base.dtypes["score"]
-    base.dtypes["score"] = "float32"
-    try:
-        exact, _ = score_under(base, part, adapters)
-    except InputError:
-        return f"rounding noise of S under {used}: not measured, the base in float32 does not fit"
-    finally:
-        base.dtypes["score"] = used
+    part, exact = take(tokens, spread), {}
+    for name in ("loss_utility", "loss_degraded"):
+        model = base.load("score")
+        load_adapter(model, adapters[name])
+        with in_float32(model):
+            exact[name] = score(model, part, base.budget, f"{name} in float32")
     places = torch.cat([torch.arange(tokens.offsets[i], tokens.offsets[i + 1]) for i in spread])
     true = (exact["loss_utility"] - exact["loss_degraded"])[part.response]
     ours = (losses["loss_utility"] - losses["loss_degraded"])[places][part.response]
     gone = ~select_tokens(true, d)
     same = gone & ~select_tokens(ours, d)
     shared = f"{100 * int(same.sum()) / int(gone.sum()):.1f} %" if gone.any() else "all"
-    return (f"rounding noise of S under {used}: {(ours - true).square().mean().sqrt():.4f} nats rms on {len(spread)} rows, "
+    return (f"rounding noise of S under {base.dtypes['score']}: {(ours - true).square().mean().sqrt():.4f} nats rms on {len(spread)} rows, "
             f"beside a standard deviation of {true.std():.3f}; {shared} of float32's discards at d = {d} are the same")

@@ -68,6 +68,8 @@ class Settings:
     seed: int = option(0, "draws the order of the rows, LoRA's start, and the random method", ("train", "select"))
     batch_tokens: int | None = option(None, "tokens a forward pass, padding included; changes memory and speed, not the "
                                       "result (default: 8192 on CUDA, 2048 on the CPU)")
+    gradient_checkpointing: bool = option(False, "compute each block again in the backward pass: a third more time, and a "
+                                          "fraction of the memory", ("train", "select"))
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:N")
     dtype: str = option("auto", "the base's arithmetic (auto: float32 on the CPU; on CUDA bfloat16 to train, float16 to score)",
                         choices=["auto", "float32", "tf32", "float16", "bfloat16"])

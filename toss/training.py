@@ -16,8 +16,9 @@ from tqdm import tqdm
 from model.errors import InputError
 from model.lora import adapter_parameters, add_adapter
 from model.transformer import Transformer
-from toss.dataset import Batch, Tokens, batches, collate
+from toss.dataset import Batch, Tokens, batches, collate, halved
 from toss.loss import token_losses
+from toss.parallel import rank, share, sum_over_processes
 from toss.settings import Settings
 
 
@@ -33,7 +34,8 @@ def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, 
     is cut into micro-batches changes nothing beyond rounding. A discarded token stays in the input.
 
     keep: bool [N], the mask m over the flat arrays. budget: tokens a micro-batch, padding included. log: called with
-    one dictionary a step. Raises InputError naming the row when a loss is not finite.
+    one dictionary a step. When memory runs out, the step is made again in micro-batches of half the size. Raises InputError
+    naming the row when a loss is not finite, and when a single row does not fit.
     """
     add_adapter(model, "default", settings.rank, settings.alpha, settings.target_list, settings.seed)
     parameters = adapter_parameters(model)
@@ -41,12 +43,18 @@ def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, 
     steps = training_steps(tokens, settings)
     wanted = tokens.response & keep
     clock, seen = Clock(model.device), sum(tokens.lengths) * settings.epochs
-    with tqdm(total=seen, desc=stage, unit="tok", unit_scale=True, leave=False, disable=None) as bar:
+    with tqdm(total=seen, desc=stage, unit="tok", unit_scale=True, leave=False, disable=rank() > 0 or None) as bar:
         for number, rows in enumerate(steps, start=1):
             lr = settings.lr * rate(settings.schedule, number - 1, len(steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = step_gradients(model, tokens, rows, wanted, budget)
+            loss = None
+            while loss is None:
+                try:
+                    loss = step_gradients(model, tokens, rows, wanted, budget)
+                except torch.OutOfMemoryError:
+                    budget = halved(budget, max(tokens.lengths[i] for i in rows), stage,
+                                    "give --gradient-checkpointing, or lower --max-length")
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             if not math.isfinite(loss + norm):
                 raise InputError(f"{stage}: {tokens.name}: {blame(model, tokens, rows, wanted)} at step {number}; "
@@ -75,19 +83,22 @@ def training_steps(tokens: Tokens, settings: Settings) -> list[list[int]]:
 def step_gradients(model: Transformer, tokens: Tokens, rows: list[int], wanted: Tensor, budget: int) -> float:
     """Put the gradient of one optimizer step into the adapter's `.grad`; return the step's loss.
 
-    A row without a kept token contributes zero to the sum and its length to the count, so it is not even run.
+    A row without a kept token contributes zero to the sum and its length to the count, so it is not even run. Of several
+    processes each runs its share of the rows.
     """
     parameters = adapter_parameters(model)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)  # zeros, not None: Adam's momentum moves on in an empty step too
     count = sum(int(tokens.response[tokens.offsets[i] : tokens.offsets[i + 1]].sum()) for i in rows)  # sum_i L_i
     live = [i for i in rows if wanted[tokens.offsets[i] : tokens.offsets[i + 1]].any()]
+    mine = share(sorted(live, key=lambda i: -tokens.lengths[i]))
     total = torch.zeros((), device=model.device)
-    for group in batches(live, tokens.lengths, budget):
+    for group in batches(mine, tokens.lengths, budget):
         batch: Batch = collate(tokens, group, wanted, model.device)
         loss = token_losses(model, batch).sum() / count
         loss.backward()
         total += loss.detach()
+    sum_over_processes([total, *(parameter.grad for parameter in parameters)])
     return float(total)
 
 
