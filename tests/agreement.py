@@ -145,10 +145,13 @@ def main() -> None:
             if REAL:
                 for what, value in real_round_trip(Path(out) / "real").items():
                     found[f"{family(Path(REAL))}, {Path(REAL).name}", what].append(value)
-    print("| family | what was compared | models or adapters | largest difference |\n|---|---|---|---|")
-    for (kind, what), values in sorted(found.items(), key=lambda item: item[0][0]):
-        if what not in ("size", "moved"):
-            print(f"| {kind} | {what} | {len(values)} | {max(values):.1e} |".replace("0.0e+00", "0"))
+    kinds = list(dict.fromkeys(kind for kind, _ in found))
+    print(f"| largest difference | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
+    for what in dict.fromkeys(what for _, what in found if what not in ("size", "moved")):
+        cells = (f"{max(values):.1e} ({len(values)})".replace("0.0e+00", "0") if (values := found.get((kind, what))) else "-"
+                 for kind in kinds)
+        print(f"| {what} | {' | '.join(cells)} |")
+    print("\nIn brackets: how many models, or adapters. 0: equal to the last bit.")
 
 
 if __name__ == "__main__":
