@@ -86,6 +86,12 @@ def test_batches_hold_each_row_once_within_the_budget_longest_first():
     assert all(len(group) * max(lengths[i] for i in group) <= 100 for group in groups[1:])
 
 
+def test_a_batch_that_is_large_enough_ends_before_a_row_that_would_be_padding():
+    lengths = [50, 46, 45, 44, 30, 20, 10, 3]
+    assert batches(range(8), lengths, 400) == [[0, 1, 2], [3, 4, 5], [6, 7]]  # 100 tokens are enough; 44 < 0.9 * 50
+    assert batches(range(8), lengths, 4000) == [list(range(8))]  # a quarter of the budget comes first
+
+
 def test_collate_reads_the_same_tokens_from_any_batch(tmp_path, tokenizer):
     tokens = tokens_of(tmp_path, tokenizer, [{"prompt": "a " * n, "response": "yes " * (5 - n)} for n in range(1, 5)])
     batch = collate(tokens, [3, 0, 2], tokens.response, torch.device("cpu"))
