@@ -43,7 +43,7 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if self.active in self.scale:
             a, b = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
-            y = y + F.linear(F.linear(x, a), b) * self.scale[self.active]
+            y = y + F.linear(F.linear(x, a) * self.scale[self.active], b)  # scaled where it is narrow
         return y
 
     def put(self, name: str, a: Tensor, b: Tensor, scale: float) -> None:
