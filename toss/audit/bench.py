@@ -7,10 +7,12 @@
 Arms: `ours` is toss.scoring.score and toss.training.train as they stand; `published` and `sorted` are explained in
 toss/audit/published.py and are left out where transformers and peft are not installed. All arms see the same rows of
 random ids and share their weights; they take turns, so that a busy machine is busy for all of them, and the first
-turn only warms up. Writes bench.md and bench.json under --out.
+turn only warms up. On the CPU rates are by the process's CPU seconds, which other processes disturb least. Writes
+bench.md and bench.json under --out.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -60,8 +62,12 @@ CONVENTION = """
 tokens/s: real tokens, prompt and response, padding not counted. FLOP a token, by convention: 2 N to score, 4 N to train LoRA on a
 frozen base (forward, and backward through the activations), N = {n:,} parameters, all but the input embedding; attention's own
 products are not counted, nor is it subtracted that the head runs on response positions only. Ceiling: the fastest sustained
-product of two square matrices of that type, in this run. Peak memory: on CUDA what is allocated; else the process's, libraries
-included. Seconds: the median of {repeats} turns, and [least, most]."""
+product of two square matrices of that type, in this run. Peak memory: on CUDA what is allocated; on the CPU the process's,
+libraries included. Seconds: the median of {repeats} turns, and [least, most]; {clock}."""
+CLOCKS = {
+    "cuda": "rates are by them",
+    "cpu": "rates, shares and\nratios are by CPU seconds, the process's own over all threads, because others may use the cores too",
+}
 
 
 def random_model(raw: dict, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -85,42 +91,53 @@ def random_rows(rows: int, mean: int, vocabulary: int) -> Tokens:
     ids = torch.randint(vocabulary, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
     place = torch.arange(len(ids)) - offsets[:-1].repeat_interleave(lengths)
     prompt = ((1 - RESPONSE) * lengths).long().clamp(min=1)
-    return Tokens(ids, offsets, place >= prompt.repeat_interleave(lengths), torch.zeros(len(ids), dtype=torch.bool), "random rows")
+    response = place >= prompt.repeat_interleave(lengths)
+    return Tokens(ids, offsets, response, torch.zeros_like(response), "random rows")
+
+
+class Watch:
+    """What one piece of work took: seconds by the wall, seconds of work (the same on CUDA, else CPU seconds), peak memory."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.clock, self.cpu = device.type == "cuda", Clock(device), time.process_time()
+
+    def stop(self) -> dict:
+        peak = self.clock.stop()["peak_memory_gib"]  # waits for the device
+        seconds = time.perf_counter() - self.clock.start
+        return {"seconds": seconds, "work": seconds if self.cuda else time.process_time() - self.cpu, "peak_memory_gib": peak}
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest sustained square matrix product (half a second of each size)."""
+    """FLOP a second of work of the fastest sustained square matrix product (half a second of each size)."""
     best = 0.0
     for n in (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048):
         a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-        out, times = a @ b, 0
-        seconds, batch = 0.0, max(1, round(1e11 / n**3)) if device.type == "cuda" else 1
-        clock = Clock(device)
-        while seconds < 0.5:
-            for _ in range(batch):
+        out, times, work = a @ b, 0, 0.0
+        watch = Watch(device)
+        while work < 0.5:
+            for _ in range(16 if device.type == "cuda" else 1):
                 torch.mm(a, b, out=out)
-            times += batch
-            clock.stop()  # waits for the device
-            seconds = time.perf_counter() - clock.start
-        best = max(best, 2 * n**3 * times / seconds)
+                times += 1
+            work = watch.stop()["work"]
+        best = max(best, 2 * n**3 * times / work)
     return best
 
 
 def take_turns(arms: dict[str, Callable[[], float]], device: torch.device, repeats: int) -> dict[str, dict]:
-    """Run each arm in turn, 1 + repeats times; {arm: seconds (median, least, most), peak_memory_gib, loss}, less the first turn."""
+    """Run each arm in turn, 1 + repeats times, the first only to warm up; {arm: medians, the seconds' range, peak, loss}."""
     found: dict[str, list[dict]] = {name: [] for name in arms}
     for turn in range(1 + repeats):
         for name, arm in arms.items():
-            clock = Clock(device)
+            watch = Watch(device)
             loss = arm()
-            cost = {**clock.stop(), "seconds": time.perf_counter() - clock.start, "loss": loss}
             if turn:
-                found[name].append(cost)
+                found[name].append({**watch.stop(), "loss": loss})
     result = {}
-    for name, costs in found.items():
-        seconds = [cost["seconds"] for cost in costs]
+    for name, turns in found.items():
+        seconds = [turn["seconds"] for turn in turns]
         result[name] = {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds),
-                        "peak_memory_gib": max(cost["peak_memory_gib"] for cost in costs), "loss": costs[0]["loss"]}
+                        "work": statistics.median(turn["work"] for turn in turns),
+                        "peak_memory_gib": max(turn["peak_memory_gib"] for turn in turns), "loss": turns[0]["loss"]}
     return result
 
 
@@ -138,31 +155,34 @@ def speed(kind: str, model: Transformer, raw: dict, tokens: Tokens, settings: Se
         arms |= getattr(published, kind)(model, raw, *more)
     except ImportError as error:
         notes.append(f"Arms left out: {error.name} is not installed.")
-    n = sum(p.numel() for p in model.parameters()) - sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    n = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     if not model.config.tie_word_embeddings:
         n -= model.model.embed_tokens.weight.numel()
     before = ceiling(device, model.dtype)
     found = take_turns(arms, device, repeats)
     best, count = max(before, ceiling(device, model.dtype)), sum(tokens.lengths)
     for arm in found.values():
-        arm["tokens_per_second"] = count / arm["seconds"]
+        arm["tokens_per_second"] = count / arm["work"]
         arm["share_of_ceiling"] = arm["tokens_per_second"] * n * (2 if kind == "scoring" else 4) / best
         for other in published.ARMS:
             if other in found:
-                arm[f"to_{other}"] = found[other]["seconds"] / arm["seconds"]
+                arm[f"to_{other}"] = found[other]["work"] / arm["work"]
     remove_adapter(model, "default")
-    return {"kind": kind, "dtype": str(model.dtype).removeprefix("torch."), "ceiling": best, "parameters": n, "tokens": count,
-            "arms": found, "notes": notes}
+    return {"kind": kind, "device": device.type, "dtype": str(model.dtype).removeprefix("torch."), "ceiling": best,
+            "parameters": n, "tokens": count, "arms": found, "notes": notes}
 
 
 def speed_table(part: dict) -> str:
     """What `speed` measured, as Markdown."""
     others = [name for name in published.ARMS if name in part["arms"]]
-    lines = [[name, f"{arm['tokens_per_second']:,.0f}", f"{arm['seconds']:.2f} [{arm['least']:.2f}, {arm['most']:.2f}]",
-              f"{arm['share_of_ceiling']:.0%}", f"{arm['peak_memory_gib']:.2f}", *(f"{arm[f'to_{other}']:.2f}" for other in others),
-              f"{arm['loss']:.4f}"] for name, arm in part["arms"].items()]
-    head = f"### {part['kind'].capitalize()}, {part['dtype']}, ceiling {part['ceiling'] / 1e12:.3f} TFLOP/s"
-    table = markdown(["arm", "tokens/s", "seconds", "of ceiling", "peak GiB", *(f"x {o}" for o in others), "loss"], lines)
+    clock, on_cpu = ("CPU s", ["CPU s"]) if part["device"] == "cpu" else ("s", [])
+    lines = [[name, f"{arm['tokens_per_second']:,.0f}", *(f"{arm['work']:.2f}" for _ in on_cpu),
+              f"{arm['seconds']:.2f} [{arm['least']:.2f}, {arm['most']:.2f}]", f"{arm['share_of_ceiling']:.0%}",
+              f"{arm['peak_memory_gib']:.2f}", *(f"{arm[f'to_{other}']:.2f}" for other in others), f"{arm['loss']:.4f}"]
+             for name, arm in part["arms"].items()]
+    head = f"### {part['kind'].capitalize()}, {part['dtype']}, ceiling {part['ceiling'] / 1e9:,.0f} GFLOP/{clock}"
+    heads = ["arm", f"tokens/{clock}", *on_cpu, "seconds", "of ceiling", "peak GiB", *(f"x {other}" for other in others), "loss"]
+    table = markdown(heads, lines)
     return "\n\n".join([head, table, *part["notes"]])
 
 
@@ -205,22 +225,22 @@ def selection_cost(n: int) -> dict:
     tokens = random_rows(max(1, round(n / RESPONSE / 368)), 368, 384)
     losses = {name: torch.rand(len(tokens.input_ids), generator=torch.Generator().manual_seed(i))
               for i, name in enumerate(("loss_utility", "loss_degraded"))}
-    Clock(torch.device("cpu"))  # forgets the peak so far
-    before, start = memory(), time.perf_counter()
+    watch, before = Watch(torch.device("cpu")), memory()
     entries = tokens.response.nonzero().squeeze(1)
     keep, _ = choose("toss", Candidates(tokens, entries, losses), 0.1)
-    seconds, after = time.perf_counter() - start, memory()
-    return {"competing": len(entries), "discarded": int((~keep).sum()), "seconds": seconds,
+    cost, after = watch.stop(), memory()
+    return {"competing": len(entries), "discarded": int((~keep).sum()), "seconds": cost["seconds"], "work": cost["work"],
             "extra_gib": None if before is None else (after[1] - before[0]) / 2**30}
 
 
 def in_fresh_process(n: int, repeats: int) -> dict:
-    """selection_cost in a process of its own each time: the median second, the highest memory."""
+    """selection_cost in a process of its own each time: median seconds, the highest memory."""
     found = []
     for _ in range(repeats):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             found.append(pool.submit(selection_cost, n).result())
-    return {**max(found, key=lambda one: one["extra_gib"] or 0), "seconds": statistics.median(one["seconds"] for one in found)}
+    medians = {name: statistics.median(one[name] for one in found) for name in ("seconds", "work")}
+    return {**max(found, key=lambda one: one["extra_gib"] or 0), **medians}
 
 
 def hardware(device: torch.device) -> str:
@@ -248,14 +268,19 @@ def versions() -> dict[str, str]:
 
 def bench(args: argparse.Namespace) -> None:
     """Measure, print, and write bench.md and bench.json."""
-    if min(args.rows or 1, args.tokens or 1, args.repeats, args.threads or 1, args.batch_tokens or 1) < 1:
-        raise InputError("--rows, --tokens, --repeats, --threads and --batch-tokens must be at least 1")
+    for name in ("rows", "tokens", "repeats", "threads", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
     if args.run:
         run_folder(args.run)
     chosen = in_fresh_process(COMPETING, args.repeats)  # first, while the machine's memory is free
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = device.type == "cuda"
     if args.model:
         what, raw = args.model, read_json(resolve(args.model) / "config.json")
@@ -270,6 +295,7 @@ def bench(args: argparse.Namespace) -> None:
         model = load_checkpoint(args.model, device, dtype) if args.model else random_model(raw, device, dtype)
         parts.append(speed(kind, model, raw, tokens, settings, args.repeats))
         del model
+        gc.collect()  # transformers' modules hold on to one another, and with them to our weights
     about = {"hardware": hardware(device), "versions": versions(), "commit": git_commit(), "model": what,
              "rows": tokens.rows, "tokens": sum(tokens.lengths), "response_tokens": int(tokens.response.sum()),
              "batch_tokens": settings.batch_tokens, "rows_a_step": settings.batch_size, "rank": settings.rank,
@@ -278,11 +304,13 @@ def bench(args: argparse.Namespace) -> None:
     extra = "not measured (no /proc)" if chosen["extra_gib"] is None else f"{chosen['extra_gib']:.2f} GiB"
     text = [", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items() if name != "versions")
             + ", " + " ".join(f"{name} {value}" for name, value in about["versions"].items()),
-            *map(speed_table, parts), CONVENTION.strip().format(n=parts[0]["parameters"], repeats=args.repeats),
-            f"### Selection\n\nThe mask of {chosen['competing']:,} competing tokens: {chosen['seconds']:.2f} s, {extra} "
-            "beyond the flat arrays, in a process of its own.",
-            "### Cost of the whole method\n\nBy the convention above, as multiples of plain fine-tuning's, at the paper's sizes (112k "
-            f"rows, references of a tenth, two epochs each): TOSS {toss:.2f}, TOSS-Pro (T = 1, k = 6 %) {pro:.2f}."]
+            *map(speed_table, parts), CONVENTION.strip().format(
+                n=parts[0]["parameters"], repeats=args.repeats, clock=CLOCKS[device.type]),
+            f"### Selection\n\nThe mask of {chosen['competing']:,} competing tokens, in a process of its own: "
+            f"{chosen['seconds']:.2f} s\n({chosen['work']:.2f} CPU seconds), {extra} beyond the flat arrays.",
+            "### Cost of the whole method\n\nBy the convention above, as multiples of plain fine-tuning's, at the paper's sizes\n"
+            "(112k rows, references of a tenth, two epochs each): "
+            f"TOSS {toss:.2f}, TOSS-Pro (T = 1, k = 6 %) {pro:.2f}."]
     costs = run_costs(args.run) if args.run else []
     if args.run:
         text.append(f"Measured, {args.run} (training and scoring tokens count alike here):\n\n"
