@@ -42,6 +42,13 @@ def test_turns_alternate_and_the_first_is_not_counted():
     assert found["a"]["loss"] == 1.0 and found["b"]["least"] <= found["b"]["seconds"] <= found["b"]["most"]
 
 
+def test_an_arm_that_runs_out_of_memory_is_left_out_and_the_others_go_on():
+    def large():
+        raise torch.OutOfMemoryError("no room")
+
+    assert set(bench.take_turns({"large": large, "a": lambda: 1.0}, CPU, 1)) == {"a"}
+
+
 def test_selection_is_counted_in_a_process_of_its_own():
     found = bench.in_fresh_process(5000, 1)
     assert found["competing"] == pytest.approx(5000, rel=0.1) and found["discarded"] == int(0.1 * found["competing"] + 1e-9)

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -64,10 +65,8 @@ frozen base (forward, and backward through the activations), N = {n:,} parameter
 products are not counted, nor is it subtracted that the head runs on response positions only. Ceiling: the fastest sustained
 product of two square matrices of that type, in this run. Peak memory: on CUDA what is allocated; on the CPU the process's,
 libraries included. Seconds: the median of {repeats} turns, and [least, most]; {clock}."""
-CLOCKS = {
-    "cuda": "rates are by them",
-    "cpu": "rates, shares and\nratios are by CPU seconds, the process's own over all threads, because others may use the cores too",
-}
+CLOCKS = {"cuda": "rates are by them", "cpu": "rates, shares and\nratios are by CPU seconds, the process's own over all threads, "
+          "because others may use the cores too"}  # fmt: skip
 
 
 def random_model(raw: dict, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -124,14 +123,19 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def take_turns(arms: dict[str, Callable[[], float]], device: torch.device, repeats: int) -> dict[str, dict]:
-    """Run each arm in turn, 1 + repeats times, the first only to warm up; {arm: medians, the seconds' range, peak, loss}."""
+    """Run each arm in turn, 1 + repeats times, the first only to warm up; {arm: medians, the seconds' range, peak, loss}.
+
+    An arm that runs out of memory is not in the result.
+    """
     found: dict[str, list[dict]] = {name: [] for name in arms}
     for turn in range(1 + repeats):
-        for name, arm in arms.items():
+        for name in list(found):
             watch = Watch(device)
-            loss = arm()
-            if turn:
-                found[name].append({**watch.stop(), "loss": loss})
+            try:
+                took = {"loss": arms[name](), **watch.stop()}
+                found[name] += [took] if turn else []
+            except torch.OutOfMemoryError:
+                del found[name]
     result = {}
     for name, turns in found.items():
         seconds = [turn["seconds"] for turn in turns]
@@ -160,6 +164,7 @@ def speed(kind: str, model: Transformer, raw: dict, tokens: Tokens, settings: Se
         n -= model.model.embed_tokens.weight.numel()
     before = ceiling(device, model.dtype)
     found = take_turns(arms, device, repeats)
+    notes += [f"{name}: out of memory." for name in arms if name not in found]
     best, count = max(before, ceiling(device, model.dtype)), sum(tokens.lengths)
     for arm in found.values():
         arm["tokens_per_second"] = count / arm["work"]
@@ -259,10 +264,8 @@ def versions() -> dict[str, str]:
     """Versions of what the figures depend on; a package that is not installed is left out."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "peft"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            pass
     return found
 
 
@@ -283,11 +286,11 @@ def bench(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     cuda = device.type == "cuda"
     if args.model:
-        what, raw = args.model, read_json(resolve(args.model) / "config.json")
+        what, raw = Path(args.model).name, read_json(resolve(args.model) / "config.json")
     else:
         what = args.shape or ("llama3-8b" if cuda else "smollm2-135m")
         raw = SHAPES[what]
-    tokens = random_rows(args.rows or (384 if cuda else 24), args.tokens or (368 if cuda else 128), raw["vocab_size"])
+    tokens = random_rows(args.rows or (384 if cuda else 16), args.tokens or (368 if cuda else 128), raw["vocab_size"])
     settings = Settings(epochs=1, batch_size=64 if cuda else 8, batch_tokens=args.batch_tokens or (8192 if cuda else 2048))
     parts = []
     for kind, dtype in (("scoring", torch.float16), ("training", torch.bfloat16)):
@@ -333,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--model", help="a checkpoint folder or hub id")
     what.add_argument("--shape", choices=list(SHAPES), help="a random model of this shape")
     parser.add_argument("--run", type=Path, help="also the measured cost of this run's methods")
-    parser.add_argument("--rows", type=int, help="rows (default: 384 on CUDA, 24 on the CPU)")
+    parser.add_argument("--rows", type=int, help="rows (default: 384 on CUDA, 16 on the CPU)")
     parser.add_argument("--tokens", type=int, help="mean tokens a row (default: 368 on CUDA, 128 on the CPU)")
     parser.add_argument("--repeats", type=int, default=3, help="turns that count (default: 3)")
     parser.add_argument("--device", help="cpu, cuda, cuda:N (default: CUDA if there is one)")
