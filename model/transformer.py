@@ -51,8 +51,8 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in the split-half layout: channel i turns with channel i + E/2. x: (B, heads, T, E)."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)  # times float32 angles is float32; rounded before they are put side by side
+    return torch.cat(((first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)), dim=-1)
 
 
 def attention_masks(positions: Tensor, window: int | None, cache: "Cache | None") -> Masks:
