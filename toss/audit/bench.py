@@ -304,22 +304,20 @@ def bench(args: argparse.Namespace) -> None:
              "batch_tokens": settings.batch_tokens, "rows_a_step": settings.batch_size, "rank": settings.rank,
              "targets": settings.targets, "repeats": args.repeats}
     toss, pro = cost_to_sft(11_200, 11_200, 112_000, 2, 1, 6_720)
-    extra = "not measured (no /proc)" if chosen["extra_gib"] is None else f"{chosen['extra_gib']:.2f} GiB"
+    extra = "memory not measured (no /proc)" if chosen["extra_gib"] is None else f"{chosen['extra_gib']:.2f} GiB"
     text = [", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items() if name != "versions")
             + ", " + " ".join(f"{name} {value}" for name, value in about["versions"].items()),
             *map(speed_table, parts), CONVENTION.strip().format(
                 n=parts[0]["parameters"], repeats=args.repeats, clock=CLOCKS[device.type]),
             f"### Selection\n\nThe mask of {chosen['competing']:,} competing tokens, in a process of its own: "
             f"{chosen['seconds']:.2f} s\n({chosen['work']:.2f} CPU seconds), {extra} beyond the flat arrays.",
-            "### Cost of the whole method\n\nBy the convention above, as multiples of plain fine-tuning's, at the paper's sizes\n"
-            "(112k rows, references of a tenth, two epochs each): "
-            f"TOSS {toss:.2f}, TOSS-Pro (T = 1, k = 6 %) {pro:.2f}."]
+            "### Cost of the whole method\n\nBy the convention above, as multiples of plain fine-tuning's, at the paper's sizes\n(112k "
+            f"rows, references of a tenth, two epochs each): TOSS {toss:.2f}, TOSS-Pro (T = 1, k = 6 %) {pro:.2f}."]
     costs = run_costs(args.run) if args.run else []
     if args.run:
         text.append(f"Measured, {args.run} (training and scoring tokens count alike here):\n\n"
                     + markdown(["method", "seconds", "x sft", "tokens", "x sft"], costs))
-    text = "\n\n".join(text)
-    print(text)
+    print(text := "\n\n".join(text))
     with file_beside(args.out / "bench.json") as file:
         record = {**about, "parts": parts, "selection": chosen, "flop_to_sft": {"toss": toss, "toss-pro": pro}, "run": costs}
         file.write_text(json.dumps(record, indent=2) + "\n")
