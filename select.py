@@ -6,6 +6,9 @@ in the input), and trains a LoRA adapter from the base. With --pro T it first re
     python select.py
     python select.py --run runs/mine --method toss --discard 0.1 [--pro 1 --pro-samples 40] [--merge]
     python select.py --run runs/plain --method sft --model M --custom custom.jsonl     (plain fine-tuning)
+    python select.py --run runs/other --model M2 --custom custom.jsonl --mask runs/mine/methods/toss/selection.safetensors
+
+The last one fine-tunes another model of the same tokenizer on what the first one's scores left: it needs no references.
 
 Writes RUN/methods/METHOD/selection.safetensors (the mask) and RUN/methods/METHOD/model (a PEFT adapter); with --name NAME
 RUN/methods/NAME. The methods stand in toss/selection.py.

@@ -18,7 +18,7 @@ from toss.dataset import Tokens
 from toss.parallel import rank
 from toss.refinement import default_samples, refine
 from toss.rows import Row, overlap, read_rows
-from toss.run import Run
+from toss.run import WHAT, Run
 from toss.scoring import rounding_noise, score_under
 from toss.selection import METHODS, UNSCORED, Candidates, choose, ranked_entries
 from toss.settings import TRAINING, Settings
@@ -94,7 +94,10 @@ def finetune(settings: Settings) -> None:
     base = Base(run)
     tokens, losses, sources = scored_tokens(run, needed=method not in UNSCORED)
     entries = ranked_entries(tokens, settings.keep_eos, run.tokenizer.eos_id)
-    names = TRAINING + (() if method == "sft" else ("discard", "keep_eos"))
+    if method == "mask":
+        sources["mask_sha256"] = run.use(settings.mask)
+        borrowed = mask_of_another_run(run, tokens)
+    names = TRAINING + (() if method in ("sft", "mask") else ("discard", "keep_eos"))
     names += ("weight_utility", "weight_degraded") if method == "weighted" else ()
     recipe = {**run.recipe(names, method=method, **sources), "dtype": base.dtypes["train"]}
     if method == "toss-pro":
@@ -111,13 +114,18 @@ def finetune(settings: Settings) -> None:
                 again = replace(settings, **reference["settings"])  # theta^h is trained as it was
                 losses, cost["refining"] = refine(base, harmful, tokens, losses, entries, again, settings.pro, k, beside, sources)
                 sources["scores_sha256"] = file_hash(beside / f"round-{settings.pro}" / "scores.safetensors")
-            weights = (settings.weight_utility, settings.weight_degraded)
-            keep, scores = choose(method, Candidates(tokens, entries, losses, settings.seed, weights), settings.discard)
-            note = {**run.identity, **sources, "method": method, "discard": str(settings.discard),
-                    "keep_eos": str(settings.keep_eos), "tokens_sha256": tokens.fingerprint(),
-                    "discarded": str(int((~keep).sum())), "ranked": str(len(entries))}
-            ranked_by = {} if scores is None else {"score": torch.zeros(len(keep)).index_put((entries,), scores)}
-            save_tensors({"keep": keep, **ranked_by}, beside / "selection.safetensors", note)
+            if method == "mask":
+                selection, how = borrowed
+                keep = selection["keep"]
+            else:
+                weights = (settings.weight_utility, settings.weight_degraded)
+                keep, scores = choose(method, Candidates(tokens, entries, losses, settings.seed, weights), settings.discard)
+                ranked_by = {} if scores is None else {"score": torch.zeros(len(keep)).index_put((entries,), scores)}
+                selection = {"keep": keep, **ranked_by}
+                how = {"discard": str(settings.discard), "keep_eos": str(settings.keep_eos), "ranked": str(len(entries))}
+            note = {**run.identity, **sources, "method": method, **how, "tokens_sha256": tokens.fingerprint(),
+                    "discarded": str(int((~keep).sum()))}
+            save_tensors(selection, beside / "selection.safetensors", note)
             cost |= train(base.load("train"), tokens, keep, settings, base.budget, settings.name, base.log(settings.name))
             save_adapter(base.model, beside / "model", reference_note(method, run, **sources))
         run.finish(f"methods/{settings.name}", recipe, cost)
@@ -131,10 +139,12 @@ def finetune(settings: Settings) -> None:
 def named(settings: Settings) -> Settings:
     """The settings with the method that they amount to, and the name of its folder.
 
-    `--method toss --pro T` is toss-pro, which has one round or more. The folder bears the method's name unless --name
-    gives another; that of the method `base` is base-reference.
+    `--method toss --pro T` is toss-pro, which has one round or more; --mask is the method mask, which is none of METHODS.
+    The folder bears the method's name unless --name gives another; that of the method `base` is base-reference.
     """
-    if settings.method not in METHODS:
+    if settings.mask:
+        settings = replace(settings, method="mask")
+    elif settings.method not in METHODS:
         raise InputError(f"--method {settings.method!r} is unknown; there are {', '.join(METHODS)}")
     if settings.pro and settings.method not in ("toss", "toss-pro"):
         raise InputError("--pro goes with --method toss")
@@ -199,6 +209,38 @@ def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], di
     if needed:
         sources["scores_sha256"] = file_hash(path)
     return tokens, losses, sources
+
+
+def mask_of_another_run(run: Run, tokens: Tokens) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the selection that --mask names, and what a new header says of them: how they were chosen, and from what.
+
+    A mask is a list of places, so it fits exactly the token ids that it was made over; nothing else of the two runs has
+    to agree. Raises InputError for another file, for a mask over other tokens (naming what differs), and for one that
+    takes more than response tokens away.
+    """
+    path = Path(run.settings.mask)
+    header = made_from(path)
+    try:
+        selection = {name: tensor for name, tensor in load_file(path).items() if name in ("keep", "score")}
+        keep, fingerprint = selection["keep"], header["tokens_sha256"]
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: not a selection.safetensors that select.py wrote ({error})") from None
+    if fingerprint != tokens.fingerprint():
+        here = {"custom_sha256": run.use(run.settings.custom), **run.identity}
+        other = [f"another {WHAT[name]} ({name} {str(header[name])[:16]} there, {here[name][:16]} now)"
+                 for name in here if name != "base_sha256" and header.get(name, here[name]) != here[name]]
+        raise InputError(f"{path} is a mask over other token ids than this run's: it was made with "
+                         f"{' and '.join(other) or 'others'}; give both runs the same --custom, prompt form and length, and "
+                         "models of one tokenizer")
+    if keep.dtype not in (torch.bool, torch.uint8) or any(t.shape != tokens.response.shape for t in selection.values()):
+        shapes = " and ".join(f"{name} of {tuple(t.shape)} ({t.dtype})" for name, t in selection.items())
+        raise InputError(f"{path} holds {shapes}, where a flag (and a score) for each of {len(tokens.response)} tokens was "
+                         "expected")
+    selection["keep"] = keep = keep.bool()
+    if taken := int((~keep & ~tokens.response).sum()):
+        raise InputError(f"{path}: keep discards {taken} tokens of prompts, which have no loss to be taken out of")
+    how = {name: header[name] for name in ("discard", "keep_eos", "ranked") if name in header}
+    return selection, how | {f"mask_{name}": header[name] for name in ("base_sha256", "method") if name in header}
 
 
 def adapter_of(run: Run, role: str) -> Path:

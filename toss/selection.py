@@ -162,7 +162,7 @@ METHODS = {
     "weighted": (weighted, everywhere),
     "oracle": (lambda c: c.truth().float(), the_truth),
 }
-UNSCORED = ("sft", "random", "first-k", "oracle")  # these need no reference model
+UNSCORED = ("sft", "random", "first-k", "oracle", "mask")  # these need no reference model; mask: select.py --mask
 
 
 def choose(method: str, candidates: Candidates, d: float) -> tuple[Tensor, Tensor | None]:

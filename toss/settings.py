@@ -22,6 +22,7 @@ INPUTS = ("model", "harmful", "utility", "custom")
 FORM = ("model", "revision", "template", "date", "max_length")  # what turns text into ids and losses
 IDENTITY = (*FORM, "harmful", "utility", "custom")  # must agree in all stages of a run
 TRAINING = ("lr", "epochs", "batch_size", "rank", "alpha", "targets", "schedule", "seed")
+CHOOSING = ("method", "discard", "keep_eos", "pro", "pro_samples", "pro_train", "weight_utility", "weight_degraded")
 SCRIPTS = ("train", "score", "select")
 
 
@@ -45,6 +46,8 @@ class Settings:
                               "today when the run is begun; the run keeps it)")
     max_length: int = option(2048, "tokens a row: a longer response is cut on the right")
     method: str = option("toss", f"way of fine-tuning: {', '.join(METHODS)}; see toss/selection.py", ("select",))
+    mask: str | None = option(None, "in place of a method: a selection.safetensors, made in another run from the same custom set",
+                              ("select",))
     name: str | None = option(None, "folder under RUN/methods (default: the method), to keep several settings apart",
                               ("select",))
     discard: float = option(0.1, "d, the share of the response tokens to discard", ("select",))
@@ -140,7 +143,9 @@ def inherit(script: str, given: dict) -> Settings:
                          f"default; {' and '.join(missing)} is not given")
     demo = not inputs and record.get("demo", True)
     values = demo_values(script) if demo else {}
-    for name in INPUTS:
+    if given.get("mask") and (choosing := [f"--{name.replace('_', '-')}" for name in CHOOSING if name in given]):
+        raise InputError(f"--mask says which tokens go, so {' and '.join(choosing)} cannot be given with it")
+    for name in (*INPUTS, "mask"):
         if given.get(name) is not None and (name != "model" or Path(given[name]).is_dir()):
             given[name] = os.path.abspath(given[name])
     if given.get("revision") and begun.get("revision", given["revision"]) != given["revision"]:  # a branch or tag, perhaps

@@ -90,11 +90,14 @@ def select_command(folder: Path, name: str, method: str | None = None) -> str:
     ('select.py --run runs/mine --method toss', 'select.py --run runs/mine --method toss --name mild')
     >>> select_command(Path("runs/mine"), "base-reference"), select_command(Path("runs/mine"), "mild")
     ('select.py --run runs/mine --method base', 'select.py --run runs/mine --method ... --name mild')
+    >>> select_command(Path("runs/mine"), "mask"), select_command(Path("runs/mine"), "theirs", "mask")
+    ('select.py --run runs/mine --mask ...', 'select.py --run runs/mine --mask ... --name theirs')
     """
     method = method or {"base-reference": "base"}.get(name, name)
     usual = "base-reference" if method == "base" else method
-    flags = f"--method {method if method in METHODS else '...'}"
-    return f"select.py --run {folder} {flags}" + ("" if name == usual and method in METHODS else f" --name {name}")
+    known = method in METHODS or method == "mask"
+    flags = "--mask ..." if method == "mask" else f"--method {method if known else '...'}"
+    return f"select.py --run {folder} {flags}" + ("" if name == usual and known else f" --name {name}")
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
