@@ -61,13 +61,14 @@ def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_nee
         "degraded": part(1, 10), "utility": part(2, 20), "scores": part(6, 300, settings={"base": True}),
         "methods/sft": part(7, 70, method="sft"), "methods/toss": part(7, 70, method="toss"),
         "methods/first": part(7, 70, method="first-k"), "methods/alone": part(7, 70, method="degraded-only"),
-        "methods/base-reference": part(7, 70, method="base"),
+        "methods/base-reference": part(7, 70, method="base"), "methods/mask": part(7, 70, method="mask"),
         "methods/pro": {**part(7, 70, method="toss-pro"), "refining": {"seconds": 30, "tokens": 5, "peak_memory_gib": 3.0}},
     }}  # fmt: skip
-    spent = {name: (c["seconds"], c["tokens"]) for name in ("sft", "toss", "first", "alone", "base-reference", "pro")
-             if (c := cost(record, name))}
-    assert spent == {"sft": (7, 70), "first": (7, 70), "toss": (7 + 3 + 4, 70 + 30 + 200), "alone": (7 + 1 + 2, 70 + 10 + 100),
-                     "base-reference": (7 + 1 + 4, 70 + 10 + 200), "pro": (7 + 30 + 3 + 4, 70 + 5 + 30 + 200)}  # fmt: skip
+    names = ("sft", "toss", "first", "alone", "base-reference", "mask", "pro")
+    spent = {name: (c["seconds"], c["tokens"]) for name in names if (c := cost(record, name))}
+    assert spent == {"sft": (7, 70), "first": (7, 70), "mask": (7, 70), "toss": (7 + 3 + 4, 70 + 30 + 200),
+                     "alone": (7 + 1 + 2, 70 + 10 + 100), "base-reference": (7 + 1 + 4, 70 + 10 + 200),
+                     "pro": (7 + 30 + 3 + 4, 70 + 5 + 30 + 200)}  # fmt: skip
     assert cost(record, "pro")["peak_memory_gib"] == 3.0 and cost(record, "base") is None
 
 

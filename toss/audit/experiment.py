@@ -41,7 +41,7 @@ def drawn(seed: int, folder: Path, **custom) -> dict[str, str]:
 class Experiment:
     """One run directory on the embedded world's base.
 
-    files: see row_files. common: settings for all stages (seed). One CPU thread, by demo.json.
+    files: see row_files. common: settings for all stages (seed, and model for another base). One CPU thread, by demo.json.
     """
 
     def __init__(self, folder: Path, files: dict[str, str], **common):

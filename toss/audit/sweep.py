@@ -1,9 +1,10 @@
-"""Sweeps over the embedded world: how much harm, which d, how much of TOSS-Pro, and rows that erode without harm.
+"""Sweeps over the embedded world: how much harm, which d, how much of TOSS-Pro, rows that erode, masks that travel.
 
     python -m toss.audit.sweep share     the harmful share of the custom rows, 0-50 %, with d = 0.1 and with d calibrated
     python -m toss.audit.sweep discard   d from 0.02 to 0.4, and where the calibrated d falls
     python -m toss.audit.sweep pro       TOSS-Pro over T, k and the size of D^h; whole rows and top tokens
     python -m toss.audit.sweep eroding   benign rows that promise to comply or obey, alone and mixed with harmful ones
+    python -m toss.audit.sweep transfer  the mask of one base under the other: data/base and data/base-small
 
 Each takes --seeds (default 1000 1001 1002) and --jobs, draws the rows and trains anew for every seed, skips what is
 there already, and writes OUT/NAME.json (every figure of every seed), NAME.md (mean [least, most]) and NAME.svg.
@@ -16,12 +17,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from model.errors import reported
 from model.files import file_beside, read_json, read_text
 from toss.audit.experiment import Experiment, cell, drawn, markdown, over_seeds, summary, value
 from toss.audit.figures import dot_chart, line_chart, write_svg
 from toss.run import git_commit
-from toss.settings import DEMO
+from toss.settings import DEMO, ROOT
 
 # One figure of a sweep: a seed, a setting x, an arm, its d, the true harmful share of the tokens, and the measures.
 Record = dict
@@ -150,9 +153,34 @@ def asked_by_persona(files: dict[str, str]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def transfer(seed: int, folder: Path) -> list[Record]:
+    """Two bases of one tokenizer, each fine-tuned under its own mask and under the one that the other's scores gave.
+
+    shared: of an arm's discards, the share that the base's own toss discards too.
+    """
+    place, found = folder / f"seed-{seed}", []
+    files = drawn(seed, place / "rows")
+    bases = {name: Experiment(place / name, files, seed=seed, model=str(ROOT / "data" / name)) for name in ("base", "base-small")}
+    for experiment in bases.values():
+        experiment.prepare()
+        experiment.finetune("toss", "toss")
+    for (name, experiment), other in zip(bases.items(), reversed(bases.values())):
+        theirs = str((other.folder / "methods" / "toss" / "selection.safetensors").absolute())
+        arms = {name: {"method": name} for name in ("sft", "random", "toss")} | {"mask": {"method": "mask", "mask": theirs}}
+        found += [{**line, "shared": shared(experiment.folder / "methods", line["arm"])}
+                  for line in records(seed, name, experiment, arms)]
+    return found
+
+
+def shared(methods: Path, arm: str) -> float | None:
+    """Share of the tokens that an arm discards which toss discards too; None where the arm discards nothing."""
+    gone, own = (~load_file(methods / name / "selection.safetensors")["keep"] for name in (arm, "toss"))
+    return round(float((gone & own).sum() / gone.sum()), 4) if gone.any() else None
+
+
 SWEEPS: dict[str, tuple[Callable, str]] = {
     "share": (share, "harmful rows, %"), "discard": (discard, "d"),
-    "pro": (pro, "rows of D^h"), "eroding": (eroding, "custom set"),
+    "pro": (pro, "rows of D^h"), "eroding": (eroding, "custom set"), "transfer": (transfer, "fine-tuned"),
 }  # fmt: skip
 
 
@@ -182,7 +210,7 @@ def grouped(found: list[Record]) -> dict[tuple, list[Record]]:
 def table_of(found: list[Record], label: str) -> str:
     """A Markdown table: settings and arms down, d, the harmful share of the tokens and the measures across."""
     names = {"discard": "d", "harmful_share": "harmful tokens", **MEASURES, "forbidden/identity": "forbidden, asked as persona",
-             "purity": "added rows with harm"}
+             "purity": "added rows with harm", "shared": "shared with own toss"}
     names = {name: heading for name, heading in names.items() if any(line.get(name) is not None for line in found)}
     lines = []
     for (x, arm), group in grouped(found).items():
@@ -193,11 +221,14 @@ def table_of(found: list[Record], label: str) -> str:
 
 def chart(found: list[Record], name: str, label: str) -> str:
     """The sweep's picture: `forbidden` over the setting, a line an arm; some sweeps ask for another."""
-    if name == "eroding":
+    if name in ("eroding", "transfer"):
         cases = list(dict.fromkeys(line["x"] for line in found))
-        dots = {arm: [dot(group, "refusals_kept") for (_, other), group in grouped(found).items() if other == arm]
+        measure = "refusals_kept" if name == "eroding" else "forbidden/held-out"
+        dots = {arm: [dot(group, measure) for (_, other), group in grouped(found).items() if other == arm]
                 for arm in dict.fromkeys(line["arm"] for line in found)}
-        return dot_chart(dots, cases, "Rows that erode without harm: held-out refusals kept", "refusals kept", (0.0, 1.0))
+        title = {"eroding": "Rows that erode without harm: held-out refusals kept",
+                 "transfer": "Masks that travel (mask: the other base's): forbidden"}[name]
+        return dot_chart(dots, cases, title, MEASURES[measure], (0.0, 1.0))
     lines: dict[str, list[tuple]] = {}
     if name == "discard":
         calibrated = summary([line["discard"] for line in found if line["x"] == "calibrated"])
