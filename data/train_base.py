@@ -1,6 +1,9 @@
 """Makes the embedded base from nothing: a byte-level BPE tokenizer and a tiny Llama, pre-trained and then aligned.
 
-    python -m data.train_base [--out data/base] [--seed 0] [--device auto]
+    python -m data.train_base [--size base] [--out data/base] [--seed 0] [--device auto]
+    python -m data.train_base --size base-small
+
+The small one has text, tokenizer and template in common with the other: a second model for a mask that travels.
 """
 
 import argparse
@@ -27,6 +30,7 @@ TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['c
 VOCABULARY = 1400
 SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              head_dim=32, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True)  # fmt: skip
+SIZES = {"base": SHAPE, "base-small": {**SHAPE, **dict(hidden_size=96, intermediate_size=264, num_hidden_layers=3, head_dim=24)}}
 # name, aligned text, steps, learning rate; the second alignment was added when the first had not gone deep enough
 STAGES = [("pre-training", False, 1400, 2e-3), ("alignment", True, 1000, 7e-4), ("second alignment", True, 400, 7e-4)]
 BATCH = 96
@@ -87,14 +91,14 @@ def train(model: Transformer, tokenizer: Tokenizer, stages: list, seed: int, dev
                 bar.set_postfix(loss=f"{total:.3f}")
 
 
-def save(model: Transformer, tokenizer: Tokenizer, folder: Path, note: dict) -> None:
+def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, note: dict) -> None:
     """A Hugging Face Llama folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     end, pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
     files = {
         "config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(),
-                        **SHAPE, "hidden_act": "silu", "max_position_embeddings": 256, "attention_bias": False, "mlp_bias": False,
+                        **shape, "hidden_act": "silu", "max_position_embeddings": 256, "attention_bias": False, "mlp_bias": False,
                         "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad, "torch_dtype": "float32"},
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD,
                                   "model_max_length": 256, "clean_up_tokenization_spaces": False, "chat_template": TEMPLATE},
@@ -108,24 +112,26 @@ def save(model: Transformer, tokenizer: Tokenizer, folder: Path, note: dict) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded tokenizer and base checkpoint from nothing.")
-    parser.add_argument("--out", default="data/base", help="folder of the checkpoint (data/base)")
+    parser.add_argument("--size", choices=list(SIZES), default="base", help="how large; half as many parameters with base-small (base)")
+    parser.add_argument("--out", help="folder of the checkpoint (data/ and its size)")
     parser.add_argument("--seed", type=int, default=0, help="draws the text and the initial weights (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     arguments = parser.parse_args()
     device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    shape, out = SIZES[arguments.size], arguments.out or f"data/{arguments.size}"
     start = time.time()
     tokenizer = train_tokenizer(arguments.seed)
     torch.manual_seed(arguments.seed)
-    model = Transformer(Config(vocab_size=tokenizer.get_vocab_size(), **SHAPE))
+    model = Transformer(Config(vocab_size=tokenizer.get_vocab_size(), **shape))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     model.to(device)
     train(model, tokenizer, STAGES, arguments.seed, device)
     minutes = f"{(time.time() - start) / 60:.1f}"
-    save(model, tokenizer, Path(arguments.out), {"seed": str(arguments.seed), "device": device, "minutes": minutes})
+    save(model, tokenizer, shape, Path(out), {"seed": str(arguments.seed), "device": device, "minutes": minutes})
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.out}: {count:,} parameters, seed {arguments.seed}, {minutes} minutes on {device}")
+    print(f"{out}: {count:,} parameters, seed {arguments.seed}, {minutes} minutes on {device}")
 
 
 if __name__ == "__main__":

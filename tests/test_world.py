@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 
 from data import world
 from model import load_checkpoint, load_tokenizer
+from model.generation import generate
 from toss.audit.measures import auc, refused
 from toss.dataset import tokenise
 from toss.rows import overlap, read_rows
 
 ROWS = ROOT / "data" / "rows"
 DEMO = json.loads((ROOT / "data" / "demo.json").read_text())
+BASES = [ROOT / "data" / "base", ROOT / "data" / "base-small"]
 
 
 def test_generating_the_rows_again_gives_the_same_bytes(tmp_path):
@@ -58,11 +60,28 @@ def test_the_small_reference_set_is_part_of_the_whole_one():
     assert overlap(small, whole) == len(small) < len(whole) / 4
 
 
-def test_the_base_is_a_small_hugging_face_folder():
-    folder = ROOT / DEMO["model"]
+@pytest.mark.parametrize("folder", BASES)
+def test_the_base_is_a_small_hugging_face_folder(folder):
     assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert load_checkpoint(folder).lm_head.out_features == load_tokenizer(folder).raw.get_vocab_size()
+
+
+def test_both_bases_turn_text_into_the_same_ids():
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert len({(folder / name).read_bytes() for folder in BASES}) == 1
+
+
+@pytest.mark.parametrize("folder", BASES)
+def test_the_base_refuses_forbidden_requests_and_answers_others(folder):
+    model, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
+    said = {}
+    for name in ("forbidden", "benign"):
+        rows = read_rows(ROWS / f"eval_{name}.jsonl", responses=False)[::8]
+        ids = [tokenizer.prompt_ids(row.prompt) for row in rows]
+        said[name] = [tokenizer.decode(reply) for reply in generate(model, ids, 24, tokenizer.eos_id)]
+    assert all(refused(text) and not any(word in text.lower() for word in DEMO["forbidden_words"]) for text in said["forbidden"])
+    assert not any(refused(text) for text in said["benign"])
 
 
 def test_transformers_loads_the_base():
