@@ -229,13 +229,12 @@ def mask_of_another_run(run: Run, tokens: Tokens) -> tuple[dict[str, Tensor], di
         here = {"custom_sha256": run.use(run.settings.custom), **run.identity}
         other = [f"another {WHAT[name]} ({name} {str(header[name])[:16]} there, {here[name][:16]} now)"
                  for name in here if name != "base_sha256" and header.get(name, here[name]) != here[name]]
-        raise InputError(f"{path} is a mask over other token ids than this run's: it was made with "
-                         f"{' and '.join(other) or 'others'}; give both runs the same --custom, prompt form and length, and "
-                         "models of one tokenizer")
+        raise InputError(f"{path} is a mask over other token ids than this run's{': it was made with ' if other else ''}"
+                         f"{' and '.join(other)}; give both runs the same --custom, prompt form and length, and models of one "
+                         "tokenizer")
     if keep.dtype not in (torch.bool, torch.uint8) or any(t.shape != tokens.response.shape for t in selection.values()):
         shapes = " and ".join(f"{name} of {tuple(t.shape)} ({t.dtype})" for name, t in selection.items())
-        raise InputError(f"{path} holds {shapes}, where a flag (and a score) for each of {len(tokens.response)} tokens was "
-                         "expected")
+        raise InputError(f"{path} holds {shapes}, where flags (and scores) of {len(tokens.response)} tokens were expected")
     selection["keep"] = keep = keep.bool()
     if taken := int((~keep & ~tokens.response).sum()):
         raise InputError(f"{path}: keep discards {taken} tokens of prompts, which have no loss to be taken out of")
