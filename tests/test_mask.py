@@ -49,7 +49,7 @@ def test_a_mask_trains_as_the_selection_it_was_taken_from(trained, scripts):
 @pytest.mark.parametrize(("change", "said"), [
     ({"custom": [{"prompt": "a", "response": "b"}]}, "another custom file (custom_sha256"),
     ({"flags": ("--template", "human")}, "another prompt form (template chat there, human now)"),
-    ({"flags": ("--max-length", "50")}, "another length of a row (max_length 2048 there, 50 now)"),
+    ({"flags": ("--max-length", "50")}, "another row length (max_length 2048 there, 50 now)"),
     ({"tokenizer": lambda content: content["model"]["merges"].pop(0)}, "another tokenizer (tokenizer_sha256")])  # fmt: skip
 def test_a_mask_over_other_tokens_is_refused(trained, tmp_path, base, files, scripts, capsys, change, said):
     assert scripts["select"]("--run", trained) == 0

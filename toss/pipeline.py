@@ -18,7 +18,7 @@ from toss.dataset import Tokens
 from toss.parallel import rank
 from toss.refinement import default_samples, refine
 from toss.rows import Row, overlap, read_rows
-from toss.run import WHAT, Run
+from toss.run import Run, misfits
 from toss.scoring import rounding_noise, score_under
 from toss.selection import METHODS, UNSCORED, Candidates, choose, ranked_entries
 from toss.settings import TRAINING, Settings
@@ -96,7 +96,6 @@ def finetune(settings: Settings) -> None:
     entries = ranked_entries(tokens, settings.keep_eos, run.tokenizer.eos_id)
     if method == "mask":
         sources["mask_sha256"] = run.use(settings.mask)
-        borrowed = mask_of_another_run(run, tokens)
     names = TRAINING + (() if method in ("sft", "mask") else ("discard", "keep_eos"))
     names += ("weight_utility", "weight_degraded") if method == "weighted" else ()
     recipe = {**run.recipe(names, method=method, **sources), "dtype": base.dtypes["train"]}
@@ -107,6 +106,7 @@ def finetune(settings: Settings) -> None:
                    "pro_train": settings.pro_train}
     parts = ("selection.safetensors", *(f"model/{name}" for name in ADAPTER))
     if not run.is_done(f"methods/{settings.name}", folder, recipe, parts):
+        selection, how = selection_of(run, tokens, losses, entries)  # refused, if it must be, before anything is written
         with written_beside(run.out / "methods" / settings.name, whole=True) as beside:
             cost = {}
             if method == "toss-pro":
@@ -114,15 +114,8 @@ def finetune(settings: Settings) -> None:
                 again = replace(settings, **reference["settings"])  # theta^h is trained as it was
                 losses, cost["refining"] = refine(base, harmful, tokens, losses, entries, again, settings.pro, k, beside, sources)
                 sources["scores_sha256"] = file_hash(beside / f"round-{settings.pro}" / "scores.safetensors")
-            if method == "mask":
-                selection, how = borrowed
-                keep = selection["keep"]
-            else:
-                weights = (settings.weight_utility, settings.weight_degraded)
-                keep, scores = choose(method, Candidates(tokens, entries, losses, settings.seed, weights), settings.discard)
-                ranked_by = {} if scores is None else {"score": torch.zeros(len(keep)).index_put((entries,), scores)}
-                selection = {"keep": keep, **ranked_by}
-                how = {"discard": str(settings.discard), "keep_eos": str(settings.keep_eos), "ranked": str(len(entries))}
+                selection, how = selection_of(run, tokens, losses, entries)
+            keep = selection["keep"]
             note = {**run.identity, **sources, "method": method, **how, "tokens_sha256": tokens.fingerprint(),
                     "discarded": str(int((~keep).sum()))}
             save_tensors(selection, beside / "selection.safetensors", note)
@@ -211,6 +204,18 @@ def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], di
     return tokens, losses, sources
 
 
+def selection_of(run: Run, tokens: Tokens, losses: dict[str, Tensor], entries: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of selection.safetensors: the mask, and what it was cut by, if anything; and how they came about, in words."""
+    settings = run.settings
+    if settings.method == "mask":
+        return mask_of_another_run(run, tokens)
+    weights = (settings.weight_utility, settings.weight_degraded)
+    keep, scores = choose(settings.method, Candidates(tokens, entries, losses, settings.seed, weights), settings.discard)
+    ranked_by = {} if scores is None else {"score": torch.zeros(len(keep)).index_put((entries,), scores)}
+    how = {"discard": str(settings.discard), "keep_eos": str(settings.keep_eos), "ranked": str(len(entries))}
+    return {"keep": keep, **ranked_by}, how
+
+
 def mask_of_another_run(run: Run, tokens: Tokens) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of the selection that --mask names, and what a new header says of them: how they were chosen, and from what.
 
@@ -226,9 +231,8 @@ def mask_of_another_run(run: Run, tokens: Tokens) -> tuple[dict[str, Tensor], di
     except (SafetensorError, KeyError) as error:
         raise InputError(f"{path}: not a selection.safetensors that select.py wrote ({error})") from None
     if fingerprint != tokens.fingerprint():
-        here = {"custom_sha256": run.use(run.settings.custom), **run.identity}
-        other = [f"another {WHAT[name]} ({name} {str(header[name])[:16]} there, {here[name][:16]} now)"
-                 for name in here if name != "base_sha256" and header.get(name, here[name]) != here[name]]
+        here = {"custom_sha256": run.use(run.settings.custom), **run.identity, "base_sha256": header.get("base_sha256", "")}
+        other = [f"{what} ({values})" for what, values in misfits(header, here).values()]
         raise InputError(f"{path} is a mask over other token ids than this run's{': it was made with ' if other else ''}"
                          f"{' and '.join(other)}; give both runs the same --custom, prompt form and length, and models of one "
                          "tokenizer")
