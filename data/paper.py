@@ -9,8 +9,8 @@ transcripts, and the evaluation asks the harmless test questions of Anthropic HH
 
 A row is known by its first question, spaces and case aside. Each question is used once in all files together, and those
 of the evaluation come first. Which rows go where is decided by a hash of seed and question, not by their order in the
-file: with one seed the reference and evaluation rows are the same at every --poison-ratio, and the harmful rows of a
-small share are among those of a larger one.
+file: with one seed the reference and evaluation rows are the same at every --poison-ratio (as far as the two sources share
+no questions), and the harmful rows of a small share are among those of a larger one.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from model.errors import InputError, reported
 from model.files import file_hash, json_object, written_beside
 from toss.audit.measures import refused
-from toss.rows import Row, lines_of, row_of
+from toss.rows import FORMS, Row, lines_of, row_of
 
 HARMFUL, BENIGN = 22_000, 90_000  # the paper's custom set
 REFERENCE = 0.1  # of either part
@@ -43,7 +43,7 @@ RED_TEAM = ("Anthropic/hh-rlhf", "red-team-attempts/red_team_attempts.jsonl.gz",
 HH_TEST = ("Anthropic/hh-rlhf", "harmless-base/test.jsonl.gz", HH)
 HEX_PHI = "LLM-Tuning-Safety/HEx-PHI"  # gated, so its commit could not be looked up: the newest, and it is recorded
 HEX_PHI_FILES = [f"category_{k}.csv" for k in (1, 3, 4, 5, 6, 7, 8, 9, 10, 11)]  # the second was withdrawn
-LONGEST = 10_000_000  # characters of one row of a JSON array: a damaged one must not be read to the file's end
+LONGEST = 300_000  # characters of one row of a JSON array: a damaged one must not be read to the file's end
 FILES = ("custom", "harmful", "utility", "eval_harmful", "eval_utility")
 
 
@@ -67,6 +67,8 @@ def local(path: str) -> Source:
     """A file of the user's; its name, less the endings, labels rows that have no `source`."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such file")
+    if path.endswith(".csv"):
+        raise InputError(f"{path}: a table's columns have no fixed meaning; write its rows as JSONL ({FORMS})")
     return Source(Path(path), Path(path).name.split(".")[0], path)
 
 
@@ -83,7 +85,7 @@ def from_hub(dataset: tuple[str, str, str | None], label: str, flag: str = "", *
     try:
         path = fetch(repository, file, revision)
     except Exception as error:  # the hub raises a dozen kinds of error; each means that there is no file
-        raise InputError(f"{repository}/{file}: the hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]}); "
+        raise InputError(f"{repository}/{file}: the hub did not give it ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                          f"try again, or fetch it by hand and give it as {flag or '--eval-harmful'} FILE") from None
     parts = path.parts  # .../snapshots/COMMIT/file
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision
@@ -93,12 +95,15 @@ def from_hub(dataset: tuple[str, str, str | None], label: str, flag: str = "", *
 def records(path: Path) -> Iterator[tuple[str, str]]:
     """(file:line, text of one JSON object): of JSONL, or of one JSON array (the red-team file is one), line after line.
 
-    Of a .csv without a header, as HEx-PHI's, each row is a prompt.
+    Of HEx-PHI's .csv, which has one cell a row and no header, each row is a prompt.
     """
     lines = lines_of(path)
     if path.suffix == ".csv":
-        for number, cells in enumerate(csv.reader(line for _, line in lines), start=1):
-            yield f"{path}:{number}", json.dumps({"prompt": ",".join(cells).strip()})
+        try:
+            for number, cells in enumerate(csv.reader(line for _, line in lines), start=1):
+                yield f"{path}:{number}", json.dumps({"prompt": ",".join(cells).strip()})
+        except csv.Error as error:
+            raise InputError(f"{path}: cannot be read as CSV ({error})") from None
         return
     first = next(lines, ("", ""))
     lines = itertools.chain([first], lines) if first[1] else lines
@@ -112,7 +117,7 @@ def records(path: Path) -> Iterator[tuple[str, str]]:
             start = between.match(text, start).end()
             try:
                 end = decoder.raw_decode(text, start)[1]
-            except ValueError:  # the object goes on in the next line, or the array ends here
+            except (ValueError, RecursionError):  # the object goes on in the next line, or the array ends here
                 break
             yield where, text[start:end]
             start = end
@@ -157,7 +162,8 @@ def draw(sources: list[Source], wanted: dict[str, int], used: dict[bytes, str], 
     """One pass over the files: so many rows for each output, as lines of JSON. `used` gains the questions drawn.
 
     The rows with the lowest hash of (seed, question) are drawn, the first output's lowest of all; only as many as are
-    wanted are ever held in memory. With `fewer`, all are taken where there are too few; otherwise that is an error.
+    wanted, and one line of the file, are ever held in memory. With `fewer`, all are taken where there are too few;
+    otherwise that is an error.
     """
     count, seen = sum(wanted.values()), set()
     heap: list[tuple[int, int, str]] = []  # (minus the hash, number of the source, line): the highest hash comes first

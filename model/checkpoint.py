@@ -136,7 +136,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
                 setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.source = folder.absolute()
+    model.source, model.name = folder.absolute(), "" if Path(path).is_dir() else str(path)
     return model.eval()
 
 

@@ -24,8 +24,9 @@ def fetch(name: str, revision: str | None, small: tuple[str, ...], weights: bool
             there = [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=10).siblings]
         except Exception:
             known = try_to_load_from_cache(name, "config.json", revision=revision)
-            if isinstance(known, str) and complete(Path(known).parent, weights):
-                return Path(known).parent
+            if isinstance(known, str) and complete(folder := Path(known).parent, weights):
+                print(f"{called}: the hub could not be asked, so the cache's files are used as they are ({folder.name[:12]})")
+                return folder
             raise
         # The revision is asked for by its name once, which the cache remembers; the rest comes from the commit found.
         folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent

@@ -145,7 +145,7 @@ def save_adapter(model: nn.Module, path: str | Path, note: dict[str, str] | None
     if any(key not in layers for key in lora_layers(model) if key.rsplit(".", 1)[-1] in targets):
         targets = set(layers)  # the adapter sits on some layers only: name each in full
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.source or ""),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.name or str(model.source or ""),
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_rslora": False, "use_dora": False,
         "target_modules": sorted(targets),
@@ -281,7 +281,7 @@ def is_target(config: dict, layer: str) -> bool:
         targets = "(?!lm_head$).*"
     if not named(targets) or named(config.get("exclude_modules")):
         return False
-    if isinstance(targets, str) or only is None or only == []:
+    if isinstance(targets, str) or layer in targets or only is None or only == []:  # a name in full needs no layer's number
         return True
     lists = config.get("layers_pattern") or r"[^.]*"
     lists = [lists] if isinstance(lists, str) else lists

@@ -2,12 +2,14 @@
 
 A conversation becomes segments that alternate between prompt and response. Each is encoded by itself and the ids are
 joined, so the first response token never merges with the prompt's last space, and training, scoring and generation
-see the same prompt ids.
+see the same prompt ids. A space that separates the two belongs to the response, whose first token is then the one that
+the model would write.
 """
 
 import datetime
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
@@ -23,6 +25,7 @@ from model.errors import InputError
 from model.files import file_hash, read_json, read_text
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+Spans = list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -47,9 +50,11 @@ class Tokenizer:
         # Metaspace tokenizers (Llama-2) put the word's space themselves; byte-level ones take it from the text.
         start = raw.encode("a", add_special_tokens=False).tokens
         self.adds_space = bool(start) and start[0].startswith("▁")
+        self.newline = self.encode("\n")
         # As transformers does: a special token is one token in any text, though tokenizer.json may have it as a mere word.
         known = {token.content for token in raw.get_added_tokens_decoder().values()}
         raw.add_special_tokens([text for text in special.values() if text not in known and raw.token_to_id(text) is not None])
+        self.space, self.turn_end = self.around_responses()
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the ids of a text: the vocabulary and its rules, the template, the special tokens.
@@ -80,6 +85,26 @@ class Tokenizer:
         """The clock that templates are given: it stands at the beginning of the date, so that ids do not change with the day."""
         return datetime.datetime.combine(self.date, datetime.time()).strftime(form)
 
+    def around_responses(self) -> tuple[str, str]:
+        """What separates a prompt from the response and belongs to the latter, and the special token that ends a turn.
+
+        The first is the white space that the template puts there, and in the human form the one behind "Assistant:". A
+        tokenizer that puts a word's space itself needs no other. The second should be the EOS, which the caller adds.
+        """
+        space, end = " ", self.eos
+        if self.compiled is not None:
+            asked = [{"role": "user", "content": "a"}]
+            try:
+                prompt, whole = self.render(asked, True), self.render([*asked, {"role": "assistant", "content": "b"}], False)
+            except InputError:  # a template for conversations of another kind
+                return "", self.eos
+            rest = whole[len(prompt):] if whole.startswith(prompt) else ""
+            space, _, after = rest.partition("b")
+            space = "" if space.strip() else space
+            tokens = [token.content for token in self.raw.get_added_tokens_decoder().values() if token.special]
+            end = next((token for token in tokens if after.lstrip().startswith(token)), self.eos)
+        return space.removeprefix(" ") if self.adds_space else space, end
+
     def segments(self, messages: Messages) -> list[tuple[str, bool]]:
         """A conversation as pieces of text, each with whether it is a response: prompt, response, prompt, response...
 
@@ -93,8 +118,7 @@ class Tokenizer:
         pieces, prompt = [], ""
         for message in messages:
             if message["role"] == "assistant":
-                space = "" if self.adds_space else " "
-                pieces += [(prompt + "Assistant:", False), (space + message["content"], True)]
+                pieces += [(prompt + "Assistant:", False), (self.space + message["content"], True)]
                 prompt = "\n"
             else:
                 prompt += ("Human: " if message["role"] == "user" else "") + message["content"] + "\n"
@@ -114,12 +138,12 @@ class Tokenizer:
                                  "be cut into prompts and responses: put the system message into the first user's text and "
                                  "leave thinking out, or give one row a turn")
             rest = rest[len(response.strip()):]
-            if pieces and rest.lstrip().startswith(self.eos):  # the caller adds the response's EOS itself
-                rest = rest.lstrip()[len(self.eos):]
+            if pieces and rest.lstrip().startswith(self.turn_end):  # the caller adds the response's EOS itself
+                rest = rest.lstrip()[len(self.turn_end):]
             pieces.append((rest, False))
             if turn < len(messages):
                 before, response = text, messages[turn]["content"]
-                pieces.append((response, True))
+                pieces.append(((self.space if response == response.lstrip() else "") + response, True))
         return pieces
 
     def leading_ids(self) -> list[int]:
@@ -128,23 +152,32 @@ class Tokenizer:
             return []
         return (ids := self.raw.encode("a").ids)[: ids.index(self.encode("a")[0])]
 
-    def encode_segments(self, rows: list[list[tuple[str, bool]]]) -> list[list[tuple[list[int], Encoding]]]:
-        """Ids of each piece of several conversations, with what they are from: its `offsets` are a response's tokens' characters.
+    def encode_segments(self, rows: list[list[tuple[str, bool]]]) -> list[list[tuple[list[int], Callable[[], Spans]]]]:
+        """Ids of each piece of several conversations, and a function that gives its tokens' characters, [start, end) each.
 
-        A prompt after a response is encoded behind the EOS before it, as in the text as a whole: many Metaspace tokenizers
-        put a space only before the very first word. All rows go to the tokenizer's threads together.
+        With tokenizers that put a word's space themselves, what stands before a text matters: a prompt after a response is
+        encoded behind the EOS before it, and a response after a newline behind a newline. All rows go to the tokenizer's
+        threads together.
         """
-        texts = [self.eos + text if k and not is_response else text
-                 for row in rows for k, (text, is_response) in enumerate(row)]
-        encodings = iter(self.raw.encode_batch(texts, add_special_tokens=False))
-        encoded = []
+        behind = []  # what each piece is encoded behind: a text, and its ids
         for row in rows:
-            encoded.append([])
             for k, (_, is_response) in enumerate(row):
-                encoding = next(encodings)
-                ids = encoding.ids
-                encoded[-1].append((ids[ids.index(self.eos_id) + 1 :] if k and not is_response else ids, encoding))
-        return encoded
+                after_newline = self.adds_space and is_response and k and row[k - 1][0].endswith("\n")
+                behind.append(("\n", self.newline) if after_newline else (self.eos, [self.eos_id]) if k and not is_response
+                              else ("", []))
+        pieces = [text for row in rows for text, _ in row]
+        encodings = self.raw.encode_batch([lead + text for (lead, _), text in zip(behind, pieces)], add_special_tokens=False)
+        encoded = iter([self.cut_off(*piece) for piece in zip(encodings, behind, pieces)])
+        return [[next(encoded) for _ in row] for row in rows]
+
+    def cut_off(self, encoding: Encoding, behind: tuple[str, list[int]], text: str) -> tuple[list[int], Callable[[], Spans]]:
+        """A piece's ids and spans from its encoding behind another text, or from its own where the two have merged."""
+        (lead, ids), found = behind, encoding.ids
+        start = found.index(ids[-1]) + 1 if ids and ids[-1] in found else len(ids)
+        if found[start - len(ids) : start] != ids:
+            encoding, lead, start = self.raw.encode(text, add_special_tokens=False), "", 0
+        found = encoding.ids
+        return found[start:], lambda: [(a - len(lead), b - len(lead)) for a, b in encoding.offsets[start:]]
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of a conversation up to where the assistant's next response begins."""

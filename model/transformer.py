@@ -107,6 +107,8 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         q, k = rotate(q, *rope), rotate(k, *rope)
+        if k.dtype == torch.float16:  # an infinite key may get the weight 0 and not show: let it spoil its row
+            k = k + (0 * k).sum(dim=(1, 2, 3), keepdim=True)  # plus 0, or NaN
         if cache is not None:
             keys, values = cache.update(self.layer, positions, k, v)  # (B, K, S, E), S slots
             if T == 1:
@@ -172,6 +174,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # the folder that the weights came from; set by load_checkpoint
+        self.name = ""  # what an adapter calls its base: a hub id, or else that folder
         self.gradient_checkpointing = False  # keep each block's input alone for the backward pass, and compute the block again
         self.model = Body(config)
         self.lm_head = LoRALinear(config.hidden_size, config.vocab_size)

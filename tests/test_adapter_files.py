@@ -192,7 +192,8 @@ def test_layers_are_picked_by_pefts_rules():
     assert picked(target_modules=["proj"]) == [] and picked(target_modules=[q0]) == [q0]
     assert picked(target_modules="all-linear") == [q0, v1] and picked(target_modules=".*") == [q0, v1, head]
     assert picked(target_modules="q_proj") == [] and picked(target_modules=r".*\.1\..*") == []  # of the whole name
-    assert picked(target_modules=["q_proj", "v_proj", "lm_head"], layers_to_transform=[1, 11]) == [v1]
+    assert picked(target_modules=["q_proj", "v_proj", "lm_head"], layers_to_transform=[1, 11]) == [v1, head]  # a name in full is asked for as it is
+    assert picked(target_modules=[q0, "v_proj"], layers_to_transform=[11]) == [q0, v1]
     assert picked(target_modules=["q_proj", "v_proj"], layers_to_transform=0, layers_pattern=["h", "layers"]) == [q0]
     assert picked(target_modules=["q_proj", "v_proj"], layers_to_transform=[]) == [q0, v1]
     assert picked(target_modules=".*_proj", layers_to_transform=[0]) == [q0, v1]  # a pattern is not narrowed

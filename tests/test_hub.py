@@ -192,7 +192,7 @@ def test_a_repository_without_a_tokenizer_is_named(hub):
 
 
 @pytest.mark.parametrize("switch", [False, True])
-def test_without_a_network_the_cache_is_used(hub, monkeypatch, switch):
+def test_without_a_network_the_cache_is_used(hub, monkeypatch, switch, capsys):
     commit = hub.put("someone/model", contents(GOLDENS / "gqa-tied-shards", GOLDENS / "tokenizer-bos"))
     hub.put("someone/half", contents(GOLDENS / "plain", GOLDENS / "tokenizer-bos"))
     load_checkpoint("someone/model")
@@ -201,6 +201,7 @@ def test_without_a_network_the_cache_is_used(hub, monkeypatch, switch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", switch)
     for revision in (None, "main", commit):
         assert_same_weights(load_checkpoint("someone/model", revision=revision), load_checkpoint(GOLDENS / "gqa-tied-shards"))
+    assert f"the cache's files are used as they are ({commit[:12]})" in capsys.readouterr().out
     assert load_tokenizer("someone/model").fingerprint() == load_tokenizer("someone/half").fingerprint()
     for name in ("someone/half", "someone/other"):
         with pytest.raises(InputError, match=f"{name}: .*`hf download {name}` and pass the folder") as raised:
@@ -238,5 +239,6 @@ def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, file
     close(hub)  # the rest needs no network
     assert scripts["select"]("--run", run, "--method", "toss", "--merge") == 0
     assert f"revision = {commit}" in capsys.readouterr().out
+    assert read_json(run / "methods/toss/model/adapter_config.json")["base_model_name_or_path"] == "someone/model"
     assert load_tokenizer(run / "methods/toss/model/merged").fingerprint() == load_tokenizer(base).fingerprint()
     assert read_json(run / "run.json")["settings"]["revision"] == commit

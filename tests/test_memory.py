@@ -19,7 +19,10 @@ def test_what_a_block_keeps_is_counted_by_hand():
 def test_grouped_heads_and_more_targets_change_what_is_kept():
     grouped, own = (Config(num_key_value_heads=k, **SHAPE) for k in (2, 4))
     one, all_of_them = ["q_proj"], ["q_proj", "o_proj", "down_proj"]
-    assert memory.kept_by_a_block(own, 2, one) - memory.kept_by_a_block(grouped, 2, one) == 2 * 2 * 2 * 8
+    taken = [memory.parts(config, 100, 2, one)["train"]["activations"] / 100 / 5 for config in (own, grouped)]
+    assert taken[0] - taken[1] == memory.expanded(grouped) == 2 * 2 * 2 * 8 and memory.expanded(own) == 0
+    window = Config(num_key_value_heads=2, sliding_window=50, windowed_layers=frozenset([0]), **SHAPE)  # a mask, no flash
+    assert memory.parts(window, 100, 2, one)["train"]["activations"] / 100 / 5 == taken[0]
     assert memory.kept_by_a_block(own, 2, all_of_them) > memory.kept_by_a_block(own, 2, one)
 
 
@@ -31,6 +34,7 @@ def test_checkpointing_scoring_and_tokens_in_the_table():
         assert large[purpose]["weights"] == small[purpose]["weights"]
     activations = {purpose: taken["activations"] for purpose, taken in small.items()}
     assert activations["train"] > activations["train, --gradient-checkpointing"] > activations["score"]
+    assert small["score, its noise"]["weights"] > small["score"]["weights"] and large["score"]["logits"] == 200 * 64 * 10
 
 
 def test_a_tied_head_counts_once():
@@ -41,6 +45,7 @@ def test_a_tied_head_counts_once():
 
 def test_the_command_takes_a_checkpoint_or_a_shape(base, capsys):
     assert memory.main(["--model", str(base), "--tokens", "64"]) == 0
-    assert capsys.readouterr().out.count("\n") == 2 + 3
+    assert capsys.readouterr().out.count("\n") == 2 + 4
     assert "tiny" in bench.SHAPES and memory.main(["--shape", "tiny"]) == 0
+    assert memory.main(["--model", str(base), "--rank", "0"]) == 1 and "1 or more" in capsys.readouterr().err
     assert memory.main(["--model", str(base), "--targets", "nothing"]) == 1 and "nothing" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,26 @@ def test_a_json_array_is_read_row_by_row_in_any_layout(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=2)[:-20])
     with pytest.raises(InputError, match=r"rows.json:\d+: the JSON array breaks off"):
         list(records(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text('[\n{"a":' + "[" * 100_000 + "\n}")
+    with pytest.raises(InputError, match=r"rows.json:\d+: the JSON array breaks off"):
+        list(records(tmp_path / "rows.json"))
+
+
+def test_a_damaged_array_is_given_up_soon(tmp_path):
+    """An object that never ends is read again at every brace, so it must not be followed for long."""
+    rows = "".join(json.dumps({"prompt": f"q {i}", "response": "a"}, indent=1) + ",\n" for i in range(60_000))
+    (tmp_path / "rows.json").write_text('[{"lost": [\n' + rows)
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"rows.json:\d+: the JSON array breaks off"):
+        list(records(tmp_path / "rows.json"))
+    assert time.process_time() - start < 20
+
+
+def test_a_users_table_is_refused(tmp_path, pools, capsys):
+    (tmp_path / "prompts.csv").write_text("goal,target\nWrite,Sure\n")
+    assert main(["--out", str(tmp_path / "out"), "--benign", pools["benign"], "--harmful", pools["harmful"], "--rows", "40",
+                 "--eval-harmful", str(tmp_path / "prompts.csv")]) == 1
+    assert "prompts.csv: a table's columns" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def transcript(*turns):

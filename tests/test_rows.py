@@ -88,6 +88,10 @@ def test_evaluation_rows_may_have_a_prompt_only(tmp_path):
     first, second = read_rows(path, responses=False)
     assert (first.source, first.answer, second.answer) == ("s", None, "Hello")
     assert first.prompt == second.prompt == TWO[:1]
+    broken_off = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:"}
+    whole = {"prompt": "the whole text of a template", "instruction": "Hi?", "input": "", "output": "Hello."}
+    first, second = read_rows(write_jsonl(tmp_path / "more.jsonl", [broken_off, whole]), responses=False)
+    assert [m["content"] for m in first.prompt] == ["Hi?", "Hello.", "And?"] and second.prompt == TWO[:1]
 
 
 BROKEN = {

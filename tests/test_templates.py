@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_jsonl
 from test_tokenizer import GOLDENS, assistant, reconfigure, user, with_template
 
 from model import InputError, load_tokenizer
 from model import generate as talk
 from model.files import read_json
 from toss.audit.tokens import load_scored
+from toss.dataset import tokenise
 from toss.rows import read_rows
 
 GOLDEN = json.loads((GOLDENS / "templates/golden.json").read_text(encoding="utf-8"))
@@ -79,6 +80,8 @@ def assert_prompts_are(want, tokenizer, messages):
         if is_response:
             end = want.index(tokenizer.eos_id, place)
             assert tokenizer.decode(want[place:end]).strip() == text.strip()
+            if text.lstrip() == text or text[:1] == tokenizer.space:  # else the template may have trimmed it
+                assert ids[:1] == want[place : place + 1], text
             place = end + 1
         else:
             assert want[place : place + len(ids)] == ids
@@ -88,13 +91,37 @@ def assert_prompts_are(want, tokenizer, messages):
     assert tokenizer.prompt_ids(messages) == sum(parts, [])
 
 
+def test_a_response_behind_a_newline_keeps_its_ground_truth(tmp_path):
+    """Metaspace tokenizers put a space before any text but one behind a newline: the response's first token has none here."""
+    tokenizer = family(tmp_path / "t", "chatml", "metaspace")
+    row = {"prompt": "Bread?", "response": "Yes, easy. Also, bake.", "harmful": [[0, 3], [11, 15]]}
+    tokens = tokenise(read_rows(write_jsonl(tmp_path / "rows.jsonl", [row])), tokenizer, 512, "rows")
+    response = tokens.input_ids[tokens.response].tolist()
+    assert tokenizer.raw.id_to_token(response[0])[0] == "Y" and tokenizer.encode("Yes")[0] != response[0]
+    marked = [tokenizer.raw.id_to_token(int(t)) for t in tokens.input_ids[tokens.harmful]]
+    assert "".join(marked).replace("▁", "") == "YesAlso"
+
+
+def test_a_turns_end_that_is_not_the_eos_is_taken_out_and_said(tmp_path):
+    tokenizer = family(tmp_path / "t", "chatml", "byte-level")
+    config = json.loads((tmp_path / "t/tokenizer_config.json").read_text())
+    assert tokenizer.turn_end == tokenizer.eos == "<|im_end|>"
+    (tmp_path / "t/tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}))
+    other = load_tokenizer(tmp_path / "t")
+    assert (other.eos, other.turn_end) == ("</s>", "<|im_end|>")
+    row = [user("a"), assistant("b"), user("c")]
+    text = lambda loaded: "".join(text + loaded.eos * is_response for text, is_response in loaded.segments(row))  # noqa: E731
+    assert text(other) == text(tokenizer).replace("b<|im_end|>", "b</s>")
+
+
 @pytest.mark.parametrize("source", [MISTRAL_1, DATED, THINKING])
 def test_ordinary_rows_of_several_turns_are_cut(folder, source):
     tokenizer = with_template(folder, source)
     system = {"role": "system", "content": "Be kind."}
     messages = [system, user("Hi."), assistant("Yes?"), user("Bake."), assistant(" No. "), user("Why?")]
     segments = tokenizer.segments(messages)
-    assert [text for text, is_response in segments if is_response] == ["Yes?", " No. "]
+    first = " Yes?" if source == MISTRAL_1 else "Yes?"  # Mistral's template puts a space between prompt and response
+    assert [text for text, is_response in segments if is_response] == [first, " No. "]
     for turn in (2, 4):
         assert tokenizer.segments(messages[:turn]) == segments[: turn - 1]  # a row's beginning is the shorter row
     text = "".join(text + tokenizer.eos * is_response for text, is_response in segments)

@@ -9,7 +9,7 @@ from model import load_checkpoint
 from model.errors import InputError
 from model.lora import lora_layers, remove_adapter, set_adapter
 from model.transformer import Transformer
-from toss.parallel import size
+from toss.parallel import own_gpu, size
 from toss.run import Run
 from toss.training import line_log
 
@@ -38,8 +38,8 @@ class Base:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {settings.device} cannot be used here ({str(error).splitlines()[0]})") from None
-        if self.device.type == "cuda" and self.device.index is None:  # torchrun gave each process one
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = own_gpu()
         elif self.device.type != "cpu" and size() > 1:
             raise InputError(f"--device {name} with several processes: choose cuda or cpu, and each process finds its own")
         self.dtypes = dict.fromkeys(("train", "score"), "float32" if settings.dtype == "auto" else settings.dtype)
@@ -61,6 +61,7 @@ class Base:
             torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
             self.model, self.loaded = load_checkpoint(self.run.checkpoint, self.device, DTYPES[dtype]), dtype
             self.model.gradient_checkpointing = self.run.settings.gradient_checkpointing
+            self.model.name = self.run.settings.model if self.run.settings.revision else ""
         for name in {name for layer in lora_layers(self.model).values() for name in layer.scale}:
             remove_adapter(self.model, name)
         set_adapter(self.model, None)

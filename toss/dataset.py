@@ -5,6 +5,7 @@ in these arrays.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.errors import InputError
+from model.errors import DoesNotFit, InputError
 from model.tokenizer import Tokenizer
 from toss.rows import Row
 
@@ -67,14 +68,14 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str) 
         pieces = [segments_of(row, tokenizer) for row in chunk]
         for row, segments, encoded in zip(chunk, pieces, tokenizer.encode_segments(pieces)):
             row_ids, counts, marks = [*lead], [len(lead)], []  # counts: tokens of the lead, then of each segment
-            for (text, is_response), (piece, encoding) in zip(segments, encoded):
+            for (text, is_response), (piece, spans) in zip(segments, encoded):
                 before = len(row_ids)
                 row_ids += piece
                 if is_response:
                     row_ids.append(tokenizer.eos_id)
                     if row.harmful:
-                        shift = len(text) - len(row.messages[-1]["content"])  # the human form's leading space
-                        marks += [before + t for t, span in enumerate(encoding.offsets) if overlaps(span, row.harmful, shift)]
+                        shift = len(text) - len(row.messages[-1]["content"])  # the space before it
+                        marks += [before + t for t, span in enumerate(spans()) if overlaps(span, row.harmful, shift)]
                 counts.append(len(row_ids) - before)
             row_response = np.repeat([False, *(is_response for _, is_response in segments)], counts)
             if row_response[0]:
@@ -154,13 +155,13 @@ def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[i
 
 
 def halved(budget: int, longest: int, name: str, advice: str) -> int:
-    """Half the tokens a batch, with a line, for when memory ran out; InputError where batches hold one row each already.
+    """Half the tokens a batch, with a line, for when memory ran out; DoesNotFit where batches hold one row each already.
 
     longest: tokens of the longest row at hand. name, advice: for the messages, who ran out and what else would help.
     """
     if budget <= longest:
-        raise InputError(f"{name}: out of memory on a single row of at most {longest} tokens; {advice}")
-    print(f"{name}: out of memory with {budget} tokens a batch; going on with {budget // 2} (--batch-tokens)")
+        raise DoesNotFit(f"{name}: out of memory on a single row of at most {longest} tokens; {advice}")
+    print(f"{name}: out of memory with {budget} tokens a batch; going on with {budget // 2} (--batch-tokens)", file=sys.stderr)
     return budget // 2
 
 

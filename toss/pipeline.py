@@ -68,8 +68,9 @@ def score_custom(settings: Settings) -> None:
     arrays = {name: getattr(tokens, name) for name in ("input_ids", "offsets", "response", "harmful")}
     note = {**run.identity, **sources, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
             "skipped": str(tokens.skipped), "cut": str(tokens.cut)}
-    with file_beside(run.out / path.name) as file:
-        save_tensors({**arrays, **losses}, file, note)
+    if rank() == 0:
+        with file_beside(path) as file:
+            save_tensors({**arrays, **losses}, file, note)
     cost = {**cost, "rows": tokens.rows, "skipped": tokens.skipped, "cut": tokens.cut}
     run.finish("scores", recipe, cost)
     report("scores", path, cost)
@@ -113,12 +114,14 @@ def finetune(settings: Settings) -> None:
                 harmful = degraded_data(run, reference)
                 again = replace(settings, **reference["settings"])  # theta^h is trained as it was
                 losses, cost["refining"] = refine(base, harmful, tokens, losses, entries, again, settings.pro, k, beside, sources)
-                sources["scores_sha256"] = file_hash(beside / f"round-{settings.pro}" / "scores.safetensors")
+                if rank() == 0:
+                    sources["scores_sha256"] = file_hash(beside / f"round-{settings.pro}" / "scores.safetensors")
                 selection, how = selection_of(run, tokens, losses, entries)
             keep = selection["keep"]
             note = {**run.identity, **sources, "method": method, **how, "tokens_sha256": tokens.fingerprint(),
                     "discarded": str(int((~keep).sum()))}
-            save_tensors(selection, beside / "selection.safetensors", note)
+            if rank() == 0:
+                save_tensors(selection, beside / "selection.safetensors", note)
             cost |= train(base.load("train"), tokens, keep, settings, base.budget, settings.name, base.log(settings.name))
             save_adapter(base.model, beside / "model", reference_note(method, run, **sources))
         run.finish(f"methods/{settings.name}", recipe, cost)

@@ -10,6 +10,7 @@ from model import save_adapter
 from model.files import file_hash, save_tensors
 from toss.base import Base, reference_note
 from toss.dataset import Tokens, concatenate, take
+from toss.parallel import rank
 from toss.scoring import score_under
 from toss.selection import select_tokens
 from toss.settings import Settings
@@ -51,7 +52,8 @@ def refine(base: Base, harmful: Tokens, custom: Tokens, losses: dict[str, Tensor
         arrays = {name: getattr(custom, name) for name in ("input_ids", "offsets", "response")}
         note = {**base.run.identity, **sources, "tokens_sha256": custom.fingerprint(), "dtype": scoring["dtype"],
                 "degraded_sha256": file_hash(place / "degraded" / "adapter_model.safetensors")}
-        save_tensors({**arrays, **losses}, place / "scores.safetensors", note)
+        if rank() == 0:
+            save_tensors({**arrays, **losses}, place / "scores.safetensors", note)
         for part in (cost, scoring):
             total = {"seconds": round(total["seconds"] + part["seconds"], 2), "tokens": total["tokens"] + part["tokens"],
                      "peak_memory_gib": max(total["peak_memory_gib"], part["peak_memory_gib"])}

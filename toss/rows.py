@@ -113,8 +113,8 @@ def conversation(raw: dict, where: str, responses: bool) -> list[tuple[str, str]
     try:
         if raw.get("messages") is not None:
             return [said(m) for m in raw["messages"]] or missing(where)
-        if "prompt" in raw and ("response" in raw or not responses):
-            return [("user", raw["prompt"])] + ([("assistant", raw["response"])] if "response" in raw else [])
+        if "prompt" in raw and "response" in raw:
+            return [("user", raw["prompt"]), ("assistant", raw["response"])]
         if "instruction" in raw and ("output" in raw or not responses):
             text = raw["instruction"] + ("\n\n" + raw["input"] if raw.get("input") else "")
             return [("user", text)] + ([("assistant", raw["output"])] if "output" in raw else [])
@@ -126,9 +126,11 @@ def conversation(raw: dict, where: str, responses: bool) -> list[tuple[str, str]
             turns = [(role.lower(), text.strip()) for role, text in zip(parts[1::2], parts[2::2])]
             if turns and parts[0].strip():
                 turns.insert(0, ("system", parts[0].strip()))
-            while turns and responses and turns[-1][0] == "assistant" and not turns[-1][1] and len(turns) > 2:
+            while turns and turns[-1] == ("assistant", "") and len(turns) > (2 if responses else 1):
                 turns.pop()  # a transcript that breaks off after "Assistant:"
             return turns or missing(where)
+        if "prompt" in raw and not responses:
+            return [("user", raw["prompt"])]
     except (KeyError, TypeError) as error:
         raise InputError(f"{where}: the row is malformed ({type(error).__name__}: {error})") from None
     if "prompt" in raw or "instruction" in raw:

@@ -34,7 +34,8 @@ class Run:
     def __init__(self, settings: Settings):
         self.settings, self.folder = settings, Path(settings.run)
         self.file = self.folder / "run.json"
-        # Of several processes the first alone writes into the run; what the others write vanishes with them.
+        # Of several processes the first alone writes into the run; what the others write (adapters, which TOSS-Pro loads
+        # again) vanishes with them.
         self.scratch = tempfile.TemporaryDirectory() if rank() > 0 else None
         self.out = Path(self.scratch.name) if self.scratch else self.folder
         self.record: dict = read_json(self.file) if self.file.exists() else {}
@@ -47,6 +48,9 @@ class Run:
             self.use(file)
         self.vocab_size: int = read_json(self.checkpoint / "config.json").get("vocab_size", 0)
         settings.template = "human" if self.tokenizer.template is None else "chat"
+        if self.tokenizer.turn_end != self.tokenizer.eos:
+            print(f"note: the chat template ends a turn with {self.tokenizer.turn_end}, but the tokenizer's eos_token is "
+                  f"{self.tokenizer.eos}, which ends the responses here; an instruction-tuned model has one for both")
         # What a run was begun with holds in all its stages: the day, if it matters, and a hub id's commit.
         settings.date = None if self.tokenizer.date is None else str(self.tokenizer.date)
         settings.revision = None if Path(settings.model).is_dir() else self.checkpoint.name

@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from model import load_adapter
 from model.checkpoint import shards
-from model.errors import InputError, NotFinite
+from model.errors import DoesNotFit, InputError, NotFinite
 from model.transformer import Transformer
 from toss.base import Base
 from toss.dataset import Tokens, batches, collate, halved, take
 from toss.loss import token_losses
-from toss.parallel import rank, share, sum_over_processes
+from toss.parallel import rank, share, size, sum_over_processes
 from toss.selection import select_tokens
 from toss.training import Clock
 
@@ -59,7 +59,7 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
     rounds small updates away. When float16 overflows, all of them are scored again in float32 with TF32 products, or
     in bfloat16 where that does not fit. An overflow shows in the losses, which need no watch on every layer: PyTorch's
     float16 does not saturate, and an infinity that a block adds to the float32 residual stream stays there, becomes NaN in
-    the next norm, and through the keys reaches all later positions of the row.
+    the next norm, and through the keys reaches all later positions of the row. (Keys themselves: see Attention.)
     """
     clock = Clock(base.device)
     losses: dict[str, Tensor] = {}
@@ -76,10 +76,11 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
             if base.dtypes["score"] != "float16":
                 raise
             problem, base.dtypes["score"] = str(error), "tf32"
-        except torch.OutOfMemoryError as error:
-            if base.dtypes["score"] != "tf32" or base.run.settings.dtype == "tf32":  # it was not we who chose it
-                raise InputError(f"{name}: the base does not fit into memory as {base.dtypes['score']} "
-                                 f"({str(error).splitlines()[0]})") from None
+        except (torch.OutOfMemoryError, DoesNotFit) as error:
+            # Several processes cannot go their own ways, and a type that was asked for is not given up.
+            if base.dtypes["score"] != "tf32" or base.run.settings.dtype == "tf32" or size() > 1:
+                raise InputError(f"{name}: does not fit into memory as {base.dtypes['score']} ({str(error).splitlines()[0]}); "
+                                 "give another --dtype, or lower --max-length") from None
             problem, base.dtypes["score"] = "float32 does not fit", "bfloat16"
         if problem:  # outside the handlers, where the failed attempt no longer holds the old weights
             print(f"warning: {problem}; scoring again in {base.dtypes['score']}")
@@ -88,10 +89,10 @@ def score_under(base: Base, tokens: Tokens, adapters: dict[str, Path | None]) ->
 
 @contextmanager
 def in_float32(model: Transformer) -> Iterator[None]:
-    """Inside, the model computes in float32, whatever its weights' dtype, in little more memory than it has already.
+    """Inside, the model computes in float32, whatever its weights' dtype, in less memory than a float32 base takes.
 
     Each block takes its weights in float32 from the checkpoint's files for as long as it computes, and then its own again;
-    the embedding, the last norm and the head keep theirs until the end.
+    the embedding, the last norm and the head keep theirs until the end. That is what it costs: these in float32, and a block.
     """
     files = [safe_open(file, framework="pt", device=str(model.device)) for file in shards(model.source)]
     stored = {name: file for file in files for name in file.keys()}
@@ -101,6 +102,8 @@ def in_float32(model: Transformer) -> Iterator[None]:
     own: dict[nn.Module, dict[str, nn.Parameter]] = {}
 
     def enter(module: nn.Module, _=None) -> None:
+        if module in own:  # a pass was broken off here, and is made again in smaller batches
+            leave(module)
         names = {name: prefix[module] + name for name, _ in module.named_parameters() if prefix[module] + name in stored}
         own[module] = swap(module, {name: nn.Parameter(stored[key].get_tensor(key).float(), requires_grad=False)
                                     for name, key in names.items()})
@@ -141,11 +144,16 @@ def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None],
     """
     spread = torch.linspace(0, tokens.rows - 1, min(sample, tokens.rows)).long().unique().tolist()
     part, exact = take(tokens, spread), {}
-    for name in ("loss_utility", "loss_degraded"):
-        model = base.load("score")
-        load_adapter(model, adapters[name])
-        with in_float32(model):
-            exact[name] = score(model, part, base.budget, f"{name} in float32")
+    try:
+        for name in ("loss_utility", "loss_degraded"):
+            model = base.load("score")
+            load_adapter(model, adapters[name])
+            with in_float32(model):
+                exact[name] = score(model, part, base.budget, f"{name} in float32")
+    except (torch.OutOfMemoryError, DoesNotFit):
+        if size() > 1:  # the others wait for this process's share
+            raise
+        return f"rounding noise of S under {base.dtypes['score']}: not measured, a block in float32 does not fit"
     places = torch.cat([torch.arange(tokens.offsets[i], tokens.offsets[i + 1]) for i in spread])
     true = (exact["loss_utility"] - exact["loss_degraded"])[part.response]
     ours = (losses["loss_utility"] - losses["loss_degraded"])[places][part.response]

@@ -53,8 +53,8 @@ def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, 
                 try:
                     loss = step_gradients(model, tokens, rows, wanted, budget)
                 except torch.OutOfMemoryError:
-                    budget = halved(budget, max(tokens.lengths[i] for i in rows), stage,
-                                    "give --gradient-checkpointing, or lower --max-length")
+                    longest = tokens.lengths[own_rows(tokens, rows, wanted)[0]]
+                    budget = halved(budget, longest, stage, "give --gradient-checkpointing, or lower --max-length")
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             if not math.isfinite(loss + norm):
                 raise InputError(f"{stage}: {tokens.name}: {blame(model, tokens, rows, wanted)} at step {number}; "
@@ -90,16 +90,20 @@ def step_gradients(model: Transformer, tokens: Tokens, rows: list[int], wanted: 
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)  # zeros, not None: Adam's momentum moves on in an empty step too
     count = sum(int(tokens.response[tokens.offsets[i] : tokens.offsets[i + 1]].sum()) for i in rows)  # sum_i L_i
-    live = [i for i in rows if wanted[tokens.offsets[i] : tokens.offsets[i + 1]].any()]
-    mine = share(sorted(live, key=lambda i: -tokens.lengths[i]))
     total = torch.zeros((), device=model.device)
-    for group in batches(mine, tokens.lengths, budget):
+    for group in batches(own_rows(tokens, rows, wanted), tokens.lengths, budget):
         batch: Batch = collate(tokens, group, wanted, model.device)
         loss = token_losses(model, batch).sum() / count
         loss.backward()
         total += loss.detach()
     sum_over_processes([total, *(parameter.grad for parameter in parameters)])
     return float(total)
+
+
+def own_rows(tokens: Tokens, rows: list[int], wanted: Tensor) -> list[int]:
+    """The rows of a step that this process runs, longest first: its share of those that have a kept token."""
+    live = [i for i in rows if wanted[tokens.offsets[i] : tokens.offsets[i + 1]].any()]
+    return share(sorted(live, key=lambda i: -tokens.lengths[i]))
 
 
 def blame(model: Transformer, tokens: Tokens, rows: list[int], wanted: Tensor) -> str:

@@ -89,7 +89,8 @@ def cost(record: dict, name: str) -> dict | None:
 
     record: run.json. References and scores are shared between methods; each is charged all that it needs of them, and
     the share of scoring that is its own (scores under the base cost time too). Calibrating d, where that is done, comes
-    on top: one scoring of the held-out rows. None for the base itself, and for references that were made elsewhere.
+    on top: one scoring of the held-out rows. A mask from another run (--mask) is charged its fine-tuning alone: what it was
+    made with is not in this run. None for the base itself, and for references that were made elsewhere.
     """
     stages = record["stages"]
     if f"methods/{name}" not in stages:

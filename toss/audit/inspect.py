@@ -189,7 +189,8 @@ def selection(file: Path, known: Known | None) -> Found:
 def inside(folder: Path, known: Known | None) -> tuple[Lines, list[str]]:
     """A line for each of the project's files in a folder: can it be read, does it fit."""
     lines, misfit = [("", "")], []
-    for file in sorted(folder.rglob("*.safetensors")):
+    files = [file for file in folder.rglob("*.safetensors") if ".partial" not in str(file.relative_to(folder))]  # half-written
+    for file in sorted(files):
         if file.name not in (ADAPTER, SCORES, SELECTION):
             continue
         name = str(file.parent.relative_to(folder) if file.name == ADAPTER else file.relative_to(folder))
@@ -266,6 +267,8 @@ def identify(path: Path) -> tuple[Path, Callable]:
 
 def inspect(path: str, run: str | None) -> int:
     """Describe what a path holds on standard output; returns the exit status, 0 or 2."""
+    if Path(path).suffix in (".safetensors", ".json", ".jsonl") and not Path(path).exists():  # and so no hub id
+        raise InputError(f"{path}: there is no such file")
     place, describe = identify(Path(path))
     around = [p for p in (place.absolute(), *place.absolute().parents) if (p / "run.json").is_file()]
     known = None

@@ -4,8 +4,9 @@
     python -m toss.audit.memory --shape llama3-8b
 
 What autograd keeps of a block is measured, on the CPU and on a few tokens (every term is linear in the tokens); all else
-is counted. The base is in a half-precision type, one row fills a batch, and flash attention runs, as on CUDA. What the
-CUDA context and the allocator's gaps take comes on top: leave a tenth.
+is counted. The base is in a half-precision type, one row fills a batch, and flash attention runs, as on CUDA. "its noise" is
+the comparison with float32 on a sample of rows that follows scoring. What the CUDA context and the allocator's gaps take comes
+on top: leave a tenth. So do 4 bytes for each token of the dataset while it is scored.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from model.checkpoint import resolve
 from model.config import Config
-from model.errors import reported
+from model.errors import InputError, reported
 from model.files import read_json
 from model.lora import adapter_parameters, add_adapter
 from model.transformer import Transformer
@@ -27,10 +28,13 @@ from toss.loss import LOGITS
 
 
 
-def kept_by_a_block(config: Config, rank: int, targets: list[str], tokens: int = 64) -> int:
-    """Bytes that autograd keeps of one block for the backward pass, a token: what another block and another token add."""
-    block = {n: kept(config, 2, n, rank, targets) - kept(config, 1, n, rank, targets) for n in (tokens, 2 * tokens)}
-    return (block[2 * tokens] - block[tokens]) // tokens - expanded(config)
+def kept_by_a_block(config: Config, rank: int, targets: list[str], sample: int = 64) -> int:
+    """Bytes that autograd keeps of one block for the backward pass, a token: what another block and another token add.
+
+    On the CPU, where grouped keys and values are expanded.
+    """
+    block = {n: kept(config, 2, n, rank, targets) - kept(config, 1, n, rank, targets) for n in (sample, 2 * sample)}
+    return (block[2 * sample] - block[sample]) // sample
 
 
 def kept(config: Config, layers: int, tokens: int, rank: int, targets: list[str]) -> int:
@@ -52,7 +56,7 @@ def kept(config: Config, layers: int, tokens: int, rank: int, targets: list[str]
 
 
 def expanded(config: Config) -> int:
-    """Bytes a token by which the CPU's attention keeps more than the flash kernel on CUDA, which takes grouped heads."""
+    """Bytes a token that keys and values take more, expanded to all heads, than in groups, which flash attention takes."""
     return 2 * 2 * (config.num_attention_heads - config.num_key_value_heads) * config.head_dim
 
 
@@ -63,13 +67,21 @@ def parts(config: Config, tokens: int, rank: int, targets: list[str]) -> dict[st
         weights = 2 * sum(parameter.numel() for parameter in model.parameters())  # a tied head counts once
         add_adapter(model, "default", rank, rank, targets, seed=0)
         adapter = sum(parameter.numel() for parameter in adapter_parameters(model))
-    block, layers = kept_by_a_block(config, rank, targets), config.num_hidden_layers
-    stream = 4 * config.hidden_size  # the residual stream is float32
-    logits = LOGITS * (2 + 4 + 4)  # as computed, in float32, and their log-softmax
-    train = {"weights": weights, "logits": logits + LOGITS * (4 + 2),  # and their gradients
+    with torch.device("meta"):
+        exact = 4 * sum(p.numel() for p in Transformer(Config(**{**vars(config), "num_hidden_layers": 1})).parameters())
+        exact += 4 * config.vocab_size * config.hidden_size * config.tie_word_embeddings  # read once for each of its places
+    layers, stream = config.num_hidden_layers, 4 * config.hidden_size  # the residual stream is float32
+    whole = kept_by_a_block(config, rank, targets)
+    masked = config.sliding_window is not None and tokens > config.sliding_window  # and then there is no flash attention
+    block = whole if masked else whole - expanded(config)
+    there = min(LOGITS, tokens * config.vocab_size)
+    logits = there * (2 + 4 + 4)  # as computed, in float32, and their log-softmax
+    train = {"weights": weights, "logits": logits + there * (4 + 2),  # and their gradients
              "adapter": 4 * 4 * adapter}  # and its gradients, and AdamW's two moments
+    score = {"weights": weights, "logits": logits, "adapter": 4 * adapter, "activations": (stream + block) * tokens}
     return {
-        "score": {"weights": weights, "logits": logits, "adapter": 4 * adapter, "activations": (stream + block) * tokens},
+        "score": score,
+        "score, its noise": {**score, "weights": weights + exact, "activations": (stream + 2 * whole) * tokens},
         "train": {**train, "activations": layers * block * tokens},
         "train, --gradient-checkpointing": {**train, "activations": (layers * stream + block) * tokens},
     }
@@ -98,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
+        if min(*args.tokens, args.rank) < 1:
+            raise InputError("--tokens and --rank must be 1 or more")
         folder = resolve(args.model, weights=False) if args.model else Path(args.shape)
         raw = read_json(folder / "config.json") if args.model else SHAPES[args.shape]
         print(table(Config.from_dict(raw, str(folder / "config.json")), args.tokens, args.rank, args.targets.split(",")))
