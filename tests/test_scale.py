@@ -211,6 +211,7 @@ def test_an_infinite_key_that_no_query_wants_shows_too(tmp_path, tokens):
     for bias, size in (("q", -1e-4), ("k", 6.2e4)):  # the slowest pair of channels: its angles stay small over a row
         for channel in (half - 1, 2 * half - 1):
             tensors[f"model.layers.0.self_attn.{bias}_proj.bias"][channel :: 2 * half] = size
+            tensors[f"model.layers.0.self_attn.{bias}_proj.weight"][channel :: 2 * half] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert score(load_checkpoint(folder), tokens, 1000, "float32").isfinite().all()
     with pytest.raises(NotFinite):
