@@ -85,7 +85,8 @@ def from_hub(dataset: tuple[str, str, str | None], label: str, flag: str = "", *
     try:
         path = fetch(repository, file, revision)
     except Exception as error:  # the hub raises a dozen kinds of error; each means that there is no file
-        raise InputError(f"{repository}/{file}: the hub did not give it ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{repository}/{file}: the hub did not give it ({type(error).__name__}: {said}); "
                          f"try again, or fetch it by hand and give it as {flag or '--eval-harmful'} FILE") from None
     parts = path.parts  # .../snapshots/COMMIT/file
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision

@@ -112,7 +112,8 @@ def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, no
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded tokenizer and base checkpoint from nothing.")
-    parser.add_argument("--size", choices=list(SIZES), default="base", help="how large; half as many parameters with base-small (base)")
+    parser.add_argument("--size", choices=list(SIZES), default="base",
+                        help="how large; half as many parameters with base-small (base)")
     parser.add_argument("--out", help="folder of the checkpoint (data/ and its size)")
     parser.add_argument("--seed", type=int, default=0, help="draws the text and the initial weights (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")

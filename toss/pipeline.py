@@ -64,6 +64,7 @@ def score_custom(settings: Settings) -> None:
     rows = read_rows(settings.custom)
     warn_references(run, "custom", rows)
     tokens = run.tokens(rows, settings.custom)
+    del rows  # from here on the flat arrays are all that grows with the dataset
     losses, cost = score_under(base, tokens, {**adapters, **({"loss_base": None} if settings.base else {})})
     arrays = {name: getattr(tokens, name) for name in ("input_ids", "offsets", "response", "harmful")}
     note = {**run.identity, **sources, "tokens_sha256": tokens.fingerprint(), "dtype": cost["dtype"],
@@ -207,7 +208,8 @@ def scored_tokens(run: Run, needed: bool) -> tuple[Tokens, dict[str, Tensor], di
     return tokens, losses, sources
 
 
-def selection_of(run: Run, tokens: Tokens, losses: dict[str, Tensor], entries: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+def selection_of(run: Run, tokens: Tokens, losses: dict[str, Tensor],
+                 entries: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of selection.safetensors: the mask, and what it was cut by, if anything; and how they came about, in words."""
     settings = run.settings
     if settings.method == "mask":

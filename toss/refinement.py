@@ -79,7 +79,8 @@ def riskiest_rows(scores: Tensor, rows: Tensor, taken: set[int], k: int) -> list
     [(1, 1), (3, 4)]
     """
     found: dict[int, int] = {}
-    for index in scores.argsort(descending=True, stable=True).tolist():
+    order = scores.argsort(descending=True, stable=True)
+    for index in (i for part in order.split(2**16) for i in part.tolist()):  # the walk ends long before the last part
         if len(found) == k:
             break
         row = int(rows[index])

@@ -160,5 +160,6 @@ def rounding_noise(base: Base, tokens: Tokens, adapters: dict[str, Path | None],
     gone = ~select_tokens(true, d)
     same = gone & ~select_tokens(ours, d)
     shared = f"{100 * int(same.sum()) / int(gone.sum()):.1f} %" if gone.any() else "all"
-    return (f"rounding noise of S under {base.dtypes['score']}: {(ours - true).square().mean().sqrt():.4f} nats rms on {len(spread)} rows, "
-            f"beside a standard deviation of {true.std():.3f}; {shared} of float32's discards at d = {d} are the same")
+    noise = (ours - true).square().mean().sqrt()
+    return (f"rounding noise of S under {base.dtypes['score']}: {noise:.4f} nats rms on {len(spread)} rows, beside a standard "
+            f"deviation of {true.std():.3f}; {shared} of float32's discards at d = {d} are the same")

@@ -311,8 +311,8 @@ def bench(args: argparse.Namespace) -> None:
                 n=parts[0]["parameters"], repeats=args.repeats, clock=CLOCKS[device.type]),
             f"### Selection\n\nThe mask of {chosen['competing']:,} competing tokens, in a process of its own: "
             f"{chosen['seconds']:.2f} s\n({chosen['work']:.2f} CPU seconds), {extra} beyond the flat arrays.",
-            "### Cost of the whole method\n\nBy the convention above, as multiples of plain fine-tuning's, at the paper's sizes\n(112k "
-            f"rows, references of a tenth, two epochs each): TOSS {toss:.2f}, TOSS-Pro (T = 1, k = 6 %) {pro:.2f}."]
+            "### Cost of the whole method\n\nBy the convention above, as multiples of plain fine-tuning's, at the paper's sizes\n"
+            f"(112k rows, references of a tenth, two epochs each): TOSS {toss:.2f}, TOSS-Pro (T = 1, k = 6 %) {pro:.2f}."]
     costs = run_costs(args.run) if args.run else []
     if args.run:
         text.append(f"Measured, {args.run} (training and scoring tokens count alike here):\n\n"

@@ -27,7 +27,6 @@ from toss.audit.experiment import markdown
 from toss.loss import LOGITS
 
 
-
 def kept_by_a_block(config: Config, rank: int, targets: list[str], sample: int = 64) -> int:
     """Bytes that autograd keeps of one block for the backward pass, a token: what another block and another token add.
 
@@ -89,12 +88,10 @@ def parts(config: Config, tokens: int, rank: int, targets: list[str]) -> dict[st
 
 def table(config: Config, tokens: list[int], rank: int, targets: list[str]) -> str:
     """The parts in GiB, a line for each purpose and number of tokens."""
-    lines = []
-    for count in tokens:
-        for purpose, taken in parts(config, count, rank, targets).items():
-            lines.append([purpose, str(count), *(f"{taken[name] / 2**30:.1f}" for name in ("weights", "activations", "logits", "adapter")),
-                          f"{sum(taken.values()) / 2**30:.1f}"])
-    return markdown(["purpose", "tokens a batch", "weights", "activations", "logits", "adapter", "GiB in all"], lines)
+    names, gib = ["weights", "activations", "logits", "adapter"], lambda count: f"{count / 2**30:.1f}"
+    lines = [[purpose, str(count), *(gib(taken[name]) for name in names), gib(sum(taken.values()))]
+             for count in tokens for purpose, taken in parts(config, count, rank, targets).items()]
+    return markdown(["purpose", "tokens a batch", *names, "GiB in all"], lines)
 
 
 def main(argv: list[str] | None = None) -> int:
