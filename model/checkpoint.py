@@ -12,10 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from model.errors import InputError, NotFinite
-from model.files import read_json, written_beside
+from model.files import read_json, save_tensors, written_beside
 from model.hub import fetch
 from model.transformer import Config, Transformer
 
@@ -36,7 +35,7 @@ def resolve(path: str | Path, revision: str | None = None, weights: bool = True)
             raise InputError(f"{path} is a local folder, which has no revisions: leave --revision out")
         return path
     if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
-        raise InputError(f"{path}: there is no such checkpoint folder")
+        raise InputError(f"{path}: there is no such checkpoint folder (a hub id has the form org/name)")
     return fetch(str(path), revision, HUB_FILES, weights)
 
 
@@ -140,11 +139,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     return model.eval()
 
 
-def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> None:
+def save_checkpoint(model: Transformer, path: str | Path, like: str | Path, note: dict[str, str] | None = None) -> None:
     """Write the base weights to folder `path` in the form that Hugging Face reads, in the model's dtype.
 
     config.json and the tokenizer's files come from the folder `like`, whose architecture the model has. An adapter
-    must have been merged or removed before.
+    must have been merged or removed before. note: what it was made from, for the file's header.
     """
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise InputError("the model still carries an adapter: merge or remove it before saving")
@@ -154,7 +153,7 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors  # merging an adapter of the head unties it
     config["dtype" if "dtype" in config else "torch_dtype"] = str(model.dtype).removeprefix("torch.")  # newer, older spelling
     with written_beside(path) as folder:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors", note or {}, format="pt")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             if (like / name).exists():

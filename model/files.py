@@ -43,7 +43,8 @@ def json_object(line: str, where: str) -> dict:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
+        said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise InputError(f"{where}: not JSON ({said})") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: a JSON object was expected")
     return value
@@ -122,13 +123,13 @@ def safetensors_header(f) -> dict:
         raise InputError(f"{f.name}: not a safetensors file, or truncated ({error})") from None
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path, made_from: dict[str, str]) -> None:
-    """Write a safetensors file whose header says what it was made from.
+def save_tensors(tensors: dict[str, Tensor], file: Path, made_from: dict[str, str], **more: str) -> None:
+    """Write a safetensors file whose header says what it was made from, and `more`.
 
     All of it is one JSON string, since the format keeps several strings in no fixed order and equal work is to give
     equal bytes.
     """
-    save_file(tensors, file, metadata={"made_from": json.dumps(made_from, sort_keys=True)})
+    save_file(tensors, file, metadata={"made_from": json.dumps(made_from, sort_keys=True), **more})
 
 
 def made_from(file: str | Path) -> dict[str, str]:

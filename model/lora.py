@@ -211,7 +211,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
             check_copy(tensor, model.get_parameter(base), f"{file}: the tensor {key}")
             continue
         if layer not in layers or part not in ("A.weight", "B.weight"):
-            raise InputError(f"{file}: the tensor {key} belongs to no linear layer of this model")
+            raise InputError(f"{file}: the tensor {key} belongs to no linear layer of this model: the adapter was made for "
+                             "another base, or is not LoRA on linear layers alone")
         if not tensor.isfinite().all():
             raise InputError(f"{file}: the tensor {key} is not finite")
         pairs.setdefault(layer, {})[part[0]] = tensor.float()

@@ -183,7 +183,11 @@ def test_a_run_and_the_folders_in_it(look, trained, files, scripts):
     assert status == 0 and said["added rows"] == "2" and said["scores.safetensors"].endswith("  fits")
     status, said = look(trained / "methods/toss/model/merged")
     assert status == 0 and said[""].endswith(": a checkpoint") and str(trained) not in said
-    assert look(trained / "methods/toss/model/merged", "--run", trained)[0] == 2
+    status, said = look(trained / "methods/toss/model/merged", "--run", trained)  # whose weights are in it
+    assert status == 0 and "merged from" in said and said["base_sha256"].endswith("  fits") and len(said["adapter_sha256"]) == 16
+    edit_json(trained / "run.json", stages={**json.loads((trained / "run.json").read_text())["stages"], "diagnosis": {"seconds": 2}})
+    status, said = look(trained)
+    assert status == 0 and said["stage diagnosis"] == "2 s" and "its files are gone" not in "".join(said.values())
 
 
 def test_a_custom_file_that_changed(look, trained, files):

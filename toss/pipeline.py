@@ -77,7 +77,11 @@ def score_custom(settings: Settings) -> None:
     report("scores", path, cost)
     if cost["dtype"] != "float32":
         print(rounding_noise(base, tokens, adapters, losses, settings.discard))
-    print(f"S = L^u - L^h {spread((losses['loss_utility'] - losses['loss_degraded'])[tokens.response])}")
+    S = (losses["loss_utility"] - losses["loss_degraded"])[tokens.response]
+    print(f"S = L^u - L^h {spread(S)}")
+    if S.std() < 0.01:
+        print("note: the two references hardly differ, so S ranks almost nothing: train them at a higher --lr, or for more steps "
+              "(--epochs, a smaller --batch-size)")
 
 
 def spread(S: Tensor) -> str:
@@ -273,7 +277,8 @@ def merge(base: Base, folder: Path) -> None:
     model = load_checkpoint(run.checkpoint, base.device, DTYPES.get(name, torch.float32))
     load_adapter(model, folder)
     merge_adapter(model)
-    save_checkpoint(model, folder / "merged", like=run.checkpoint)
+    merged_from = {**run.identity, "adapter_sha256": file_hash(folder / "adapter_model.safetensors")}
+    save_checkpoint(model, folder / "merged", run.checkpoint, merged_from)
     print(f"merged checkpoint: {folder / 'merged'} ({str(model.dtype).removeprefix('torch.')})")
 
 

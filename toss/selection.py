@@ -66,8 +66,8 @@ class Candidates:
     def loss(self, model: str) -> Tensor:
         """L of the competing tokens under "utility", "degraded" or "base", float32 [n]."""
         if f"loss_{model}" not in self.losses:
-            flag = " --base --overwrite" if model == "base" else ""
-            raise InputError(f"the losses under the {model} model are not in scores.safetensors: run score.py{flag}")
+            flags = " with --base --overwrite" if model == "base" else ""
+            raise InputError(f"the losses under the {model} model are not in scores.safetensors: run score.py{flags} on this run")
         return self.losses[f"loss_{model}"][self.entries]
 
     @cached_property

@@ -16,7 +16,6 @@ import math
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
@@ -115,8 +114,10 @@ def checkpoint(folder: Path, known: Known | None) -> Found:
         wrong.append("its tokenizer is refused")
     if known is None:
         return "a checkpoint", lines, wrong
-    verdicts, differ = compared(folder / "config.json", {"base_sha256": tensors_hash(folder), **header}, known)
-    return "a checkpoint", [*lines, ("as a base", ""), *verdicts[1:]], wrong + differ
+    own, merged_from = {"base_sha256": tensors_hash(folder)}, made_from(files[0])
+    merged = merged_from and own["base_sha256"] != known.now.get("base_sha256")  # else it is the run's own base
+    verdicts, differ = compared(folder / "config.json", {**(merged_from if merged else own), **header}, known)
+    return "a checkpoint", [*lines, ("merged from" if merged else "as a base", ""), *verdicts[1:]], wrong + differ
 
 
 def template_place(folder: Path, template: str) -> str:
@@ -230,8 +231,10 @@ def whole(folder: Path, known: Known) -> Found:
         misfit += [f"{path} has changed"] if state == "changed since" else []
     for stage in own.table("stages"):
         entry, recipe = own.table("stages", stage), own.table("stages", stage, "recipe", "settings")
-        gone = not any((folder / name).exists() for name in (stage, f"{stage}.safetensors"))
-        cost = "{rows} rows, {tokens} tokens, {seconds} s, peak memory {peak_memory_gib} GiB".format_map(defaultdict(str, entry))
+        made = stage in ("degraded", "utility", "scores") or stage.startswith("methods/")  # others write elsewhere
+        gone = made and not any((folder / name).exists() for name in (stage, f"{stage}.safetensors"))
+        units = {"rows": "rows", "tokens": "tokens", "seconds": "s", "peak_memory_gib": "GiB of memory at most"}
+        cost = ", ".join(f"{entry[name]} {unit}" for name, unit in units.items() if name in entry)
         lines += [("", ""), (f"stage {stage}", cost + "; its files are gone" * gone),
                   ("", ", ".join(f"{name} {value}" for name, value in recipe.items()))]
     files, wrong = inside(folder, known)
