@@ -18,11 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     from toss.pipeline import score_custom
     from toss.settings import parse
 
-    def work() -> None:
-        with processes():
-            score_custom(parse("score", __doc__, argv))
-
-    return reported(work)
+    return reported(processes()(lambda: score_custom(parse("score", __doc__, argv))))
 
 
 if __name__ == "__main__":

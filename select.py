@@ -39,11 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from toss.pipeline import finetune
     from toss.settings import parse
 
-    def work() -> None:
-        with processes():
-            finetune(parse("select", __doc__, argv))
-
-    return reported(work)
+    return reported(processes()(lambda: finetune(parse("select", __doc__, argv))))
 
 
 if __name__ == "__main__":

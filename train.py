@@ -20,11 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     from toss.pipeline import train_references
     from toss.settings import parse
 
-    def work() -> None:
-        with processes():
-            train_references(parse("train", __doc__, argv))
-
-    return reported(work)
+    return reported(processes()(lambda: train_references(parse("train", __doc__, argv))))
 
 
 if __name__ == "__main__":

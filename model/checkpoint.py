@@ -109,6 +109,12 @@ def layout(folder: Path, model: Transformer) -> dict[Path, list[str]]:
     return found
 
 
+def put_weight(module: torch.nn.Module, name: str, weight: torch.nn.Parameter) -> None:
+    """Put a parameter into a module, in the place of the one of that name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, weight)
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
                     revision: str | None = None) -> Transformer:
     """Read a checkpoint folder (or hub id, at `revision`) into a frozen Transformer in evaluation mode.
@@ -131,8 +137,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
                 tensor = tensors.get_tensor(name).to(dtype)
                 if not tensor.isfinite().all():
                     raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+                put_weight(model, name, torch.nn.Parameter(tensor, requires_grad=False))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.source, model.name = folder.absolute(), "" if Path(path).is_dir() else str(path)

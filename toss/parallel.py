@@ -65,7 +65,8 @@ def own_gpu() -> torch.device:
 def processes() -> Iterator[None]:
     """Join the processes that torchrun started (gloo between CPUs, nccl between GPUs); nothing to do without it.
 
-    When one of them fails, torchrun ends the others, which clean up after themselves.
+    For a `with` block, or around a function: `processes()(work)`. When one of them fails, torchrun ends the others, which
+    clean up after themselves.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield

@@ -1,16 +1,15 @@
 """Per-token losses of a dataset under the active adapter, and the scores made of them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import load_adapter
-from model.checkpoint import shards
+from model.checkpoint import open_tensors, put_weight, shards
 from model.errors import DoesNotFit, InputError, NotFinite
 from model.transformer import Transformer
 from toss.base import Base
@@ -94,7 +93,8 @@ def in_float32(model: Transformer) -> Iterator[None]:
     Each block takes its weights in float32 from the checkpoint's files for as long as it computes, and then its own again;
     the embedding, the last norm and the head keep theirs until the end. That is what it costs: these in float32, and a block.
     """
-    files = [safe_open(file, framework="pt", device=str(model.device)) for file in shards(model.source)]
+    opened = ExitStack()
+    files = [opened.enter_context(open_tensors(file, model.device)) for file in shards(model.source)]
     stored = {name: file for file in files for name in file.keys()}
     prefix = {layer: f"model.layers.{i}." for i, layer in enumerate(model.model.layers)}
     prefix |= {model.model.embed_tokens: "model.embed_tokens.", model.model.norm: "model.norm."}
@@ -116,9 +116,10 @@ def in_float32(model: Transformer) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
     try:
-        for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
-            enter(module)
-        yield
+        with opened:
+            for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+                enter(module)
+            yield
     finally:
         torch.set_float32_matmul_precision(precision)
         for hook in hooks:
@@ -131,8 +132,7 @@ def swap(module: nn.Module, weights: dict[str, nn.Parameter]) -> dict[str, nn.Pa
     """Give a module other weights, by their names in it; returns those that it had."""
     had = {name: module.get_parameter(name) for name in weights}
     for name, weight in weights.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, weight)
+        put_weight(module, name, weight)
     return had
 
 

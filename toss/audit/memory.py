@@ -59,8 +59,8 @@ def expanded(config: Config) -> int:
     return 2 * 2 * (config.num_attention_heads - config.num_key_value_heads) * config.head_dim
 
 
-def parts(config: Config, tokens: int, rank: int, targets: list[str]) -> dict[str, dict[str, float]]:
-    """Bytes by purpose, then by what takes them."""
+def parts(config: Config, tokens: int, rank: int, targets: list[str], kept_by_block: int) -> dict[str, dict[str, float]]:
+    """Bytes by purpose, then by what takes them. kept_by_block: see kept_by_a_block."""
     with torch.device("meta"):
         model = Transformer(config)
         weights = 2 * sum(parameter.numel() for parameter in model.parameters())  # a tied head counts once
@@ -70,9 +70,8 @@ def parts(config: Config, tokens: int, rank: int, targets: list[str]) -> dict[st
         exact = 4 * sum(p.numel() for p in Transformer(Config(**{**vars(config), "num_hidden_layers": 1})).parameters())
         exact += 4 * config.vocab_size * config.hidden_size * config.tie_word_embeddings  # read once for each of its places
     layers, stream = config.num_hidden_layers, 4 * config.hidden_size  # the residual stream is float32
-    whole = kept_by_a_block(config, rank, targets)
     masked = config.sliding_window is not None and tokens > config.sliding_window  # and then there is no flash attention
-    block = whole if masked else whole - expanded(config)
+    block = kept_by_block if masked else kept_by_block - expanded(config)
     there = min(LOGITS, tokens * config.vocab_size)
     logits = there * (2 + 4 + 4)  # as computed, in float32, and their log-softmax
     train = {"weights": weights, "logits": logits + there * (4 + 2),  # and their gradients
@@ -80,7 +79,7 @@ def parts(config: Config, tokens: int, rank: int, targets: list[str]) -> dict[st
     score = {"weights": weights, "logits": logits, "adapter": 4 * adapter, "activations": (stream + block) * tokens}
     return {
         "score": score,
-        "score, its noise": {**score, "weights": weights + exact, "activations": (stream + 2 * whole) * tokens},
+        "score, its noise": {**score, "weights": weights + exact, "activations": (stream + 2 * kept_by_block) * tokens},
         "train": {**train, "activations": layers * block * tokens},
         "train, --gradient-checkpointing": {**train, "activations": (layers * stream + block) * tokens},
     }
@@ -89,8 +88,9 @@ def parts(config: Config, tokens: int, rank: int, targets: list[str]) -> dict[st
 def table(config: Config, tokens: list[int], rank: int, targets: list[str]) -> str:
     """The parts in GiB, a line for each purpose and number of tokens."""
     names, gib = ["weights", "activations", "logits", "adapter"], lambda count: f"{count / 2**30:.1f}"
+    block = kept_by_a_block(config, rank, targets)
     lines = [[purpose, str(count), *(gib(taken[name]) for name in names), gib(sum(taken.values()))]
-             for count in tokens for purpose, taken in parts(config, count, rank, targets).items()]
+             for count in tokens for purpose, taken in parts(config, count, rank, targets, block).items()]
     return markdown(["purpose", "tokens a batch", *names, "GiB in all"], lines)
 
 
