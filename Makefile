@@ -1,6 +1,8 @@
-# `make demo` and `make test` set up .venv themselves. PYTHON chooses the interpreter (3.10 or newer).
+# `make demo`, `make test` and `make lint` set up .venv themselves.
+# PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv/bin/python
+RUFF := ruff>=0.17,<0.18
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
@@ -20,7 +22,12 @@ demo: .venv/ready
 test: .venv/ready
 	$(VENV) -m pytest -q
 
+lint: .venv/ready
+	$(VENV) -m pip install --quiet --disable-pip-version-check "$(RUFF)"
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+
 clean:
 	rm -rf .venv runs/demo runs/demo-small
 
-.PHONY: demo test clean
+.PHONY: demo test lint clean
