@@ -1,8 +1,21 @@
 """A decoder-only transformer with LoRA in plain PyTorch. Knows nothing of TOSS."""
 
-from model.checkpoint import load_checkpoint, save_checkpoint
-from model.errors import InputError
-from model.lora import load_adapter, save_adapter
-from model.tokenizer import load_tokenizer
+from importlib import import_module
 
-__all__ = ["load_checkpoint", "save_checkpoint", "load_adapter", "save_adapter", "load_tokenizer", "InputError"]
+from model.io import InputError
+
+LAZY = {
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "load_adapter": "peft",
+    "save_adapter": "peft",
+    "load_tokenizer": "tokenizer",
+}
+__all__ = ["InputError", *LAZY]
+
+
+def __getattr__(name: str):
+    """Import a public function on first use, so that `import model.io` does not import torch."""
+    if name not in LAZY:
+        raise AttributeError(f"module 'model' has no attribute {name!r}")
+    return getattr(import_module(f"model.{LAZY[name]}"), name)

@@ -2,41 +2,107 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
-import torch
+from model.io import InputError, reported
 
-from model import load_adapter, load_checkpoint, load_tokenizer
-from model.errors import reported
-from model.generation import generate
+
+def generate(
+    model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_id: int,
+    batch_tokens: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Greedy continuation of each prompt: new ids only, up to and without `eos_id`.
+
+    Prompts may differ in length. A batch holds at most `batch_tokens` slots of the key-value cache
+    (rows x longest). progress: called after each batch with its number of prompts. Raises
+    InputError for a negative limit, or an id that the model does not have.
+    """
+    if max_new_tokens < 0:
+        raise InputError(f"the number of new tokens cannot be {max_new_tokens}")
+    highest, size = max(map(max, prompts), default=0), model.config.vocab_size
+    if highest >= size:
+        raise InputError(f"a prompt holds the id {highest}, but the model has {size} embeddings")
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    while order:
+        rows = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
+        batch, order = order[:rows], order[rows:]
+        found = generate_batch(model, [prompts[i] for i in batch], max_new_tokens, eos_id)
+        for i, answer in zip(batch, found):
+            answers[i] = answer
+        if progress is not None:
+            progress(len(batch))
+    return answers
+
+
+def generate_batch(
+    model, prompts: list[list[int]], max_new_tokens: int, eos_id: int
+) -> list[list[int]]:
+    """generate for one batch. Prompts are padded on the right; new tokens overwrite the padding."""
+    import torch
+
+    from model.transformer import Cache
+
+    device, rows, longest = model.device, len(prompts), max(map(len, prompts))
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    padded = [p + [eos_id] * (longest - len(p)) for p in prompts]
+    ids = torch.tensor(padded, device=device)  # (B, T)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    new = [[] for _ in prompts]
+    with torch.inference_mode():
+        cache = Cache(model, rows, longest + max_new_tokens)
+        positions = torch.arange(longest, device=device).expand_as(ids)
+        hidden = model(ids, positions, cache)[torch.arange(rows, device=device), lengths - 1]
+        for step in range(max_new_tokens):
+            token = model.lm_head(hidden).float().argmax(dim=-1)  # (B,)
+            done |= token == eos_id
+            token = torch.where(done, eos_id, token)
+            for row, id in zip(new, token.tolist()):
+                row.append(id)
+            if step + 1 == max_new_tokens or bool(done.all()):
+                break
+            # The slot at `lengths + step` may hold padding: it is overwritten before it is read.
+            hidden = model(token[:, None], (lengths + step)[:, None], cache)[:, 0]  # (B, D)
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in new]
+
+
+def talk(args: argparse.Namespace) -> None:
+    """Answer --prompt, or each line of standard input."""
+    import torch
+
+    from model import load_adapter, load_checkpoint, load_tokenizer
+
+    tokenizer = load_tokenizer(args.model, args.template, args.date, args.revision)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model = load_checkpoint(args.model, device, dtype, args.revision)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    sign = "> " if args.prompt is None and sys.stdin.isatty() else ""
+    print(sign, end="", flush=True)
+    for line in sys.stdin if args.prompt is None else [args.prompt]:
+        ids = tokenizer.prompt_ids([{"role": "user", "content": line.rstrip("\n")}])
+        print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.eos_id)[0]))
+        print(sign, end="", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m model.generate", description=__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--revision", help="a hub id's branch, tag or commit (default: main)")
-    parser.add_argument("--adapter", help="folder of a LoRA adapter in PEFT's format")
-    parser.add_argument("--prompt", help="answer this and stop; without it, read prompts from the terminal, a line each")
-    parser.add_argument("--template", choices=["chat", "human"], help="prompt form (default: the checkpoint's own, else human)")
-    parser.add_argument("--date", help="YYYY-MM-DD, told to a chat template that asks for the day (default: today)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer in tokens (default: 128)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder or hub id")
+    add("--revision", help="branch, tag or commit of a hub id (default: main)")
+    add("--adapter", help="folder of a LoRA adapter in PEFT's format")
+    add("--prompt", help="answer this and stop (default: read one prompt per line from stdin)")
+    add("--template", choices=["chat", "human"], help="prompt form (default: chat if possible)")
+    add("--date", help="YYYY-MM-DD for a chat template that asks for the day (default: today)")
+    add("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
+    add("--device", help="cpu or cuda (default: cuda if available)")
     args = parser.parse_args(argv)
     return reported(lambda: talk(args))
-
-
-def talk(args: argparse.Namespace) -> None:
-    """Answer --prompt, or one line of standard input after the other."""
-    tokenizer = load_tokenizer(args.model, args.template, args.date, args.revision)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = load_checkpoint(args.model, args.device, dtype, args.revision)
-    if args.adapter:
-        load_adapter(model, args.adapter)
-    interactive = args.prompt is None and sys.stdin.isatty()
-    print("> " if interactive else "", end="", flush=True)
-    for line in [args.prompt] if args.prompt is not None else sys.stdin:
-        ids = tokenizer.prompt_ids([{"role": "user", "content": line.rstrip("\n")}])
-        print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.eos_id)[0]))
-        print("> " if interactive else "", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,82 +1,73 @@
-"""Checkpoints by hub id: only the files that are needed go into huggingface_hub's cache, and never a pickle."""
+"""A checkpoint folder from a local path or a Hugging Face Hub id. Never fetches a pickle."""
 
-from fnmatch import fnmatch
 from pathlib import Path
 
-from model.errors import InputError
-from model.files import read_json
+from tqdm import tqdm
+
+from model.io import InputError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
+    special_tokens_map.json generation_config.json""".split()
+SMALL_FILES = ["config.json", "additional_chat_templates/*.jinja", *TOKENIZER_FILES]
+# Not *.safetensors: that would also match Mistral's second copy, consolidated.safetensors.
+WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 
 
-def fetch(name: str, revision: str | None, small: tuple[str, ...], weights: bool) -> Path:
-    """The folder of a repository's snapshot in the cache, whose name is the commit; fetched as far as it is not there.
+def resolve(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """A local folder as it is, or the snapshot of a hub id (`org/name`) in huggingface_hub's cache.
 
-    small: patterns of the files to fetch, config.json among them. weights: also model.safetensors, or else the shards
-    that the index names. Without a network what the cache holds is used, if nothing is missing. Raises InputError.
+    revision: a branch, tag or commit of a hub id (default: main); the folder's name is the commit.
+    weights: False to leave the weights out. Without a network the cache is used if it is complete.
+    Raises InputError.
     """
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub import errors as hub
+    path = Path(path)
+    if path.is_dir():
+        if revision is not None:
+            raise InputError(f"{path} is a local folder and has no revisions: omit --revision")
+        return path
+    if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
+        raise InputError(f"{path}: no such checkpoint folder (a hub id has the form org/name)")
+    return download(str(path), revision, SMALL_FILES + WEIGHT_FILES * weights)
 
-    called = name if revision is None else f"{name} (revision {revision})"
+
+class Bar(tqdm):
+    """A progress bar that stays hidden unless stderr is a terminal."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"disable": None, **options})
+
+
+def download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Fetch the files that fit `patterns` and are not cached; every failure becomes one line."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
     try:
-        try:
-            there = [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=10).siblings]
-        except Exception:
-            known = try_to_load_from_cache(name, "config.json", revision=revision)
-            if isinstance(known, str) and complete(folder := Path(known).parent, weights):
-                print(f"{called}: the hub could not be asked, so the cache's files are used as they are ({folder.name[:12]})")
-                return folder
-            raise
-        # The revision is asked for by its name once, which the cache remembers; the rest comes from the commit found.
-        folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
-        commit = folder.name
-        for file in there:
-            if any(fnmatch(file, pattern) for pattern in small):
-                hf_hub_download(name, file, revision=commit)
-        for file in weight_files(called, folder, there) if weights else ():
-            hf_hub_download(name, file, revision=commit)
+        options = {"revision": revision, "allow_patterns": patterns, "tqdm_class": Bar}
+        folder = Path(snapshot_download(name, **options))
+        has = lambda file: (folder / file).is_file()
+        lacks = "" if has("config.json") else "no config.json"
+        if WEIGHTS in patterns and not has(WEIGHTS) and not has(INDEX):
+            lacks = lacks or f"neither {WEIGHTS} nor its index"
+        if lacks:
+            files = HfApi().list_repo_files(name, revision=folder.name)
+            pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
+            note = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
+            raise InputError(f"{name}: the hub repository has {lacks}{note}")
         return folder
     except InputError:
         raise
-    except hub.GatedRepoError:
-        raise InputError(f"{called}: its owner gives access on request only: ask for it on its page on the hub, then log in "
-                         "with `hf auth login`, or set HF_TOKEN") from None
-    except hub.RevisionNotFoundError:
-        raise InputError(f"{name}: the repository on the hub has no revision {revision!r}") from None
-    except hub.RepositoryNotFoundError:
-        raise InputError(f"{name}: neither a local folder nor a repository that the hub shows you: check the spelling; for a "
-                         "private one log in with `hf auth login`, or set HF_TOKEN") from None
-    except Exception as error:  # the hub's client raises what its HTTP library raises, which differs between versions
-        if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
-            raise InputError(f"{called}: the repository on the hub has no config.json, so it is no checkpoint") from None
-        raise InputError(f"{called}: neither a local folder nor to be had from the hub ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:200]}), and the cache does not hold all of it; without a network, "
-                         f"fetch it elsewhere with `hf download {name}` and pass the folder") from None
-
-
-def weight_files(called: str, folder: Path, there: list[str]) -> list[str]:
-    """Which of a repository's files hold the weights: one file, or those that the index names."""
-    if WEIGHTS in there:
-        return [WEIGHTS]
-    if INDEX in there:
-        return [file for file in there if file in shard_names(folder)]
-    pickles = [file for file in there if fnmatch(file, "*.bin") or fnmatch(file, "*.pt*")]
-    raise InputError(f"{called}: the repository has neither {WEIGHTS} nor its index"
-                     + (f"; {pickles[0]} is a pickle, which is never read" if pickles else "")
-                     + ": choose a revision or a repository with safetensors")
-
-
-def shard_names(folder: Path) -> set[str]:
-    """The files that the index names; what is wrong with them is said where they are loaded."""
-    table = read_json(folder / INDEX).get("weight_map")
-    return {name for name in table.values() if isinstance(name, str)} if isinstance(table, dict) else set()
-
-
-def complete(folder: Path, weights: bool) -> bool:
-    """Does a snapshot in the cache hold what a load needs?"""
-    if not weights:
-        return (folder / "tokenizer.json").exists() and (folder / "tokenizer_config.json").exists()
-    if (folder / WEIGHTS).exists():
-        return True
-    return (folder / INDEX).exists() and all((folder / name).exists() for name in shard_names(folder) or {WEIGHTS})
+    except errors.GatedRepoError:
+        said = f"gated repository: request access on its Hub page, then {login}"
+    except errors.RevisionNotFoundError:
+        said = f"the hub repository has no revision {revision!r}"
+    except errors.RepositoryNotFoundError:
+        said = f"neither a local folder nor a hub repository that you can see (private: {login})"
+    except Exception as error:  # those of the HTTP library, which differs between versions
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        said = (
+            f"not a local folder, not complete in the cache, and the hub fails ({reason}); without "
+            f"a network, fetch it elsewhere with `hf download {name}` and pass the folder"
+        )
+    raise InputError(f"{name}: {said}")

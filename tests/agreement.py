@@ -1,28 +1,23 @@
-"""How near this project is to transformers and PEFT, in numbers: prints a Markdown table.
+"""How far this project is from transformers and PEFT: `python -m tests.agreement` prints a table.
 
-    python -m tests.agreement
-
-The first part reads the golden files. The second needs transformers and peft: the same on whole round trips, and with
-TOSS_REAL_CHECKPOINT on a real checkpoint. tests/test_interop.py holds the same numbers against their bounds.
+The rows of golden files need nothing else; the live rows need transformers and peft.
 """
 
 import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model import load_adapter, load_checkpoint, load_tokenizer, save_adapter, save_checkpoint
-from model.generation import generate
-from model.lora import adapter_parameters, add_adapter, lora_layers, merge_adapter
+from model.generate import generate
+from model.lora import lora_layers, merge, new_adapter, use
 from model.transformer import Transformer
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -31,18 +26,23 @@ ADAPTERS = sorted(file.parent.name for file in GOLDENS.glob("adapters/*/golden.s
 REAL = os.environ.get("TOSS_REAL_CHECKPOINT")
 
 
-def family(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text())["model_type"]
+def golden(folder: str) -> dict:
+    """A golden file's tensors and metadata ("eos_id", "base"); prompts and answers as lists."""
+    with safe_open(GOLDENS / folder / "golden.safetensors", "pt") as file:
+        found = {**{name: file.get_tensor(name) for name in file.keys()}, **(file.metadata() or {})}
+    for rows, lengths in {"prompts": "lengths", "new_ids": "new_lengths"}.items():
+        if rows in found:
+            found[rows] = [r[:n] for r, n in zip(found[rows].tolist(), found[lengths].tolist())]
+    return found
 
 
 def base_of(adapter: str) -> Path:
     """The golden model that a golden adapter sits on."""
-    with safe_open(GOLDENS / "adapters" / adapter / "golden.safetensors", "pt") as file:
-        return GOLDENS / (file.metadata() or {}).get("base", "gqa-tied")
+    return GOLDENS / golden(f"adapters/{adapter}").get("base", "gqa-tied")
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of two tensors of one shape."""
+    """The largest difference between two tensors of one shape."""
     assert ours.shape == theirs.shape
     return float((ours.float() - theirs.float()).abs().max())
 
@@ -52,58 +52,64 @@ def logits_of(model: Transformer, ids: Tensor) -> Tensor:
     return model.lm_head(model(ids))
 
 
-def goldens() -> Iterator[tuple[str, str, float]]:
-    """(family, what, largest difference) against every golden file."""
-    for name in MODELS:
-        model, want = load_checkpoint(GOLDENS / name), load_file(GOLDENS / name / "golden.safetensors")
-        yield family(GOLDENS / name), "logits, golden files", apart(logits_of(model, want["input_ids"]), want["logits"])
-        cut = lambda rows, lengths: [row[:n] for row, n in zip(want[rows].tolist(), want[lengths].tolist())]  # noqa: E731
-        with safe_open(GOLDENS / name / "golden.safetensors", "pt") as file:
-            answers = generate(model, cut("prompts", "lengths"), 12, int(file.metadata()["eos_id"]))
-        wrong = sum(ours != theirs for ours, theirs in zip(answers, cut("new_ids", "new_lengths"), strict=True))
-        yield family(GOLDENS / name), "greedy answers that differ, of 5", wrong
-    for name in ADAPTERS:
-        folder, base = GOLDENS / "adapters" / name, base_of(name)
-        model, want = load_checkpoint(base), load_file(folder / "golden.safetensors")
-        load_adapter(model, folder)
-        yield family(base), "an adapter of peft's here, golden files", apart(logits_of(model, want["input_ids"]), want["logits"])
+def losses_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log P(token t | tokens before it) [B, T], 0 at t = 0."""
+    flat = logits[:, :-1].flatten(0, 1).float()  # positions first: [B, T, V] is less exact
+    losses = F.cross_entropy(flat, ids[:, 1:].flatten(), reduction="none")
+    return F.pad(losses.view(len(ids), -1), (1, 0))
 
 
-def train(model: Transformer, ids: Tensor, targets: list[str], lr: float) -> None:
-    """A few steps of LoRA on next tokens, so that the adapter is one that training makes."""
-    add_adapter(model, "default", rank=4, alpha=8, targets=targets, seed=0)
-    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=lr)
-    for _ in range(5):
-        F.cross_entropy(model.lm_head(model(ids[:, :-1])).flatten(0, 1), ids[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def golden_model(name: str) -> dict[str, float]:
+    """Largest differences between a golden model here and in transformers, float32."""
+    model, want = load_checkpoint(GOLDENS / name), golden(name)
+    logits, ids = logits_of(model, want["input_ids"]), want["input_ids"]
+    answers = zip(generate(model, want["prompts"], 12, int(want["eos_id"])), want["new_ids"])
+    return {
+        "logits, golden files": apart(logits, want["logits"]),
+        "losses of the tokens, golden files": apart(losses_of(logits, ids), want["losses"]),
+        "greedy answers that differ, of 5": sum(a != b for a, b in answers),
+    }
 
 
-def round_trip(folder: Path, out: Path, ids: Tensor, targets: list[str], lr: float) -> dict[str, float]:
+def golden_adapter(name: str) -> dict[str, float]:
+    """The largest difference between a golden adapter here and in peft, float32."""
+    model, want = load_checkpoint(base_of(name)), golden(f"adapters/{name}")
+    load_adapter(model, GOLDENS / "adapters" / name)
+    logits = logits_of(model, want["input_ids"])
+    return {"an adapter of peft's here, golden files": apart(logits, want["logits"])}
+
+
+def round_trip(folder: Path, out: Path) -> dict[str, float]:
     """Largest differences on a way through transformers and peft and back, float32.
 
-    Beside them `size`, the largest logit, and `moved`, by how much the adapter changes one.
+    Also "size", the largest logit, and "moved", how much the adapter changes one.
     """
     import peft
     import transformers
 
+    def read(path, dtype=torch.float32):
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+    ids = torch.randint(3, 80, (2, 40), generator=torch.Generator().manual_seed(0))
+    if str(folder) == REAL:
+        text = (GOLDENS.parent.parent / "LICENSE").read_text(encoding="utf-8")
+        ids = torch.tensor([load_tokenizer(folder).encode(text)])
     their_logits = torch.no_grad()(lambda model: model(ids).logits)
-    read = lambda path, dtype=torch.float32: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()  # noqa: E731
     ours, theirs, found = load_checkpoint(folder), read(folder), {}
     base, want = logits_of(ours, ids), their_logits(theirs)
-    losses = lambda logits: F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")  # noqa: E731
     found["logits, live"], found["size"] = apart(base, want), float(want.abs().max())
-    found["losses of the tokens, live"] = apart(losses(base), losses(want))
-
+    found["losses of the tokens, live"] = apart(losses_of(base, ids), losses_of(want, ids))
     tensors = dict(ours.named_parameters())
-    size = sum(p.numel() for p in tensors.values())  # bytes a shard: two shards or more in any dtype
+    size = sum(p.numel() for p in tensors.values())  # bytes: two shards or more in any dtype
     read(folder, "auto").save_pretrained(out / "split", max_shard_size=size)
     assert (out / "split/model.safetensors.index.json").exists()
     split = dict(load_checkpoint(out / "split").named_parameters())
-    assert split.keys() == tensors.keys()
-    found["tensors, split by transformers"] = max(apart(split[name], tensors[name]) for name in tensors)
-
-    train(ours, ids, targets, lr)
+    found["tensors, split by transformers"] = max(apart(split[n], tensors[n]) for n in tensors)
+    targets = sorted({name.rsplit(".")[-1] for name in lora_layers(ours)})
+    adapter = new_adapter(ours, 4, 8, targets, seed=0)
+    for b in adapter.B.values():
+        b.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    use(ours, adapter)
     save_adapter(ours, out / "ours")
     theirs = peft.PeftModel.from_pretrained(theirs, out / "ours").eval()
     want = their_logits(theirs)
@@ -111,47 +117,34 @@ def round_trip(folder: Path, out: Path, ids: Tensor, targets: list[str], lr: flo
     found["an adapter of ours in peft"] = apart(logits_of(ours, ids), want)
     theirs.save_pretrained(out / "theirs")
     again = load_checkpoint(folder)
-    load_adapter(again, out / "theirs")
+    adapter = load_adapter(again, out / "theirs")
     found["the same, saved by peft, here"] = apart(logits_of(again, ids), want)
-    merge_adapter(again)
+    merge(again, adapter)
     save_checkpoint(again, out / "merged", like=folder)
-    found["the same, merged here, in transformers"] = apart(their_logits(read(out / "merged")), want)
+    found["the same, merged, in transformers"] = apart(their_logits(read(out / "merged")), want)
     return found
 
 
-def golden_round_trip(name: str, out: Path) -> dict[str, float]:
-    """round_trip of a golden model, on rows longer than any window, with every linear layer and the head adapted."""
-    ids = torch.randint(3, 80, (2, 40), generator=torch.Generator().manual_seed(0))
-    targets = sorted({key.rsplit(".", 1)[-1] for key in lora_layers(load_checkpoint(GOLDENS / name))})
-    return round_trip(GOLDENS / name, out, ids, targets, lr=1e-2)
-
-
-def real_round_trip(out: Path) -> dict[str, float]:
-    """round_trip of the real checkpoint, on the text of the LICENSE."""
-    text = (GOLDENS.parent.parent / "LICENSE").read_text(encoding="utf-8")
-    ids = torch.tensor([load_tokenizer(REAL).encode(text)])
-    return round_trip(Path(REAL), out, ids, ["q_proj", "v_proj", "down_proj"], lr=1e-3)
-
-
 def main() -> None:
-    found = defaultdict(list)
-    for kind, what, value in goldens():
-        found[kind, what].append(value)
-    if find_spec("transformers") and find_spec("peft"):
-        with tempfile.TemporaryDirectory() as out:
-            for name in MODELS:
-                for what, value in golden_round_trip(name, Path(out) / name).items():
-                    found[family(GOLDENS / name), what].append(value)
-            if REAL:
-                for what, value in real_round_trip(Path(out) / "real").items():
-                    found[f"{family(Path(REAL))}, {Path(REAL).name}", what].append(value)
-    kinds = list(dict.fromkeys(kind for kind, _ in found))
-    print(f"| largest difference | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
-    for what in dict.fromkeys(what for _, what in found if what not in ("size", "moved")):
-        cells = (f"{max(values):.1e} ({len(values)})".replace("0.0e+00", "0") if (values := found.get((kind, what))) else "-"
-                 for kind in kinds)
+    """Print the table: one row per figure, one column per family of models."""
+    figures = [(GOLDENS / name, golden_model(name)) for name in MODELS]
+    figures += [(base_of(name), golden_adapter(name)) for name in ADAPTERS]
+    live = [GOLDENS / name for name in MODELS] + ([Path(REAL)] if REAL else [])
+    with tempfile.TemporaryDirectory() as out:
+        for folder in live if find_spec("peft") else []:
+            figures.append((folder, round_trip(folder, Path(out) / folder.name)))
+    table = defaultdict(list)  # (figure, family) -> values
+    for folder, found in figures:
+        family = json.loads((folder / "config.json").read_text())["model_type"]
+        for what, value in found.items():
+            table[what, family + f", {folder.name}" * (str(folder) == REAL)].append(value)
+    families = list(dict.fromkeys(family for _, family in table))
+    print(f"| largest difference | {' | '.join(families)} |\n|---|{'---|' * len(families)}")
+    for what in dict.fromkeys(what for what, _ in table):
+        values = [table.get((what, family)) for family in families]
+        cells = [f"{max(v):.1e} ({len(v)})" if v else "-" for v in values]
         print(f"| {what} | {' | '.join(cells)} |")
-    print("\nIn brackets: how many models, or adapters. 0: equal to the last bit.")
+    print("\nIn brackets: the number of models or adapters.")
 
 
 if __name__ == "__main__":

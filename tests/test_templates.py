@@ -1,37 +1,48 @@
-"""Chat templates in the forms of well-known families, where checkpoints keep them, and the date that some ask for."""
+"""Text becomes the ids that transformers makes of it: plain, in chat templates, in the human form.
 
+A row is cut into prompts and responses that are encoded one by one; a chat template is a program
+from a stranger and stays in its sandbox.
+"""
+
+import datetime
 import hashlib
 import json
-import os
 import shutil
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_jsonl
-from test_tokenizer import GOLDENS, assistant, reconfigure, user, with_template
+from agreement import GOLDENS, REAL
+from conftest import ROOT, damage, edit_json, script
 
 from model import InputError, load_tokenizer
-from model import generate as talk
-from model.files import read_json
-from toss.audit.tokens import load_scored
-from toss.dataset import tokenise
-from toss.rows import read_rows
+from model.generate import main
 
-GOLDEN = json.loads((GOLDENS / "templates/golden.json").read_text(encoding="utf-8"))
-MOVES_THE_SYSTEM_TEXT = ("mistral", "system and turns")
-REAL = os.environ.get("TOSS_REAL_CHECKPOINT")
-# Mistral's first form, Llama-3.2's date and Qwen3's thinking, as far as they matter for cutting a row.
-MISTRAL_1 = ("{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
-             "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{{ bos_token }}{% for m in messages %}"
-             "{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}{% else %}"
-             "{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}")  # fmt: skip
-DATED = ("{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = '26 Jul 2024' %}"
-         "{% endif %}{{ 'Today: ' + day }}"
-         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + eos_token }}{% endfor %}"
-         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # fmt: skip
-THINKING = ("{% for m in messages %}{% set text = m.content if loop.last else m.content.split('</think>')[-1].lstrip('\n') %}"
-            "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # fmt: skip
+CONFIG, JINJA, TABLE = "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"
+# Mistral's first form, Llama-3.2's date and Qwen3's thinking, as far as they matter for the cuts.
+MISTRAL_1 = """{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}
+{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{{ bos_token }}
+{%- for m in messages %}{% if m.role == 'user' %}
+{{- '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' -}}
+{% else %}{{- ' ' + m.content + eos_token -}}{% endif %}{% endfor %}"""
+TURNS = """{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+DATED = """{% set day = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}
+{{ 'Today: ' + day }}{% for m in messages %}{% set text = m.content %}"""
+THINKING = """{% for m in messages %}
+{% set text = m.content if loop.last else m.content.split('</think>')[-1].lstrip('\n') %}"""
+DATED, THINKING = DATED + TURNS, THINKING + TURNS
+
+
+def golden(name):
+    return json.loads((GOLDENS / f"{name}/golden.json").read_text(encoding="utf-8"))
+
+
+def talk(*texts, system=None):
+    """A conversation: the user and the assistant in turn, after a system message if given."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
 @pytest.fixture
@@ -40,275 +51,354 @@ def folder(tmp_path):
     return Path(shutil.copytree(GOLDENS / "tokenizer-chatml", tmp_path / "tokenizer"))
 
 
+def with_template(folder, template, **more):
+    (folder / JINJA).write_text(template)
+    return load_tokenizer(folder, **more)
+
+
+def first_text(tokenizer):
+    return tokenizer.segments(talk("a"))[0][0]
+
+
+@pytest.mark.parametrize("name", ["chatml", "bos", "metaspace"])
+def test_plain_text_and_the_human_form_give_transformers_ids(name):
+    tokenizer, want = load_tokenizer(GOLDENS / f"tokenizer-{name}"), golden(f"tokenizer-{name}")
+    assert tokenizer.eos_id == want["eos_id"]
+    for case in want["encode"]:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        # Metaspace's alphabet lacks some letters; special tokens are left out of the text.
+        if name != "metaspace" and "<" not in case["text"]:
+            assert tokenizer.decode(case["ids"]) == case["text"]
+    human = load_tokenizer(GOLDENS / f"tokenizer-{name}", template="human")
+    for case in want["human"]:  # with a BOS once; the first token of a response is the whole text's
+        messages = talk(case["prompt"], case["response"])
+        assert human.prompt_ids(messages[:1]) == case["ids"]
+        text, is_response = human.segments(messages)[1]
+        assert is_response and case["ids"] + human.encode(text) == case["whole"]
+
+
+def test_the_human_form_is_used_where_there_is_no_chat_template(folder):
+    damage(folder, {JINJA: None})
+    none = load_tokenizer(folder)
+    damage(folder, named(rag="a", tool_use="b"))  # of which none is the default
+    human = load_tokenizer(folder, template="human")
+    want = none.encode("Human: Hi\nAssistant:")
+    assert none.prompt_ids(talk("Hi")) == human.prompt_ids(talk("Hi")) == want
+    assert none.template is human.template is None
+
+
 def family(folder, name, tokenizer):
-    """A folder with one of the two tokenizers and a family's template and special tokens."""
-    folder.mkdir()
+    """A tokenizer with a family's template and special tokens."""
     shutil.copyfile(GOLDENS / f"templates/{tokenizer}.json", folder / "tokenizer.json")
-    shutil.copyfile(GOLDENS / f"templates/{name}.jinja", folder / "chat_template.jinja")
-    (folder / "tokenizer_config.json").write_text(json.dumps(GOLDEN["special"][name]))
+    shutil.copyfile(GOLDENS / f"templates/{name}.jinja", folder / JINJA)
+    (folder / CONFIG).write_text(json.dumps(golden("templates")["special"][name]))
     return load_tokenizer(folder)
 
 
-def conversation(case):
-    return [{"role": m["role"], "content": m["content"] * m.get("times", 1)} for m in GOLDEN["messages"][case]]
+def prompts_are_equal(want, tokenizer, messages):
+    """True if the ids are transformers'. Otherwise its template changed an earlier response.
+
+    Even then each prompt is transformers' own, and each response says the same and ends in one EOS.
+    """
+    if tokenizer.prompt_ids(messages) == want:
+        return True
+    segments, place = tokenizer.segments(messages), 0
+    for (text, is_response), (ids, _) in zip(segments, tokenizer.encode_segments([segments])[0]):
+        end = want.index(tokenizer.eos_id, place) if is_response else place + len(ids)
+        if is_response:
+            assert tokenizer.decode(want[place:end]).strip() == tokenizer.decode(ids).strip()
+            if text.lstrip() == text or text[:1] == tokenizer.space:  # else it may be trimmed
+                assert ids[:1] == want[place : place + 1], text
+        else:
+            assert ids == want[place:end]
+        place = end + is_response
+    assert place == len(want)
+    return False
+
+
+@pytest.mark.parametrize(("name", "equal"), [("chatml", 9), ("bos", 8), ("metaspace", 3)])
+def test_chat_prompts_are_those_of_apply_chat_template(name, equal):
+    tokenizer, want = load_tokenizer(GOLDENS / f"tokenizer-{name}"), golden(f"tokenizer-{name}")
+    found = [prompts_are_equal(case["ids"], tokenizer, case["messages"]) for case in want["chat"]]
+    assert sum(found) == equal
+    assert tokenizer.leading_ids() == []  # a template writes the BOS itself
 
 
 @pytest.mark.parametrize("tokenizer", ["byte-level", "metaspace"])
-@pytest.mark.parametrize("name", GOLDEN["special"])
+@pytest.mark.parametrize("name", ["llama-2", "llama-3", "chatml", "mistral"])
 def test_prompts_of_the_families_are_those_of_apply_chat_template(tmp_path, name, tokenizer):
-    loaded = family(tmp_path / "t", name, tokenizer)
-    cases = [p for p in GOLDEN["prompts"] if (p["tokenizer"], p["family"]) == (tokenizer, name)]
-    assert len(cases) == len(GOLDEN["messages"]) == 13
-    for prompt in cases:
-        messages, want = conversation(prompt["case"]), prompt["ids"]
-        if (name, prompt["case"]) == MOVES_THE_SYSTEM_TEXT:
-            with pytest.raises(InputError, match="once there are 4 messages.*system message into the first user's text"):
+    loaded, table = family(tmp_path, name, tokenizer), golden("templates")
+    cases = [x for x in table["prompts"] if (x["tokenizer"], x["family"]) == (tokenizer, name)]
+    assert len(cases) == len(table["messages"]) == 13
+    for case in cases:
+        rows, want = table["messages"][case["case"]], case["ids"]
+        messages = [m | {"content": m["content"] * m.pop("times", 1)} for m in rows]
+        if (name, case["case"]) == ("mistral", "system and turns"):
+            with pytest.raises(InputError, match="once there are 4 messages.*system message"):
                 loaded.prompt_ids(messages)
         elif isinstance(want, str):
-            assert hashlib.sha256(json.dumps(loaded.prompt_ids(messages)).encode()).hexdigest() == want
-        elif not any(m["role"] == "assistant" for m in messages):
-            assert loaded.prompt_ids(messages) == want, prompt["case"]
+            ids = json.dumps(loaded.prompt_ids(messages)).encode()
+            assert hashlib.sha256(ids).hexdigest() == want
         else:
-            assert_prompts_are(want, loaded, messages)
+            several = any(message["role"] == "assistant" for message in messages)
+            assert prompts_are_equal(want, loaded, messages) or several
 
 
-def assert_prompts_are(want, tokenizer, messages):
-    """Every prompt of the row is transformers', to the id; its responses say the same, and each ends in one EOS."""
-    segments, place = tokenizer.segments(messages), 0
-    encoded = tokenizer.encode_segments([segments])[0]
-    for (text, is_response), (ids, _) in zip(segments, encoded):
-        if is_response:
-            end = want.index(tokenizer.eos_id, place)
-            assert tokenizer.decode(want[place:end]).strip() == text.strip()
-            if text.lstrip() == text or text[:1] == tokenizer.space:  # else the template may have trimmed it
-                assert ids[:1] == want[place : place + 1], text
-            place = end + 1
-        else:
-            assert want[place : place + len(ids)] == ids
-            place += len(ids)
-    assert place == len(want)
-    parts = [ids + [tokenizer.eos_id] * is_response for (_, is_response), (ids, _) in zip(segments, encoded)]
-    assert tokenizer.prompt_ids(messages) == sum(parts, [])
-
-
-def test_a_response_behind_a_newline_keeps_its_ground_truth(tmp_path):
-    """Metaspace tokenizers put a space before any text but one behind a newline: the response's first token has none here."""
-    tokenizer = family(tmp_path / "t", "chatml", "metaspace")
-    row = {"prompt": "Bread?", "response": "Yes, easy. Also, bake.", "harmful": [[0, 3], [11, 15]]}
-    tokens = tokenise(read_rows(write_jsonl(tmp_path / "rows.jsonl", [row])), tokenizer, 512, "rows")
-    response = tokens.input_ids[tokens.response].tolist()
-    assert tokenizer.raw.id_to_token(response[0])[0] == "Y" and tokenizer.encode("Yes")[0] != response[0]
-    marked = [tokenizer.raw.id_to_token(int(t)) for t in tokens.input_ids[tokens.harmful]]
-    assert "".join(marked).replace("▁", "") == "YesAlso"
-
-
-def test_a_turns_end_that_is_not_the_eos_is_taken_out_and_said(tmp_path):
-    tokenizer = family(tmp_path / "t", "chatml", "byte-level")
-    config = json.loads((tmp_path / "t/tokenizer_config.json").read_text())
-    assert tokenizer.turn_end == tokenizer.eos == "<|im_end|>"
-    (tmp_path / "t/tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}))
-    other = load_tokenizer(tmp_path / "t")
-    assert (other.eos, other.turn_end) == ("</s>", "<|im_end|>")
-    row = [user("a"), assistant("b"), user("c")]
-    text = lambda loaded: "".join(text + loaded.eos * is_response for text, is_response in loaded.segments(row))  # noqa: E731
-    assert text(other) == text(tokenizer).replace("b<|im_end|>", "b</s>")
+@pytest.mark.parametrize("template", ["human", "chat"])
+@pytest.mark.parametrize("name", ["chatml", "bos"])
+def test_a_longer_conversation_goes_on_from_a_shorter_one(name, template):
+    """prompt + response + EOS is what the next turn's prompt begins with, in both forms."""
+    tokenizer = load_tokenizer(GOLDENS / f"tokenizer-{name}", template)
+    messages = talk("Can you help?", "Yes.", "Why?", "No.", "And?")
+    pieces = tokenizer.segments(messages)
+    assert [is_response for _, is_response in pieces] == [False, True, False, True, False]
+    for turn in (1, 3):
+        before, after = (tokenizer.prompt_ids(messages[:end]) for end in (turn, turn + 2))
+        response = [*tokenizer.encode(pieces[turn][0]), tokenizer.eos_id]
+        assert after[: len(before) + len(response)] == before + response
+        assert tokenizer.segments(messages[: turn + 1]) == pieces[: turn + 1]
+    if name == "chatml" and template == "chat":  # the template's own EOS is not doubled
+        assert after.count(tokenizer.eos_id) == 6  # system, and five turns
 
 
 @pytest.mark.parametrize("source", [MISTRAL_1, DATED, THINKING])
 def test_ordinary_rows_of_several_turns_are_cut(folder, source):
     tokenizer = with_template(folder, source)
-    system = {"role": "system", "content": "Be kind."}
-    messages = [system, user("Hi."), assistant("Yes?"), user("Bake."), assistant(" No. "), user("Why?")]
+    messages = talk("Hi.", "Yes?", "Bake.", " No. ", "Why?", system="Be kind.")
     segments = tokenizer.segments(messages)
-    first = " Yes?" if source == MISTRAL_1 else "Yes?"  # Mistral's template puts a space between prompt and response
+    # Mistral's template puts a space between prompt and response: it belongs to the response.
+    first = " Yes?" if source == MISTRAL_1 else "Yes?"
     assert [text for text, is_response in segments if is_response] == [first, " No. "]
     for turn in (2, 4):
-        assert tokenizer.segments(messages[:turn]) == segments[: turn - 1]  # a row's beginning is the shorter row
+        assert tokenizer.segments(messages[:turn]) == segments[: turn - 1]
     text = "".join(text + tokenizer.eos * is_response for text, is_response in segments)
-    whole = tokenizer.render(messages, generate=True)
-    assert "".join(text.split()) == "".join(whole.split())
+    assert "".join(text.split()) == "".join(tokenizer.chat.render(messages, True).split())
 
 
-def test_thinking_that_the_template_drops_from_earlier_turns_is_refused(folder):
-    tokenizer = with_template(folder, THINKING)
-    messages = [user("Hi."), assistant("<think>\nhm\n</think>\n\nYes?"), user("Bake."), assistant("No.")]
-    assert tokenizer.segments(messages[:2])[1] == (messages[1]["content"], True)
-    with pytest.raises(InputError, match="once there are 3 messages.*leave thinking out, or give one row a turn"):
-        tokenizer.segments(messages)
+def test_a_turns_end_that_is_not_the_eos_is_taken_out_and_said(tmp_path):
+    tokenizer, row = family(tmp_path, "chatml", "byte-level"), talk("a", "b", "c")
+    edit_json(tmp_path / CONFIG, eos_token="</s>")
+    other = load_tokenizer(tmp_path)
+    assert (tokenizer.eos, tokenizer.turn_end) == ("<|im_end|>", "<|im_end|>")
+    assert (other.eos, other.turn_end) == ("</s>", "<|im_end|>")
+    said, changed = ("".join(t + x.eos * r for t, r in x.segments(row)) for x in (tokenizer, other))
+    assert changed == said.replace("b<|im_end|>", "b</s>")
 
 
-@pytest.mark.parametrize("place", ["chat_template.json", "additional", "config over legacy", "files over config"])
-def test_templates_are_read_in_transformers_order(folder, place):
-    source, other = (folder / "chat_template.jinja").read_text(), "not this one"
-    want = load_tokenizer(folder).prompt_ids([user("Hi")])
-    if place == "additional":
-        (folder / "additional_chat_templates").mkdir()
-        (folder / "additional_chat_templates/tool_use.jinja").write_text(other)
-    elif place == "chat_template.json":
-        (folder / "chat_template.jinja").unlink()
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": source}))
-    elif place == "config over legacy":
-        (folder / "chat_template.jinja").unlink()
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": other}))
-        reconfigure(folder, chat_template=source)
-    else:
-        reconfigure(folder, chat_template=[{"name": "default", "template": other}])
-    assert load_tokenizer(folder).prompt_ids([user("Hi")]) == want
+def test_every_token_of_a_response_knows_its_characters(tmp_path):
+    """Metaspace tokenizers put a space before any text, except after a newline."""
+    tokenizer = family(tmp_path, "chatml", "metaspace")
+    segments = tokenizer.segments(talk("Bread?", "Yes, easy. Also, bake."))
+    (text, is_response), (ids, spans) = segments[1], tokenizer.encode_segments([segments])[0][1]
+    assert is_response and ids[0] != tokenizer.encode("Yes")[0]
+    tokens = [tokenizer.raw.id_to_token(id).replace("▁", " ") for id in ids]
+    assert [text[start:end] for start, end in spans] == tokens and "".join(tokens) == text
 
 
-def test_several_templates_without_a_default_are_refused_but_for_the_human_form(folder):
-    (folder / "chat_template.jinja").unlink()
-    reconfigure(folder, chat_template=[{"name": "rag", "template": "a"}, {"name": "tool_use", "template": "b"}])
-    with pytest.raises(InputError, match="rag, tool_use.*--template human"):
-        load_tokenizer(folder)
-    assert load_tokenizer(folder, "human").template is None
-    reconfigure(folder, chat_template=[{"name": "rag"}])
-    with pytest.raises(InputError, match="not a text"):
-        load_tokenizer(folder)
+MAIN, OTHER = "{{ messages[0].content }}", "not this one"
+TOOL, EXTRA = (f"additional_chat_templates/{name}.jinja" for name in ("tool_use", "default"))
+inline = lambda template: {CONFIG: {"chat_template": template}}
+named = lambda **texts: inline([{"name": name, "template": texts[name]} for name in texts])
+legacy = lambda template: {"chat_template.json": json.dumps({"chat_template": template})}
+LEGACY = [legacy(MAIN), legacy(OTHER) | inline(MAIN)]  # of older processors
+FOUND = [
+    inline(MAIN),
+    inline({"default": MAIN}),
+    named(tool_use=OTHER, default=MAIN),
+    {JINJA: MAIN} | inline(OTHER),
+    {JINJA: MAIN} | named(default=OTHER, rag=OTHER),
+    {JINJA: MAIN, TOOL: OTHER},
+    {JINJA: OTHER, EXTRA: MAIN},
+    {EXTRA: MAIN} | inline(OTHER),
+]
+NOT_FOUND = [named(rag=OTHER), {TOOL: OTHER} | inline(OTHER)]  # none is named default
 
 
-@pytest.mark.parametrize(("source", "text"), [
-    ("{{ {'a': '<b> & é'} | tojson }}", '{"a": "<b> & é"}'),
-    ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
-    ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}!", "a!"),
-    ("{% for m in messages %}{% continue %}{{ m.content }}{% endfor %}.", "."),
-])  # fmt: skip
-def test_filters_and_tags_are_those_of_transformers(folder, source, text):
-    assert with_template(folder, source).segments([user("a")]) == [(text, False)]
-
-
-@pytest.mark.parametrize(("decoder", "table", "bos"), [
-    (False, {"bos_token": {"content": "<|im_start|>", "lstrip": False}}, "<|im_start|>"),  # as transformers: the map wins
-    (False, {"pad_token": "</s>"}, "<s>"),
-    (True, {"bos_token": "<|im_start|>", "pad_token": "</s>"}, "<s>"),  # not read beside a newer tokenizer_config.json
-])  # fmt: skip
-def test_special_tokens_may_come_from_special_tokens_map(folder, decoder, table, bos):
-    reconfigure(folder, **({"added_tokens_decoder": {}} if decoder else {}), extra_special_tokens={"image_token": "<im>"})
-    (folder / "special_tokens_map.json").write_text(json.dumps(table))
-    tokenizer = with_template(folder, "{{ bos_token }}-{{ pad_token }}-{{ image_token }}-{{ eos_token }}")
-    assert tokenizer.segments([user("a")])[0][0] == f"{bos}-{'' if decoder else table.get('pad_token', '')}-<im>-<|im_end|>"
-
-
-def test_an_eos_named_only_in_special_tokens_map_is_found(folder):
-    want = load_tokenizer(folder).eos_id
-    reconfigure(folder, added_tokens_decoder={})
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token"}))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    assert load_tokenizer(folder).eos_id == want
-
-
-def test_a_special_token_that_tokenizer_json_has_as_a_mere_word_is_one_token(folder):
-    state = json.loads((folder / "tokenizer.json").read_text())
-    word = max(state["model"]["vocab"].items(), key=lambda item: item[1])  # the last merge: never met in this text
-    reconfigure(folder, eos_token=word[0])
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.encode(f"Hi{word[0]}!")[-2] == tokenizer.eos_id == word[1]
-
-
-def test_the_date_is_a_setting_where_the_template_asks_for_it(folder):
-    tokenizer = with_template(folder, DATED)
-    dated = load_tokenizer(folder, date="2025-03-09")
-    assert dated.segments([user("a")])[0][0].startswith("Today: 09 Mar 2025<|im_start|>user")
-    assert str(dated.date) == "2025-03-09" and tokenizer.date is not None
-    assert dated.fingerprint() == load_tokenizer(folder, date="2025-03-09").fingerprint()
-    assert dated.fingerprint() != load_tokenizer(folder, date="2025-03-10").fingerprint()
-    timed = with_template(folder, "{{ strftime_now('%H:%M:%S') }}")
-    assert timed.segments([user("a")]) == [("00:00:00", False)]
-
-
-def test_the_date_is_nothing_where_the_template_does_not_ask(folder):
-    plain = load_tokenizer(folder)
-    assert plain.date is None and plain.fingerprint() == load_tokenizer(folder, date="2025-03-09").fingerprint()
-    with_template(folder, DATED)
-    assert load_tokenizer(folder, "human", "2025-03-09").date is None
-    for wrong in ("9 March 2025", "2025-02-30", ""):
-        with pytest.raises(InputError, match="YYYY-MM-DD"):
-            load_tokenizer(folder, date=wrong)
-
-
-def test_a_run_keeps_the_date_that_it_was_begun_with(tmp_path, base, files, scripts, capsys):
-    dated, run = Path(shutil.copytree(base, tmp_path / "dated")), tmp_path / "run"
-    with_template(dated, DATED)
-    begin = ["--run", run, "--model", dated, "--harmful", files["harmful"], "--utility", files["utility"]]
-    assert scripts["train"](*begin, "--date", "2020-01-02") == 0
-    assert scripts["score"]("--run", run, "--custom", files["custom"], "--date", "2020-01-03") == 1
-    assert "begun with --date 2020-01-02, not 2020-01-03" in capsys.readouterr().err
-    assert scripts["score"]("--run", run, "--custom", files["custom"]) == 0
-    assert "date = 2020-01-02" in capsys.readouterr().out
-    scored = load_scored(run)  # as the audit reads it
-    assert "Today: 02 Jan 2020" in scored.tokenizer.raw.decode(scored.tokens.input_ids[:40].tolist())
-    assert scripts["train"](*begin) == 0
-    assert capsys.readouterr().out.count("skipped") == 2
-
-
-def test_talking_to_a_checkpoint_takes_the_date(tmp_path, base, monkeypatch, capsys):
-    dated, seen = Path(shutil.copytree(base, tmp_path / "dated")), []
-    tokenizer = with_template(dated, DATED)
-    monkeypatch.setattr(talk, "generate", lambda model, prompts, *_: seen.extend(prompts) or [[]])
-    assert talk.main(["--model", str(dated), "--date", "2020-01-02", "--prompt", "Hi", "--device", "cpu"]) == 0
-    assert "Today: 02 Jan 2020" in tokenizer.raw.decode(seen[0])
-    assert talk.main(["--model", str(dated), "--date", "2 Jan", "--prompt", "Hi"]) == 1
-    assert "YYYY-MM-DD" in capsys.readouterr().err
-
-
-def test_a_run_whose_template_asks_for_no_date_records_none(tmp_path, base, files, scripts, capsys):
-    run = tmp_path / "run"
-    assert scripts["train"]("--run", run, "--model", base, "--harmful", files["harmful"], "--utility", files["utility"],
-                            "--date", "2020-01-02") == 0  # fmt: skip
-    assert scripts["score"]("--run", run, "--custom", files["custom"], "--date", "2020-01-03") == 0
-    assert read_json(run / "run.json")["settings"]["date"] is None and "date" not in capsys.readouterr().out
-
-
-NAMED = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ image_token }}|{{ additional_special_tokens }}"
-ADDED = {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-
-
-@pytest.mark.parametrize("config", [
-    {}, {"added_tokens_decoder": {"3": ADDED}}, {"bos_token": None}, {"bos_token": {"__type": "AddedToken", **ADDED}},
-    {"extra_special_tokens": {"image_token": "<s>"}}, {"image_token": "<s>"}, {"additional_special_tokens": ["<s>"]},
-])  # fmt: skip
-@pytest.mark.parametrize("table", [None, {"bos_token": "<|im_start|>"}, {"eos_token": ADDED, "pad_token": "<s>"}])
-def test_special_tokens_reach_the_template_as_in_transformers(folder, config, table):
-    transformers = pytest.importorskip("transformers")
-    reconfigure(folder, **config)
-    if table is not None:
-        (folder / "special_tokens_map.json").write_text(json.dumps(table))
-    ours = with_template(folder, NAMED).segments([user("a")])[0][0]
-    assert ours == transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template([user("a")], tokenize=False)
-
-
-@pytest.mark.parametrize("inline", [None, "config", {"default": "table"}, [{"name": "default", "template": "list"}],
-                                    [{"name": "rag", "template": "rag"}]])  # fmt: skip
-@pytest.mark.parametrize("files", [[], ["chat_template"], ["additional_chat_templates/tool_use"],
-                                   ["chat_template", "additional_chat_templates/default"]])  # fmt: skip
-def test_the_template_found_is_the_one_of_transformers(folder, inline, files):
-    transformers = pytest.importorskip("transformers")
-    (folder / "chat_template.jinja").unlink()
-    (folder / "additional_chat_templates").mkdir()
-    reconfigure(folder, **({"chat_template": inline} if inline else {}))
-    for name in files:
-        (folder / f"{name}.jinja").write_text(name)
+def theirs(folder):
+    """The text of transformers' own template; None where it finds none, "skipped" without it."""
+    if not find_spec("transformers"):
+        return "skipped"
+    tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(folder)
     try:
-        ours = load_tokenizer(folder, "chat").segments([user("a")])[0][0]
-    except InputError:
-        ours = None
-    try:
-        theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template([user("a")], tokenize=False)
+        return tokenizer.apply_chat_template(talk("a"), tokenize=False)
     except ValueError:
-        theirs = None
-    assert ours == theirs
+        return None
+
+
+@pytest.mark.parametrize("files", [*FOUND, *NOT_FOUND, *LEGACY])
+def test_a_template_is_found_as_in_transformers(folder, files):
+    (folder / TOOL).parent.mkdir()
+    damage(folder, {JINJA: None} | files)
+    if files in NOT_FOUND:
+        with pytest.raises(InputError, match="--template human"):
+            load_tokenizer(folder)
+        assert theirs(folder) in (None, "skipped")
+    else:
+        assert load_tokenizer(folder, "chat").template == MAIN
+        assert theirs(folder) in ("a", "skipped") or files in LEGACY
+
+
+ADDED = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+END = ADDED | {"content": "<|im_end|>"}
+NEWER = {"added_tokens_decoder": {"3": ADDED | {"content": "</s>"}}}
+MAP = {"bos_token": "<|im_start|>", "pad_token": "</s>"}
+SPECIAL = [
+    ({}, {}, "<s>---<|im_end|>"),
+    ({"bos_token": None}, {}, "---<|im_end|>"),
+    ({"eos_token": {"__type": "AddedToken"} | END}, {}, "<s>---<|im_end|>"),
+    ({"extra_special_tokens": {"image_token": "<s>"}}, {}, "<s>--<s>-<|im_end|>"),
+    ({"image_token": "<s>"}, {}, "<s>--<s>-<|im_end|>"),
+    ({}, MAP, "<|im_start|>-</s>--<|im_end|>"),  # the map wins over an older config
+    ({}, {"pad_token": END}, "<s>-<|im_end|>--<|im_end|>"),
+    (NEWER, MAP, "<s>---<|im_end|>"),
+]
+NAMES = "-".join(f"{{{{ {name}_token }}}}" for name in ("bos", "pad", "image", "eos"))
+
+
+@pytest.mark.parametrize(("config", "table", "want"), SPECIAL)
+def test_special_tokens_are_found_as_in_transformers(folder, config, table, want):
+    damage(folder, {CONFIG: config, JINJA: NAMES} | ({TABLE: json.dumps(table)} if table else {}))
+    tokenizer = load_tokenizer(folder)
+    assert first_text(tokenizer) == want and theirs(folder) in (want, "skipped")
+    assert tokenizer.raw.id_to_token(tokenizer.eos_id) == "<|im_end|>"
+    # An EOS that only the map names is found in any case: without one nothing works.
+    damage(folder, {CONFIG: {"eos_token": ...}, TABLE: json.dumps({"eos_token": "</s>"})})
+    assert load_tokenizer(folder).eos == "</s>"
+
+
+def test_truncation_and_padding_are_ignored_and_a_special_word_is_one_token(folder):
+    raw = load_tokenizer(folder).raw
+    word, word_id = max(raw.get_vocab().items(), key=lambda item: item[1])
+    want = raw.encode("The quick brown fox").ids
+    raw.enable_truncation(2)
+    raw.enable_padding(length=64)
+    raw.save(str(folder / "tokenizer.json"))
+    edit_json(folder / CONFIG, eos_token=word)  # tokenizer.json has it as a mere word
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("The quick brown fox") == want
+    assert tokenizer.encode(f"Hi{word}!")[-2] == tokenizer.eos_id == word_id
+
+
+def test_the_fingerprint_covers_vocabulary_template_special_tokens_and_date(folder):
+    found = [load_tokenizer(GOLDENS / "tokenizer-chatml"), load_tokenizer(folder)]
+    assert len({x.fingerprint() for x in found}) == 1
+    found.append(load_tokenizer(folder, "human"))
+    edit_json(folder / CONFIG, bos_token="<|im_start|>")
+    found.append(load_tokenizer(folder, date="2025-03-09"))
+    assert found[-1].date is None
+    assert found[-1].fingerprint() == load_tokenizer(folder).fingerprint()
+    found += [with_template(folder, DATED, date=f"2025-03-{day}") for day in ("09", "10")]
+    assert load_tokenizer(folder, date="2025-03-10").fingerprint() == found[-1].fingerprint()
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
+    found.append(load_tokenizer(folder, date="2025-03-10"))
+    assert len({x.fingerprint() for x in found}) == 6
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{% if tools is none and documents is none %}none{% endif %}", "none"),
+        ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}a{% endfor %}", "a"),
+        ("{% for m in messages %}{% continue %}{{ m.content }}{% endfor %}.", "."),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "a!"),
+        ("{{ eos_token }}{{ missing_token }}", "<|im_end|>"),
+        ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),  # trim_blocks and lstrip_blocks
+        ("{% set n = namespace(x=0) %}{% if true %}{% set n.x = 1 %}{% endif %}{{ n.x }}", "1"),
+        ("{{ {'a': '<b> & é'} | tojson }}", '{"a": "<b> & é"}'),
+        ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
+        ("{{ strftime_now('%d.%m. %H:%M:%S') }}", "09.03. 00:00:00"),
+    ],
+)
+def test_templates_find_what_transformers_gives_them(folder, source, text):
+    assert first_text(with_template(folder, source, date="2025-03-09")) == text
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ raise_exception.__globals__['os'] }}",
+        "{{ '{0.__class__.__mro__}'.format(messages) }}",
+        "{{ messages.append(messages) }}",
+        "{{ messages[0].update({'role': 'system'}) }}",
+        "{% include '/etc/hostname' %}",
+        "{{ range(1000000000) | list }}",
+        "{{ nothing.at.all }}",
+        "{{ raise_exception('not this way') }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    ],
+)
+def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, source):
+    tokenizer, messages = with_template(folder, source), talk("a")
+    with pytest.raises(InputError, match="template"):
+        tokenizer.prompt_ids(messages)
+    assert messages == talk("a")
+
+
+THOUGHT = talk("Hi.", "<think>\nhm\n</think>\n\nYes?", "Bake.", "No.")
+COUNTED = "{{ messages | length }}{{ messages[-1].content }}{{ eos_token }}"
+REFUSED = [
+    ("tokenizer.json", {"tokenizer.json": "{"}, {}),
+    ("tokenizer.json.*save_pretrained", {"tokenizer.json": None}, {}),
+    (CONFIG, {CONFIG: "{"}, {}),
+    (CONFIG, {CONFIG: None}, {}),
+    ("eos_token", {CONFIG: {"eos_token": ...}}, {}),
+    ("eos_token", {CONFIG: {"eos_token": None}}, {}),
+    ("<nowhere>", {CONFIG: {"eos_token": "<nowhere>"}}, {}),
+    ("jinja", {JINJA: "{% for %}"}, {}),
+    ("rag, tool_use.*--template human", {JINJA: None} | named(tool_use="a", rag="b"), {}),
+    ("not a text", {JINJA: None} | inline([{"name": "rag"}]), {}),
+    ("alpaca", {}, {"template": "alpaca"}),
+    ("no chat template", {JINJA: None}, {"template": "chat"}),
+    *(("YYYY-MM-DD", {JINJA: DATED}, {"date": x}) for x in ("9 March 2025", "2025-02-30", "")),
+    ("unknown role: robot", {}, {"row": [{"role": "robot", "content": "a"}]}),
+    ("rewrites earlier turns", {JINJA: COUNTED}, {"row": talk("a", "b", "c", "d")}),
+    ("once there are 3 messages.*leave thinking out", {JINJA: THINKING}, {"row": THOUGHT}),
+]
+
+
+@pytest.mark.parametrize(("words", "changes", "given"), REFUSED)
+def test_what_a_tokenizer_or_its_template_cannot_do_is_said(folder, words, changes, given):
+    damage(folder, changes)
+    options = {key: value for key, value in given.items() if key != "row"}
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(folder, **options).segments(given.get("row"))
+    if "row" in given:  # a row of one turn can be cut
+        assert len(load_tokenizer(folder).segments(talk("a", "b"))) == 2
+
+
+def test_a_date_is_kept_by_the_run_and_taken_by_the_command(base, files, tmp_path, capsys):
+    dated, run = Path(shutil.copytree(base, tmp_path / "dated")), ["--run", tmp_path / "run"]
+    tokenizer = with_template(dated, DATED, date="2020-01-02")
+    assert tokenizer.date == datetime.date(2020, 1, 2) and "02 Jan 2020" in first_text(tokenizer)
+    references = ["--model", dated, "--harmful", files["harmful"], "--utility", files["utility"]]
+    script("train", *run, *references, "--date", "2020-01-02")
+    with pytest.raises(InputError, match="2020-01-02.*2020-01-03"):
+        script("score", *run, "--custom", files["custom"], "--date", "2020-01-03")
+    script("score", *run, "--custom", files["custom"])
+    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert settings["date"] == "2020-01-02"
+    plain = ["--run", tmp_path / "plain", "--model", base]  # its template asks for no date
+    script("train", *plain, *references[2:], "--date", "2020-01-02")
+    assert json.loads((tmp_path / "plain/run.json").read_text())["settings"]["date"] is None
+    capsys.readouterr()
+    talk_to = ["--model", str(dated), "--prompt", "Hi", "--device", "cpu", "--max-new-tokens", "4"]
+    assert main([*talk_to, "--date", "2020-01-02"]) == 0
+    assert main([*talk_to, "--date", "2 Jan"]) == 1
+    assert "YYYY-MM-DD" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")
 def test_a_real_checkpoints_prompts_are_transformers():
-    """To the id, on 300 of the project's rows of one turn, and on those joined into conversations of three turns."""
+    """On 300 of the project's rows of one turn, and on those joined into rows of three turns."""
     transformers = pytest.importorskip("transformers")
-    ours, theirs = load_tokenizer(REAL), transformers.AutoTokenizer.from_pretrained(REAL)
-    rows = [row.messages for row in read_rows(ROOT / "data/rows/custom.jsonl")[:300]]
-    rows += [rows[i] + rows[i + 1] + rows[i + 2][:1] for i in range(0, len(rows), 3)]
-    assert len(rows) == 400
-    for row in rows:
-        messages = row[:-1] if row[-1]["role"] == "assistant" else row
-        want = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
-        assert ours.prompt_ids(messages) == want
+    ours, real = load_tokenizer(REAL), transformers.AutoTokenizer.from_pretrained(REAL)
+    lines = (ROOT / "data/rows/custom.jsonl").read_text().splitlines()[:300]
+    rows = [(row["prompt"], row["response"]) for row in map(json.loads, lines)]
+    threes = zip(rows[::3], rows[1::3], rows[2::3])
+    for texts in [(prompt,) for prompt, _ in rows] + [(*a, *b, c[0]) for a, b, c in threes]:
+        settings = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
+        messages = talk(*texts)
+        assert ours.prompt_ids(messages) == real.apply_chat_template(messages, **settings)

@@ -1,0 +1,112 @@
+"""Chat templates: found in a checkpoint, compiled in a sandbox, rendered as transformers does."""
+
+import datetime
+import json
+from functools import partial
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.io import InputError, read_json, read_text
+
+Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+# The paper's form as a template, for checkpoints without one. The prompt ends at "Assistant:"; the
+# space after it belongs to the response.
+HUMAN = (
+    "{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ 'Assistant: ' + m.content + eos_token }}"
+    "{% else %}{{ ('Human: ' if m.role == 'user' else '') + m.content }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def find_template(folder: Path, config: dict) -> str | None:
+    """The source of a checkpoint's chat template, None if it has none.
+
+    In transformers' order: chat_template.jinja with additional_chat_templates/ beside it; the
+    tokenizer_config.json, one text or several with names; then the chat_template.json of older
+    processors. Of several, the one named "default".
+    """
+    main, legacy = folder / "chat_template.jinja", folder / "chat_template.json"
+    files = [main, *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    found = {"default" if f == main else f.stem: read_text(f) for f in files if f.exists()}
+    found = found or config.get("chat_template")
+    if not found and legacy.exists():
+        found = read_json(legacy).get("chat_template")
+    try:
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}
+        if isinstance(found, dict) and found and "default" not in found:
+            raise InputError(
+                f"{folder}: the chat templates {', '.join(sorted(found))} include no default: put "
+                "the one to use into chat_template.jinja, or use --template human"
+            )
+        source = found.get("default") if isinstance(found, dict) else found
+    except (KeyError, TypeError):
+        source = False
+    if source is not None and not isinstance(source, str):
+        raise InputError(f"{folder}: the chat template is not a text, or a list of named texts")
+    return source or None
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` around what an assistant says; changes nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def raise_exception(message: str) -> None:
+    """For templates, to refuse a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+class Template:
+    """A chat template, compiled in a sandbox, since it is a program from the checkpoint's maker.
+
+    special: the special tokens by name. date: the day for a template that asks for the date;
+    None afterwards if it does not ask. where: names the checkpoint in errors.
+    """
+
+    def __init__(self, source: str, special: dict[str, str], date: datetime.date, where: str):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
+        )
+        environment.globals["raise_exception"] = raise_exception
+        # Jinja's own tojson writes <, > and & as HTML escapes.
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        try:
+            self.compiled = environment.from_string(source)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        except jinja2.TemplateError as error:
+            raise InputError(f"{where}: the chat template is not valid jinja ({error})") from None
+        self.source, self.special, self.where = source, special, where
+        self.date = date if "strftime_now" in names else None
+        # The clock of the templates stands still, so that ids do not change during the day.
+        self.clock = datetime.datetime.combine(date, datetime.time())
+
+    def render(self, messages: Messages, generate: bool) -> str:
+        """The conversation's text; with `generate` it ends where the next response begins."""
+        try:
+            return self.compiled.render(
+                messages=messages,
+                add_generation_prompt=generate,
+                tools=None,
+                documents=None,
+                strftime_now=self.clock.strftime,
+                **self.special,
+            )
+        except Exception as error:  # a template is a program and can raise nearly anything
+            raise InputError(
+                f"{self.where}: the chat template refuses this conversation ({error})"
+            ) from None

@@ -1,0 +1,546 @@
+"""The transformer computes what transformers computes, from the same files, and refuses all others.
+
+Golden files hold transformers' logits, losses and greedy answers for tiny models of each family.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import threading
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote
+
+import agreement
+import huggingface_hub.constants
+import huggingface_hub.file_download
+import pytest
+import torch
+from agreement import ADAPTERS, GOLDENS, MODELS, REAL, apart, golden, logits_of, losses_of
+from conftest import damage, edit_tensors, make_base, script, with_one
+from safetensors.torch import load_file
+
+from model import InputError, load_checkpoint, load_tokenizer, save_adapter, save_checkpoint
+from model.config import FAMILIES, Config
+from model.generate import generate, main
+from model.hub import resolve
+from model.io import NotFinite
+from model.lora import new_adapter, use
+from model.transformer import attention_masks
+
+BOUND = 1e-4
+loaded = cache(lambda name: load_checkpoint(GOLDENS / name))
+
+
+def copied(name: str, tmp_path: Path) -> Path:
+    """A copy of a golden model that a test may change."""
+    return Path(shutil.copytree(GOLDENS / name, tmp_path / "checkpoint"))
+
+
+def assert_same_weights(one, two):
+    one, two = dict(one.named_parameters()), dict(two.named_parameters())
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_losses_and_answers_are_those_of_transformers(name):
+    assert all(value < BOUND for value in agreement.golden_model(name).values())
+    model, ids = loaded(name), golden(name)["input_ids"]
+    with torch.no_grad():
+        hidden = model(ids)
+    assert hidden.shape == (*ids.shape, model.config.hidden_size) and hidden.dtype == torch.float32
+    rms = (hidden / model.model.norm.weight).pow(2).mean(-1).sqrt()  # of a norm's output
+    torch.testing.assert_close(rms, torch.ones_like(rms), atol=0.02, rtol=0)
+
+
+def test_the_table_of_agreement_covers_every_family(capsys):
+    agreement.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+    assert set(FAMILIES) <= set(head[1:]) and len(MODELS) == 11 and len(ADAPTERS) == 13
+    assert len(rows) >= 4 and all(float(cell.split(" (")[0]) < BOUND for cell in rows[0][1:])
+
+
+@pytest.mark.parametrize("file", sorted(GOLDENS.glob("*/config-old-spelling.json")), ids=str)
+def test_older_spellings_of_config_json_mean_the_same(file, tmp_path):
+    folder = copied(file.parent.name, tmp_path)
+    shutil.copyfile(file, folder / "config.json")
+    assert "rope_theta" in file.read_text() and "rope_parameters" not in file.read_text()
+    assert load_checkpoint(folder).config == loaded(file.parent.name).config
+
+
+def test_a_mask_exists_only_where_a_row_is_longer_than_the_window():
+    at = lambda length: torch.arange(length)[None]
+    assert attention_masks(at(8), 8, None) == attention_masks(at(99), None, None) == (None, None)
+    full, windowed = attention_masks(at(9), 8, None)
+    seen = [[0 <= query - key < 8 for key in range(9)] for query in range(9)]
+    assert full is None and windowed[0, 0].tolist() == seen
+
+
+@pytest.mark.parametrize("name", ["plain", "llama3-rope", "mistral-window", "qwen3-bias-windows"])
+def test_right_padding_leaves_the_real_positions_alone(name):
+    model, row, lengths = loaded(name), golden(name)["input_ids"][0], [1, 5, 17, 24]
+    batch = torch.full((len(lengths), 24), 7)
+    for i, n in enumerate(lengths):
+        batch[i, :n] = row[:n]
+    with torch.no_grad():
+        padded = model(batch)
+        for i, n in enumerate(lengths):
+            torch.testing.assert_close(padded[i, :n], model(row[None, :n])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_is_close_with_a_float32_residual_stream(name, dtype):
+    model, want, seen = load_checkpoint(GOLDENS / name, dtype=dtype), golden(name), set()
+    assert {p.dtype for p in model.parameters()} == {dtype} and model.dtype == dtype
+    for block in model.model.layers:
+        block.register_forward_hook(lambda _, args, out: seen.update((args[0].dtype, out.dtype)))
+    losses = losses_of(logits_of(model, want["input_ids"]), want["input_ids"])
+    assert (losses - want["losses"]).abs().mean() < (0.06 if dtype == torch.bfloat16 else 0.01)
+    assert seen == {torch.float32}
+    answers = zip(generate(model, want["prompts"], 1, int(want["eos_id"])), want["new_ids"])
+    assert sum(new == theirs[:1] for new, theirs in answers) >= 4  # rounding may turn one answer
+
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GATE, NORM = "model.layers.1.mlp.gate_proj.weight", "model.norm.weight"
+Q_BIAS, LAYER_2 = "model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight"
+ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+def test_what_is_loaded_is_frozen_named_as_in_the_file_and_the_same_in_shards(tmp_path):
+    tied, stored = load_checkpoint(GOLDENS / "gqa-tied"), load_file(GOLDENS / "gqa-tied" / FILE)
+    assert dict(tied.named_parameters()).keys() == stored.keys() and not tied.training
+    assert not any(p.requires_grad or p.is_meta for p in [*tied.parameters(), *tied.buffers()])
+    assert (tied.source, tied.name, tied.base_sha256) == (GOLDENS / "gqa-tied", "", None)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert_same_weights(loaded("gqa-tied-shards"), tied)
+    folder = copied("gqa-tied", tmp_path)  # old rotary tables and a tied head are left out
+    extra = [(ROTARY, lambda _: torch.zeros(4)), ("lm_head.weight", lambda _: torch.ones(80, 32))]
+    damage(folder, {FILE: extra})
+    assert_same_weights(load_checkpoint(folder), tied)
+
+
+def index(weight_map):
+    return {INDEX: {"weight_map": weight_map}}
+
+
+PICKLE = {"pytorch_model.bin": "cos\nmkdir\n(Vopened\ntR."}  # unpickling it makes a folder
+BROKEN = {
+    "plain": [
+        (GATE, {FILE: (GATE, lambda t: None)}),
+        (NORM, {FILE: (NORM, lambda t: None)}),
+        ("lm_head.weight", {FILE: ("lm_head.weight", lambda t: None)}),
+        (Q_BIAS, {FILE: (Q_BIAS, lambda t: torch.zeros(32))}),
+        (LAYER_2, {FILE: (LAYER_2, lambda t: torch.ones(32))}),
+        (GATE, {FILE: (GATE, lambda t: t.T)}),
+        (GATE, {FILE: (GATE, lambda t: t[:, :-1])}),
+        (NORM, {FILE: (NORM, lambda t: t[:1])}),  # would broadcast
+        (GATE, {FILE: (GATE, with_one(torch.nan))}),
+        (GATE, {FILE: (GATE, with_one(-torch.inf))}),
+        *((FILE, {FILE: end}) for end in (0, 5, 3000, -1)),
+        *(("config.json", {"config.json": text}) for text in (None, "", "{", "[1, 2]", "null")),
+        (FILE, {FILE: None} | PICKLE),
+    ],
+    "gqa-tied-shards": [
+        (SHARDS[1], {SHARDS[1]: -4}),
+        (SHARDS[1], {SHARDS[1]: None}),
+        *((INDEX, index(table)) for table in (None, {}, [], {"a": None}, {"a": 3}, {"a": "."})),
+        ("outside", index({"a": f"../{SHARDS[0]}"})),
+        ("outside", index({"a": f"inside/../../{SHARDS[0]}"})),
+        ("outside", index({"a": f"/{SHARDS[0]}"})),
+        ("pytorch_model.bin", index({"a": "pytorch_model.bin"}) | PICKLE),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "changes"), [(name, *row) for name, rows in BROKEN.items() for row in rows]
+)
+def test_a_broken_checkpoint_is_refused_by_name(name, words, changes, tmp_path):
+    folder = copied(name, tmp_path)
+    damage(folder, changes)
+    with pytest.raises(InputError, match=words) as raised:
+        load_checkpoint(folder)
+    assert "\n" not in str(raised.value) and not Path("opened").exists()
+
+
+def test_a_weight_beyond_float16_is_refused_in_float16_only(tmp_path):
+    folder = copied("plain", tmp_path)
+    edit_tensors(folder / FILE, GATE, with_one(1e5))
+    assert load_checkpoint(folder, dtype=torch.bfloat16)
+    with pytest.raises(NotFinite, match=GATE):
+        load_checkpoint(folder, dtype=torch.float16)
+
+
+def rope(kind, **more):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}
+
+
+def of(family, **fields):
+    return {"model_type": family, **fields}
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+SIZES = {"vocab_size": 80, "hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 30}
+SIZES |= {"num_attention_heads": 64}
+WRONG = {"hidden_act": "gelu", "is_causal": False, "rms_norm_eps": None, "head_dim": 7}
+WRONG |= {"quantization_config": {"bits": 4}, "compression_config": {"format": "int-quantized"}}
+WRONG |= {"partial_rotary_factor": 0.5, "layer_types": [FULL, SLIDING]}  # Llama has no window
+REFUSED = [
+    *((field, {field: ...}) for field in ("model_type", *SIZES)),
+    *((field, {field: value}) for field, value in WRONG.items()),
+    *(("model_type", of(family)) for family in (None, ["llama"])),
+    ("gemma3_text.*llama, mistral, qwen2, qwen3", of("gemma3_text")),
+    ("yarn", rope("yarn", factor=2.0)),
+    ("rope type", rope(["linear"])),
+    ("linear.*factor", rope("linear")),
+    ("llama3.*factor", rope("llama3", factor=8.0)),
+    ("rope_theta", {"rope_parameters": {"rope_theta": "1e4"}}),
+    ("partial_rotary_factor", rope("default", partial_rotary_factor=0.5)),
+    ("rope.*full_attention", rope("default", full_attention={"rope_type": "default"})),
+    ("dynamic", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    ("layer_types", of("mistral", layer_types=[FULL, SLIDING])),
+    ("sliding_window", of("mistral", sliding_window=0)),
+    ("layer_types.*chunked", of("qwen2", layer_types=[FULL, "chunked"])),
+    ("layer_types|sliding_window", of("qwen2", layer_types=[FULL, SLIDING])),  # but none is used
+    ("max_window_layers", of("qwen2", use_sliding_window=True, max_window_layers="2")),
+    ("sliding_window", of("qwen3", use_sliding_window=1, max_window_layers=1, sliding_window=-1)),
+    # What the tensors do not have
+    ("layers.2", {"num_hidden_layers": 3}),
+    ("embed_tokens|lm_head", {"vocab_size": 81}),
+    ("k_proj|v_proj", {"num_key_value_heads": 2}),
+    ("_proj", {"head_dim": 16}),
+    ("bias", of("qwen2")),
+    ("_norm", of("qwen3", head_dim=8)),
+]
+
+
+@pytest.mark.parametrize(("words", "fields"), REFUSED)
+def test_a_config_that_is_not_implemented_or_does_not_fit_is_refused(words, fields, tmp_path):
+    folder = copied("plain", tmp_path)
+    damage(folder, {"config.json": fields})
+    with pytest.raises(InputError, match=words):
+        load_checkpoint(folder)
+
+
+def windows(size: int, count: int) -> dict:
+    return {"sliding_window": size, "windowed_layers": frozenset(range(30 - count, 30))}
+
+
+BIASED, TIED = {"attention_bias": True, "output_bias": True}, {"tie_word_embeddings": True}
+OWN = {
+    "llama": {"num_key_value_heads": 64, "head_dim": 4},
+    "mistral": {"num_key_value_heads": 8, "head_dim": 4},
+    "qwen2": {"num_key_value_heads": 32, "head_dim": 4, "attention_bias": True},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "qk_norm": True},
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
+OLD_LINEAR = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+FIELDS = [
+    ("llama", {}, {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, BIASED | {"mlp_bias": True}),
+    ("llama", {"sliding_window": 8, "num_key_value_heads": 4}, {"num_key_value_heads": 4}),
+    ("llama", {"rms_norm_eps": 1e-5, "head_dim": 6}, {"rms_norm_eps": 1e-5, "head_dim": 6}),
+    ("mistral", {}, windows(4096, 30)),
+    ("mistral", {"sliding_window": None, "attention_bias": True, "mlp_bias": True}, {}),
+    ("qwen2", {}, {}),
+    ("qwen2", {"attention_bias": False} | TIED, TIED),
+    ("qwen2", {"use_sliding_window": True}, windows(4096, 2)),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": None}, {}),
+    ("qwen3", {}, {}),
+    ("qwen3", {"attention_bias": True}, BIASED),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, windows(4096, 30)),
+    ("qwen3", OLD_LINEAR, {"rope_theta": 5e5, "rope_scaling": LINEAR}),
+]
+
+
+@pytest.mark.parametrize(("family", "given", "want"), FIELDS)
+def test_an_absent_field_means_what_it_means_in_its_family_and_in_transformers(family, given, want):
+    config = Config.from_dict(SIZES | of(family) | given, "config.json")
+    assert config == Config(**SIZES | OWN[family] | want)
+    if not find_spec("transformers"):
+        return
+    import transformers
+
+    full = transformers.AutoConfig.for_model(**SIZES | of(family) | given).to_dict()
+    assert config == Config.from_dict(full, "config.json")
+    full = transformers.AutoConfig.for_model(**full | {"num_hidden_layers": 1, "layer_types": None})
+    attention = transformers.AutoModelForCausalLM.from_config(full).model.layers[0].self_attn
+    assert config.attention_bias == (attention.q_proj.bias is not None)
+    assert config.output_bias == (attention.o_proj.bias is not None)
+    assert config.qk_norm == hasattr(attention, "q_norm") and config.head_dim == attention.head_dim
+
+
+@pytest.mark.parametrize("name", [*MODELS, "gqa-tied-shards"])
+def test_saved_and_loaded_again_is_equal(name, tmp_path):
+    save_checkpoint(loaded(name), tmp_path, like=GOLDENS / name)
+    assert_same_weights(load_checkpoint(tmp_path), loaded(name))
+    stored = [load_file(file) for file in (GOLDENS / name).glob("model*.safetensors")]
+    assert load_file(tmp_path / FILE).keys() == set().union(*stored)
+
+
+def test_saving_copies_the_tokenizer_and_states_the_dtype(base, tmp_path):
+    for like in (base, GOLDENS / "plain"):  # with "torch_dtype", the older spelling; with "dtype"
+        out = tmp_path / like.name
+        save_checkpoint(load_checkpoint(like, dtype=torch.bfloat16), out, like=like)
+        config = json.loads((out / "config.json").read_text())
+        # transformers reads "dtype" first: neither may be left stale.
+        assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {"bfloat16"}
+        assert {tensor.dtype for tensor in load_file(out / FILE).values()} == {torch.bfloat16}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / base.name / name).read_bytes() == (base / name).read_bytes()
+
+
+@torch.no_grad()
+def uncached(model, prompt, max_new_tokens, eos):
+    """The plainest greedy loop: the whole row again for every token."""
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        token = int(model.lm_head(model(torch.tensor([ids])))[0, -1].argmax())
+        if token == eos:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_with_a_cache_are_those_without(name):
+    want = golden(name)
+    longer = [[3 + (7 * i + k) % 70 for k in range(i)] for i in (2, 9, 30)]
+    prompts, eos = want["prompts"] + longer, int(want["eos_id"])
+    got = generate(loaded(name), prompts, 20, eos)
+    assert got == [uncached(loaded(name), prompt, 20, eos) for prompt in prompts]
+
+
+def test_batches_change_neither_answers_nor_their_order_and_end_with_their_last_row():
+    model, want, rows = loaded("gqa-tied"), golden("gqa-tied"), [3, 0, 4, 1, 0, 2]
+    prompts, eos = [want["prompts"][i] for i in rows], int(want["eos_id"])
+    before, answers = [list(prompt) for prompt in prompts], [want["new_ids"][i] for i in rows]
+    for batch_tokens in (1, 30, 10**6):
+        finished = []
+        got = generate(model, prompts, 12, eos, batch_tokens, progress=finished.append)
+        assert got == answers and sum(finished) == len(rows) and prompts == before
+        assert (len(finished) == len(rows)) == (batch_tokens == 1)
+    short = [i for i in range(5) if len(want["new_ids"][i]) < 12]
+    lengths, calls = {len(want["new_ids"][i]) for i in short}, []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    got = generate(model, [want["prompts"][i] for i in short], 100, eos)
+    hook.remove()
+    assert got == [want["new_ids"][i] for i in short] and len(lengths) > 1
+    assert len(calls) == max(lengths) + 1  # the EOS itself takes one
+    assert not any(weight.is_inference() for weight in model.state_dict().values())
+
+
+def test_a_lower_limit_and_an_eos_cut_the_answer():
+    model, want = loaded("plain"), golden("plain")
+    prompts, eos, answers = want["prompts"], int(want["eos_id"]), want["new_ids"]
+    for n in (0, 1, 5):
+        assert generate(model, prompts, n, eos) == [answer[:n] for answer in answers]
+    assert generate(model, prompts[:1], 5, eos_id=answers[0][0]) == [[]]
+    assert generate(model, [], 5, eos) == []
+    for wrong in ([[80]], 5), (prompts, -1):
+        with pytest.raises(InputError):
+            generate(model, *wrong, eos)
+
+
+def test_the_command_answers_with_an_adapter_and_names_what_is_wrong(base, tmp_path, capsys):
+    model = load_checkpoint(base)
+    adapter = new_adapter(model, 4, 64, ["v_proj"], seed=0)
+    save_adapter(use(model, replace(adapter, B={k: b + 1 for k, b in adapter.B.items()})), tmp_path)
+    command = ["--model", str(base), "--device", "cpu", "--max-new-tokens", "8", "--prompt", "Hi"]
+    said = []
+    for more in ([], ["--template", "human"], ["--adapter", str(tmp_path)]):
+        assert main(command + more) == 0
+        said.append(capsys.readouterr())
+    assert len({out for out, _ in said}) == 3 and not any(err for _, err in said)
+    assert main([*command, "--adapter", str(tmp_path / "nowhere")]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and "nowhere" in err and err.count("\n") == 1
+
+
+UNWANTED = """consolidated.safetensors original/model.safetensors model.fp16.safetensors
+    pytorch_model.bin tf_model.h5 README.md"""
+UNWANTED = dict.fromkeys(UNWANTED.split(), b"no")
+SMALL = ["chat_template.jinja", "config.json", "tokenizer.json", "tokenizer_config.json"]
+PLAIN, TOKENIZER = GOLDENS / "plain", GOLDENS / "tokenizer-bos"
+
+
+class Hub(ThreadingHTTPServer):
+    """repositories: {id: {revision: (commit, {file: bytes})}}; sent: the fetched files' names."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories, self.sent = defaultdict(dict), []
+
+    def put(self, name, *folders, revision="main", **more):
+        """A new commit, which `revision` then names. Returns its hash."""
+        found = {file.name: file.read_bytes() for folder in folders for file in folder.glob("*")}
+        files = {file: data for file, data in found.items() if "golden" not in file} | more
+        commit = hashlib.sha1(repr((name, revision, files)).encode()).hexdigest()
+        self.repositories[name] |= dict.fromkeys((revision, commit), (commit, files))
+        return commit
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as its client needs."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        hub, parts = self.server, [unquote(x) for x in self.path.split("?")[0].split("/")[1:]]
+        parts = parts[2:] if parts[0] == "api" else parts  # api/models/ORG/NAME/... or ORG/NAME/...
+        name, (kind, revision, *path) = "/".join(parts[:2]), parts[2:] or ["revision", "main"]
+        commit, files = hub.repositories.get(name, {}).get(revision, ("", {}))
+        file, names = "/".join(path), [{"rfilename": file} for file in files]
+        tree = [{"type": "file", "path": x, "size": len(files[x]), "oid": x} for x in files]
+        if name not in hub.repositories:
+            self.answer(401, code="RepoNotFound")
+        elif not commit:
+            self.answer(404, code="RevisionNotFound")
+        elif kind != "resolve":  # one of two ways to list the files
+            found = tree if kind == "tree" else {"id": name, "sha": commit, "siblings": names}
+            self.answer(200, json.dumps(found).encode(), commit)
+        elif name == "someone/gated":
+            self.answer(403, code="GatedRepo")
+        else:
+            hub.sent += [file] * (self.command == "GET")
+            self.answer(200, files[file], commit)
+
+    do_GET = do_HEAD
+
+    def answer(self, status, body=b"{}", commit="", code=""):
+        self.send_response(status)
+        headers = {"X-Error-Code": code, "X-Repo-Commit": commit, "Content-Length": len(body)}
+        headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The server; huggingface_hub is set to it and to an empty cache."""
+    server, constants = Hub(), huggingface_hub.constants
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    url = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (constants, huggingface_hub.file_download):  # older versions have it in both
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", url, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.close()
+
+
+def test_only_the_files_that_are_needed_are_fetched(hub):
+    more = {"additional_chat_templates/tool_use.jinja": b"x", "special_tokens_map.json": b"{}"}
+    hub.put("someone/model", GOLDENS / "gqa-tied-shards", TOKENIZER, **UNWANTED, **more)
+    assert load_tokenizer("someone/model").fingerprint() == load_tokenizer(TOKENIZER).fingerprint()
+    assert sorted(hub.sent) == sorted([*more, *SMALL])
+    assert_same_weights(load_checkpoint("someone/model"), loaded("gqa-tied-shards"))
+    assert sorted(hub.sent) == sorted([*more, *SMALL, *SHARDS, INDEX])
+
+
+def test_a_revision_is_found_and_a_complete_cache_needs_no_network(hub, monkeypatch):
+    first = hub.put("someone/model", PLAIN, TOKENIZER)
+    second = hub.put("someone/model", GOLDENS / "qwen2", revision="refs/pr/1")
+    hub.put("someone/half", PLAIN, TOKENIZER)
+    want = load_tokenizer("someone/half").fingerprint()  # not the weights
+    named = {None: first, "main": first, first: first, "refs/pr/1": second, second: second}
+    for offline in (None, False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", bool(offline))
+        for revision, commit in named.items():
+            assert resolve("someone/model", revision).name == commit
+            model = load_checkpoint("someone/model", revision=revision)
+            assert_same_weights(model, loaded("plain" if commit == first else "qwen2"))
+            assert model.name == "someone/model"
+        assert load_tokenizer("someone/model").fingerprint() == want
+        hub.close()
+        for name in ("someone/half", "someone/other") if offline is not None else ():
+            with pytest.raises(InputError, match=f"{name}: .*`hf download {name}`") as raised:
+                load_checkpoint(name)
+            assert "\n" not in str(raised.value)
+
+
+NOT_GIVEN = {
+    "someone/nobody": "neither a local folder nor a hub repository.*HF_TOKEN",
+    "someone/gated": "gated.*HF_TOKEN",
+    "someone/pickles": f"neither {FILE} .*pytorch_model.bin is a pickle",
+    "someone/empty": "no config.json",
+    "some one/model": "some one/model",
+    "a/b/c": "a/b/c: no such checkpoint folder",
+}
+
+
+@pytest.mark.parametrize("name", NOT_GIVEN)
+def test_what_the_hub_does_not_give_is_said_in_one_line(hub, name):
+    for there in ("someone/gated", "someone/plain"):
+        hub.put(there, PLAIN)
+    hub.put("someone/pickles", TOKENIZER, **UNWANTED, **{"config.json": b"{}"})
+    hub.put("someone/empty", **{"README.md": b"no"})
+    with pytest.raises(InputError, match=NOT_GIVEN[name]) as raised:
+        load_checkpoint(name)
+    assert "\n" not in str(raised.value) and not UNWANTED.keys() & set(hub.sent)
+    with pytest.raises(InputError, match="no revision 'v9'"):
+        load_checkpoint("someone/plain", revision="v9")
+    with pytest.raises(InputError, match="someone--plain.*tokenizer.json.*save_pretrained"):
+        load_tokenizer("someone/plain")
+
+
+def test_a_local_folder_never_touches_the_hub_and_wins_over_an_id(base, tmp_path, monkeypatch):
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone/model").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails
+    assert_same_weights(load_checkpoint("someone/model"), load_checkpoint(base))
+    assert load_tokenizer("someone/model").fingerprint() == load_tokenizer(base).fingerprint()
+    with pytest.raises(InputError, match="local folder and has no revisions"):
+        load_checkpoint("someone/model", revision="main")
+
+
+def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, files):
+    commit, run = hub.put("someone/model", base), ["--run", tmp_path / "run"]
+    references = ["--harmful", files["harmful"], "--utility", files["utility"]]
+    script("train", *run, "--model", "someone/model", *references)
+    hub.put("someone/model", make_base(tmp_path / "other", seed=1))  # main is another model now
+    custom = ["--custom", files["custom"]]
+    with pytest.raises(InputError, match="begun with another"):
+        script("score", *run, *custom, "--revision", "main")
+    hub.close()  # the rest needs no network
+    script("score", *run, *custom)
+    script("select", *run, "--method", "toss", "--merge")
+    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert (settings["model"], settings["revision"]) == ("someone/model", commit)
+    model = tmp_path / "run/methods/toss/model"
+    config = json.loads((model / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/model"
+    assert load_tokenizer(model / "merged").fingerprint() == load_tokenizer(base).fingerprint()
+
+
+@pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")
+def test_a_real_checkpoint_gives_the_stored_losses_prompt_and_answer():
+    want, weights = json.loads((GOLDENS / "real.json").read_text()), Path(REAL) / FILE
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != want["sha256"]:
+        pytest.skip("the stored figures are another checkpoint's")
+    model, tokenizer = load_checkpoint(REAL), load_tokenizer(REAL)
+    assert tokenizer.encode(want["text"]) == want["text_ids"] and tokenizer.eos_id == want["eos_id"]
+    assert tokenizer.prompt_ids(want["messages"]) == want["prompt_ids"]
+    ids = torch.tensor([want["text_ids"]])
+    assert apart(losses_of(logits_of(model, ids), ids)[0], torch.tensor(want["losses"])) < BOUND
+    assert generate(model, [want["prompt_ids"]], 16, want["eos_id"]) == [want["new_ids"]]
