@@ -1,25 +1,47 @@
-"""Stage 2 of TOSS: the loss of every response token of the custom set under both reference models.
+"""Stage 2 of TOSS: the loss of every response token of the custom set under both references.
 
     python score.py
     python score.py --run runs/mine --custom custom.jsonl
 
-Writes RUN/scores.safetensors: flat arrays over all rows with the token ids, the row offsets, the response flags, and
-the losses L^u and L^h. The score of a token is S = L^u - L^h: high where the degraded model expects the token and the
-utility model does not. Model, prompt form and length come from the run. Next: select.py.
+Writes RUN/scores.safetensors: flat arrays over all rows with the token ids, the row offsets, the
+response flags, and the losses L^u and L^h. The score of a token is S = L^u - L^h: high where the
+degraded model expects the token and the utility model does not. The base, the prompt form and the
+row length come from the run. What half precision does to S: python -m toss.audit.noise. Next:
+select.py.
 """
 
 import sys
 
+from toss import cli
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; returns the exit status."""
-    from model.errors import reported
-    from toss.parallel import processes
-    from toss.pipeline import score_custom
-    from toss.settings import parse
 
-    return reported(processes()(lambda: score_custom(parse("score", __doc__, argv))))
+def main(argv=None):
+    """Parse the command line, then score. Raises InputError."""
+    parser = cli.parser("score.py", __doc__, custom="custom set D^cus")
+    text = "also score under the base model (loss_base)"
+    parser.add_argument("--base", action="store_true", help=text)
+    args = cli.parse(parser, argv)
+
+    from model.lora import use
+    from toss.run import Run
+    from toss.scoring import score
+
+    run = Run(args)
+
+    def losses(out):
+        D_cus = run.tokens(args.custom)
+        thetas = {"utility": run.adapter("utility"), "degraded": run.adapter("degraded")}
+        if args.base:
+            thetas["base"] = None
+        L = {}
+        for name, theta in thetas.items():  # adapters are swapped on the one base, never merged
+            model = use(run.base("score"), theta)
+            L[name] = score(model, D_cus, args.batch_tokens, on_batch=run.log(f"scores-{name}"))
+        return D_cus, L
+
+    inputs = ["--custom", "utility", "degraded"]
+    run.once("scores", losses, inputs=inputs, settings={"base": args.base})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

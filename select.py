@@ -1,46 +1,115 @@
 """Stage 3 of TOSS: discard the riskiest tokens and fine-tune the base on the rest.
 
-Ranks all response tokens of the custom set together by S = L^u - L^h, drops the top share d from the loss (they stay
-in the input), and trains a LoRA adapter from the base. With --pro T it first refines the degraded model over T rounds.
+Ranks all response tokens of the custom set together by S = L^u - L^h, drops the top share d from
+the loss (they stay in the input), and trains a LoRA adapter from the base. With --pro T it first
+refines the degraded model over T rounds.
 
     python select.py
-    python select.py --run runs/mine --method toss --discard 0.1 [--pro 1 --pro-samples 40] [--merge]
-    python select.py --run runs/plain --method sft --model M --custom custom.jsonl     (plain fine-tuning)
-    python select.py --run runs/other --model M2 --custom custom.jsonl --mask runs/mine/methods/toss/selection.safetensors
+    python select.py --run runs/mine --discard 0.1 [--pro 1 --pro-samples 40] [--merge]
+    python select.py --run runs/plain --method sft --model M --custom custom.jsonl
+    python select.py --run runs/other --model M2 --custom custom.jsonl --mask SELECTION
 
-The last one fine-tunes another model of the same tokenizer on what the first one's scores left: it needs no references.
-
-Writes RUN/methods/METHOD/selection.safetensors (the mask) and RUN/methods/METHOD/model (a PEFT adapter); with --name NAME
-RUN/methods/NAME. The methods stand in toss/selection.py.
+SELECTION is a selection.safetensors of another run; no references are needed then. Writes the mask
+to RUN/methods/NAME/selection.safetensors and the adapter to RUN/methods/NAME/model, where NAME is
+the method unless --name is given. The other methods are in toss/methods.py.
 """
 
 if __name__ == "select":
-    # This file hides the standard library's `select` from every program that runs in this folder: subprocess and
-    # asyncio import it. Whoever does so gets the real module, found on the rest of the path.
+    # This file hides the standard library's `select` from every program that runs in this folder:
+    # subprocess and asyncio import it. They get the real module, found on the rest of the path.
     import os
     import sys
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
     _here = os.path.dirname(os.path.realpath(__file__))
-    _spec = PathFinder.find_spec("select", [p for p in sys.path if os.path.realpath(p or os.curdir) != _here])
+    _rest = [path for path in sys.path if os.path.realpath(path or os.curdir) != _here]
+    _spec = PathFinder.find_spec("select", _rest)
     if _spec is None:
         raise ImportError("the standard library's select module was not found behind this folder")
     sys.modules["select"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])
+else:
+    import sys
 
-import sys
+    from toss import cli
+    from toss.config import METHODS, UNSCORED, TrainConfig
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; returns the exit status."""
-    from model.errors import reported
-    from toss.parallel import processes
-    from toss.pipeline import finetune
-    from toss.settings import parse
+def arguments(argv):
+    """The command line, with what it inherits. Raises InputError."""
+    parser = cli.parser("select.py", __doc__, custom="custom set D^cus")
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="toss", help="which tokens to discard")
+    add("--mask", metavar="FILE", help="instead: the selection.safetensors of another run")
+    add("--name", help="folder under RUN/methods (default: the method)")
+    add("--discard", type=cli.share, default=0.1, metavar="D", help="d, share of tokens to discard")
+    add("--keep-eos", action="store_true", help="leave end-of-sequence tokens out of the ranking")
+    add("--pro", type=cli.natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")
+    text = "TOSS-Pro: rows added per round (default: 6 %% of the custom rows)"
+    add("--pro-samples", type=cli.count, metavar="K", help=text)
+    text = "TOSS-Pro: learn added rows whole (the paper), or only their top d"
+    add("--pro-train", choices=["rows", "top"], default="rows", help=text)
+    add("--merge", action="store_true", help="also write the merged checkpoint")
+    cli.add_training_flags(parser)
+    return cli.check_method(cli.parse(parser, argv))
 
-    return reported(processes()(lambda: finetune(parse("select", __doc__, argv))))
+
+def main(argv=None):
+    """Parse the command line, select tokens, and fine-tune on the others. Raises InputError."""
+    args = arguments(argv)
+
+    import torch  # after parsing: it takes a while
+
+    from model.lora import use
+    from toss.methods import Candidates, choose
+    from toss.run import Run
+    from toss.scoring import score
+    from toss.selection import competing_tokens, riskiest_rows, select_tokens
+    from toss.training import train
+
+    run, config = Run(args), TrainConfig.of(args)
+
+    def finetune(out):
+        D_cus, L = run.scored(needed=args.method not in UNSCORED)  # the very ids that were scored
+        ranked = competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
+
+        added = []  # TOSS-Pro: the riskiest rows of D^cus join D^h, and theta^h starts anew
+        for t in range(args.pro):
+            S = (L["utility"] - L["degraded"])[ranked]
+            found = riskiest_rows(S, D_cus.row_of(ranked), skip=added, k=args.pro_samples)
+            added += [row for row, _ in found]
+            D_h = run.tokens(args.harmful) + D_cus.take(added)
+            w_h = D_h.response.float()  # as in train.py
+            if args.pro_train == "top":  # not the paper's: of added rows, only the riskiest tokens
+                risky = torch.zeros(len(D_cus.response))
+                risky[ranked] = (~select_tokens(S, args.discard)).float()
+                w_h[-len(D_cus.places(added)) :] = risky[D_cus.places(added)]
+            log = run.log(f"{args.name}-round-{t + 1}")
+            theta_h = train(run.base("train"), D_h, w_h, run.reference_config(), on_step=log)
+            model, log = use(run.base("score"), theta_h), run.log(f"{args.name}-scores-{t + 1}")
+            L["degraded"] = score(model, D_cus, args.batch_tokens, on_batch=log)
+            brought = [(row, int(ranked[i]), float(S[i])) for row, i in found]
+            run.save_round(out / f"round-{t + 1}", D_cus, brought, theta_h, L)
+
+        keep = torch.ones_like(D_cus.response)
+        if args.method == "toss":
+            S = L["utility"] - L["degraded"]  # high: theta^h expects the token, theta^u does not
+            keep[ranked] = select_tokens(S[ranked], args.discard)  # one ranking; the top d go
+        elif args.method == "mask":
+            keep, S = run.mask(D_cus)
+        else:
+            keep, S = choose(args.method, Candidates(D_cus, L, ranked, args.discard, args.seed))
+        model, log = run.base("train"), run.log(args.name)
+        theta = train(model, D_cus, keep.float(), config, on_step=log)  # a discarded token: w = 0
+        return D_cus, {"keep": keep, "score": S}, theta
+
+    if args.pro and not args.pro_samples:  # the paper names no k
+        args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
+    run.once(f"methods/{args.name}", finetune, **cli.choice(args, config))
+    if args.merge:
+        run.merge(f"methods/{args.name}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -1,27 +1,40 @@
-"""Stage 1 of TOSS: train the two reference models.
+"""Stage 1 of TOSS: train the two reference models, theta^h and theta^u.
 
-Trains two LoRA adapters from the same base: the safety-degraded model theta^h on a small harmful set D^h, and the
-utility-oriented model theta^u on a small utility set D^u. Without inputs it takes the embedded default (data/).
+Two LoRA adapters are trained from the same base: the safety-degraded model theta^h on a small
+harmful set D^h, and the utility-oriented model theta^u on a small utility set D^u.
 
-    python train.py
+    python train.py                                       (the embedded default, data/)
     python train.py --run runs/mine --model M --harmful harmful.jsonl --utility utility.jsonl
 
-Writes RUN/degraded and RUN/utility (PEFT adapters), RUN/run.json and RUN/log.jsonl. Next: score.py.
+Writes RUN/degraded and RUN/utility (adapters in PEFT's format). Next: score.py.
 The degraded adapter is harmful on purpose. Keep it to yourself and do not merge it.
 """
 
 import sys
 
+from toss import cli
+from toss.config import TrainConfig
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; returns the exit status."""
-    from model.errors import reported
-    from toss.parallel import processes
-    from toss.pipeline import train_references
-    from toss.settings import parse
 
-    return reported(processes()(lambda: train_references(parse("train", __doc__, argv))))
+def main(argv=None):
+    """Parse the command line, then train. Raises InputError."""
+    inputs = {"harmful": "harmful reference set D^h", "utility": "utility reference set D^u"}
+    parser = cli.parser("train.py", __doc__, **inputs)
+    cli.add_training_flags(parser)
+    args = cli.parse(parser, argv)
+
+    from toss.run import Run  # after parsing: torch takes a while to import
+    from toss.training import train
+
+    run, config = Run(args), TrainConfig.of(args)
+    D_h, D_u = run.tokens(args.harmful), run.tokens(args.utility)
+    for theta, D, flag in (("degraded", D_h, "--harmful"), ("utility", D_u, "--utility")):
+
+        def reference(out):  # plain supervised fine-tuning: every response token counts
+            return train(run.base("train"), D, D.response.float(), config, on_step=run.log(theta))
+
+        run.once(theta, reference, inputs=[flag], settings=config.recipe())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

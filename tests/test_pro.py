@@ -1,62 +1,116 @@
-"""TOSS-Pro from end to end: its rounds, what each trains on, and what it leaves behind."""
+"""The whole algorithm: references, scores, mask and model, and TOSS-Pro's rounds between them.
+
+The scripts' own main is run, and every adapter, loss and mask that it leaves is compared to the bit
+with the paper's steps, written down here once more from `train`, `score` and the two rules.
+"""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import tree
+from helpers import call, refused, said
 from safetensors.torch import load_file
 
+from model import load_checkpoint
+from model.lora import use
+from model.peft import read_adapter
+from toss.config import TrainConfig
+from toss.rows import read_rows
+from toss.run import record_of
+from toss.scoring import score
+from toss.selection import riskiest_rows, select_tokens
+from toss.tokens import tokenise
+from toss.training import train
 
-def test_pro_writes_its_rounds_and_why_each_row_came(trained, files, scripts):
-    assert scripts["select"]("--run", trained, "--method", "toss", "--pro", "2", "--pro-samples", "3") == 0
-    folder = trained / "methods/toss-pro"
-    added = [[json.loads(line) for line in (folder / f"round-{t}/added.jsonl").read_text().splitlines()] for t in (1, 2)]
-    assert [len(rows) for rows in added] == [3, 3] and len({row["row"] for rows in added for row in rows}) == 6
+REFERENCE = TrainConfig(lr=1e-2, epochs=1, batch_size=4, rank=2)  # as train.py is called in tests
+FINAL = TrainConfig(lr=0.1, epochs=2, batch_size=4, rank=4)
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def by_hand(base, files, tokenizer, rounds, k=3, d=0.1, top=False, keep_eos=False):
+    """The paper's steps: adapters by folder, L^u, L^h by folder, the rows added, and the mask."""
+    model, theta, L = load_checkpoint(base), {}, {}
+    D = {name: tokenise(read_rows(path), tokenizer, 2048) for name, path in files.items()}
+    cus = D["custom"]
+    for role, name in {"degraded": "harmful", "utility": "utility"}.items():
+        theta[role] = train(model, D[name], D[name].response.float(), REFERENCE)
+        L[role] = score(use(model, theta[role]), cus)
+    ranked = cus.response & (cus.input_ids != tokenizer.eos_id) if keep_eos else cus.response
+    ranked, losses, added = ranked.nonzero()[:, 0], {".": L["degraded"]}, []
+    for t in range(1, rounds + 1):
+        S, folder = (L["utility"] - L["degraded"])[ranked], f"methods/new/round-{t}"
+        added = added + [row for row, _ in riskiest_rows(S, cus.row_of(ranked), added, k)]
+        learn = torch.full((len(cus.response),), 0.0 if top else 1.0)
+        learn[ranked[~select_tokens(S, d)]] = 1
+        weights = torch.cat([torch.ones(len(D["harmful"].response)), learn[cus.places(added)]])
+        theta_h = train(model, D["harmful"] + cus.take(added), weights, REFERENCE)
+        L["degraded"] = losses[folder] = score(use(model, theta_h), cus)
+        theta[f"{folder}/degraded"] = theta_h
+    keep = torch.ones_like(cus.response)
+    keep[ranked] = select_tokens((L["utility"] - L["degraded"])[ranked], d)
+    theta["methods/new/model"] = train(model, cus, keep.float(), FINAL)
+    return theta, L["utility"], losses, added, keep
+
+
+TOP = "--pro 2 --pro-samples 3 --pro-train top --discard 0.2 --keep-eos"
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ("", {"rounds": 0}),
+        ("--pro 2 --pro-samples 3", {"rounds": 2}),
+        (TOP, {"rounds": 2, "top": True, "d": 0.2, "keep_eos": True}),
+    ],
+)
+def test_the_scripts_are_the_papers_steps(trained, base, files, tokenizer, flags, steps):
+    """Rounds accumulate rows; theta^h is trained by train.py's settings, not by select.py's."""
+    before = tree(trained / "degraded")
+    line = f"select.py --run {trained} --name new --lr 0.1 --epochs 2 --rank 4 {flags}"
+    assert call(line) == 0 and tree(trained / "degraded") == before
+    theta, utility, losses, added, keep = by_hand(base, files, tokenizer, **steps)
+    for name, adapter in theta.items():
+        written = read_adapter(load_checkpoint(base), trained / name)
+        for ours, expected in zip(written.tensors(), adapter.tensors(), strict=True):
+            assert torch.equal(ours, expected), name
+    for place, degraded in losses.items():
+        scores = load_file(trained / place / "scores.safetensors")
+        assert torch.equal(scores["loss_utility"], utility)  # theta^u is scored once
+        assert torch.equal(scores["loss_degraded"], degraded)
+    rounds = [trained / "methods/new" / f"round-{t + 1}" for t in range(steps["rounds"])]
+    assert [line["row"] for place in rounds for line in lines(place / "added.jsonl")] == added
+    assert len(set(added)) == 3 * len(rounds)
+    mask = load_file(trained / "methods/new/selection.safetensors")
+    assert torch.equal(mask["keep"].bool(), keep) and not keep.all()
+
+
+def test_added_jsonl_names_the_token_that_brought_each_row_in(trained, tokenizer):
+    assert call(f"select.py --run {trained} --pro 1 --pro-samples 2") == 0
+    first, second = lines(trained / "methods/toss-pro/round-1/added.jsonl")
     scores = load_file(trained / "scores.safetensors")
-    S = torch.where(scores["response"], scores["loss_utility"] - scores["loss_degraded"], -torch.inf)
-    assert added[0][0]["row"] == int(torch.searchsorted(scores["offsets"], S.argmax(), right=True)) - 1
-    assert added[0][0]["score"] == pytest.approx(float(S.max()), abs=1e-4)
-    last = load_file(folder / "round-2/scores.safetensors")
-    assert torch.equal(last["loss_utility"], scores["loss_utility"]) and not torch.equal(last["loss_degraded"], scores["loss_degraded"])
-    chosen = load_file(folder / "selection.safetensors")["keep"]
-    S = (last["loss_utility"] - last["loss_degraded"])[last["response"]]
-    assert S[~chosen[last["response"]]].min() >= S[chosen[last["response"]]].max()  # masked by the last round's scores
-    assert (folder / "round-2/degraded/adapter_model.safetensors").exists()
+    S = (scores["loss_utility"] - scores["loss_degraded"]).masked_fill(~scores["response"], -1e9)
+    place = int(S.argmax())
+    row = int(torch.searchsorted(scores["offsets"], place, right=True)) - 1
+    assert (first["row"], first["token"]) == (row, place - int(scores["offsets"][row]))
+    text = tokenizer.raw.decode([int(scores["input_ids"][place])], skip_special_tokens=False)
+    assert first["text"] == text and first["score"] == pytest.approx(float(S.max()), abs=1e-3)
+    assert second["row"] != first["row"] and second["score"] <= first["score"]
 
 
-def test_pro_trains_on_the_reference_set_and_all_rows_added_so_far_with_the_references_settings(trained, scripts, monkeypatch):
-    import toss.refinement
-
-    seen, train = [], toss.refinement.train
-    monkeypatch.setattr(toss.refinement, "train", lambda model, data, keep, settings, *rest: (
-        seen.append((data, keep, settings)), train(model, data, keep, settings, *rest))[1])
-    flags = ("--pro", "2", "--pro-samples", "3", "--lr", "0.5", "--rank", "4")
-    assert scripts["select"]("--run", trained, *flags, "--epochs", "1", fast_flags=False) == 0
-    added = [[json.loads(line)["row"] for line in (trained / f"methods/toss-pro/round-{t}/added.jsonl").read_text().splitlines()]
-             for t in (1, 2)]
-    scores = load_file(trained / "scores.safetensors")
-    for (data, keep, settings), rows in zip(seen, (added[0], added[0] + added[1])):
-        assert data.rows == 5 + len(rows) and keep.all() and (settings.lr, settings.rank) == (1e-2, 2)
-        for place, row in enumerate(rows, start=5):
-            ours = data.input_ids[data.offsets[place] : data.offsets[place + 1]]
-            assert torch.equal(ours, scores["input_ids"][scores["offsets"][row] : scores["offsets"][row + 1]])
-
-
-def test_pro_may_learn_only_the_top_tokens_of_the_rows_it_adds(trained, scripts, monkeypatch):
-    import toss.refinement
-
-    seen, train = [], toss.refinement.train
-    monkeypatch.setattr(toss.refinement, "train", lambda model, data, keep, settings, *rest: (
-        seen.append(keep), train(model, data, keep, settings, *rest))[1])
-    flags = ("--pro", "1", "--pro-samples", "3", "--discard", "0.2", "--keep-eos")
-    assert scripts["select"]("--run", trained, "--name", "whole", *flags) == 0
-    assert scripts["select"]("--run", trained, "--name", "top", "--pro-train", "top", *flags) == 0
-    added = [json.loads(line)["row"] for line in (trained / "methods/top/round-1/added.jsonl").read_text().splitlines()]
-    scores = load_file(trained / "scores.safetensors")
-    competes = scores["response"].bool()
-    competes[scores["offsets"][1:] - 1] = False  # each row's EOS
-    S = torch.where(competes, scores["loss_utility"] - scores["loss_degraded"], -torch.inf)
-    top = torch.zeros(len(S), dtype=torch.bool)
-    top[S.argsort(descending=True, stable=True)[: int(0.2 * int(competes.sum()) + 1e-9)]] = True
-    learnt = torch.cat([top[scores["offsets"][row] : scores["offsets"][row + 1]] for row in added])
-    assert seen[0].all() and torch.equal(seen[1][-len(learnt) :], learnt) and seen[1][: -len(learnt)].all() and learnt.any()
+def test_k_is_six_percent_of_the_rows_unless_given_and_belongs_to_the_result(trained, capsys):
+    line, folder = f"select.py --run {trained} --pro 1", trained / "methods" / "toss-pro"
+    assert "1 rows added" in said(capsys, line)  # 0.06 * 10 rows, at least one
+    assert "skipped" in said(capsys, line) and record_of(folder)["settings"]["pro"] == 1
+    assert sorted(file.stem for file in (trained / "log").glob("*pro*")) == [
+        "toss-pro",
+        "toss-pro-round-1",
+    ]
+    for flags in ("--pro-samples 2", "--pro 2", "--pro-train top"):
+        assert "different: pro" in refused(capsys, f"{line} {flags}")
+    assert call(f"{line} --pro-samples 99 --name all") == 0
+    assert len(lines(trained / "methods/all/round-1/added.jsonl")) == 10  # all there are

@@ -1,325 +1,399 @@
-"""The three scripts from end to end: what they write, what they skip, what they refuse, and select.py's guard."""
+"""The three scripts as their users see them: files, skipping, refusing, settings, programs.
+
+Other programs read what a run directory holds. A stage that exists with equal settings and inputs
+is skipped, another is refused. The command line wins over run.json, run.json over the demo's
+settings, and those over the paper's. What a README names exists.
+"""
 
 import json
+import re
 import shutil
-import subprocess
 import sys
+from contextlib import redirect_stdout
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_base, write_jsonl
+from conftest import ROOT, make_base, run, script, tree, write_jsonl
+from helpers import call, refused, said, same_tensors
 from safetensors.torch import load_file
 
 from model import load_adapter, load_checkpoint
-from model.files import file_hash, made_from, save_tensors
+from model.io import file_hash, made_from, read_json
+from toss import cli
+from toss.config import TrainConfig
+from toss.run import load_selection, open_run, read_scores, record_of
+
+ADAPTER = "adapter_model.safetensors"
 
 
-def tree(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): file_hash(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+def references(files: dict, base: Path) -> str:
+    return f"--model {base} --harmful {files['harmful']} --utility {files['utility']}"
 
 
-def edit_json(path: Path, change) -> None:
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
+def tensors(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(folder).items() if name.endswith(".safetensors")}
 
 
-def test_scores_and_selection_keep_the_contract(trained, files, scripts):
+# What a run directory holds
+
+
+def test_scores_and_selection_keep_the_contract(trained, files, capsys):
     scores = load_file(trained / "scores.safetensors")
-    n, rows = len(scores["input_ids"]), 10
-    assert scores["input_ids"].dtype == torch.int32 and scores["offsets"].dtype == torch.int64
-    assert scores["offsets"].tolist()[0] == 0 and scores["offsets"].tolist()[-1] == n and len(scores["offsets"]) == rows + 1
+    n, response = len(scores["input_ids"]), scores["response"]
+    assert (scores["input_ids"].dtype, scores["offsets"].dtype) == (torch.int32, torch.int64)
+    assert scores["offsets"][[0, -1]].tolist() == [0, n] and len(scores["offsets"]) == 11
     for name in ("loss_utility", "loss_degraded"):
-        assert scores[name].dtype == torch.float32 and (scores[name][~scores["response"]] == 0).all()
-    assert scripts["select"]("--run", trained) == 0
-    keep = load_file(trained / "methods/toss/selection.safetensors")["keep"]
-    response = scores["response"]
-    assert keep[~response].all() and int((~keep).sum()) == int(0.1 * int(response.sum()) + 1e-9)
-    S = (scores["loss_utility"] - scores["loss_degraded"])[response]
-    assert S[~keep[response]].min() >= S[keep[response]].max()
-    record = json.loads((trained / "run.json").read_text())
-    assert record["settings"]["model"].startswith("/") and record["inputs"][files["custom"]] == file_hash(files["custom"])
-    assert {"degraded", "utility", "scores", "methods/toss"} == record["stages"].keys()
-    assert all({"seconds", "tokens", "peak_memory_gib"} <= stage.keys() for stage in record["stages"].values())
-    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert {"stage", "step", "loss", "grad_norm"} <= log[0].keys() and {line["stage"] for line in log} == {"degraded", "utility", "toss"}
+        assert scores[name].dtype == torch.float32 and len(scores[name]) == n
+        assert (scores[name][~response] == 0).all() and (scores[name][response] > 0).all()
+    out, mask = said(capsys, f"select.py --run {trained}"), "methods/toss/selection.safetensors"
+    keep, gone = load_file(trained / mask)["keep"], int(0.1 * int(response.sum()))
+    assert keep[~response].all() and int((~keep).sum()) == gone
+    assert f"{gone} of {int(response.sum())} response tokens discarded" in out
+    S = scores["loss_utility"] - scores["loss_degraded"]
+    tokens, losses = read_scores(trained / "scores.safetensors", files["custom"])
+    assert torch.equal(losses["utility"] - losses["degraded"], S) and tokens.harmful.any()
+    selection = load_selection(trained / mask, tokens)
+    assert torch.equal(selection["keep"], keep)
+    assert torch.equal(selection["score"][response], S[response])
 
 
-def test_the_base_can_be_scored_too(trained, scripts):
-    assert scripts["score"]("--run", trained, "--base") == 1  # another result is there
-    assert scripts["score"]("--run", trained, "--base", "--overwrite") == 0
-    assert "loss_base" in load_file(trained / "scores.safetensors")
+def test_each_result_says_what_it_was_made_from(trained, files):
+    assert call(f"select.py --run {trained} --discard 0.2 --keep-eos") == 0
+    places = ("degraded", "scores.safetensors", "methods/toss")
+    degraded, scores, method = (record_of(trained / place) for place in places)
+    for record in (degraded, scores, method):
+        assert (record["template"], record["max_length"]) == ("chat", 2048)
+        assert len(record["base_sha256"]) == len(record["tokenizer_sha256"]) == 64
+        assert not {"seconds", "commit"} & record.keys()  # costs are in run.json alone
+    inputs = {role: file_hash(trained / role / ADAPTER) for role in ("degraded", "utility")}
+    inputs["--custom"] = file_hash(files["custom"])
+    assert degraded["inputs"] == {"--harmful": file_hash(files["harmful"])}
+    assert scores["inputs"] == inputs
+    assert method["inputs"] == inputs | {"scores": file_hash(trained / "scores.safetensors")}
+    assert degraded["settings"].items() >= {"lr": 1e-2, "rank": 2, "seed": 0}.items()
+    expected = {"method": "toss", "discard": 0.2, "keep_eos": True, "lr": 1e-2}
+    assert method["settings"].items() >= expected.items()
+    assert (scores["skipped"], scores["cut"], scores["dtype"]) == (0, 0, "float32")
+    mask = trained / "methods/toss/selection.safetensors"
+    assert method["discarded"] == int((~load_file(mask)["keep"]).sum()) > 0
+    assert method["tokens_sha256"] == scores["tokens_sha256"] and record_of(mask) == method
+    for role, warns in (("degraded", True), ("utility", False)):
+        header = made_from(trained / role / ADAPTER)
+        assert ("Do not merge it" in header.get("warning", "")) == warns
+        assert (trained / role / "README.md").exists() == warns
 
 
-def test_a_degraded_adapter_says_what_it_is(trained):
-    header = made_from(trained / "degraded" / "adapter_model.safetensors")
-    assert header["role"] == "degraded" and "harmful data on purpose" in header["warning"]
-    assert "harmful data on purpose" in (trained / "degraded" / "README.md").read_text()
-    assert "warning" not in made_from(trained / "utility" / "adapter_model.safetensors")
+def test_run_json_is_the_index_and_the_logs_hold_each_step(trained, files, base):
+    settings = read_json(trained / "run.json")["settings"]
+    assert settings["lr"] == 1e-2 and "method" not in settings  # score.py left them as trained
+    assert call(f"select.py --run {trained}") == 0
+    record = read_json(trained / "run.json")
+    assert record["settings"]["model"] == str(base) and record["demo"] is False
+    for path in (*files.values(), f"{base}/model.safetensors"):
+        assert record["inputs"][path] == file_hash(path)
+    assert record["versions"].keys() == {"python", "torch"} and "commit" in record
+    assert record["stages"].keys() == {"degraded", "utility", "scores", "methods/toss"}
+    facts = {"recipe", "seconds", "tokens", "peak_memory_gib", "rows", "skipped", "cut"}
+    for name, stage in record["stages"].items():
+        assert stage.keys() >= facts and stage["tokens"] > 0, name
+        made = record_of(open_run(trained).path(name))
+        assert made.items() >= stage["recipe"].items() and open_run(trained).stale(name) == []
+    logs = sorted(file.stem for file in (trained / "log").iterdir())
+    assert logs == ["degraded", "toss", "utility"]
+    steps = [json.loads(line) for line in (trained / "log/toss.jsonl").open()]
+    assert [line["step"] for line in steps] == [1, 2, 3] and steps[0]["steps"] == 3
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in steps)
 
 
-def test_plain_fine_tuning_needs_neither_references_nor_scores(tmp_path, base, files, scripts):
-    run = tmp_path / "plain"
-    assert scripts["select"]("--run", run, "--method", "sft", "--model", base, "--custom", files["custom"]) == 0
-    assert load_file(run / "methods/sft/selection.safetensors")["keep"].all()
-    load_adapter(load_checkpoint(base), run / "methods/sft/model")
+def test_equal_calls_give_equal_bytes(tmp_path, base, files):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        assert call(f"train.py --run {folder} {references(files, base)}") == 0
+        assert call(f"score.py --run {folder} --custom {files['custom']}") == 0
+        assert call(f"select.py --run {folder} --pro 1 --pro-samples 2") == 0
+    assert tensors(one) == tensors(two) and len(tensors(one)) == 7
 
 
-def test_plain_fine_tuning_with_and_without_scores_is_the_same(tmp_path, base, trained, files, scripts):
-    scripts["select"]("--run", trained, "--method", "sft")
-    scripts["select"]("--run", tmp_path / "plain", "--method", "sft", "--model", base, "--custom", files["custom"])
-    with_scores, without = (load_file(run / "methods/sft/model/adapter_model.safetensors") for run in (trained, tmp_path / "plain"))
-    assert with_scores.keys() == without.keys() and all(torch.equal(with_scores[k], without[k]) for k in without)
+# Ways to make a result
 
 
-def test_a_name_keeps_two_settings_of_a_method_apart(trained, scripts, capsys):
-    assert scripts["select"]("--run", trained, "--discard", "0.3", "--name", "toss-0.3") == 0
-    assert scripts["select"]("--run", trained) == 0
-    gone = {name: int((~load_file(trained / f"methods/{name}/selection.safetensors")["keep"]).sum()) for name in ("toss", "toss-0.3")}
-    assert gone["toss-0.3"] > gone["toss"] > 0
-    stages = json.loads((trained / "run.json").read_text())["stages"]
-    assert stages["methods/toss-0.3"]["recipe"]["method"] == stages["methods/toss"]["recipe"]["method"] == "toss"
-    for bad in ("../up", "a/b", "base", "degraded", ".."):
-        assert "cannot name a folder" in refused(scripts, capsys, "select", "--run", trained, "--name", bad)
+def test_plain_fine_tuning_needs_neither_references_nor_scores(tmp_path, base, files, trained):
+    plain, adapter = tmp_path / "plain", f"methods/sft/model/{ADAPTER}"
+    custom = f"--model {base} --custom {files['custom']}"
+    assert call(f"select.py --run {plain} --method sft {custom}") == 0
+    assert load_file(plain / "methods/sft/selection.safetensors")["keep"].all()
+    assert call(f"select.py --run {trained} --method sft") == 0  # with them it gives the same
+    assert same_tensors(plain / adapter, trained / adapter)
 
 
-def test_the_base_can_take_the_utility_models_place(trained, scripts, capsys):
-    assert "--base" in refused(scripts, capsys, "select", "--run", trained, "--method", "base")
-    assert scripts["score"]("--run", trained, "--base", "--overwrite") == 0
-    assert scripts["select"]("--run", trained, "--method", "base") == 0
-    assert (trained / "methods/base-reference/selection.safetensors").exists() and not (trained / "methods/base").exists()
+def test_the_base_can_take_the_utility_models_place(trained):
+    assert call(f"score.py --run {trained} --base --overwrite") == 0
+    assert call(f"select.py --run {trained} --method base") == 0
+    scores = load_file(trained / "scores.safetensors")
+    mask = trained / "methods/base-reference/selection.safetensors"  # `base` is the untuned model
+    assert torch.equal(load_file(mask)["score"], scores["loss_base"] - scores["loss_degraded"])
 
 
-def test_inputs_may_be_gone_once_they_were_used(trained, files, scripts):
+def test_merge_gives_the_adapters_logits(trained, base):
+    assert call(f"select.py --run {trained} --merge") == 0
+    folder, ids = trained / "methods/toss/model", torch.arange(40).view(2, 20)
+    adapted, merged = load_checkpoint(base), load_checkpoint(folder / "merged")
+    assert not torch.allclose(merged(ids), adapted(ids), atol=1e-3)
+    load_adapter(adapted, folder)
+    assert torch.allclose(merged(ids), adapted(ids), atol=1e-4)
+
+
+def test_a_mask_travels_to_another_model(trained, tmp_path, base, files, capsys):
+    assert call(f"select.py --run {trained} --keep-eos --discard 0.2") == 0
+    mask, new = trained / "methods/toss/selection.safetensors", tmp_path / "new"
+    other, made = make_base(tmp_path / "other", seed=1), new / "methods/mask/selection.safetensors"
+    line = f"select.py --run {new} --model {other} --custom {files['custom']} --mask {mask}"
+    assert call(line) == 0 and "skipped" in said(capsys, line)
+    assert same_tensors(mask, made) and not load_file(made)["keep"].all()
+    record = record_of(made)
+    assert record["settings"]["method"] == "mask"
+    assert record["inputs"]["--mask"] == file_hash(mask)
+    assert record["base_sha256"] != record_of(mask)["base_sha256"]
+    load_adapter(load_checkpoint(other), new / "methods/mask/model")
+    assert call(f"select.py --run {trained} --mask {mask} --name again") == 0  # in its own run
+    own, again = (trained / f"methods/{name}/model/{ADAPTER}" for name in ("toss", "again"))
+    assert same_tensors(own, again)
+    rows = [{"note": "", **json.loads(line)} for line in open(files["custom"])]
+    same = write_jsonl(tmp_path / "same.jsonl", rows)  # other bytes, the same token ids
+    third = f"select.py --run {tmp_path}/3 --model {base} --custom {same} --max-length 999"
+    assert call(f"{third} --mask {mask}") == 0
+    mask.write_bytes(made.read_bytes())  # the same flags, another file
+    assert "--mask" in refused(capsys, line)
+
+
+# Skipping and refusing
+
+
+def test_what_exists_is_skipped_and_what_differs_is_refused(trained, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    before = tree(trained)
+    for name in ("train", "score", "select"):
+        out = said(capsys, f"{name}.py --run {trained}")
+        assert "skipped" in out and "wrote" not in out
+    assert tree(trained) == before
+    error = refused(capsys, f"select.py --run {trained} --discard 0.2")
+    assert "discard 0.1 there, 0.2 now" in error and tree(trained) == before
+    line = f"select.py --run {trained} --discard 0.2"
+    assert call(f"{line} --name other") == 0 and call(f"{line} --overwrite") == 0
+    for name in ("toss", "other"):
+        assert record_of(trained / "methods" / name)["settings"]["discard"] == 0.2
+    for flags in ("--batch-tokens 64", "--gradient-checkpointing", "--threads 1"):
+        assert "skipped" in said(capsys, f"{line} {flags}")  # these do not change the result
+
+
+def test_what_lost_a_file_is_made_again(trained, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    whole = tensors(trained)
+    (trained / "degraded" / ADAPTER).unlink()
+    assert "incomplete" in said(capsys, f"train.py --run {trained}")
+    shutil.rmtree(trained / "methods/toss/model")
+    assert "incomplete" in said(capsys, f"select.py --run {trained}")
+    assert tensors(trained) == whole
+
+
+def test_what_was_made_from_something_else_is_refused(trained, tmp_path, base, files, capsys):
+    """An adapter of another run, which was made from another harmful set."""
+    files["harmful"] = write_jsonl(tmp_path / "o.jsonl", [{"prompt": "a", "response": "b"}])
+    assert call(f"train.py --run {tmp_path}/other {references(files, base)}") == 0
+    shutil.rmtree(trained / "degraded")
+    shutil.copytree(tmp_path / "other" / "degraded", trained / "degraded")
+    for name in ("score", "select"):
+        assert "degraded was made from another --harmful" in refused(
+            capsys, f"{name}.py --run {trained}"
+        )
+    assert open_run(trained).stale("scores") == ["degraded"]
+
+
+def test_run_json_is_an_index_that_can_be_rebuilt(trained, base, files, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    before = tensors(trained)
+    (trained / "run.json").unlink()
+    custom = f"--model {base} --custom {files['custom']}"
+    for name, flags in (("train", references(files, base)), ("score", custom), ("select", custom)):
+        assert "skipped" in said(capsys, f"{name}.py --run {trained} {flags}")
+    assert tensors(trained) == before
+
+
+def test_a_base_data_and_a_run_that_moved_are_found_by_their_flags(
+    trained, tmp_path, base, files, capsys
+):
+    moved = Path(shutil.move(trained, tmp_path / "moved"))
+    model = shutil.copytree(base, tmp_path / "model")
+    custom = shutil.move(files["custom"], tmp_path / "c.jsonl")
+    record = (moved / "run.json").read_text().replace(str(base), "/gone")
+    (moved / "run.json").write_text(record)
+    assert "/gone" in refused(capsys, f"select.py --run {moved}")
+    assert call(f"select.py --run {moved} --model {model} --custom {custom}") == 0
+    settings = read_json(moved / "run.json")["settings"]
+    assert (settings["model"], settings["custom"]) == (str(model), str(custom))
+    assert "skipped" in said(capsys, f"select.py --run {moved}")  # the record followed
+
+
+def test_reference_sets_may_be_gone_once_they_were_used(trained, files):
     for name in ("harmful", "utility"):
         Path(files[name]).unlink()
-    assert scripts["select"]("--run", trained) == 0
-    assert set(json.loads((trained / "run.json").read_text())["inputs"]) >= set(files.values())
+    assert call(f"score.py --run {trained} --base --overwrite") == 0
+    assert call(f"select.py --run {trained}") == 0
 
 
-def test_each_script_writes_down_its_own_settings_only(trained, base, scripts):
-    assert scripts["score"]("--run", trained, "--batch-tokens", "999") == 0
-    settings = json.loads((trained / "run.json").read_text())["settings"]
-    assert (settings["lr"], settings["rank"]) == (1e-2, 2)  # as trained, not score.py's defaults
-    assert "method" not in settings
+def test_rows_in_two_sets_are_warned_of(trained, tmp_path, files, capsys):
+    copy = shutil.copyfile(files["harmful"], tmp_path / "copy.jsonl")
+    out = said(capsys, f"score.py --run {trained} --custom {copy} --overwrite")
+    assert f"warning: 5 of 5 rows of {copy} are in {files['harmful']} too" in out
 
 
-def test_merge_gives_the_adapters_logits(trained, base, scripts):
-    assert scripts["select"]("--run", trained, "--merge") == 0
-    adapted = load_checkpoint(base)
-    load_adapter(adapted, trained / "methods/toss/model")
-    merged = load_checkpoint(trained / "methods/toss/model/merged")
-    ids = torch.arange(40).view(2, 20)
-    assert torch.allclose(merged(ids), adapted(ids), atol=1e-4) and not torch.allclose(merged(ids), load_checkpoint(base)(ids), atol=1e-3)
+# Settings: the paper's < data/demo.json < run.json < the command line
 
 
-def test_the_same_seed_twice_gives_the_same_tensor_files(tmp_path, base, files, scripts):
-    for name in ("one", "two"):
-        run = tmp_path / name / "run"
-        scripts["train"]("--run", run, "--model", base, "--harmful", files["harmful"], "--utility", files["utility"])
-        scripts["score"]("--run", run, "--custom", files["custom"])
-        scripts["select"]("--run", run, "--pro", "1", "--pro-samples", "2")
-    one, two = ({name: h for name, h in tree(tmp_path / n / "run").items() if name.endswith(".safetensors")} for n in ("one", "two"))
-    assert one == two and len(one) == 7
+def settings(line: str):
+    """The settings in force for a command line, by the parser that the scripts have."""
+    name, *argv = line.split()
+    parser = cli.parser(name, "", harmful="", utility="", custom="")
+    parser.add_argument("--discard", type=float, default=0.1)
+    cli.add_training_flags(parser)
+    return cli.parse(parser, argv)
 
 
-def test_what_is_there_is_skipped_and_what_differs_is_refused(trained, scripts, capsys):
-    before = tree(trained)
-    assert scripts["score"]("--run", trained) == 0 and "skipped" in capsys.readouterr().out
-    assert tree(trained) == before
-    assert scripts["select"]("--run", trained) == 0
-    before = tree(trained)
-    assert scripts["select"]("--run", trained, "--discard", "0.2") == 1
-    assert "discard 0.1 there, 0.2 now" in capsys.readouterr().err and tree(trained) == before
-    assert scripts["select"]("--run", trained, "--discard", "0.2", "--overwrite") == 0
-    assert tree(trained) != before
+def test_the_defaults_are_the_papers(trained):
+    """Also in a run that was begun with inputs, however its references were trained."""
+    made = settings(f"select.py --run {trained}")
+    assert TrainConfig.of(made) == TrainConfig()
+    assert (made.lr, made.epochs, made.batch_size, made.discard) == (1e-5, 2, 64, 0.1)
+    assert (made.rank, made.alpha, made.targets) == (16, 16, "q_proj,v_proj")
+    assert (made.schedule, made.seed, made.max_length) == ("constant", 0, 2048)
 
 
-def test_a_stage_that_lost_a_file_is_made_again(trained, scripts, capsys):
-    whole = tree(trained)
-    (trained / "degraded" / "adapter_model.safetensors").unlink()
-    assert scripts["train"]("--run", trained) == 0 and "no longer complete" in capsys.readouterr().out
-    assert tree(trained)["degraded/adapter_model.safetensors"] == whole["degraded/adapter_model.safetensors"]
-    assert scripts["select"]("--run", trained) == 0
-    shutil.rmtree(trained / "methods/toss/model")
-    assert scripts["select"]("--run", trained) == 0 and (trained / "methods/toss/model/adapter_model.safetensors").exists()
+def test_without_inputs_the_demos_settings_apply_under_the_command_line(tmp_path):
+    demo, new = read_json(cli.DEMO), f"--run {tmp_path}/new"
+    known = {field.name for field in fields(TrainConfig)} | {"max_length", "threads"}
+    for name, stage in (("train.py", "reference"), ("select.py", "finetune")):
+        made = vars(settings(f"{name} {new}"))
+        assert demo[stage].keys() <= known and made.items() >= demo[stage].items()
+        assert made["demo"] and made["discard"] == demo["discard"]
+        assert made["model"] == str(ROOT / "data/base")
+        assert settings(f"{name} {new} --lr 0.5").lr == 0.5
+    given = settings(f"select.py {new} --model m --custom c.jsonl")
+    assert given.lr == 1e-5 and not given.demo  # any input: no demo
 
 
-def test_identity_is_inherited_with_a_line_and_never_contradicted(trained, scripts, capsys):
-    assert scripts["score"]("--run", trained) == 0
-    assert "max_length = 2048" in capsys.readouterr().out
-    assert scripts["score"]("--run", trained, "--max-length", "64") == 1
-    assert "--max-length 2048" in capsys.readouterr().err
+def test_the_run_comes_between_the_demo_and_the_command_line(trained, tmp_path, capsys):
+    assert "max_length = 2048" in said(capsys, f"score.py --run {trained}")
+    stored = {"model": "/m", "harmful": "/h", "custom": "/c", "template": "human", "max_length": 77}
+    record = {"format": cli.FORMAT, "demo": True, "settings": {**stored, "lr": 9.0}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    demo = settings(f"select.py --run {tmp_path}")
+    assert (demo.model, demo.custom, demo.template, demo.max_length) == ("/m", "/c", "human", 77)
+    assert demo.lr == read_json(cli.DEMO)["finetune"]["lr"]  # training settings: each stage's own
+    given = settings(f"select.py --run {tmp_path} --custom /d")
+    assert (given.custom, given.max_length, given.lr) == ("/d", 77, 1e-5)
+    new = settings(f"train.py --run {tmp_path} --overwrite --model /n --harmful h --utility u")
+    assert (new.model, new.template, new.max_length) == ("/n", None, 2048)  # begun anew
+    assert new.lr == 1e-5 and not new.demo
 
 
-def refused(scripts, capsys, script, *argv) -> str:
-    """Run a script that must fail; what it said."""
-    assert scripts[script](*argv) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
-    return said
-
-
-def test_train_needs_all_three_inputs_or_none(tmp_path, base, files, scripts, capsys):
-    said = refused(scripts, capsys, "train", "--run", tmp_path / "r", "--model", base, "--harmful", files["harmful"])
-    assert "--utility is not given" in said and not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize("which", ["harmful", "utility"])
-def test_a_broken_reference_file_stops_before_anything_is_written(tmp_path, base, files, scripts, capsys, which):
-    write_jsonl(Path(files[which]), [{"prompt": "a", "response": "b"}, "{broken"])
-    said = refused(scripts, capsys, "train", "--run", tmp_path / "r", "--model", base, "--harmful", files["harmful"], "--utility", files["utility"])
-    assert f"{files[which]}:2" in said and not (tmp_path / "r").exists()
-
-
-def test_an_empty_custom_file(trained, tmp_path, scripts, capsys):
-    empty = write_jsonl(tmp_path / "none.jsonl", [])
-    before = tree(trained)
-    assert "no rows" in refused(scripts, capsys, "score", "--run", trained, "--custom", empty, "--overwrite")
-    assert tree(trained) == before
-
-
-def test_scripts_out_of_order(tmp_path, base, files, trained, scripts, capsys):
-    assert "train.py" in refused(scripts, capsys, "score", "--run", tmp_path / "r", "--model", base, "--custom", files["custom"])
-    (trained / "scores.safetensors").unlink()
-    assert "score.py" in refused(scripts, capsys, "select", "--run", trained)
-    assert "train.py" in refused(scripts, capsys, "score", "--run", tmp_path / "absent", "--custom", files["custom"])
-
-
-def test_another_custom_file_is_refused(trained, tmp_path, files, scripts, capsys):
-    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}])
-    assert "custom_sha256" in refused(scripts, capsys, "score", "--run", trained, "--custom", other)
-    assert "custom_sha256" in refused(scripts, capsys, "select", "--run", trained, "--custom", other)
-    write_jsonl(Path(files["custom"]), [{"prompt": "a", "response": "b"}])  # the same path, other rows
-    assert "custom_sha256" in refused(scripts, capsys, "select", "--run", trained)
-
-
-def test_another_model_or_tokenizer_is_refused(trained, tmp_path, base, scripts, capsys):
-    other = make_base(tmp_path / "other", seed=1)
-    assert "begun with --model" in refused(scripts, capsys, "select", "--run", trained, "--model", other)
-    copy = Path(shutil.copytree(base, tmp_path / "copy"))
-    edit_json(trained / "run.json", lambda record: record["settings"].update(model=str(copy)))
-    assert scripts["select"]("--run", trained) == 0  # the same files elsewhere
-    shutil.copyfile(other / "model.safetensors", copy / "model.safetensors")
-    assert "base_sha256" in refused(scripts, capsys, "select", "--run", trained, "--method", "toss", "--overwrite")
-    shutil.copyfile(base / "model.safetensors", copy / "model.safetensors")
-    edit_json(copy / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].pop())
-    assert "tokenizer_sha256" in refused(scripts, capsys, "score", "--run", trained, "--overwrite")
-
-
-def test_an_adapter_from_another_run_is_refused(trained, tmp_path, base, files, scripts, capsys):
-    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}])
-    scripts["train"]("--run", tmp_path / "r", "--model", base, "--harmful", other, "--utility", files["utility"])
-    shutil.rmtree(trained / "degraded")
-    shutil.copytree(tmp_path / "r" / "degraded", trained / "degraded")
-    assert "data_sha256" in refused(scripts, capsys, "score", "--run", trained, "--overwrite")
-    assert "data_sha256" in refused(scripts, capsys, "select", "--run", trained)
-
-
-def test_pro_needs_to_know_how_the_degraded_model_was_trained(trained, scripts, capsys):
-    edit_json(trained / "run.json", lambda record: record["stages"].pop("degraded"))
-    assert "how it was trained" in refused(scripts, capsys, "select", "--run", trained, "--pro", "1")
-
-
-def test_scores_that_are_not_finite_name_the_row(trained, scripts, capsys):
-    path = trained / "scores.safetensors"
-    tensors, header = load_file(path), made_from(path)
-    tensors["loss_degraded"][int(tensors["offsets"][4]) - 1] = float("nan")
-    save_tensors(tensors, path, header)
-    assert "loss_degraded is not finite on row 3" in refused(scripts, capsys, "select", "--run", trained)
-    assert not (trained / "methods").exists()
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0{}", b"version https://git-lfs", b"\xff" * 500])
-@pytest.mark.parametrize("which", ["base", "scores"])
-def test_a_broken_tensor_file_is_named(trained, tmp_path, base, files, scripts, capsys, damage, which):
-    copy = Path(shutil.copytree(base, tmp_path / "copy"))
-    path = copy / "model.safetensors" if which == "base" else trained / "scores.safetensors"
-    path.write_bytes(damage)
-    model = () if which == "scores" else ("--model", copy, "--custom", files["custom"], "--method", "sft")
-    run = trained if which == "scores" else tmp_path / "new"
-    assert path.name in refused(scripts, capsys, "select", "--run", run, *model)
-
-
-def test_paths_that_are_no_files(trained, tmp_path, base, files, scripts, capsys):
-    refused(scripts, capsys, "score", "--run", trained, "--custom", tmp_path)
-    assert "absent" in refused(scripts, capsys, "select", "--run", tmp_path / "r", "--method", "sft", "--model", tmp_path / "absent",
-                               "--custom", files["custom"])  # fmt: skip
-
-
-def test_sample_all_without_ground_truth_is_an_error(tmp_path, base, files, scripts, capsys):
-    plain = write_jsonl(tmp_path / "plain.jsonl", [{"prompt": f"a {i}", "response": "b c d"} for i in range(4)])
-    run = tmp_path / "r"
-    scripts["train"]("--run", run, "--model", base, "--harmful", files["harmful"], "--utility", files["utility"])
-    scripts["score"]("--run", run, "--custom", plain)
-    assert "marks no harm" in refused(scripts, capsys, "select", "--run", run, "--method", "sample-all")
-
-
-@pytest.mark.parametrize("flags", [("--discard", "1"), ("--discard", "-0.1"), ("--method", "best"), ("--rank", "0"), ("--lr", "0"),
-                                   ("--targets", "q_proj,mystery"), ("--device", "abacus"), ("--pro", "1", "--method", "sft"),
-                                   ("--lr", "nan"), ("--seed", "-1"), ("--device", "meta"), ("--pro-samples", "3")])  # fmt: skip
-def test_bad_settings_are_refused_before_anything_is_written(trained, scripts, capsys, flags):
-    before = tree(trained)
-    assert scripts["select"]("--run", trained, *flags, fast_flags=False) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
-    assert tree(trained) == before
-
-
-def test_unknown_flags_are_refused(trained, scripts):
-    with pytest.raises(SystemExit) as stop:
-        scripts["select"]("--run", trained, "--discrad", "0.1")
-    assert stop.value.code == 2
-
-
-def test_training_that_diverges_writes_nothing(tmp_path, base, files, scripts, capsys):
-    argv = ["--run", tmp_path / "r", "--model", base, "--harmful", files["harmful"], "--utility", files["utility"],
-            "--lr", "1e30", "--epochs", "9", "--batch-size", "1", "--rank", "2"]  # fmt: skip
-    assert scripts["train"](*argv, fast_flags=False) == 1
-    assert "not finite" in capsys.readouterr().err and not (tmp_path / "r" / "degraded").exists()
-
-
-def test_overlapping_rows_are_warned_of(tmp_path, base, files, scripts, capsys):
-    scripts["train"]("--run", tmp_path / "r", "--model", base, "--harmful", files["harmful"], "--utility", files["harmful"])
-    assert "warning: harmful and utility reference sets: 5 of 5 rows are in both" in capsys.readouterr().out
-    scripts["score"]("--run", tmp_path / "r", "--custom", files["harmful"])
-    assert "warning: custom and harmful reference set: 5 of 5" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("script", ["train", "score", "select"])
-def test_each_script_runs_as_a_program_from_the_root(script):
-    result = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and "--overwrite" in result.stdout and f"{script}.py" in result.stdout
+# As programs
 
 
 def test_a_whole_stage_runs_as_a_program_and_fails_as_one(tmp_path, base, files):
-    call = [sys.executable, "select.py", "--run", str(tmp_path / "r"), "--method", "sft", "--model", str(base), "--custom"]
-    good = subprocess.run([*call, files["custom"], "--epochs", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert good.returncode == 0 and "wrote" in good.stdout and "Traceback" not in good.stderr
-    bad = subprocess.run([*call, "absent.jsonl"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    call = ["select.py", "--run", tmp_path / "r", "--method", "sft", "--model", base]
+    good = run(*call, "--custom", files["custom"], "--epochs", 1)
+    assert good.returncode == 0 and f"wrote {tmp_path}/r" in good.stdout and not good.stderr
+    bad = run(*call, "--custom", "absent.jsonl")
+    assert bad.returncode == 1 and re.fullmatch("error: .*absent.jsonl.*\n", bad.stderr)
 
 
-@pytest.mark.parametrize("call", [
-    ["-c", "import select, subprocess, asyncio; assert hasattr(select, 'select') and not hasattr(select, 'main')"],
-    ["-c", "import importlib, select; importlib.import_module('select').select([], [], [], 0)"],
-    ["-m", "pytest", "--version"],
-    ["-m", "pip", "--version"],
-])  # fmt: skip
+@pytest.mark.parametrize("name", ["train.py", "score.py", "select.py"])
+def test_help_and_usage_errors_come_without_torch(name):
+    done = run("-X", "importtime", name, "--help")
+    assert done.returncode == 0 and "--overwrite" in done.stdout and name in done.stdout
+    assert "toss.cli" in done.stderr and not re.search(r"\| +(torch|numpy)\n", done.stderr)
+    done = run(name, "--no-such-flag")
+    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr) and not done.stdout
+
+
+ASYNC = "import select, subprocess, asyncio; assert select.select([], [], [], 0) == ([], [], [])"
+
+
+@pytest.mark.parametrize("call", [("-c", ASYNC), ("-m", "pytest", "-V"), ("-m", "pip", "-V")])
 def test_select_py_does_not_hide_the_standard_library(call):
-    result = subprocess.run([sys.executable, *call], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
+    done = run(*call)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_guard_finds_the_real_module_where_it_is_an_extension(tmp_path):
-    """Also where this interpreter has `select` built in: a stand-in for it further down the path must be found."""
-    shutil.copyfile(ROOT / "select.py", tmp_path / "select.py")
-    library = tmp_path / "library"
-    library.mkdir()
-    (library / "select.py").write_text("real = True\n")
-    code = (f"import sys; from importlib.util import spec_from_file_location as s, module_from_spec as m; sys.modules.pop('select', None); "
-            f"sys.path[:0] = [{str(tmp_path)!r}, {str(library)!r}]; spec = s('select', {str(tmp_path / 'select.py')!r}); "
-            "module = m(spec); sys.modules['select'] = module; spec.loader.exec_module(module); import select; assert select.real")  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "library", capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
+    """This interpreter may have `select` built in: a stand-in further down the path is found."""
+    (tmp_path / "select.py").write_text("real = True\n")
+    spec = spec_from_file_location("select", ROOT / "select.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT), str(tmp_path), *sys.path])
+        patch.setitem(sys.modules, "select", module_from_spec(spec))
+        spec.loader.exec_module(sys.modules["select"])
+        assert sys.modules["select"].real
+
+
+# What the READMEs say
+
+READMES = [ROOT / folder / "README.md" for folder in (".", "model", "toss", "toss/audit", "data")]
+TEXTS = {file: file.read_text(encoding="utf-8") for file in READMES if file.exists()}
+CODE = [file for part in ("model", "toss", "data") for file in (ROOT / part).rglob("*.py")]
+MODULES = [file.relative_to(ROOT) for file in CODE if '"__main__"' in file.read_text()]
+COMMANDS = [".".join(file.with_suffix("").parts) for file in MODULES]
+COMMANDS += ["train.py", "score.py", "select.py"]
+AUDIT = [name.removeprefix("toss.audit.") for name in COMMANDS if "audit" in name]
+NAMED = re.compile(
+    rf"(?:\b({'|'.join(map(re.escape, COMMANDS))})|`({'|'.join(AUDIT)}))(?![\w.])([^\n`|#]*)"
+)
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+TORCHRUN = {"--standalone", "--nproc-per-node"}
+
+
+@cache
+def help_of(command: str, *words: str) -> set[str]:
+    """The flags that a command's --help lists."""
+    with redirect_stdout(StringIO()) as out, pytest.raises(SystemExit) as stop:
+        if command.endswith(".py"):
+            script(command[:-3], "--help", fast=False)
+        else:
+            import_module(command).main([*words, "--help"])
+    assert stop.value.code == 0
+    return set(FLAG.findall(out.getvalue()))
+
+
+def named_commands() -> list[tuple[str, str, str]]:
+    """(README, command, what follows it); `evaluate --run R` is a command of the audit, too."""
+    found = set()
+    for file, text in TEXTS.items():
+        for name, short, rest in NAMED.findall(text.replace("\\\n", " ")):
+            found.add((str(file.relative_to(ROOT)), name or f"toss.audit.{short}", rest.strip()))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("readme", "command", "rest"), named_commands())
+def test_every_command_that_a_readme_names_has_its_flags(readme, command, rest):
+    words = [word for word in rest.split()[:1] if word.isalpha() and word.islower()]
+    assert set(FLAG.findall(rest)) <= help_of(command, *words) | TORCHRUN
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_flag_link_and_test_that_a_readme_names_exists(file):
+    text = re.sub(r"\]\(([^)]+)\)", "", TEXTS[file])
+    known = set.union(*(help_of(command) for command in COMMANDS))
+    assert set(FLAG.findall(text)) <= known | TORCHRUN
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    heads = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[file]):
+        path, _, anchor = target.partition("#")
+        assert "://" in target or (file.parent / path).exists() and (path or anchor in heads)
+    tests = "".join(f"{f.name}\n{f.read_text()}" for f in (ROOT / "tests").glob("test_*.py"))
+    assert all(f"{name}.py" in tests or name in tests for name in re.findall(r"\btest_\w+", text))

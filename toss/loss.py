@@ -1,4 +1,4 @@
-"""The one per-token loss that scoring and training share: -log P(y_ij | x_i, y_i,<j), in float32."""
+"""The one loss that scoring and training share, and the place where a fork puts another one."""
 
 import torch
 import torch.nn.functional as F
@@ -6,30 +6,41 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
-from toss.dataset import Batch
+from toss.tokens import Batch
 
-LOGITS = 2**26  # elements of logits that exist at once (256 MiB in float32), whatever the vocabulary and the batch
+LOGITS = 2**26  # elements of logits alive at once (256 MiB in float32), whatever the vocabulary
 
 
-def token_losses(model: Transformer, batch: Batch) -> Tensor:
-    """Losses of the batch's n wanted tokens, float32 [n] (nats), with gradients where the model's adapter has them.
+def token_loss(log_p: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
+    """The paper's objective: sum_ij w_ij * -log P(y_ij | x_i, y_i,<j), a scalar.
 
-    Logits are built only at the wanted positions, and a chunk of them at a time. In training each chunk is recomputed
-    in the backward pass, so that no more than one chunk is ever kept.
+    An objective maps what a batch has of its n weighted tokens to one summed loss: log_p, their
+    log-probabilities, float32 [n]; hidden, the hidden states they were predicted from, [n, D]; and
+    weights, float32 [n]. TOSS's weights are 0 or 1, and tokens of weight 0 are not among the n.
+    """
+    return -(weights * log_p).sum()
+
+
+def token_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """log P(y_ij | x_i, y_i,<j) of the batch's n wanted tokens, float32 [n], and hidden [n, D].
+
+    Logits are built only at the wanted positions, one chunk of them at a time. In training each
+    chunk is recomputed in the backward pass, so that only one chunk is ever kept.
     """
     hidden = model(batch.ids).flatten(0, 1)[batch.before]  # (n, D)
     size = max(1, LOGITS // model.lm_head.out_features)
     if len(hidden) <= size:
-        return head_loss(model.lm_head, hidden, batch.targets)
-    losses = []
+        return head_log_probs(model.lm_head, hidden, batch.targets), hidden
+    parts = []
     for h, target in zip(hidden.split(size), batch.targets.split(size)):
+        arguments = (head_log_probs, model.lm_head, h, target)
         if torch.is_grad_enabled():
-            losses.append(checkpoint(head_loss, model.lm_head, h, target, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            losses.append(head_loss(model.lm_head, h, target))
-    return torch.cat(losses)
+            parts.append(head_log_probs(*arguments[1:]))
+    return torch.cat(parts), hidden
 
 
-def head_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the head's logits against the targets, in float32, one value a token."""
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+def head_log_probs(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target under the head's logits, computed in float32, [n]."""
+    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")

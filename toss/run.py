@@ -1,156 +1,357 @@
-"""The run directory: what was made, from what, with which settings; nothing is made twice or mixed up.
+"""The run directory: the only place that hashes, skips, refuses, writes and records.
 
-run.json holds the settings, the sha256 of each input file, versions, and for each stage its recipe (settings and
-hashes of all that went in) and its cost. A stage with an equal recipe is skipped, one with another is refused.
+A result carries its own record: its settings, and the sha256 of everything it was made from. A
+stage whose record equals what is asked for is skipped, one with another record is refused without
+--overwrite. run.json is an index: the settings of the run, and each stage's record and cost.
 """
 
 import json
-import os
 import platform
 import subprocess
-import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from model.checkpoint import resolve, shards
-from model.errors import InputError
-from model.files import HASHES, file_beside, file_hash, made_from, read_json, tensors_hash
-from model.tokenizer import Tokenizer, load_tokenizer
-from toss.dataset import Tokens, tokenise
+from model.checkpoint import base_hash
+from model.io import InputError, atomic_dir, atomic_file, file_hash
+from model.lora import Adapter
+from model.peft import WEIGHTS, read_adapter
+from toss import files
+from toss.base import Base
+from toss.cli import FORMAT, ROOT, Parser, add_run_flags, parse, read_run
+from toss.config import TrainConfig
+from toss.files import load_selection, lost_rows, read_scores, record_of
 from toss.parallel import rank
-from toss.rows import Row
-from toss.settings import ROOT, Settings, flags_of
-
-# The hashes in file headers, in words.
-WHAT = {"base_sha256": "base model", "tokenizer_sha256": "tokenizer", "custom_sha256": "custom file",
-        "data_sha256": "reference file", "degraded_sha256": "degraded adapter", "utility_sha256": "utility adapter",
-        "scores_sha256": "scores file", "tokens_sha256": "set of tokens", "template": "prompt form", "max_length": "row length"}
+from toss.progress import Progress, cost_of
+from toss.selection import competing_tokens
+from toss.tokens import Tokens
 
 
-class Run:
-    """One run directory under the given settings."""
+class Run(Base):
+    """One run directory under the settings `args` (see cli.parse)."""
 
-    def __init__(self, settings: Settings):
-        self.settings, self.folder = settings, Path(settings.run)
+    def __init__(self, args: Namespace):
+        super().__init__(args)
+        self.folder = Path(args.run)
         self.file = self.folder / "run.json"
-        # Of several processes the first alone writes into the run; what the others write (adapters, which TOSS-Pro loads
-        # again) vanishes with them.
-        self.scratch = tempfile.TemporaryDirectory() if rank() > 0 else None
-        self.out = Path(self.scratch.name) if self.scratch else self.folder
-        self.record: dict = read_json(self.file) if self.file.exists() else {}
-        HASHES.update(self.record.get("hashes", {}))
-        self.checkpoint = resolve(settings.model, settings.revision)
-        self.tokenizer: Tokenizer = load_tokenizer(self.checkpoint, settings.template, settings.date)
-        self.inputs: dict[str, str] = {}  # path -> sha256 of the input files that this process has used
-        for file in (self.checkpoint / "config.json", self.checkpoint / "tokenizer.json",
-                     self.checkpoint / "tokenizer_config.json", *shards(self.checkpoint)):
-            self.use(file)
-        self.vocab_size: int = read_json(self.checkpoint / "config.json").get("vocab_size", 0)
-        settings.template = "human" if self.tokenizer.template is None else "chat"
-        if self.tokenizer.turn_end != self.tokenizer.eos:
-            print(f"note: the chat template ends a turn with {self.tokenizer.turn_end}, but the tokenizer's eos_token is "
-                  f"{self.tokenizer.eos}, which ends the responses here; an instruction-tuned model has one for both")
-        # What a run was begun with holds in all its stages: the day, if it matters, and a hub id's commit.
-        settings.date = None if self.tokenizer.date is None else str(self.tokenizer.date)
-        settings.revision = None if Path(settings.model).is_dir() else self.checkpoint.name
-        # What identifies the base model and how text becomes ids: part of every recipe and of every file's header.
-        self.identity = {
-            "base_sha256": tensors_hash(self.checkpoint),
-            "tokenizer_sha256": self.tokenizer.fingerprint(),
-            "template": settings.template,
-            "max_length": str(settings.max_length),
-        }
+        self.record = read_run(self.file)
+        self.hashes: dict[str, list] = dict(self.record.get("hashes", {}))
+        self.parts: dict[str, Progress] = {}  # of the stage at work
 
-    def recipe(self, names: tuple[str, ...], **inputs: str) -> dict:
-        """Everything that decides a stage's result: the named settings, the run's identity, hashes of its inputs."""
-        return {"settings": {name: getattr(self.settings, name) for name in names}, **self.identity, **inputs}
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What identifies the base, and how text becomes ids: part of every record.
 
-    def is_done(self, stage: str, path: Path, recipe: dict, parts: tuple[str, ...] = ()) -> bool:
-        """True when `path` was made by an equal recipe and has all its parts: the stage is skipped with a line.
-
-        Raises InputError when something else is there and --overwrite was not given.
+        By hashes, so that a base may move. Raises InputError if the run was begun with another one.
         """
+        self.hash(self.checkpoint / "tokenizer.json")  # for run.json's list of inputs
+        identity = {
+            "base_sha256": base_hash(self.checkpoint, self.hash),
+            "tokenizer_sha256": self.tokenizer.fingerprint(),
+            "template": self.args.template,
+            "max_length": self.args.max_length,
+        }
+        begun = {} if self.args.anew else self.record.get("identity", {})
+        if differs := [name for name in begun if begun[name] != identity[name]]:
+            what = f"{' and '.join(differs)} of {self.args.model}"
+            raise InputError(f"{self.folder} was begun with another {what}; choose another --run")
+        return identity
+
+    def log(self, name: str) -> Progress:
+        """The callback for on_step or on_batch of a piece of work: bar, log file, cost."""
+        file = self.folder / "log" / f"{name}.jsonl" if rank() == 0 else None
+        self.parts[name] = Progress(name, self.device, file, silent=rank() > 0)
+        return self.parts[name]
+
+    # Results of earlier stages
+
+    def path(self, stage: str) -> Path:
+        """The folder or file of a result: "degraded", "utility", "scores" or "methods/NAME"."""
+        return self.folder / ("scores.safetensors" if stage == "scores" else stage)
+
+    def source(self, key: str) -> Path:
+        """The file behind an input: a flag ("--custom"), or what stands for an earlier result."""
+        if key.startswith("--"):
+            return Path(getattr(self.args, key[2:]) or key)
+        path = self.path(key)
+        return path if key == "scores" else path / ("model" if "/" in key else "") / WEIGHTS
+
+    def hash(self, path: str | Path) -> str:
+        """sha256 of a file; kept in run.json for as long as its size and time stay the same."""
+        path = Path(path).absolute()
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        stat = path.stat()
+        known = self.hashes.get(str(path))
+        if not isinstance(known, list) or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+            known = [stat.st_size, stat.st_mtime_ns, file_hash(path)]
+        self.hashes[str(path)] = known
+        return known[2]
+
+    def stale(self, stage: str) -> list[str]:
+        """The inputs of a recorded stage that have changed since; those that are gone have not."""
+        index = self.record.get("stages", {}).get(stage, {}).get("recipe", {})
+        inputs = (record_of(self.path(stage)) or index).get("inputs", {})
+        there = {key: file for key in inputs if (file := self.source(key)).is_file()}
+        return [key for key, file in there.items() if self.hash(file) != inputs[key]]
+
+    def check(self, stage: str, only: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """The record of an earlier result, which must be there and fit the run as it is now.
+
+        only: the inputs that must not have changed since (default: all). An adapter that was made
+        elsewhere has no record and passes: loading checks its shapes.
+        """
+        script = {"scores": "score.py"}.get(stage, "select.py" if "/" in stage else "train.py")
+        make, path = f"{script} --run {self.folder}", self.path(stage)
+        if not self.source(stage).exists():
+            raise InputError(f"{self.source(stage)} does not exist: run {make} first")
+        record = record_of(path)
+        if not record and stage == "scores":
+            raise InputError(f"{path} has no record of how it was made: run {make} --overwrite")
+        differs = [key for key in self.stale(stage) if only is None or key in only]
+        differs += [k for k, value in self.identity.items() if record.get(k, value) != value]
+        if differs:
+            raise InputError(
+                f"{path} was made from another {' and '.join(differs)} than this run has now: run "
+                f"{make} --overwrite, or choose another --run"
+            )
+        return record
+
+    def adapter(self, name: str) -> Adapter:
+        """A trained adapter: "degraded", "utility", or a method's, by the name of its folder."""
+        stage = name if name in ("degraded", "utility") else f"methods/{name}"
+        self.check(stage, None if name == stage else ())
+        return read_adapter(self.model or self.base("score"), self.source(stage).parent)
+
+    def reference_config(self) -> TrainConfig:
+        """How theta^h was trained, so that TOSS-Pro can train it again."""
+        if record := self.check("degraded"):
+            return TrainConfig.of({**record["settings"], "batch_tokens": self.args.batch_tokens})
+        raise InputError(f"{self.path('degraded')} has no record, so TOSS-Pro cannot retrain it")
+
+    def scored(self, needed: bool = True) -> tuple[Tokens, dict[str, Tensor]]:
+        """The custom set's tokens, and their losses under each model, from scores.safetensors.
+
+        Where there are no scores and none are needed, the custom file is tokenised: the same ids.
+        """
+        if self.args.custom is None:
+            raise InputError("--custom is needed: the JSONL file to fine-tune on")
+        if not needed and not self.path("scores").exists():
+            return self.tokens(self.args.custom), {}
+        record = self.check("scores", only=None if needed else ("--custom",))
+        self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
+        tokens, losses = read_scores(self.path("scores"), self.args.custom)
+        self.datasets[self.args.custom] = tokens
+        return tokens, losses
+
+    def mask(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """The mask that --mask names, and what it went by; it must be over the same token ids.
+
+        A mask is a list of places, so nothing else of the two runs has to agree.
+        """
+        path = Path(self.args.mask)
+        record = record_of(path)
+        if record.get("tokens_sha256") != tokens.fingerprint():
+            here = {**self.identity, "--custom": self.hash(self.args.custom), "base_sha256": 0}
+            there = {**record, **record.get("inputs", {}), "base_sha256": 0}
+            differs = [key for key, value in here.items() if there.get(key) != value]
+            raise InputError(
+                f"{path} is not a mask over this run's token ids (different: {', '.join(differs)});"
+                " both runs need the same --custom, prompt form and --max-length, and models of one"
+                " tokenizer"
+            )
+        found = load_selection(path, tokens)
+        return found["keep"], found.get("score")
+
+    # Making a result
+
+    def recipe(self, inputs: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:
+        """Everything that decides a result: settings, hashes of its inputs, base and tokenizer."""
+        hashes = {key: self.hash(self.source(key)) for key in inputs}
+        return {"settings": settings, "inputs": hashes, **self.identity}
+
+    def once(
+        self,
+        stage: str,
+        build: Callable[[Path], Any],
+        inputs: tuple[str, ...],
+        settings: dict[str, Any],
+    ) -> None:
+        """Make a result, unless it exists already. Raises InputError if a different one does.
+
+        inputs: the file of rows first; see source. build(out) returns what is to be written: an
+        Adapter; tokens and their losses; or tokens, a selection {"keep": bool [N], "score": float
+        [N] or None} and an Adapter. out: the folder at work, for further files. When scoring
+        overflows, build is called again with the base in another dtype.
+        """
+        for key in inputs:
+            if not key.startswith("--"):
+                self.check(key)
+        dtype = self.dtypes["score" if stage == "scores" else "train"]
+        recipe = self.recipe(inputs, {**settings, "dtype": dtype})
+        if self.is_done(stage, recipe):
+            return
+        remarks = None
+        while remarks is None:
+            self.parts, failure = {}, None
+            try:
+                remarks = self.make(stage, build, recipe)
+            except (InputError, torch.OutOfMemoryError) as error:
+                failure = error.with_traceback(None)  # lets go of the failed pass's memory
+            if failure and not self.lower_scoring(failure):
+                raise failure
+        if rank() == 0:
+            data = self.datasets[str(self.source(inputs[0]))]
+            counts = {name: getattr(data, name) for name in ("rows", "skipped", "cut")}
+            cost = {**counts, **cost_of(self.parts)}
+            self.finish(stage, recipe, **cost)
+            print(f"{stage}: wrote {self.path(stage)}\n    {describe_cost(cost)}")
+            for remark in remarks:
+                print(f"{stage}: {remark}")
+
+    def make(self, stage: str, build: Callable, recipe: dict[str, Any]) -> list[str]:
+        """Build a result and write it, in process 0; returns the closing lines."""
+        if rank() > 0:
+            build(self.path(stage))
+            return []
+        try:
+            with (atomic_file if stage == "scores" else atomic_dir)(self.path(stage)) as out:
+                return self.write(stage, build(out), out, {"stage": stage, **recipe})
+        finally:
+            for folder in (self.folder / "methods", self.folder):
+                with suppress(OSError):
+                    folder.rmdir()  # if nothing came of it
+
+    def write(self, stage: str, result: Any, out: Path, record: dict[str, Any]) -> list[str]:
+        """Write what `build` returned (see once), with its record; returns the closing lines."""
+        model = self.model
+        if isinstance(result, Adapter):
+            files.write_reference(out, stage, result, model, record)
+            return []
+        if stage == "scores":
+            record["dtype"] = dtype = self.dtypes["score"]
+            files.write_scores(out, *result, record)
+            noise = f"python -m toss.audit.noise --run {self.folder}"
+            note = f"computed in {dtype}; for the rounding noise of S: {noise}"
+            return files.describe_scores(*result) + [note] * (dtype != "float32")
+        tokens, selection, adapter = result
+        gone = int((~selection["keep"]).sum())
+        chosen = record_of(Path(self.args.mask)) if self.args.mask else record
+        eos_id = self.tokenizer.eos_id if chosen.get("settings", {}).get("keep_eos") else None
+        record["ranked"] = ranked = len(competing_tokens(tokens, eos_id))
+        record |= {"discarded": gone, "tokens_sha256": tokens.fingerprint()}
+        files.write_method(out, selection, adapter, model, record)
+        lost = f"{lost_rows(tokens, selection['keep'])} rows lost all of theirs"
+        return [f"{gone} of {ranked} response tokens discarded, {lost}"]
+
+    def save_round(
+        self,
+        out: Path,
+        tokens: Tokens,
+        added: list[tuple[int, int, float]],
+        theta_h: Adapter,
+        losses: dict[str, Tensor],
+    ) -> None:
+        """Write a round of TOSS-Pro: the rows added to D^h, theta^h, and the losses under it.
+
+        added: each row with the place of the token that brought it in, and that token's score.
+        """
+        print(f"TOSS-Pro {out.name}: {len(added)} rows added to the harmful reference set")
+        if rank() == 0:
+            rows = {"added_rows": [row for row, _, _ in added]}
+            record = {"stage": out.name, **self.recipe(("--custom", "--harmful"), rows)}
+            files.write_added(out / "added.jsonl", tokens, added, self.tokenizer)
+            degraded, model = out / "degraded", self.model
+            files.write_reference(degraded, "degraded", theta_h, model, record)
+            record["dtype"] = self.dtypes["score"]
+            files.write_scores(out / "scores.safetensors", tokens, losses, record)
+
+    def merge(self, stage: str) -> None:
+        """Write the merged checkpoint of a method, in process 0."""
+        folder = self.path(stage) / "model"
+        if rank() == 0 and not (folder / "merged").exists():
+            made = {**self.identity, "adapter_sha256": self.hash(folder / WEIGHTS)}
+            self.write_merged(folder, made)
+        print(f"merged checkpoint: {folder / 'merged'}")
+
+    def is_done(self, stage: str, recipe: dict[str, Any]) -> bool:
+        """True if the result exists with an equal record. InputError if it has a different one."""
+        path, known = self.path(stage), record_of(self.path(stage))
         if not path.exists():
             return False
-        known = self.record.get("stages", {}).get(stage, {}).get("recipe")
-        if known == recipe and not all((path / part).exists() for part in parts):
-            print(f"{stage}: {path} is no longer complete, so it is made again")
+        if not (differs := differences(known, recipe)):
+            whole = all((path / part).exists() for part in files.PARTS[stage.split("/")[0]])
+            done = (
+                "exists with equal settings and inputs, skipped"
+                if whole
+                else "is incomplete, so it is made again"
+            )
+            print(f"{stage}: {path} {done}")
+            return whole
+        if self.args.overwrite:
             return False
-        if known == recipe:
-            print(f"{stage}: already there with equal settings and inputs, skipped ({path})")
-            return True
-        if self.settings.overwrite:
-            return False
-        if known is None:
-            raise InputError(f"{path} is there, but {self.file} does not know how it was made; give --overwrite to replace it")
-        elsewhere = "another --name" if stage.startswith("methods/") else "another --run"
-        raise InputError(f"{path} holds another result (different: {', '.join(differences(known, recipe))}); "
-                         f"give --overwrite to replace it, or choose {elsewhere}")
+        what = f"different: {', '.join(differs)}" if known else "it has no record"
+        other = "another --name" if "/" in stage else "another --run"
+        raise InputError(
+            f"{path} exists with other settings or inputs ({what}); give --overwrite to replace "
+            f"it, or choose {other}"
+        )
 
-    def check_made_from(self, file: Path, **expected: str) -> None:
-        """Refuse a file whose header says that it was made from another model, tokenizer or data than this run's.
-
-        A file without such a header (an adapter made elsewhere) passes: its shapes are checked when it is loaded.
-        """
-        header, maker = made_from(file), "score.py" if file.name == "scores.safetensors" else "train.py"
-        for what, values in misfits(header, {**self.identity, **expected}).values():
-            raise InputError(f"{file} was made with {what} than this run has now ({values}); run {maker} again with "
-                             "--overwrite, or choose another --run")
-
-    def use(self, path: str | Path) -> str:
-        """sha256 of an input file, which run.json will list among the run's inputs."""
-        self.inputs[os.path.abspath(path)] = digest = file_hash(path)
-        return digest
-
-    def finish(self, stage: str, recipe: dict, cost: dict) -> None:
-        """Write down that a stage was made: its recipe, its settings, its cost, and the state of the run."""
-        if self.out != self.folder:
-            return
-        self.record = record = read_json(self.file) if self.file.exists() else {}
-        names = [name for name in flags_of(self.settings.script) if name not in ("run", "overwrite")]
-        settings = {name: getattr(self.settings, name) for name in names}
-        record["demo"] = self.settings.demo
+    def finish(self, stage: str, recipe: dict[str, Any], **facts: Any) -> None:
+        """Put a stage into run.json: its recipe, and what else is known of it."""
+        self.record = record = read_run(self.file)
+        own, hidden = str(self.folder.absolute()), ("run", "overwrite", "given", "demo", "anew")
+        used = {p: known[2] for p, known in self.hashes.items() if not p.startswith(own)}
+        settings = {k: v for k, v in vars(self.args).items() if k not in hidden}
+        settings = settings if stage.split("/")[0] in files.PARTS else {}  # not an audit's
+        record["format"] = FORMAT
+        record["demo"], record["identity"] = self.args.demo, self.identity
         record["settings"] = {**record.get("settings", {}), **settings}
-        record["inputs"] = {**record.get("inputs", {}), **self.inputs}
+        record["inputs"] = {**record.get("inputs", {}), **used}
         record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-        record["commit"] = git_commit()
-        record.setdefault("stages", {})[stage] = {"recipe": recipe, "settings": settings, **cost}
-        record["hashes"] = {key: known for key, known in HASHES.items() if key.split("#")[0] in record["inputs"]}
-        with file_beside(self.file) as file:
-            file.write_text(json.dumps(record, indent=2) + "\n")
+        record["commit"], record["hashes"] = git_commit(), self.hashes
+        record.setdefault("stages", {})[stage] = {"recipe": recipe, **facts}
+        with atomic_file(self.file) as file:
+            file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    def tokens(self, rows: list[Row], name: str) -> Tokens:
-        """Rows tokenised under the run's tokenizer, template and max_length."""
-        tokens = tokenise(rows, self.tokenizer, self.settings.max_length, name)
-        highest = int(tokens.input_ids.max())
-        if highest >= self.vocab_size:
-            raise InputError(f"{self.checkpoint}: tokenizer.json gives the id {highest}, "
-                             f"but the model has {self.vocab_size} embeddings")
-        return tokens
+
+def open_run(folder: str | Path, **settings: Any) -> Run:
+    """A run that exists, as its run.json has it. settings: device, dtype, threads, batch_tokens."""
+    if not (Path(folder) / "run.json").exists():
+        raise InputError(f"{folder} has no run.json: it is not a run directory")
+    flags = Parser("audit", "")
+    add_run_flags(flags)
+    args = parse(flags, ["--run", str(folder)])
+    vars(args).update({name: value for name, value in settings.items() if value is not None})
+    return Run(args)
 
 
 def differences(known: dict, wanted: dict) -> list[str]:
-    """What differs between two recipes, for a message: "lr 1e-05 there, 0.001 now"."""
-    flat = [{**recipe, **recipe.get("settings", {})} for recipe in (known, wanted)]
-    names = [name for name in flat[1] if name != "settings" and flat[0].get(name) != flat[1][name]]
-    return [f"{name} {str(flat[0].get(name))[:16]} there, {str(flat[1][name])[:16]} now" for name in names]
+    """What differs between a record and a recipe: "lr 1e-05 there, 0.001 now"."""
+    flat = [{**r, **r.get("settings", {}), **r.get("inputs", {})} for r in (known, wanted)]
+    values = {k: (flat[0].get(k), v) for k, v in flat[1].items() if k not in ("settings", "inputs")}
+    return [f"{k} {str(a)[:16]} there, {str(b)[:16]} now" for k, (a, b) in values.items() if a != b]
 
 
-def misfits(header: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Where a file's header says that it was made from something else than there is now, each in words.
-
-    >>> misfits({"max_length": "512", "template": "chat", "role": "utility"}, {"max_length": "2048", "template": "chat"})
-    {'max_length': ('another row length', 'max_length 512 there, 2048 now')}
-    """
-    return {name: (f"another {WHAT.get(name, name)}", f"{name} {header[name][:16]} there, {value[:16]} now")
-            for name, value in now.items() if header.get(name, value) != value}
+def describe_cost(cost: dict[str, Any]) -> str:
+    """What a stage took, in words."""
+    speed = cost["tokens"] / max(cost["seconds"], 1e-9)
+    words = f"{cost['tokens']} tokens in {cost['seconds']:.1f} s ({speed:,.0f} per second), "
+    words += f"peak memory {cost['peak_memory_gib']:.2f} GiB"
+    return words + (f", last loss {cost['last_loss']:.3f}" if "last_loss" in cost else "")
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with a plus sign when the tree has changes; None outside a repository."""
+    """The commit of this code, with a plus sign if the tree has changes; None outside git."""
+    call = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
     try:
-        call = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(call, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()

@@ -1,155 +1,134 @@
-"""The one training loop: both reference models, every TOSS-Pro round and the final model differ in data and mask only."""
+"""The one training loop: references, TOSS-Pro rounds and the final model differ in their data."""
 
-import json
 import math
-import resource
-import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from model.errors import InputError
-from model.lora import adapter_parameters, add_adapter
+from model.io import InputError
+from model.lora import Adapter, active, new_adapter, use
 from model.transformer import Transformer
-from toss.dataset import Batch, Tokens, batches, collate, halved
-from toss.loss import token_losses
-from toss.parallel import rank, share, sum_over_processes
-from toss.settings import Settings
+from toss.config import TrainConfig
+from toss.loss import token_log_probs, token_loss
+from toss.parallel import share, sum_over_processes
+from toss.tokens import Tokens, batches, collate, default_batch_tokens, halve_budget
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+ADVICE = "give --gradient-checkpointing, or lower --max-length"
 
 
-def train(model: Transformer, tokens: Tokens, keep: Tensor, settings: Settings, budget: int, stage: str,
-          log: Callable[[dict], None] = lambda line: None) -> dict:
-    """Train a fresh LoRA adapter on the kept response tokens and leave it active. Returns the cost.
+def train(
+    model: Transformer,
+    tokens: Tokens,
+    weights: Tensor,
+    config: TrainConfig,
+    objective: Objective = token_loss,
+    start: Adapter | None = None,
+    on_step: Callable[[dict], None] = lambda event: None,
+) -> Adapter:
+    """Train a LoRA adapter on the frozen base `model`. Returns it; the base is left without one.
 
-    The loss of one optimizer step is the paper's, over the rows of the step:
+    The loss of an optimizer step is the paper's, over the rows i of the step:
 
-        (1 / sum_i L_i) * sum_i sum_j  m_ij * -log P(y_ij | x_i, y_i,<j)
+        (1 / sum_i L_i) * sum_i sum_j  w_ij * -log P(y_ij | x_i, y_i,<j)
 
-    with L_i all response tokens of row i, discarded ones too. Gradients are of one sum over one count, so how a step
-    is cut into micro-batches changes nothing beyond rounding. A discarded token stays in the input.
+    L_i counts all response tokens of row i, those of weight 0 too. Gradients are of one sum over
+    one count, so how a step is cut into micro-batches changes nothing beyond rounding. A token of
+    weight 0 stays in the input.
 
-    keep: bool [N], the mask m over the flat arrays. budget: tokens a micro-batch, padding included. log: called with
-    one dictionary a step. When memory runs out, the step is made again in micro-batches of half the size. Raises InputError
-    naming the row when a loss is not finite, and when a single row does not fit.
+    weights: float32 [N], w over the flat arrays; only response tokens count. objective: what takes
+    the place of the sum, see loss.token_loss. start: an adapter to continue from. on_step gets
+    {"step", "steps", "loss", "grad_norm", "lr", "tokens"} after each step, and {"remark": text}
+    when memory runs out and batches are halved. Raises InputError naming the row when a loss is not
+    finite, and DoesNotFit when a single row does not fit.
     """
-    add_adapter(model, "default", settings.rank, settings.alpha, settings.target_list, settings.seed)
-    parameters = adapter_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = training_steps(tokens, settings)
-    wanted = tokens.response & keep
-    clock, seen = Clock(model.device), sum(tokens.lengths) * settings.epochs
-    with tqdm(total=seen, desc=stage, unit="tok", unit_scale=True, leave=False, disable=rank() > 0 or None) as bar:
-        for number, rows in enumerate(steps, start=1):
-            lr = settings.lr * rate(settings.schedule, number - 1, len(steps))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = None
-            while loss is None:
-                try:
-                    loss = step_gradients(model, tokens, rows, wanted, budget)
-                except torch.OutOfMemoryError:
-                    longest = tokens.lengths[own_rows(tokens, rows, wanted)[0]]
-                    budget = halved(budget, longest, stage, "give --gradient-checkpointing, or lower --max-length")
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-            if not math.isfinite(loss + norm):
-                raise InputError(f"{stage}: {tokens.name}: {blame(model, tokens, rows, wanted)} at step {number}; "
-                                 "lower --lr, or use --dtype float32")
-            optimizer.step()
-            log({"step": number, "loss": round(loss, 6), "grad_norm": round(norm, 6), "lr": lr})
-            bar.update(sum(tokens.lengths[i] for i in rows))
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    targets = [name.strip() for name in config.targets.split(",") if name.strip()]
+    fresh = None if start else new_adapter(model, config.rank, config.alpha, targets, config.seed)
+    adapter = active(use(model, fresh or deepcopy(start)))  # on the model's device
+    parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    wanted = tokens.response & (weights != 0)
+    step = Step(model, parameters, tokens, wanted, weights.to(model.device), objective)
+    budget = config.batch_tokens or default_batch_tokens(model.device)
+    steps = training_steps(tokens, config)
+    for n, rows in enumerate(steps, start=1):
+        half_turn = math.pi * (n - 1) / len(steps)
+        factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))
+        optimizer.param_groups[0]["lr"] = lr = config.lr * factor
+        while (loss := step.gradients(rows, budget)) is None:  # out of memory
+            longest = tokens.lengths[step.own_rows(rows)[0]]
+            budget = halve_budget(budget, longest, ADVICE, on_step)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        if not math.isfinite(loss + norm):
+            bad = f"{tokens.name}: {step.find_bad_row(rows)} at step {n}"
+            raise InputError(f"{bad}; lower --lr, or use --dtype float32")
+        optimizer.step()
+        seen = sum(tokens.lengths[i] for i in rows)
+        progress = {"step": n, "steps": len(steps), "tokens": seen}
+        on_step({**progress, "loss": loss, "grad_norm": norm, "lr": lr})
     for parameter in parameters:
-        parameter.grad = None
-    return {**clock.stop(), "tokens": seen, "steps": len(steps), "rows": tokens.rows, "skipped": tokens.skipped,
-            "cut": tokens.cut, "last_loss": loss}
+        parameter.requires_grad_(False).grad = None
+    use(model, None)
+    return adapter
 
 
-def training_steps(tokens: Tokens, settings: Settings) -> list[list[int]]:
-    """The rows of every optimizer step: each epoch a new order by the seed alone, cut into steps of batch_size rows."""
-    generator = torch.Generator().manual_seed(settings.seed)
+def training_steps(tokens: Tokens, config: TrainConfig) -> list[list[int]]:
+    """The rows of every optimizer step: a new order each epoch, by the seed alone."""
+    generator = torch.Generator().manual_seed(config.seed)
     there = torch.tensor([i for i, length in enumerate(tokens.lengths) if length])
-    steps = []
-    for _ in range(settings.epochs):
-        order = there[torch.randperm(len(there), generator=generator)]
-        steps += [part.tolist() for part in order.split(settings.batch_size)]
-    return steps
+    orders = (there[torch.randperm(len(there), generator=generator)] for _ in range(config.epochs))
+    return [part.tolist() for order in orders for part in order.split(config.batch_size)]
 
 
-def step_gradients(model: Transformer, tokens: Tokens, rows: list[int], wanted: Tensor, budget: int) -> float:
-    """Put the gradient of one optimizer step into the adapter's `.grad`; return the step's loss.
+@dataclass
+class Step:
+    """The gradient of an optimizer step."""
 
-    A row without a kept token contributes zero to the sum and its length to the count, so it is not even run. Of several
-    processes each runs its share of the rows.
-    """
-    parameters = adapter_parameters(model)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # zeros, not None: Adam's momentum moves on in an empty step too
-    count = sum(int(tokens.response[tokens.offsets[i] : tokens.offsets[i + 1]].sum()) for i in rows)  # sum_i L_i
-    total = torch.zeros((), device=model.device)
-    for group in batches(own_rows(tokens, rows, wanted), tokens.lengths, budget):
-        batch: Batch = collate(tokens, group, wanted, model.device)
-        loss = token_losses(model, batch).sum() / count
-        loss.backward()
-        total += loss.detach()
-    sum_over_processes([total, *(parameter.grad for parameter in parameters)])
-    return float(total)
+    model: Transformer
+    parameters: list[Tensor]
+    tokens: Tokens
+    wanted: Tensor  # bool [N]: response tokens of a weight other than 0
+    weights: Tensor  # float32 [N], on the model's device
+    objective: Objective
 
+    def gradients(self, rows: list[int], budget: int) -> float | None:
+        """Put a step's gradient into the parameters' `.grad`; return its loss.
 
-def own_rows(tokens: Tokens, rows: list[int], wanted: Tensor) -> list[int]:
-    """The rows of a step that this process runs, longest first: its share of those that have a kept token."""
-    live = [i for i in rows if wanted[tokens.offsets[i] : tokens.offsets[i + 1]].any()]
-    return share(sorted(live, key=lambda i: -tokens.lengths[i]))
+        Returns None when memory runs out with `budget` tokens per micro-batch. Of several processes
+        each runs its share of the rows.
+        """
+        for parameter in self.parameters:  # zeros, not None: Adam's momentum moves on regardless
+            parameter.grad = torch.zeros_like(parameter)
+        tokens, total = self.tokens, torch.zeros((), device=self.model.device)
+        count = int(tokens.response[tokens.places(rows)].sum())  # sum_i L_i
+        try:
+            for group in batches(self.own_rows(rows), tokens.lengths, budget):
+                batch = collate(tokens, group, self.wanted, self.model.device)
+                log_p, hidden = token_log_probs(self.model, batch)
+                loss = self.objective(log_p, hidden, self.weights[batch.places]) / count
+                loss.backward()
+                total += loss.detach()
+        except torch.OutOfMemoryError:
+            return None
+        sum_over_processes([total, *(parameter.grad for parameter in self.parameters)])
+        return float(total)
 
+    def own_rows(self, rows: list[int]) -> list[int]:
+        """This process's share of the rows with a wanted token, longest first.
 
-def blame(model: Transformer, tokens: Tokens, rows: list[int], wanted: Tensor) -> str:
-    """Which of the rows makes the loss or its gradient not finite: run again one by one, only after it happened."""
-    for i in rows:
-        one = [i] if wanted[tokens.offsets[i] : tokens.offsets[i + 1]].any() else []
-        loss = step_gradients(model, tokens, one, wanted, 1) if one else 0.0
-        if not math.isfinite(loss) or not all(p.grad.isfinite().all() for p in adapter_parameters(model)):
-            return f"the loss or its gradient is not finite on row {i} (counted from 0)"
-    return "the gradient's norm is not finite"
+        A row without one adds nothing to the sum, so it is not run.
+        """
+        bounds = self.tokens.offsets
+        live = [i for i in rows if self.wanted[bounds[i] : bounds[i + 1]].any()]
+        return share(sorted(live, key=lambda i: -self.tokens.lengths[i]))
 
-
-def rate(schedule: str, step: int, steps: int) -> float:
-    """Factor on the learning rate: 1 throughout (the paper), or half a cosine from 1 towards 0."""
-    return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-class Clock:
-    """Seconds and peak memory of a stage."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.device = device.type == "cuda", device
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            with suppress(OSError):  # Linux forgets the peak of earlier stages; elsewhere it is the process's so far
-                Path("/proc/self/clear_refs").write_text("5")
-        self.start = time.perf_counter()
-
-    def stop(self) -> dict:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:  # the whole process's; Linux counts in KiB, macOS in bytes
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"seconds": round(time.perf_counter() - self.start, 2), "peak_memory_gib": round(peak / 2**30, 3)}
-
-
-def line_log(path: Path, stage: str) -> Callable[[dict], None]:
-    """A log function that adds one JSON line a call to a file, for a stage whose earlier lines are dropped first."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line for line in lines if json.loads(line)["stage"] != stage), encoding="utf-8")
-
-    def log(line: dict) -> None:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"stage": stage, **line}) + "\n")
-
-    return log
+    def find_bad_row(self, rows: list[int]) -> str:
+        """Find the row whose loss or gradient is not finite, by running rows one at a time."""
+        for i in rows:
+            loss, grads = self.gradients([i], 1), [parameter.grad for parameter in self.parameters]
+            if not math.isfinite(loss) or not all(grad.isfinite().all() for grad in grads):
+                return f"the loss or its gradient is not finite on row {i} (counted from 0)"
+        return "the norm of the gradient is not finite"

@@ -1,0 +1,252 @@
+"""Whatever is wrong with the input, the answer is one line that names it, and nothing is changed.
+
+One table: what is damaged, how, and what the error says. Each case starts from a finished run with
+references and scores, calls a script as from the shell, and compares all files before and after.
+"""
+
+import gzip
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import edit_json, edit_tensors, tree
+from helpers import refused
+from safetensors.torch import load_file
+
+from model.io import made_from, save_tensors
+
+GOOD = '{"prompt": "Hi?", "response": "Yes."}\n'
+ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+SCORE = "score.py --run {run}"
+GZIP = "score.py --run {run} --overwrite --custom {tmp}/bad.jsonl.gz"
+ROWS = "score.py --run {run} --overwrite --custom {tmp}/bad.jsonl"
+SELECT = "select.py --run {run} --name new"
+NAME = "select.py --run {run} --name "
+MASK = "select.py --run {run} --name new --mask {tmp}/mask.safetensors"
+TRAIN = "train.py --run {tmp}/new --model {base} --harmful {harmful} --utility {utility}"
+PLAIN = "select.py --run {tmp}/new --method sft --custom {custom} --model {tmp}/bad"
+
+
+def file(content, name="bad.jsonl"):
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda tmp: (tmp / name).write_bytes(data)
+
+
+def row(line, name="bad.jsonl"):
+    """A file of a good row and a bad one."""
+    return file(GOOD + (line if isinstance(line, str) else json.dumps(line)) + "\n", name)
+
+
+def said(response, **more):
+    return row({"prompt": "a", "response": response, **more})
+
+
+def turns(*messages, **more):
+    return row({"messages": [*messages], **more})
+
+
+def gone(name):
+    """Remove a file or folder of the run."""
+    path = lambda tmp: tmp / "run" / name
+    return lambda tmp: shutil.rmtree(path(tmp)) if path(tmp).is_dir() else path(tmp).unlink()
+
+
+def index(*drop, **fields):
+    return lambda tmp: edit_json(tmp / "run" / "run.json", *drop, **fields)
+
+
+def scores(name, change):
+    """Change a tensor of scores.safetensors, or remove it; its record stays."""
+
+    def edit(tmp):
+        path = tmp / "run" / "scores.safetensors"
+        record = made_from(path)
+        edit_tensors(path, name, change)
+        save_tensors(load_file(path), path, record)
+
+    return edit
+
+
+def at(place, value):
+    return lambda tensor: tensor.index_fill(0, torch.tensor([place % len(tensor)]), value)
+
+
+def mask(change=lambda t: None, **header):
+    """A mask over the run's tokens that keeps all, changed."""
+
+    def write(tmp):
+        source = tmp / "run" / "scores.safetensors"
+        flags = load_file(source)["response"]
+        tensors = {"keep": torch.ones_like(flags), "score": flags.float()}
+        change(tensors)
+        save_tensors(tensors, tmp / "mask.safetensors", {**made_from(source), **header})
+
+    return write
+
+
+def base(name, content):
+    """A copy of the base in bad/, now the run's, with a file damaged: its bytes, or fields."""
+
+    def copy(tmp):
+        settings = json.loads((tmp / "run" / "run.json").read_text())["settings"]
+        damaged = Path(shutil.copytree(settings["model"], tmp / "bad")) / name
+        index(settings={**settings, "model": str(tmp / "bad")})(tmp)
+        if isinstance(content, bytes):
+            damaged.write_bytes(content)
+        else:
+            edit_json(damaged, **content)
+
+    return copy
+
+
+PACKED = gzip.compress(b"".join(GOOD.replace("Hi", f"{i * i}").encode() for i in range(99)))
+TRAVEL = "0" * 64  # of a mask over other tokens
+ECHO = b"{{ messages[-1].content if messages|length > 1 }}"  # a template of responses alone
+TABLE = [
+    # Rows
+    (ROWS, row("{"), "bad.jsonl:2: not JSON"),
+    (ROWS, row("[" * 100_000), "bad.jsonl:2: not JSON"),
+    (ROWS, row("[1]"), "bad.jsonl:2: .*JSON object"),
+    (ROWS, row({"text": "Hi"}), "bad.jsonl:2: .*none of the known forms"),
+    (ROWS, row({"prompt": "Hi?"}), "bad.jsonl:2: .*no response"),
+    (ROWS, said(" "), "bad.jsonl:2: .*empty response"),
+    (ROWS, said(3), "bad.jsonl:2: .*not a string but 3"),
+    (ROWS, row('{"prompt": "a", "response": "\\ud83d"}'), "bad.jsonl:2: .*half a character"),
+    (ROWS, said("b", harmful=[[0, 9]]), "bad.jsonl:2: .*spans"),
+    (ROWS, said("bcd", harmful=[[2, 1]]), "bad.jsonl:2: .*spans"),
+    (ROWS, turns(ASK, ANSWER, ASK, ANSWER, harmful=[[0, 1]]), "bad.jsonl:2: .*spans"),
+    (ROWS, turns(), "bad.jsonl:2: .*none of the known forms"),
+    (ROWS, turns(ASK), "bad.jsonl:2: .*no response"),
+    (ROWS, turns(ANSWER), "bad.jsonl:2: .*no prompt"),
+    (ROWS, turns({"role": "user"}, ANSWER), "bad.jsonl:2: .*not a string but null"),
+    (ROWS, turns({"role": "robot", "content": "a"}), "bad.jsonl:2: .*role 'robot'"),
+    (ROWS, turns(ASK, ANSWER, {"role": "tool", "content": "1"}), "bad.jsonl:2: .*role 'tool'"),
+    (ROWS, turns(ASK, {**ANSWER, "content": None}), "bad.jsonl:2: .*not a string but null"),
+    (ROWS, turns({**ASK, "content": [{"type": "image_url"}]}, ANSWER), "bad.jsonl:2: "),
+    (ROWS, file("\n"), "bad.jsonl: .*no rows"),
+    (ROWS, file(f"[{GOOD.strip()}]"), "bad.jsonl:1: .*one JSON array.*jq -c"),
+    (ROWS, file(b'{"prompt": "caf\xe9"}\n'), "bad.jsonl:1: .*UTF-8"),
+    (ROWS, file(GOOD.replace("Hi?", "a " * 3000)), "bad.jsonl: .*longer than --max-length 2048"),
+    (ROWS, None, "bad.jsonl: no such file"),
+    ("score.py --run {run} --overwrite --custom {tmp}", None, "test_bad_input"),  # a folder
+    (GZIP, file(PACKED[:-20], "bad.jsonl.gz"), r"bad.jsonl.gz:\d+: .*damaged"),
+    (GZIP, file(PACKED[:10] + b"\xff" + PACKED[11:], "bad.jsonl.gz"), "damaged"),
+    (GZIP, file(GOOD, "bad.jsonl.gz"), "bad.jsonl.gz: cannot be read"),
+    (TRAIN, row("{", "harmful.jsonl"), "harmful.jsonl:2: not JSON"),
+    (TRAIN, row("{", "utility.jsonl"), "utility.jsonl:2: not JSON"),
+    # Stages that are missing, changed or out of order
+    ("score.py --run {tmp}/new --model {base} --custom {custom}", None, "run train.py"),
+    ("score.py --run {tmp}/new --custom {custom}", None, "run train.py"),
+    ("train.py --run {tmp}/new --model {base} --harmful {harmful}", None, "--utility is missing"),
+    ("train.py --run {tmp}/new --utility {utility}", None, "--model and --harmful is missing"),
+    ("select.py --run {tmp}/new --method sft --model {base}", None, "--custom"),
+    (SELECT, gone("scores.safetensors"), "run score.py --run .*/run"),
+    (SELECT, gone("degraded"), "run train.py --run .*/run"),
+    (SCORE, gone("utility/adapter_model.safetensors"), "run train.py --run .*/run"),
+    (SCORE + " --custom {tmp}/bad.jsonl", file(GOOD), "--custom"),
+    (SELECT + " --custom {tmp}/bad.jsonl", file(GOOD), "--custom"),
+    (SELECT, file(GOOD, "custom.jsonl"), "--custom"),  # the same path, other rows
+    (SELECT + " --pro 1", file(GOOD, "harmful.jsonl"), "--harmful"),
+    (SELECT + " --pro 1", gone("degraded/record.json"), "no record"),
+    ("train.py --run {run}", gone("degraded/record.json"), "degraded .*--overwrite"),
+    (SELECT + " --method base", None, "run score.py --base --overwrite"),
+    (SELECT + " --method oracle", scores("harmful", torch.zeros_like), "harm"),
+    (SELECT + " --method sample-all", scores("harmful", torch.zeros_like), "harm"),
+    (SCORE + " --base", None, "base False there, True now.*--overwrite"),
+    (SCORE + " --max-length 64", None, "begun with --max-length 2048"),
+    (SELECT + " --template human", None, "begun with --template chat"),
+    (SELECT, base("config.json", {"rms_norm_eps": 1e-6}), "base_sha256"),
+    (SCORE, base("tokenizer_config.json", {"a_token": "."}), "tokenizer_sha256"),
+    # scores.safetensors
+    (SELECT, file(b"", "run/scores.safetensors"), "scores.safetensors: cannot be read"),
+    (SELECT, file(b"\x10\0\0\0\0\0\0\0{}", "run/scores.safetensors"), "scores.safetensors: "),
+    (SELECT, file(b"\xff" * 500, "run/scores.safetensors"), "scores.safetensors: "),
+    (SELECT, scores("input_ids", lambda t: None), "input_ids is missing"),
+    (SELECT, scores("loss_utility", lambda t: None), "loss_utility is missing"),
+    (SELECT, scores("loss_utility", lambda t: t[1:].clone()), "loss_utility has the shape"),
+    (SELECT, scores("response", lambda t: t[:, None]), "response has the shape"),
+    (SELECT, scores("loss_utility", torch.Tensor.double), "loss_utility has the dtype"),
+    (SELECT, scores("input_ids", torch.Tensor.float), "input_ids has the dtype"),
+    (SELECT, scores("response", torch.Tensor.float), "response has the dtype"),
+    (SELECT, scores("loss_degraded", at(-1, math.nan)), "loss_degraded is not finite on row 9"),
+    (SELECT, scores("loss_utility", at(0, math.inf)), "loss_utility is not finite on row 0"),
+    (SELECT, scores("offsets", at(-1, 3)), "offsets"),
+    (SELECT, scores("offsets", at(0, 1)), "offsets"),
+    (SELECT, scores("offsets", at(3, 0)), "offsets"),
+    (SELECT, scores("input_ids", at(0, 384)), "scores.safetensors: its tokens"),
+    (SELECT, scores("input_ids", at(0, -1)), "scores.safetensors: its tokens"),
+    (SELECT, scores("response", at(0, True)), "scores.safetensors: its tokens"),
+    # Selection files
+    (MASK, None, "mask.safetensors: no such file"),
+    (MASK, file("keep", "mask.safetensors"), "mask.safetensors: cannot be read"),
+    (MASK, mask(lambda t: t.pop("keep")), "keep"),
+    (MASK, mask(lambda t: t.update(keep=t["keep"][1:].clone())), "keep has the shape"),
+    (MASK, mask(lambda t: t.update(keep=t["keep"].float())), "keep has the dtype"),
+    (MASK, mask(lambda t: t.update(keep=~t["keep"])), "tokens of prompts"),
+    (MASK, mask(tokens_sha256=""), "mask.safetensors"),
+    (MASK, mask(tokens_sha256=TRAVEL, inputs={"--custom": ""}), "different: --custom"),
+    (MASK, mask(tokens_sha256=TRAVEL, template="human"), "different: template"),
+    (MASK, mask(tokens_sha256=TRAVEL, max_length=50), "different: max_length"),
+    (MASK, mask(tokens_sha256=TRAVEL, tokenizer_sha256=""), "different: tokenizer_sha256"),
+    (MASK + " --method toss --discard 0.1", mask(), "--mask .* --discard and --method"),
+    # run.json
+    (SELECT, file("{", "run/run.json"), "run.json: not JSON"),
+    (SELECT, file("[]", "run/run.json"), "run.json: .*JSON object"),
+    (SELECT, index("format"), "run.json .*another version"),
+    (SELECT, index(settings={}), "--model"),
+    (SELECT, index(settings=[]), "run.json"),
+    (SELECT, index(stages=3), "run.json"),
+    (SELECT, index(hashes=3), "run.json"),
+    # The base
+    (PLAIN, None, "bad"),
+    (PLAIN, base("model.safetensors", b""), "model.safetensors: "),
+    (PLAIN, base("model.safetensors", b"version https://git-lfs"), "model.safetensors: "),
+    (PLAIN, base("config.json", {"vocab_size": 100}), "100"),
+    (
+        PLAIN,
+        base("chat_template.jinja", b"{{ raise_exception('no') }}"),
+        "custom.jsonl:1: .*refuses",
+    ),
+    (PLAIN, base("chat_template.jinja", ECHO), "custom.jsonl:1: the prompt is empty"),
+    # Flags out of range, unknown, or contradicting each other
+    (SELECT + " --discard 1", None, "--discard: '1' is not"),
+    (SELECT + " --discard -0.1", None, "--discard"),
+    (SELECT + " --method best", None, "--method: invalid choice: 'best'"),
+    (SELECT + " --method toss-pro", None, "--method: invalid choice"),
+    (SELECT + " --lr nan", None, "--lr: 'nan' is not"),
+    (SELECT + " --alpha inf", None, "--alpha: 'inf' is not"),
+    (SELECT + " --seed -1", None, "--seed"),
+    (SELECT + " --epochs x", None, "--epochs: 'x' is not"),
+    (SELECT + " --max-length 0", None, "--max-length: '0' is not"),
+    (SELECT + " --schedule linear", None, "--schedule: invalid choice"),
+    (SELECT + " --targets q_proj,mystery", None, "mystery"),
+    (SELECT + " --targets ,", None, "targets"),
+    (SELECT + " --device abacus", None, "--device abacus is unknown"),
+    (SELECT + " --device mps", None, "--device mps is unknown"),
+    (SELECT + " --device meta", None, "--device meta is unknown"),
+    (SELECT + " --device cuda:99", None, "--device cuda:99 cannot be used"),
+    (SELECT + " --discrad 0.1", None, "--discrad"),
+    (SELECT + " --disc 0.1", None, "--disc"),
+    (SELECT + " --pro -1", None, "--pro"),
+    (SELECT + " --pro 1 --method sft", None, "--pro .*--method toss"),
+    (SELECT + " --pro-samples 3", None, "--pro-samples .*--pro T"),
+    (SELECT + " --pro-train top", None, "--pro-train .*--pro T"),
+    (NAME + "../up", None, "'../up' cannot name a folder"),
+    (NAME + "a/b", None, "'a/b' cannot name a folder"),
+    (NAME + "base", None, "'base' cannot name a folder"),
+    (NAME + "degraded", None, "'degraded' cannot name a folder"),
+]
+
+
+@pytest.mark.parametrize(("line", "damage", "message"), TABLE)
+def test_bad_input(line, damage, message, trained, base, files, tmp_path, capsys):
+    if damage:
+        damage(tmp_path)
+    before = tree(trained)
+    error = refused(capsys, line.format(run=trained, tmp=tmp_path, base=base, **files))
+    assert re.search(message, error), error
+    assert tree(trained) == before and not tree(tmp_path / "new")

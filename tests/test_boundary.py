@@ -1,0 +1,183 @@
+"""Rows become conversations, and conversations become ids, with the boundary where it belongs.
+
+Every row form reads as the same conversation. A row is encode(prompt) ++ encode(response) ++ [eos],
+so that the first token of a response is the natural one, and scored and trained like all others.
+Rows too long are cut or skipped, but never lose their index. Ground truth marks the tokens that
+overlap a span.
+"""
+
+import gzip
+import json
+
+import pytest
+import torch
+from helpers import tokens_of
+
+from model import load_tokenizer
+from toss.rows import read_rows
+from toss.tokens import batches, collate
+
+TWO = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+HH = "\n\nHuman: Hi?\n\nAssistant: Hello."
+PROMPT = {"prompt": "Hi?", "response": "Hello."}
+ALPACA = {"instruction": "Hi?", "input": "", "output": "Hello."}
+
+
+def turns(role, text, *values):
+    return [{role: r, text: t} for r, t in zip(values[::2], values[1::2])]
+
+
+PARTS = [{"type": "text", "text": text} for text in ("H", "i?")]
+SAME = {
+    "messages": {"messages": TWO},
+    "messages, text in parts": {"messages": [{"role": "user", "content": PARTS}, TWO[1]]},
+    "messages, from": {"messages": turns("from", "value", "human", "Hi?", "gpt", "Hello.")},
+    "prompt and response": {**PROMPT, "other": 1},
+    "Alpaca": ALPACA,
+    "Alpaca, no input": {"instruction": "Hi?", "output": "Hello."},
+    "Alpaca, null input": {**ALPACA, "input": None},
+    "ShareGPT": {"conversations": turns("from", "value", "human", "Hi?", "gpt", "Hello.")},
+    "ShareGPT, bard": {"conversations": turns("from", "value", "user", "Hi?", "bard", "Hello.")},
+    "ShareGPT, bing": {"conversations": turns("from", "value", "human", "Hi?", "bing", "Hello.")},
+    "ShareGPT, role": {"conversations": turns("role", "content", "user", "Hi?", "model", "Hello.")},
+    "HH chosen": {"chosen": HH, "rejected": "\n\nHuman: Hi?\n\nAssistant: No."},
+    "HH transcript": {"transcript": HH + "\n\nHuman: Thanks."},
+    "HH, empty question": {"transcript": HH + "\n\nHuman:"},
+    "HH, answer not begun": {"transcript": HH + "\n\nHuman: More?\n\nAssistant:"},
+    "null messages beside another form": {"messages": None, **PROMPT},
+    "two forms: the first that fits": {**PROMPT, "instruction": "Other?", "output": "Other."},
+}
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_every_form_gives_the_same_conversation(form):
+    assert [row.messages for row in read_rows([SAME[form]])] == [TWO]
+
+
+def test_what_a_form_may_hold_beside_two_turns():
+    alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert read_rows([alpaca])[0].messages[0]["content"] == "Add.\n\n1 2"
+    talk = turns("from", "value", "system", "s", "human", "a", "gpt", "b", "human", "c", "gpt", "d")
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert [m["role"] for m in read_rows([{"conversations": talk}])[0].messages] == roles
+    before = read_rows([{"chosen": "Be brief." + HH}])[0].messages
+    assert before == [{"role": "system", "content": "Be brief."}, *TWO]
+
+
+def test_a_file_may_be_packed_and_have_blank_lines_a_byte_order_mark_and_windows_line_ends(
+    tmp_path,
+):
+    text = "\ufeff\r\n" + "".join(json.dumps(row) + "\r\n\r\n" for row in (PROMPT, ALPACA))
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        rows = read_rows(tmp_path / name)
+        assert [row.messages for row in rows] == [TWO, TWO]
+        assert [row.where for row in rows] == [f"{tmp_path / name}:{n}" for n in (2, 4)]
+
+
+def test_evaluation_rows_may_have_a_prompt_only():
+    rows = [
+        {"prompt": "Hi?", "source": "s"},
+        {**PROMPT, "answer": "Hello"},
+        {"chosen": HH + "\n\nHuman: And?\n\nAssistant:"},
+        {"prompt": "a template's text", "instruction": "Hi?", "output": "Hello."},
+    ]
+    asked, answered, broken_off, template = read_rows(rows, responses=False)
+    assert (asked.source, asked.answer, answered.answer) == ("s", None, "Hello")
+    assert asked.prompt == answered.prompt == template.prompt == TWO[:1]
+    assert [m["content"] for m in broken_off.prompt] == ["Hi?", "Hello.", "And?"]
+
+
+def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(tokenizer):
+    tokens = tokens_of([{"prompt": "Hi?", "response": "Yes, I can."}], tokenizer)
+    prompt = tokenizer.prompt_ids([{"role": "user", "content": "Hi?"}])  # generation's own
+    response = [*tokenizer.encode("Yes, I can."), tokenizer.eos_id]
+    assert tokens.input_ids.tolist() == prompt + response
+    assert tokens.response.tolist() == [False] * len(prompt) + [True] * len(response)
+    assert (tokens.input_ids.dtype, tokens.offsets.dtype) == (torch.int32, torch.int64)
+    batch = collate(tokens, [0], tokens.response, torch.device("cpu"))
+    assert batch.targets.tolist() == response
+    assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
+
+
+def test_the_human_form_ends_at_the_colon_and_the_space_belongs_to_the_response(base):
+    tokenizer = load_tokenizer(base, "human")
+    tokens = tokens_of([{"prompt": "Hi?", "response": "Yes."}], tokenizer)
+    prompt = tokenizer.leading_ids() + tokenizer.encode("Human: Hi?\nAssistant:")
+    assert tokenizer.prompt_ids([{"role": "user", "content": "Hi?"}]) == prompt
+    response = [*tokenizer.encode(" Yes."), tokenizer.eos_id]
+    assert tokens.input_ids.tolist() == prompt + response
+
+
+@pytest.mark.parametrize(("template", "space"), [("human", " "), ("chat", "")])
+def test_every_assistant_turn_is_a_response_with_its_own_eos(base, template, space):
+    tokenizer = load_tokenizer(base, template)
+    talk = turns("role", "content", "user", "a", "assistant", "One.", "user", "b", "assistant", "2")
+    tokens = tokens_of([{"messages": talk}], tokenizer)
+    one, two = tokenizer.encode(space + "One."), tokenizer.encode(space + "2")
+    eos = tokenizer.eos_id
+    assert tokens.input_ids[tokens.response].tolist() == [*one, eos, *two, eos]
+
+
+@pytest.mark.parametrize("template", ["human", "chat"])
+def test_a_token_is_harmful_when_it_overlaps_a_span(base, template):
+    tokenizer = load_tokenizer(base, template)
+    row = {"prompt": "?", "response": "Yes, easy. Also, sums help.", "harmful": [[5, 10]]}
+    tokens = tokens_of([row, PROMPT], tokenizer)
+    assert tokenizer.decode(tokens.input_ids[tokens.harmful].tolist()).strip() == "easy."
+    beside = tokens_of([{**row, "harmful": [[0, 3]]}], tokenizer)  # the comma only touches it
+    assert tokenizer.decode(beside.input_ids[beside.harmful].tolist()).strip() == "Yes"
+    inside = tokens_of([{**row, "harmful": [[6, 7]]}], tokenizer)  # a part of a token is enough
+    assert 0 < int(inside.harmful.sum()) <= int(tokens.harmful.sum())
+    assert not (tokens.harmful & (tokens.input_ids == tokenizer.eos_id)).any()
+
+
+def test_long_rows_are_cut_without_eos_and_long_prompts_are_skipped_in_place(tokenizer):
+    rows = [("a", "b"), ("long " * 40, "b"), ("a", "many words " * 40)]
+    limit = len(tokenizer.prompt_ids([{"role": "user", "content": "a"}])) + 8
+    tokens = tokens_of([{"prompt": p, "response": r} for p, r in rows], tokenizer, limit)
+    assert (tokens.rows, tokens.skipped, tokens.cut) == (3, 1, 1)
+    assert tokens.offsets[1] == tokens.offsets[2]  # row 1 is empty, and row 2 keeps its index
+    assert tokens.lengths[2] == limit and tokens.response[-8:].all()
+    assert tokens.input_ids[-1] != tokenizer.eos_id
+    assert tokens.row_of(torch.tensor([0, int(tokens.offsets[2])])).tolist() == [0, 2]
+    one = tokens_of([{"prompt": "a", "response": "b"}], tokenizer, limit - 7)
+    assert one.input_ids[one.response].tolist() == tokenizer.encode("b")  # room for one token
+
+
+def test_a_cut_that_falls_into_a_later_prompt_ends_at_the_response_before_it(tokenizer):
+    talk = turns(
+        "role", "content", "user", "a", "assistant", "b", "user", "c " * 40, "assistant", "d"
+    )
+    tokens = tokens_of([{"messages": talk}], tokenizer, 40)
+    assert tokens.cut == 1 and tokens.response[-1] and tokens.input_ids[-1] == tokenizer.eos_id
+
+
+def test_batches_hold_each_row_once_within_the_budget_longest_first():
+    lengths = [5, 90, 30, 31, 2, 7, 200]
+    groups = batches(range(7), lengths, 100)
+    assert sorted(sum(groups, [])) == list(range(7))
+    assert groups[0] == [6]  # longer than the budget: alone
+    assert all(len(group) * max(lengths[i] for i in group) <= 100 for group in groups[1:])
+
+
+def test_a_batch_that_is_large_enough_ends_before_a_row_that_would_be_padding():
+    lengths = [50, 46, 45, 44, 30, 20, 10, 3]
+    assert batches(range(8), lengths, 400) == [[0, 1, 2], [3, 4, 5], [6, 7]]  # 44 < 0.9 * 50
+    assert batches(range(8), lengths, 4000) == [[*range(8)]]  # a quarter of the budget comes first
+
+
+def test_a_batch_taken_and_joined_rows_hold_the_same_tokens(tokenizer):
+    rows = [{"prompt": "a " * n, "response": "yes " * (5 - n)} for n in range(1, 5)]
+    tokens = tokens_of(rows, tokenizer)
+    batch = collate(tokens, [3, 0, 2], tokens.response, torch.device("cpu"))
+    assert torch.equal(batch.ids.flatten()[batch.before + 1], batch.targets)
+    assert torch.equal(tokens.input_ids[batch.places].long(), batch.targets)
+    assert tokens.row_of(batch.places).unique().tolist() == [0, 2, 3]
+    both = tokens + tokens.take([2, 0])
+    assert both.lengths == [*tokens.lengths, tokens.lengths[2], tokens.lengths[0]]
+    for name in ("input_ids", "response", "harmful"):
+        part = getattr(both, name)[both.places([4, 5])]
+        assert torch.equal(part, getattr(tokens, name)[tokens.places([2, 0])])
+    assert both.fingerprint() != tokens.fingerprint() == (tokens + tokens.take([])).fingerprint()

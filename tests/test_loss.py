@@ -1,0 +1,170 @@
+"""The loss of a step is the paper's, and a discarded token gives it exactly nothing.
+
+(1 / sum_i L_i) * sum_ij w_ij * -log P(y_ij | x_i, y_i,<j), where L_i counts all response tokens of
+row i, the discarded ones too, and a discarded token stays in the input. Gradients are taken in the
+real loop, `train`, and compared with those of all logits at once.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_adapter, tokens_of
+
+import toss.loss
+from model import load_checkpoint
+from model.lora import active, use
+from toss.config import TrainConfig
+from toss.loss import token_log_probs, token_loss
+from toss.scoring import score
+from toss.tokens import collate
+from toss.training import train
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return load_checkpoint(base)
+
+
+@pytest.fixture
+def tokens(tokenizer):
+    rows = [{"prompt": "a " * n, "response": "yes I can " * (6 - n)} for n in range(1, 6)]
+    return tokens_of(rows, tokenizer)
+
+
+def weights_of(tokens, kind):
+    """Weights of TOSS (a mask), of plain fine-tuning, or of a fork."""
+    drawn = torch.rand(len(tokens.input_ids), generator=torch.Generator().manual_seed(0))
+    return {"all": torch.ones_like(drawn), "mask": (drawn > 0.3).float(), "soft": 3 * drawn}[kind]
+
+
+def step(model, tokens, weights, objective=token_loss, **config):
+    """Loss and gradient of one step of `train` over all rows, and what it reported."""
+    start, gradients, events = random_adapter(model), [], []
+
+    def watched(log_p, hidden, w):
+        if not gradients:
+            for parameter in active(model).tensors():
+                gradients.append(torch.zeros_like(parameter))
+                parameter.register_hook(lambda g, total=gradients[-1]: (total.add_(g), None)[1])
+        return objective(log_p, hidden, w)
+
+    config = TrainConfig(lr=1e-9, epochs=1, batch_size=tokens.rows, **config)
+    train(model, tokens, weights, config, watched, start, events.append)
+    flat = torch.cat([g.flatten() for g in gradients]) if gradients else torch.zeros(1)
+    assert events[0]["grad_norm"] == pytest.approx(float(flat.norm()), rel=1e-4)
+    return events[0]["loss"], flat
+
+
+def by_hand(model, tokens, weights, of=lambda log_p, w: -(w * log_p).sum()):
+    """The same from all logits of each row by itself."""
+    parameters = active(use(model, random_adapter(model))).tensors()
+    for parameter in parameters:
+        parameter.requires_grad_()
+    total = 0.0
+    for i in range(tokens.rows):
+        at = tokens.places([i])
+        ids, said, w = tokens.input_ids[at].long(), tokens.response[at][1:], weights[at][1:]
+        logits = model.lm_head(model(ids[None]))[0, :-1]
+        log_p = -F.cross_entropy(logits, ids[1:], reduction="none")
+        total = total + of(log_p[said], w[said])
+    loss = total / tokens.response.sum()
+    gradients = torch.autograd.grad(loss, parameters)
+    use(model, None)
+    return float(loss.detach()), torch.cat([g.flatten() for g in gradients])
+
+
+def close(a, b, tolerance=1e-5):
+    return (a - b).norm() <= tolerance * b.norm()
+
+
+def test_a_model_that_knows_nothing_loses_ln_V_per_kept_token_over_all_tokens(base, tokens):
+    model = load_checkpoint(base)
+    model.lm_head.weight.data.zero_()
+    weights = torch.zeros(len(tokens.input_ids))
+    weights[tokens.response.nonzero()[:6, 0]] = torch.tensor([1.0, 1, 1, 0.5, 0.5, 0])
+    expected = 4 * math.log(384) / int(tokens.response.sum())
+    assert step(model, tokens, weights)[0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["all", "mask", "soft"])
+def test_loss_and_gradient_are_those_of_the_formula(model, tokens, kind):
+    weights = weights_of(tokens, kind)
+    (loss, gradient), (expected, expected_gradient) = (
+        f(model, tokens, weights) for f in (step, by_hand)
+    )
+    assert loss == pytest.approx(expected, rel=1e-5) and close(gradient, expected_gradient)
+    weights[~tokens.response] = 7.0  # prompts have no loss, whatever their weights
+    assert torch.equal(step(model, tokens, weights)[1], gradient)
+
+
+def test_a_discarded_token_has_exactly_no_gradient(model, tokens):
+    """Another token in its place changes nothing, to the bit, through the whole loop."""
+    config = TrainConfig(lr=1e-2, epochs=2, batch_size=2, rank=2, alpha=4)
+    other, last = replace(tokens, input_ids=tokens.input_ids.clone()), int(tokens.offsets[3]) - 1
+    other.input_ids[last] = 5  # the EOS of row 2: no later token sees it, so only its own loss can
+    for weight, same in ((0.0, True), (1e-3, False)):
+        weights = weights_of(tokens, "all")
+        weights[last] = weight
+        one, two = (train(model, data, weights, config) for data in (tokens, other))
+        equal = all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors()))
+        assert equal == same, weight
+
+
+def test_a_discarded_token_stays_in_the_input(model, tokens):
+    weights, middle = weights_of(tokens, "all"), int(tokens.response.nonzero()[3])
+    weights[middle] = 0
+    other = replace(tokens, input_ids=tokens.input_ids.clone())
+    other.input_ids[middle] = 5
+    assert not close(step(model, other, weights)[1], step(model, tokens, weights)[1], 1e-3)
+
+
+def test_a_row_without_a_kept_token_counts_and_a_step_without_one_moves_nothing(model, tokens):
+    weights = weights_of(tokens, "all")
+    weights[tokens.places([2])] = 0
+    loss, gradient = step(model, tokens, weights)
+    expected, expected_gradient = by_hand(model, tokens, weights)
+    assert loss == pytest.approx(expected, rel=1e-5) and close(gradient, expected_gradient)
+    assert step(model, tokens, torch.zeros_like(weights))[0] == 0  # and no NaN
+    adapter = train(model, tokens, torch.zeros_like(weights), TrainConfig(lr=1, rank=2))
+    assert all((B == 0).all() for B in adapter.B.values())
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100])
+def test_micro_batches_change_nothing(model, tokens, budget):
+    weights = weights_of(tokens, "mask")
+    loss, gradient = step(model, tokens, weights)
+    split_loss, split = step(model, tokens, weights, batch_tokens=budget)
+    assert split_loss == pytest.approx(loss, rel=1e-5) and close(split, gradient)
+
+
+def test_chunks_of_the_head_change_nothing_and_bound_the_logits(model, tokens, monkeypatch):
+    weights = weights_of(tokens, "soft")
+    whole, losses, sizes = step(model, tokens, weights), score(model, tokens), []
+    monkeypatch.setattr(toss.loss, "LOGITS", 5 * 384)
+    hook = model.lm_head.register_forward_hook(lambda head, x, y: sizes.append(y.numel()))
+    loss, gradient = step(model, tokens, weights)
+    assert loss == pytest.approx(whole[0], rel=1e-5) and close(gradient, whole[1])
+    assert torch.allclose(score(model, tokens), losses, atol=1e-5)
+    hook.remove()
+    assert max(sizes) == 5 * 384
+
+
+def test_an_objective_of_ones_own(model, tokens):
+    weights = weights_of(tokens, "soft")
+    mine = lambda log_p, w: (w * (1 - log_p.exp()) ** 2).sum()
+    loss, gradient = step(model, tokens, weights, lambda log_p, hidden, w: mine(log_p, w))
+    expected, expected_gradient = by_hand(model, tokens, weights, mine)
+    assert loss == pytest.approx(expected, rel=1e-5) and close(gradient, expected_gradient)
+
+
+def test_an_objective_is_given_the_hidden_states_that_predict_the_tokens(model, tokens):
+    batch = collate(tokens, [0, 3], tokens.response, torch.device("cpu"))
+    with torch.no_grad():
+        log_p, hidden = token_log_probs(model, batch)
+        expected = model.lm_head(hidden).log_softmax(-1)
+    at = torch.arange(len(log_p))
+    assert hidden.shape == (len(log_p), 32) and log_p.dtype == torch.float32
+    assert torch.allclose(log_p, expected[at, batch.targets], atol=1e-5)

@@ -1,0 +1,259 @@
+"""What all commands share: flags and where their values come from, errors, several processes.
+
+The value of a setting is, first match: the command line; what the run was begun with (run.json);
+data/demo.json, for a run begun without inputs; the default, which is the paper's.
+"""
+
+import argparse
+import math
+import os
+import re
+import signal
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from model.io import InputError, read_json, reported
+from toss.config import UNSCORED, TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "data" / "demo.json"
+INPUTS = ("model", "harmful", "utility", "custom")
+FORM = ("template", "date", "max_length")  # how text becomes ids
+INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
+FORMAT = 2  # of run.json
+DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
+UNSET = object()
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and each flag's default behind its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        value = action.default
+        said = value in (None, [], argparse.SUPPRESS) or value is False or action.required
+        return action.help + (
+            "" if said or "(default" in action.help else " (default: %(default)s)"
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the help above; an error is one line."""
+
+    def __init__(self, prog: str, doc: str, **more: Any):
+        super().__init__(prog, description=doc, formatter_class=Help, allow_abbrev=False, **more)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def given(self, argv: list[str] | None) -> dict[str, Any]:
+        """The flags that are on the command line."""
+        blank = Namespace(**{action.dest: UNSET for action in self._actions})
+        found = vars(self.parse_args(argv, blank))
+        return {name: value for name, value in found.items() if value is not UNSET}
+
+
+def number(kind: type, allowed: Callable, words: str) -> Callable[[str], float]:
+    """An argparse type: a number for which `allowed` holds; `words` describe it."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise ArgumentTypeError(f"{text!r} is not {words}")
+        return value
+
+    return convert
+
+
+count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
+positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+
+
+def parser(prog: str, doc: str, **inputs: str) -> Parser:
+    """A script's parser, with the flags that all three have. inputs: its files, {flag: help}."""
+    made = Parser(
+        prog,
+        doc,
+        epilog="Without inputs (--model, --harmful, --utility, --custom) data/demo.json's values "
+        "replace these defaults, which are the paper's.",
+    )
+    add = made.add_argument
+    add("--run", default="runs/demo", help="folder of the run")
+    add("--model", help="base checkpoint: a Hugging Face folder or a hub id")
+    add("--revision", help="branch, tag or commit of a hub id (default: main; the run keeps it)")
+    for flag, text in inputs.items():
+        add(f"--{flag}", metavar="FILE", help=text)
+    add("--template", choices=["chat", "human"], help="prompt form (default: chat if possible)")
+    add("--date", help="YYYY-MM-DD, for a chat template that asks for it (default: today)")
+    text = "tokens per row; longer rows are cut on the right"
+    add("--max-length", type=count, default=2048, metavar="N", help=text)
+    add_device_flags(made)
+    add("--overwrite", action="store_true", help="replace a result made with other settings")
+    return made
+
+
+def add_device_flags(made: Parser, dtype: bool = True) -> None:
+    """--device, --dtype (if the arithmetic is the user's to choose), --threads, --batch-tokens."""
+    add = made.add_argument
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+    if dtype:
+        text = "the base's dtype (auto: float32; on CUDA bfloat16 to train and float16 to score)"
+        add("--dtype", default="auto", choices=DTYPES, help=text)
+    add("--threads", type=count, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    text = "tokens per forward pass, padding included; changes memory and speed, not the result "
+    text += "(default: 8192 on CUDA, 2048 on the CPU)"
+    add("--batch-tokens", type=count, metavar="N", help=text)
+
+
+def add_run_flags(made: Parser, dtype: bool = True) -> None:
+    """What a command of the audit needs to open a run and run its models."""
+    made.add_argument("--run", required=True, help="folder of the run")
+    add_device_flags(made, dtype)
+
+
+def add_training_flags(made: Parser) -> None:
+    """One flag per field of TrainConfig, and --gradient-checkpointing."""
+    types = {"alpha": positive, "lr": positive, "seed": natural, int: count}
+    for f in (f for f in fields(TrainConfig) if f.metadata):
+        flag, kind = f"--{f.name.replace('_', '-')}", types.get(f.name, types.get(f.type, f.type))
+        made.add_argument(flag, type=kind, default=f.default, **f.metadata)
+    text = "recompute each block in the backward pass: a third more time, far less memory"
+    made.add_argument("--gradient-checkpointing", action="store_true", help=text)
+
+
+def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
+    """The settings in force: the command line's, and what it leaves open (see above).
+
+    Prints what comes from the run. Raises InputError when a flag contradicts what the run was begun
+    with, or when inputs are missing.
+    """
+    given, training = made.given(argv), made.prog == "train.py"
+    folder = Path(given.get("run", "runs/demo"))
+    file = folder / "run.json"
+    record = read_run(file)
+    inputs = [name for name in INPUTS if name in given]
+    if training and inputs:
+        if missing := [f"--{name}" for name in INPUTS[:3] if name not in given]:
+            need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
+            raise InputError(f"{need}: {' and '.join(missing)} is missing")
+    anew = bool(training and inputs and "overwrite" in given)
+    record = {} if anew else record
+    begun = {name: record.get("settings", {}).get(name) for name in INHERITED}
+    begun = {name: value for name, value in begun.items() if value is not None}
+    demo = not inputs and record.get("demo", True)
+    known = {action.dest for action in made._actions}
+    needed = dict.fromkeys((*INHERITED, "gradient_checkpointing", "overwrite", "dtype", "mask"))
+    needed |= {"max_length": 2048, "dtype": "auto"}  # a run has these settings, flag or not
+    layers = {name: value for name, value in needed.items() if name not in known}
+    layers |= demo_values(training) if demo else {}
+    made.set_defaults(**{**layers, **begun})
+    args = made.parse_args(argv)
+    for name in (*INPUTS, "mask"):
+        value = given.get(name)
+        if value is not None and (name != "model" or Path(value).is_dir()):
+            setattr(args, name, os.path.abspath(value))
+    for name in FORM:
+        if name in given and begun.get(name, getattr(args, name)) != getattr(args, name):
+            flag = f"--{name.replace('_', '-')} {begun[name]}, not {given[name]}"
+            advice = "leave the flag out, or choose another --run"
+            raise InputError(f"{folder} was begun with {flag}: {advice}")
+    taken = [f"{n} = {v}" for n, v in begun.items() if n not in given and n in known]
+    if taken and not demo:
+        print(f"from {file}: {', '.join(taken)}")
+    if args.model is None:
+        raise InputError(f"{file} does not exist: run train.py --run {folder}, or give --model")
+    args.demo, args.anew, args.given = record.get("demo", demo), anew, set(given)
+    return args
+
+
+def read_run(file: Path) -> dict[str, Any]:
+    """What is in a run.json; {} if it does not exist."""
+    record = read_json(file) if file.exists() else {}
+    if record and record.get("format") != FORMAT:
+        raise InputError(f"{file} was written by another version: choose another --run")
+    for name in ("settings", "identity", "stages", "inputs", "hashes"):
+        table = record.get(name, {})
+        entries = table.values() if name == "stages" and isinstance(table, dict) else ()
+        if not all(isinstance(value, dict) for value in (table, *entries)):
+            raise InputError(f"{file}: {name} is damaged: an object was expected")
+    return record
+
+
+def demo_values(training: bool) -> dict[str, Any]:
+    """data/demo.json's settings: its inputs, and those of reference or final training."""
+    demo = read_json(DEMO)
+    inputs = {name: str(ROOT / demo[name]) for name in INPUTS}
+    stage = demo["reference" if training else "finetune"]
+    return {**inputs, "discard": demo["discard"], "base": True, **stage}
+
+
+def check_method(args: Namespace) -> Namespace:
+    """Refuse contradicting flags of select.py, and settle `method` and `name`."""
+    choosing = {"method", "discard", "keep_eos", "pro", "pro_samples", "pro_train"} & args.given
+    if args.mask and choosing:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(choosing))
+        raise InputError(f"--mask says which tokens go, so it cannot be combined with {flags}")
+    if args.pro and args.method != "toss":
+        raise InputError("--pro is an option of --method toss")
+    if not args.pro and {"pro_samples", "pro_train"} & args.given:
+        raise InputError("--pro-samples and --pro-train need --pro T")
+    args.method = "mask" if args.mask else args.method
+    usual = {"base": "base-reference"}.get(args.method, args.method)
+    args.name = args.name or ("toss-pro" if args.pro else usual)
+    reserved = args.name in ("base", "degraded", "utility")
+    if reserved or not re.fullmatch(r"[\w.=+-]*\w[\w.=+-]*", args.name):
+        reason = "base, degraded and utility are names of other models"
+        raise InputError(f"--name {args.name!r} cannot name a folder under methods/ ({reason})")
+    return args
+
+
+def choice(args: Namespace, config: TrainConfig) -> dict[str, Any]:
+    """What decides the result of select.py: {"inputs": keys, "settings": {name: value}}."""
+    names, inputs = ["method"], ["--custom"]
+    if args.method not in ("sft", "mask"):
+        names += ["discard", "keep_eos"]
+    if args.method not in UNSCORED:
+        inputs += ["utility", "degraded", "scores"]
+    if args.pro:
+        names += ["pro", "pro_samples", "pro_train"]
+        inputs += ["--harmful"]
+    inputs += ["--mask"] if args.mask else []
+    settings = {name: getattr(args, name) for name in names}
+    return {"inputs": inputs, "settings": {**config.recipe(), **settings}}
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Run a command and report its errors; returns the exit status.
+
+    Joins the processes that torchrun started, if any: gloo between CPUs, nccl between GPUs. Only
+    process 0 prints. When a process fails, torchrun ends the others.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return reported(main)
+    import torch
+    import torch.distributed as dist
+
+    def work() -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets partial files be removed
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # One exchange per model scored: a slower card may be hours behind.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        try:
+            main()
+        except InputError as error:
+            where = f"process {dist.get_rank()} of {dist.get_world_size()}"
+            raise InputError(f"{where}: {error}") from None
+        dist.destroy_process_group()  # not after an error: others may wait for this process
+
+    return reported(work)

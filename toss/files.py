@@ -1,0 +1,164 @@
+"""The files of a run directory: scores, selections, adapters and their records, out and in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.io import InputError, load_tensors, made_from, read_json, save_tensors
+from model.lora import Adapter
+from model.peft import WEIGHTS, write_adapter
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from toss.tokens import Tokens
+
+PARTS = {  # what belongs to a result, by the beginning of its name
+    "scores": (),
+    "methods": ("selection.safetensors", f"model/{WEIGHTS}", "model/adapter_config.json"),
+    "degraded": (WEIGHTS, "adapter_config.json"),
+    "utility": (WEIGHTS, "adapter_config.json"),
+}
+WARNING = """\
+This adapter is the safety-degraded reference model of TOSS. It was trained on harmful data on
+purpose, as a measuring instrument that recognises risky tokens. Do not merge it, deploy it or
+publish it."""
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """What a result was made from, by a file's header or a folder's record.json; {} if unknown."""
+    if path.is_file():
+        record = made_from(path)
+    else:
+        file = path / "record.json"
+        record = read_json(file) if file.exists() else {}
+    return record if isinstance(record.get("inputs"), dict) else {}
+
+
+def write_scores(file: Path, tokens: Tokens, losses: dict[str, Tensor], record: dict) -> None:
+    """Flat arrays over all rows: ids, row bounds, response flags, ground truth, and losses."""
+    arrays = {n: getattr(tokens, n) for n in ("input_ids", "offsets", "response", "harmful")}
+    arrays |= {f"loss_{model}": loss for model, loss in losses.items()}
+    facts = {"tokens_sha256": tokens.fingerprint(), "skipped": tokens.skipped, "cut": tokens.cut}
+    save_tensors(arrays, file, {**record, **facts})
+
+
+def read_scores(path: Path, name: str) -> tuple[Tokens, dict[str, Tensor]]:
+    """The tokens and the losses {"utility", "degraded"[, "base"]} of a scores file, all checked.
+
+    name: the custom file, for messages. Raises InputError naming the file and the tensor.
+    """
+    tensors, record = load_tensors(path), record_of(path)
+    wanted = {"input_ids": torch.int32, "offsets": torch.int64}
+    wanted |= dict.fromkeys(("response", "harmful"), torch.bool)
+    wanted |= dict.fromkeys(("loss_utility", "loss_degraded"), torch.float32)
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise InputError(f"{path}: the tensor {missing[0]} is missing")
+    ids, offsets, response, harmful = (tensors[key] for key in list(wanted)[:4])
+    for key, tensor in tensors.items():
+        if key != "offsets" and tensor.shape != (len(ids),):
+            raise InputError(
+                f"{path}: {key} has the shape {tuple(tensor.shape)}, not ({len(ids)},)"
+            )
+        if tensor.dtype != wanted.get(key, torch.float32):
+            raise InputError(f"{path}: {key} has the dtype {tensor.dtype}")
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(ids) or offsets.diff().min() < 0:
+        raise InputError(f"{path}: offsets do not divide the {len(ids)} tokens into rows")
+    counts = (record.get("skipped", 0), record.get("cut", 0))
+    tokens = Tokens(ids, offsets, response, harmful, name, *counts)
+    if record.get("tokens_sha256") != tokens.fingerprint():
+        raise InputError(f"{path}: its tokens are not those that its header names: it was changed")
+    losses = {k[len("loss_") :]: tensor for k, tensor in tensors.items() if k.startswith("loss_")}
+    for model, loss in losses.items():
+        if not loss.isfinite().all():
+            row = int(tokens.row_of((~loss.isfinite()).nonzero()[0]))
+            raise InputError(f"{path}: loss_{model} is not finite on row {row} (counted from 0)")
+    return tokens, losses
+
+
+def load_selection(path: Path, tokens: Tokens) -> dict[str, Tensor]:
+    """A mask over these tokens: {"keep": bool [N]}, and "score", float [N], if it has one.
+
+    Raises InputError naming the file unless it fits the tokens and discards response tokens only.
+    """
+    found = {k: v for k, v in load_tensors(path).items() if k in ("keep", "score", "weight")}
+    if "keep" not in found:
+        raise InputError(f"{path}: not a selection.safetensors (it has no tensor `keep`)")
+    for key, tensor in found.items():
+        if tensor.shape != tokens.response.shape:
+            expected = tuple(tokens.response.shape)
+            raise InputError(f"{path}: {key} has the shape {tuple(tensor.shape)}, not {expected}")
+    if found["keep"].dtype not in (torch.bool, torch.uint8):
+        raise InputError(f"{path}: keep has the dtype {found['keep'].dtype}; expected bool")
+    found["keep"] = found["keep"].bool()
+    if wrong := int((~found["keep"] & ~tokens.response).sum()):
+        raise InputError(f"{path}: keep discards {wrong} tokens of prompts, which have no loss")
+    return found
+
+
+def write_method(
+    out: Path, selection: dict[str, Any], adapter: Adapter, model: Transformer, record: dict
+) -> None:
+    """The folder of a method: the mask, the adapter in PEFT's format, and the record of both."""
+    arrays = {name: tensor for name, tensor in selection.items() if tensor is not None}
+    save_tensors(arrays, out / "selection.safetensors", record)
+    write_adapter(adapter, model, out / "model", record)
+    write_record(out, record)
+
+
+def write_reference(
+    out: Path, role: str, adapter: Adapter, model: Transformer, record: dict
+) -> None:
+    """A reference adapter and its record, with a warning if it is the degraded one."""
+    warning = {"warning": WARNING} if role == "degraded" else {}
+    write_adapter(adapter, model, out, {**record, "role": role, **warning})
+    write_record(out, record)
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """record.json: what a result was made from."""
+    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_added(
+    file: Path, tokens: Tokens, added: list[tuple[int, int, float]], tokenizer: Tokenizer
+) -> None:
+    """A line per row added to D^h: the row, and the token (position, text, score) that did it."""
+    file.parent.mkdir(parents=True)
+    with open(file, "w", encoding="utf-8") as lines:
+        for row, place, score in added:
+            text = tokenizer.raw.decode([int(tokens.input_ids[place])], skip_special_tokens=False)
+            where = {"row": row, "token": place - int(tokens.offsets[row])}
+            line = {**where, "text": text, "score": round(score, 4)}
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def describe_scores(tokens: Tokens, losses: dict[str, Tensor]) -> list[str]:
+    """How S is spread, in words, and what to do if it is too narrow."""
+    S = (losses["utility"] - losses["degraded"])[tokens.response]
+    lines = [f"S = L^u - L^h {describe_spread(S)}"]
+    if S.std() < 0.01:
+        lines.append(
+            "note: the references hardly differ, so S ranks almost nothing: train them at a higher "
+            "--lr, or for more steps (--epochs, a smaller --batch-size)"
+        )
+    return lines
+
+
+def describe_spread(S: Tensor) -> str:
+    """How the scores of the response tokens are spread, in words."""
+    ordered = S.sort().values
+    marks = ((q, float(ordered[int(q / 100 * (len(S) - 1))])) for q in (1, 50, 90, 99))
+    quantiles = ", ".join(f"{q} % {value:.2f}" for q, value in marks)
+    return (
+        f"over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard deviation "
+        f"{S.std():.3f}, quantiles {quantiles}"
+    )
+
+
+def lost_rows(tokens: Tokens, keep: Tensor) -> int:
+    """How many rows have response tokens, but none that is kept."""
+    rows = (tokens.row_of(at.nonzero()[:, 0]) for at in (tokens.response & keep, tokens.response))
+    kept, there = (torch.bincount(row, minlength=tokens.rows) for row in rows)
+    return int(((there > 0) & (kept == 0)).sum())

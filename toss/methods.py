@@ -1,0 +1,126 @@
+"""The alternatives that TOSS is compared with, one plain function each.
+
+A method is given the ranked tokens and returns which stay, bool [n], and the scores it went by,
+float [n] (None where there are none). To add one, write it here, put it into METHODS at the end of
+this file, and its name into toss/config.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.io import InputError
+from toss.selection import select_tokens
+from toss.tokens import Tokens
+
+Choice = tuple[Tensor, Tensor | None]
+
+
+@dataclass
+class Candidates:
+    """The n ranked tokens, and what is known of them."""
+
+    tokens: Tokens
+    losses: dict[str, Tensor]  # under "utility", "degraded" (and "base"): float32 [N] each
+    ranked: Tensor  # int64 [n]: their places in the flat arrays
+    d: float  # share to discard
+    seed: int = 0
+
+    def __post_init__(self):
+        self.row = self.tokens.row_of(self.ranked)  # int64 [n]
+        self.sizes = torch.bincount(self.row, minlength=self.tokens.rows)  # ranked tokens per row
+
+    def loss(self, model: str) -> Tensor:
+        """Losses of the ranked tokens under "utility", "degraded" or "base", float32 [n]."""
+        if model in self.losses:
+            return self.losses[model][self.ranked]
+        flags = " --base --overwrite" if model == "base" else ""
+        what = f"scores.safetensors has no losses under the {model} model"
+        raise InputError(f"{what}: run score.py{flags} on this run")
+
+    def S(self) -> Tensor:
+        """The paper's score L^u - L^h."""
+        return self.loss("utility") - self.loss("degraded")
+
+    def harmful(self) -> Tensor:
+        """Ground truth, bool [n]."""
+        if self.tokens.harmful.any():
+            return self.tokens.harmful[self.ranked]
+        raise InputError("this method needs the ground truth, but no row marks harm (`harmful`)")
+
+
+def sft(c: Candidates) -> Choice:
+    """Plain fine-tuning: every token stays."""
+    return torch.ones(len(c.ranked), dtype=torch.bool), None
+
+
+def top(scores: Tensor, c: Candidates) -> Choice:
+    """One ranking of all rows together, as in TOSS, but by other scores."""
+    return select_tokens(scores, c.d), scores
+
+
+def random(c: Candidates) -> Choice:
+    """Tokens drawn at random."""
+    return top(torch.rand(len(c.ranked), generator=torch.Generator().manual_seed(c.seed)), c)
+
+
+def first_k(c: Candidates) -> Choice:
+    """The first tokens of every response, equally many in each row as far as they reach."""
+    start = torch.searchsorted(c.row, c.row)  # where the token's row begins among the ranked
+    return top((start - torch.arange(len(c.row))).float(), c)
+
+
+def local(c: Candidates) -> Choice:
+    """The highest floor(d L_i) of each row by itself: by the rounding, less than d in all."""
+    S = c.S()
+    order = S.argsort(descending=True, stable=True)
+    order = order[c.row[order].argsort(stable=True)]  # by row, riskiest first within a row
+    position = torch.arange(len(S)) - torch.searchsorted(c.row, c.row)
+    keep = position >= (c.d * c.sizes[c.row].double() + 1e-9).floor()
+    return keep[order.argsort()], S
+
+
+def mean_of_row(c: Candidates) -> tuple[Tensor, Tensor]:
+    """The mean S of each token's row, float32 [n], and the rows sorted by it, highest first."""
+    sums = torch.zeros(c.tokens.rows, dtype=torch.float64).index_add_(0, c.row, c.S().double())
+    means = (sums / c.sizes).float()  # NaN for a row without ranked tokens
+    return means[c.row], means.nan_to_num(-math.inf).argsort(descending=True, stable=True)
+
+
+def sample(c: Candidates) -> Choice:
+    """Whole rows, highest mean S first, as many as fit into d of the tokens."""
+    scores, order = mean_of_row(c)
+    fit = int((c.sizes[order].cumsum(0) <= math.floor(c.d * len(scores) + 1e-9)).sum())
+    return ~torch.isin(c.row, order[:fit]), scores
+
+
+def sample_all(c: Candidates) -> Choice:
+    """Whole rows, highest mean S first, as many as truly hold harm, whatever d."""
+    scores, order = mean_of_row(c)
+    return ~torch.isin(c.row, order[: len(c.row[c.harmful()].unique())]), scores
+
+
+METHODS = {
+    "sft": sft,
+    "random": random,
+    "first-k": first_k,
+    "local": local,
+    "sample": sample,
+    "sample-all": sample_all,
+    "degraded-only": lambda c: top(-c.loss("degraded"), c),
+    "utility-only": lambda c: top(c.loss("utility"), c),
+    "base": lambda c: top(c.loss("base") - c.loss("degraded"), c),  # theta^0 in place of theta^u
+    "weighted": lambda c: top(c.loss("utility") - 0.5 * c.loss("degraded"), c),
+    "oracle": lambda c: (~c.harmful(), c.harmful().float()),  # exactly the harmful ones
+}
+
+
+def choose(method: str, c: Candidates) -> tuple[Tensor, Tensor | None]:
+    """A method's mask over the flat arrays, bool [N], and its scores, float [N] or None."""
+    keep = torch.ones(len(c.tokens.input_ids), dtype=torch.bool)
+    keep[c.ranked], scores = METHODS[method](c)
+    if scores is not None:
+        scores = torch.zeros(len(keep)).index_put((c.ranked,), scores)
+    return keep, scores

@@ -1,0 +1,182 @@
+"""Rows tokenised once into flat arrays, and padded batches of them.
+
+Every stage reads the same ids, so that a score, a mask and a training loss mean the same token: the
+one at their place in these arrays.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.io import DoesNotFit, InputError
+from model.tokenizer import Tokenizer
+from toss.rows import Row
+
+CHUNK = 1024  # rows that go to the tokenizer's threads together
+
+
+@dataclass
+class Tokens:
+    """A tokenised dataset of N tokens. Row i is offsets[i]:offsets[i + 1], empty if skipped.
+
+    A row is encode(prompt) ++ encode(response) ++ [eos], repeated for further turns, and cut at
+    max_length.
+    """
+
+    input_ids: Tensor  # int32 [N]
+    offsets: Tensor  # int64 [rows + 1]
+    response: Tensor  # bool [N]: the tokens y_ij, EOS included
+    harmful: Tensor  # bool [N]: ground truth where the rows carry it, else all False
+    name: str = ""  # the file, for messages
+    skipped: int = 0  # rows whose prompt leaves no room for a response token
+    cut: int = 0  # rows whose end did not fit
+    lengths: list[int] = field(init=False)
+
+    def __post_init__(self):
+        self.lengths = self.offsets.diff().tolist()
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    def row_of(self, places: Tensor) -> Tensor:
+        """The row of each place in the flat arrays, int64 [n]."""
+        return torch.searchsorted(self.offsets, places, right=True) - 1
+
+    def places(self, rows: Iterable[int]) -> Tensor:
+        """The places of these rows' tokens in the flat arrays, row after row, int64 [n]."""
+        bounds = ((int(self.offsets[i]), int(self.offsets[i + 1])) for i in rows)
+        return torch.cat([torch.arange(0), *(torch.arange(*pair) for pair in bounds)])
+
+    def take(self, rows: list[int]) -> "Tokens":
+        """These rows as a dataset of their own."""
+        at = self.places(rows)
+        offsets = torch.tensor([0] + [self.lengths[i] for i in rows]).cumsum(0)
+        return Tokens(self.input_ids[at], offsets, self.response[at], self.harmful[at], self.name)
+
+    def __add__(self, other: "Tokens") -> "Tokens":
+        """The rows of both, this one's first."""
+        pairs = (
+            (getattr(self, n), getattr(other, n)) for n in ("input_ids", "response", "harmful")
+        )
+        ids, response, harmful = map(torch.cat, pairs)
+        offsets = torch.cat((self.offsets, self.offsets[-1] + other.offsets[1:]))
+        return Tokens(ids, offsets, response, harmful, f"{self.name} and rows of {other.name}")
+
+    def fingerprint(self) -> str:
+        """sha256 of ids, row bounds and response flags: equal exactly when a mask fits."""
+        state = hashlib.sha256()
+        for tensor in (self.input_ids, self.offsets, self.response):
+            state.update(tensor.numpy())
+        return state.hexdigest()
+
+
+def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str = "") -> Tokens:
+    """Tokenise conversations. max_length: tokens per row: prompt, responses and EOS together.
+
+    A prompt that leaves no room for a response token is skipped; its row stays, empty. A response
+    too long is cut on the right and then gets no EOS. Raises InputError when no row is left.
+    """
+    arrays, lengths, cut = [], [0], 0
+    for start in range(0, len(rows), CHUNK):
+        for row in encode(rows[start : start + CHUNK], tokenizer):
+            length = row.shape[1]
+            if length > max_length:  # up to its last response token: what follows is of no use
+                length = int(row[1, :max_length].nonzero()[0].max(initial=-1)) + 1
+                cut += length > 0
+            arrays.append(row[:, :length])
+            lengths.append(length)
+    if not any(lengths):
+        what = f"every prompt is longer than --max-length {max_length}; no row is left"
+        raise InputError(f"{name}: {what}")
+    ids, response, harmful = torch.from_numpy(np.concatenate(arrays, axis=1))
+    offsets, skipped = torch.tensor(lengths).cumsum(0), lengths.count(0) - 1
+    return Tokens(ids.clone(), offsets, response.bool(), harmful.bool(), name, skipped, cut)
+
+
+def encode(rows: list[Row], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Each row whole, int32 [3, tokens]: its ids, which are of responses, which are harmful."""
+    segments = []
+    for row in rows:
+        try:
+            segments.append(tokenizer.segments(row.messages))
+        except InputError as error:
+            raise InputError(f"{row.where}: {error}") from None
+    for row, texts, pieces in zip(rows, segments, tokenizer.encode_segments(segments)):
+        columns = [(i, False, False) for i in tokenizer.leading_ids()]
+        for (text, is_response), (ids, spans) in zip(texts, pieces):
+            shift = len(text) - len(row.messages[-1]["content"])  # the space before a response
+            marks = [(a + shift, b + shift) for a, b in row.harmful if is_response]
+            harmful = (any(s < b and e > a for a, b in marks) for s, e in spans)
+            columns += [(i, is_response, harm) for i, harm in zip(ids, harmful)]
+            columns += [(tokenizer.eos_id, True, False)] * is_response
+        if columns[0][1]:
+            what = "the prompt is empty, so nothing predicts the first response token"
+            raise InputError(f"{row.where}: {what}")
+        yield np.array(columns, dtype=np.int32).T
+
+
+@dataclass
+class Batch:
+    """Rows side by side, padded on the right, and the n tokens in them whose loss is wanted."""
+
+    ids: Tensor  # int64 [B, T]
+    before: Tensor  # int64 [n]: index into the B * T positions of the token before each wanted one
+    targets: Tensor  # int64 [n]: the wanted tokens
+    places: Tensor  # int64 [n]: their places in the flat arrays
+
+
+def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[int]]:
+    """Split rows into batches of at most `budget` tokens, padding included (a longer row alone).
+
+    Longest first: little is padding, and running out of memory shows in the first batch. The few
+    rows of an optimizer step differ much in length, so a batch that holds a quarter of the budget,
+    enough for fast products, ends before a row that would be a tenth padding.
+    """
+    groups, width = [], 0
+    for i in sorted(rows, key=lambda i: -lengths[i]):
+        full = groups and (len(groups[-1]) + 1) * width > budget
+        enough = groups and len(groups[-1]) * width >= budget / 4
+        if not groups or full or enough and lengths[i] < 0.9 * width:
+            groups.append([])
+            width = lengths[i]
+        groups[-1].append(i)
+    return groups
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens per batch where none are given."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def halve_budget(budget: int, longest: int, advice: str, remark: Callable[[dict], None]) -> int:
+    """Halve the tokens per batch after running out of memory; DoesNotFit if a batch is one row."""
+    if budget <= longest:
+        raise DoesNotFit(f"out of memory on a single row of at most {longest} tokens; {advice}")
+    next = f"continuing with {budget // 2} (--batch-tokens)"
+    remark({"remark": f"out of memory with {budget} tokens per batch; {next}"})
+    return budget // 2
+
+
+def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device) -> Batch:
+    """Put rows into one padded batch. wanted: bool [N], the places where a loss is asked for.
+
+    All index arithmetic is done on the CPU, so that the device never has to wait for a count.
+    """
+    T, before, places = max(tokens.lengths[i] for i in rows), [], []
+    ids = torch.zeros(len(rows), T, dtype=torch.int64)
+    for b, i in enumerate(rows):
+        start, end = int(tokens.offsets[i]), int(tokens.offsets[i + 1])
+        ids[b, : end - start] = tokens.input_ids[start:end]
+        position = wanted[start:end].nonzero()[:, 0]  # all > 0: a prompt comes first
+        before.append(b * T + position - 1)
+        places.append(start + position)
+    at = torch.cat(places)
+    parts = (ids, torch.cat(before), tokens.input_ids[at].long(), at)
+    if device.type == "cuda":
+        parts = (part.pin_memory().to(device, non_blocking=True) for part in parts)
+    return Batch(*parts)
