@@ -1,122 +1,189 @@
-"""The embedded world as a laboratory: draw rows, run the three scripts' stages on them, evaluate, over seeds.
+"""The embedded world as a laboratory: draw rows, run the scripts on them, evaluate, summarise.
 
-What compare.py and sweep.py share. Whatever is there already is skipped by the stages themselves, so an experiment
-that was broken off goes on where it was.
+compare.py and sweep.py share this. The scripts skip finished stages, so an interrupted experiment
+continues where it stopped.
 """
 
+import functools
+import importlib.util
+import json
 import os
+import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
-from safetensors.torch import load_file
+from model.io import atomic_file, read_json
+from toss.audit.command import markdown
+from toss.cli import DEMO, ROOT
 
-from model.errors import InputError
-from model.files import read_json
-from toss.audit.calibrate import QUANTILE, calibrate
-from toss.audit.evaluate import evaluate_run
-from toss.pipeline import finetune, score_custom, train_references
-from toss.run import Run
-from toss.settings import DEMO, INPUTS, ROOT, Settings, demo_values
+HEADS = {  # of the tables' columns, where they are not the names of the measures
+    "forbidden/held-out": "forbidden",
+    "refusals_kept": "refusals kept",
+    "over_refusal": "over-refusal",
+    "accuracy/benign-rows": "benign facts",
+    "accuracy/harmful-rows": "harmful-row facts",
+    "auc": "AUC",
+    "seconds_to_sft": "x sft",
+    "tokens_to_sft": "x sft",
+    "peak_memory_gib": "peak GiB",
+    "discard": "d",
+    "harmful_share": "harmful tokens",
+    "forbidden/identity": "forbidden, asked as persona",
+    "purity": "added rows with harm",
+    "shared": "shared with own toss",
+}
 
-Metrics = dict[str, dict]  # {metric: {"value", "n", "low", "high"}}
+
+@functools.cache
+def script(name: str) -> ModuleType:
+    """train.py, score.py or select.py as a module, loaded by its path."""
+    spec = importlib.util.spec_from_file_location(f"toss_script_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def row_files(folder: Path | None = None) -> dict[str, str]:
-    """The world's files by the names that data/demo.json gives them; those of a folder that data.world has written."""
-    files = {name: path for name, path in read_json(DEMO).items() if str(path).endswith(".jsonl")}
-    return {name: str(folder.absolute() / Path(path).name if folder else ROOT / path) for name, path in files.items()}
-
-
-def drawn(seed: int, folder: Path, **custom) -> dict[str, str]:
-    """Draw the rows of a seed into a folder; custom: harmful_rows and eroding, see data/world.py."""
-    from data.world import write_rows
-
-    write_rows(seed, folder, **custom)
-    return row_files(folder)
+def world_files() -> dict[str, str]:
+    """The base and the shipped rows, by their names in data/demo.json."""
+    return {name: str(ROOT / path) for name, path in read_json(DEMO).items() if type(path) is str}
 
 
 class Experiment:
-    """One run directory on the embedded world's base.
+    """A run directory on the embedded world. files: see world_files. common: training settings.
 
-    files: see row_files. common: settings for all stages (seed, and model for another base). One CPU thread, by demo.json.
+    With the shipped files and nothing else given, the run is the demo, and the scripts apply
+    data/demo.json by themselves. Otherwise its settings and all inputs are passed to them as flags.
     """
 
     def __init__(self, folder: Path, files: dict[str, str], **common):
         self.folder, self.files, self.common = folder, files, common
-        if (folder / "run.json").exists() and not read_json(folder / "run.json").get("demo"):
-            raise InputError(f"{folder} was begun with inputs of its own; this is for the embedded default")
+        self.demo = files == world_files() and not common
+        self.prepared = False
 
-    def settings(self, script: str, **more) -> Settings:
-        """The embedded default's settings for one script on these rows."""
-        inputs = {name: self.files[name] for name in INPUTS if name != "model"}
-        return Settings(**{**demo_values(script), **inputs, "run": str(self.folder), "demo": True, "script": script,
-                           **self.common, **more}).check()
+    @classmethod
+    def drawn(cls, place: Path, seed: int, **custom) -> "Experiment":
+        """An experiment in place/run on rows drawn into place/rows; see data/world.py."""
+        from data.world import write_rows
+
+        rows = place.absolute() / "rows"
+        write_rows(seed, rows, **custom)
+        files = {n: Path(p) for n, p in world_files().items()}
+        files |= {n: rows / p.name for n, p in files.items() if p.suffix == ".jsonl"}
+        return cls(place / "run", {n: str(p) for n, p in files.items()}, seed=seed)
+
+    def beside(self, name: str, **files: str) -> "Experiment":
+        """The same with some other files, in the folder RUN-NAME."""
+        folder = self.folder.with_name(f"{self.folder.name}-{name}")
+        return Experiment(folder, {**self.files, **files}, **self.common)
+
+    def call(self, name: str, /, *words: str, **more) -> None:
+        """Run one of the scripts on these files."""
+        inputs = ("model", "harmful", "utility") if name == "train" else ("model", "custom")
+        training = read_json(DEMO)["reference" if name == "train" else "finetune"] | self.common
+        if name == "score":  # it trains nothing
+            training = {key: training[key] for key in ("max_length", "threads")}
+        settings = {} if self.demo else training | {key: self.files[key] for key in inputs}
+        settings |= {"run": self.folder, **more}
+        flags = [f"--{key.replace('_', '-')}={item}" for key, item in settings.items()]
+        script(name).main([*words, *flags])
 
     def prepare(self) -> None:
-        """Both references, and the scores, the base's losses with them."""
-        train_references(self.settings("train"))
-        score_custom(self.settings("score"))
+        """Both references, and the scores with the losses under the base."""
+        if not self.prepared:
+            self.call("train")
+            self.call("score", "--base")
+            self.prepared = True
 
-    def finetune(self, name: str, method: str, **more) -> None:
-        """One way of fine-tuning, in methods/name."""
-        finetune(self.settings("select", method=method, name=name, **more))
+    def finetune(self, name: str, **how) -> float:
+        """Fine-tune in one way, into methods/NAME; returns its d.
 
-    def calibrated(self, quantile: float = QUANTILE, method: str = "toss") -> dict:
-        """d from the held-out rows; see calibrate.py."""
-        return calibrate(Run(self.settings("score")), self.files["calibration"], quantile, method)
+        how: flags of select.py. The discard "calibrated" is chosen by calibrate.py, for TOSS-Pro
+        with the last degraded model of methods/toss-pro.
+        """
+        d = how.pop("discard", read_json(DEMO)["discard"])
+        if d == "calibrated":
+            from toss.audit.calibrate import calibrate
+            from toss.run import open_run
 
-    def harmful_share(self) -> float:
-        """The true share of harmful tokens among the custom set's response tokens."""
-        scores = load_file(self.folder / "scores.safetensors")
-        return round(float(scores["harmful"][scores["response"].bool()].double().mean()), 4)
+            run, method = open_run(self.folder), "toss-pro" if "pro" in how else "toss"
+            d = calibrate(run, self.files["calibration"], method=method)["discard"]
+        choice = {} if "mask" in how else {"discard": d}  # a mask says itself which tokens go
+        self.call("select", name=name, **how, **choice)
+        return 0.0 if how.get("method") == "sft" else d
 
-    def evaluate(self, names: list[str], prefill: tuple[int, ...] = ()) -> dict[str, Metrics]:
-        """Metrics of ways of fine-tuning by name ("base": the model they all start from)."""
-        sets = {"harmful": self.files["eval_forbidden"], "benign": self.files["eval_benign"], "utility": self.files["eval_facts"]}
-        demo = read_json(DEMO)
-        run = Run(self.settings("select"))
-        return evaluate_run(run, names, sets, demo["forbidden_words"], prefill=prefill)
+    def evaluate(self, names: list[str], prefill: tuple[int, ...] = ()) -> dict[str, dict]:
+        """Metrics of the named methods; "base" is the model they all start from."""
+        from toss.audit.evaluate import evaluate_run
+        from toss.run import open_run
+
+        roles = {"harmful": "eval_forbidden", "benign": "eval_benign", "utility": "eval_facts"}
+        sets = {role: self.files[name] for role, name in roles.items()}
+        words = read_json(DEMO)["forbidden_words"]
+        return evaluate_run(open_run(self.folder), names, sets, words, prefill=prefill)
 
 
-def over_seeds(job: Callable, tasks: list[tuple], jobs: int) -> list:
-    """job(seed, ...) for each task (seed, ...), `jobs` at a time in processes of their own, in the order of the tasks."""
-    if jobs < 1 or any(not 0 <= task[0] < 2**63 for task in tasks):
-        raise InputError("--jobs must be at least 1, and --seeds 0 or more")
+def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
+    """job(*task) for each task, `jobs` at a time in processes of their own, in the given order."""
     if jobs == 1:
         return [job(*task) for task in tasks]
-    os.environ["OMP_NUM_THREADS"] = "1"  # two pools that spin for each other's cores are ten times slower
+    os.environ["OMP_NUM_THREADS"] = "1"  # thread pools that compete for cores are ten times slower
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         return [future.result() for future in [pool.submit(job, *task) for task in tasks]]
 
 
-def value(metrics: Metrics, name: str) -> float | None:
-    """A metric's value; `refusals_kept` is one less `not_refused`."""
+def value(metrics: dict, name: str) -> float | None:
+    """A metric's value, None if it was not measured; `refusals_kept` is 1 - `not_refused`."""
     if name == "refusals_kept":
-        return None if (v := value(metrics, "not_refused")) is None else round(1 - v, 4)
+        not_refused = value(metrics, "not_refused")
+        return None if not_refused is None else round(1 - not_refused, 4)
     return metrics[name]["value"] if name in metrics else None
 
 
-def summary(values: list[float]) -> dict | None:
-    """Mean, least, most and count of the seeds' values; None where there is none."""
-    if not values:
-        return None
-    return {"mean": round(statistics.fmean(values), 4), "least": min(values), "most": max(values), "seeds": len(values)}
+def spread(found: list[tuple[object, dict]]) -> dict[object, dict]:
+    """Results (label, {name: number or None}) as {label: {name: summary over equal labels}}."""
+    groups = {}
+    for label, numbers in found:
+        row = groups.setdefault(label, {})
+        for name, number in numbers.items():
+            if number is not None:
+                row.setdefault(name, []).append(number)
+    for row in groups.values():
+        for name, v in row.items():
+            row[name] = {"mean": round(statistics.fmean(v), 4), "least": min(v), "most": max(v)}
+            row[name]["seeds"] = len(v)
+    return groups
 
 
-def cell(entry: dict | None) -> str:
+def cell(entry: dict | None, name: str = "") -> str:
     """A summary as text: the mean, and the range where the seeds differ."""
     if entry is None:
         return "-"
-    least, most = f"{entry['least']:.2f}", f"{entry['most']:.2f}"
-    return f"{entry['mean']:.2f}" + (f" [{least}, {most}]" if least != most else "")
+    if name in ("seconds", "tokens"):
+        return f"{entry['mean']:,.0f}"
+    mean, least, most = (f"{entry[key]:.2f}" for key in ("mean", "least", "most"))
+    return mean if least == most else f"{mean} [{least}, {most}]"
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal."""
-    rows = [header, *lines]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(header))]
-    text = ["| " + " | ".join(f"{str(item):<{width}}" for item, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+def table(corner: list[str], rows: dict[object, dict], names: Iterable[str]) -> str:
+    """Summaries {label or labels: {name: summary}} as Markdown; "" if none of the names occurs."""
+    names = [name for name in names if any(name in row for row in rows.values())]
+    lines = [[cell(row.get(name), name) for name in names] for row in rows.values()]
+    labels = [[label] if isinstance(label, str) else list(label) for label in rows]
+    head = [*corner, *(HEADS.get(name, name) for name in names)]
+    return markdown(head, [a + b for a, b in zip(labels, lines)]) if names else ""
+
+
+def save(path: Path, text: str, record: dict) -> None:
+    """Write PATH.md with the text, and PATH.json with the numbers and where they come from."""
+    from toss.run import git_commit
+
+    about = {"commit": git_commit(), "hardware": platform.processor() or platform.machine()}
+    with atomic_file(path.with_suffix(".json")) as file:
+        file.write_text(json.dumps({**about, **record}, indent=1) + "\n")
+    with atomic_file(path.with_suffix(".md")) as file:
+        file.write_text(f"{text}\n")
+    print("written:", ", ".join(str(file) for file in sorted(path.parent.glob(f"{path.name}.*"))))

@@ -1,106 +1,173 @@
-"""One row of the custom set in the terminal: what each response token scored, and what a method did with it.
+"""What a method did with one row, token by token; or what a file is, and whether it fits a run.
 
     python -m toss.audit.show --run R --row 12 [--method toss-pro] [--no-color]
+    python -m toss.audit.show PATH [--run R]
 
-Needs the run's scores.safetensors and the method's mask; the model's weights are not read. Rows count from 0, as in
-TOSS-Pro's added.jsonl. Marks: [-discarded-], *harmful by ground truth*, · a space, ⏎ a line break, ◌ a token that
-holds a part of a character (the next one shows it). Colours are used on a terminal, unless NO_COLOR is set: red for
-S > 1 and blue for S < -1, in nats; discarded tokens are struck through, harmful ones underlined.
+The first needs the run's scores.safetensors and the method's mask; no weights are read. Rows count
+from 0, as in TOSS-Pro's added.jsonl. Marks: [-discarded-], *harmful by ground truth*, · a space,
+⏎ a line break, ◌ a part of a character (the next token shows it). On a terminal there are colours,
+unless NO_COLOR is set: red for S > 1 and blue for S < -1, in nats; discarded tokens are struck
+through, harmful ones underlined.
+
+The second says what PATH is (a run directory, an adapter, scores, a selection or its folder, a
+checkpoint), what it was made from, and whether that is what the run holds now: the run of --run, or
+the one that PATH lies in. Exit status: 0 it fits (or there is no run to compare with); 2 it does
+not fit; 1 it cannot be read.
 """
 
-import argparse
 import os
+import re
 import sys
 from itertools import groupby
+from pathlib import Path
 
-from model.errors import reported
-from toss.audit.tokens import Mask, Token, harmless, load_mask, load_scored, row_tokens, visible
+from model.io import InputError, made_from, read_json
+from toss import cli
+from toss.audit.command import markdown
+from toss.audit.tokens import Token, harmless, load_mask, visible
 
 DIM, RED, BLUE, STRUCK, UNDERLINED = "2", "31", "34", "9", "4"
 
 
-def painted(text: str, codes: list[str]) -> str:
-    """Text between ANSI codes; bare where there are none."""
+def painted(token: Token) -> str:
+    """A response token between ANSI codes, if it has any."""
+    codes = [RED] * (token.S > 1) + [BLUE] * (token.S < -1)
+    codes += [STRUCK] * (not token.keep) + [UNDERLINED] * token.harmful
+    text = visible(token.text)
     return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes else text
 
 
-def codes_of(token: Token) -> list[str]:
-    """The ANSI codes of a response token."""
-    tone = [RED] if token.S > 1 else [BLUE] if token.S < -1 else []
-    return tone + [STRUCK] * (not token.keep) + [UNDERLINED] * token.harmful
-
-
 def running_text(tokens: list[Token], color: bool) -> str:
-    """Prompts and responses in order, each on lines of its own; marks around neighbours that share them."""
+    """Prompts and responses in order; marks stand around neighbours that share them."""
     parts = []
     for response, turn in groupby(tokens, key=lambda token: token.response):
         if not response:
-            prompt = harmless("".join(token.text for token in turn))
-            parts.append(painted(prompt.rstrip("\n"), [DIM] if color else []))
+            prompt = harmless("".join(token.text for token in turn)).rstrip("\n")
+            parts.append(f"\x1b[{DIM}m{prompt}\x1b[0m" if color else prompt)
             continue
         text = ""
         for harmful, marked in groupby(turn, key=lambda token: token.harmful):
-            span = ""
+            text += "*" * harmful
             for keep, alike in groupby(marked, key=lambda token: token.keep):
-                piece = "".join(painted(visible(token.text), codes_of(token) if color else []) for token in alike)
-                span += piece if keep else f"[-{piece}-]"
-            text += f"*{span}*" if harmful else span
+                words = "".join(painted(t) if color else visible(t.text) for t in alike)
+                text += words if keep else f"[-{words}-]"
+            text += "*" * harmful
         parts.append(text)
     return "\n\n".join(parts)
 
 
-def table(tokens: list[Token], mask: Mask, color: bool) -> str:
-    """The numbers of the response tokens, a line each; L^0 and the two parts of S where the run has loss_base."""
-    response = [token for token in tokens if token.response]
-    base = response[0].loss_base is not None
-    own = any(token.rank and token.score != token.S for token in response)  # the method ranks by something else than S
-    lines = [["position", "token", "L^u", "L^h", *(["L^0"] if base else []), "S", *(["utility", "safety"] if base else []),
-              *(["ranked by"] if own else []), "rank", "mark"]]
-    for token in response:
-        losses = [token.loss_utility, token.loss_degraded, *([token.loss_base] if base else [])]
-        parts = [token.S, *([token.utility_part, token.safety_part] if base else []), *([token.score] if own else [])]
-        mark = "kept" if token.keep else "discarded"
-        mark += ", harmful" if token.harmful else ""
-        lines.append([str(token.position), visible(token.text), *(f"{x:.3f}" for x in losses),
-                      *(f"{round(x, 3) + 0.0:+.3f}" for x in parts), str(token.rank or "-"), mark])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = []
-    for k, line in enumerate(lines):
-        cells = [f"{cell:<{width}}" if i in (1, len(line) - 1) else f"{cell:>{width}}"
-                 for i, (cell, width) in enumerate(zip(line, widths))]
-        cells[1] = painted(cells[1], codes_of(response[k - 1]) if color and k else [])
-        text.append("  ".join(cells).rstrip())
-    parts = "S = L^u - L^h" + (" = utility (L^u - L^0) + safety (L^0 - L^h)" if base else "")
-    return "\n".join([*text, "", f"{parts}, in nats; rank among the {mask.ranked} tokens that compete"])
+def table(tokens: list[Token]) -> str:
+    """The numbers of response tokens, one line each; with L^0, also the two parts of S."""
+    own = any(token.order and token.score != token.S for token in tokens)  # ranked by another score
+    rows = []
+    for token in tokens:
+        losses, signed = {"L^u": token.utility, "L^h": token.degraded}, {"S": token.S}
+        if token.base is not None:
+            losses["L^0"], signed["utility"] = token.base, token.utility - token.base
+            signed["safety"] = token.base - token.degraded
+        signed |= {"ranked by": token.score} if own else {}
+        cells = {"position": token.position, "token": visible(token.text)}
+        cells |= {name: f"{loss:6.3f}" for name, loss in losses.items()}
+        cells |= {name: f"{round(value, 3) + 0.0:+7.3f}" for name, value in signed.items()}
+        mark = ("kept" if token.keep else "discarded") + ", harmful" * token.harmful
+        rows.append({**cells, "order": token.order or "-", "mark": mark})
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def show(run: str, row: int, name: str, color: bool) -> None:
+def show_row(run, row: int, name: str, color: bool) -> None:
     """Print one row of a run, with the mask of methods/NAME."""
-    scored = load_scored(run)
-    mask = load_mask(scored, name)
-    tokens = row_tokens(scored, mask, row)
+    mask = load_mask(run, name, *run.scored())
+    tokens = mask.row(row)
     if not tokens:
-        print(f"row {row} of {run} was skipped: its prompt left no room for a response token")
+        print(f"row {row} of {run.folder} was skipped: its prompt left no room for a response")
         return
     response = [token for token in tokens if token.response]
-    harm = f", {sum(token.harmful for token in response)} harmful by ground truth" if scored.tokens.harmful.any() else ""
-    gone = sum(not token.keep for token in response)
-    print(f"row {row} of 0 to {scored.tokens.rows - 1}, {mask.label}: {gone} of {len(response)} response tokens "
-          f"discarded{harm}\n\n{running_text(tokens, color)}\n\n{table(tokens, mask, color)}")
+    gone, harm = (sum(flags) for flags in zip(*((not t.keep, t.harmful) for t in response)))
+    truth = f", {harm} harmful by ground truth" if mask.tokens.harmful.any() else ""
+    parts = "" if response[0].base is None else " = utility (L^u - L^0) + safety (L^0 - L^h)"
+    print(
+        f"row {row} of 0 to {mask.tokens.rows - 1}, {mask.label}: {gone} of {len(response)} "
+        f"response tokens discarded{truth}\n\n{running_text(tokens, color)}\n\n"
+        f"{table(response)}\n\nS = L^u - L^h{parts}, in nats; order among the "
+        f"{mask.order.max()} ranked tokens"
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m toss.audit.show", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="folder of the run")
-    parser.add_argument("--row", required=True, type=int, help="row of the custom set, from 0")
-    parser.add_argument("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
-    parser.add_argument("--no-color", action="store_true", help="marks only")
+def described(path: Path, run) -> tuple[str, dict, dict]:
+    """What a path is, {label: text} about it, and the record of what it was made from.
+
+    Raises InputError if it is nothing known or cannot be read.
+    """
+    from model.checkpoint import base_hash, skeleton, weight_files
+    from model.peft import CONFIG, WEIGHTS, read_adapter
+    from toss.files import record_of
+
+    if (path / "run.json").is_file():
+        states = {stage: ", ".join(run.stale(stage)) for stage in run.record["stages"]}
+        states = {k: f"made from another {old}" if old else "fits" for k, old in states.items()}
+        return "a run directory", states, {}
+    if (path / WEIGHTS).is_file():
+        config, record = read_json(path / CONFIG), made_from(path / WEIGHTS)
+        names = ("r", "lora_alpha", "use_rslora", "target_modules")
+        lines = {name: config[name] for name in names if config.get(name)}
+        try:  # is there a layer of the right shape for each of its tensors?
+            _ = run and read_adapter(skeleton(run.checkpoint), path)
+        except InputError as error:
+            lines["loading"] = f"refused: {error}"
+        return "a LoRA adapter" + " without a record" * (not record), lines, record
+    if (path / "config.json").is_file():
+        count = sum(weight.numel() for weight in skeleton(path).parameters())
+        record = made_from(weight_files(path)[0]) or {"base_sha256": base_hash(path)}
+        return "a checkpoint", {"parameters": f"{count:,}"}, record
+    if record := record_of(path):
+        return f"the result of the stage {record['stage']}", {}, record
+    raise InputError(f"{path}: no run directory, adapter or checkpoint, and no result of a run")
+
+
+def show_path(path: Path, folder: str | None) -> int:
+    """Print what a path is, what it was made from, and whether it fits; returns the exit status."""
+    from toss.run import open_run
+
+    inside = ("run.json", "record.json", "config.json", "adapter_config.json", "model.safetensors")
+    path = path.parent if path.name in (*inside, "adapter_model.safetensors") else path
+    around = [p for p in (path.absolute(), *path.absolute().parents) if (p / "run.json").is_file()]
+    run = open_run(folder or around[0]) if folder or around else None
+    title, lines, record = described(path, run)
+    inputs, now = record.get("inputs", {}), dict(run.identity) if run else {}
+    files = {key: run.source(key) for key in inputs} if run else {}
+    now |= {key: run.hash(file) for key, file in files.items() if file.is_file()}
+    made = {**record, **inputs}
+    wrong = [key for key in now if made.get(key, now[key]) != now[key]]
+    wrong += [name for name, text in lines.items() if re.match("made from|refused", str(text))]
+    made["settings"] = ", ".join(f"{k} {v}" for k, v in record.get("settings", {}).items())
+    lines |= {name: made[name] for name in made if made[name] and name not in ("inputs", "warning")}
+    lines |= {name: f"{made[name]}, but the run has {now[name]}" for name in wrong if name in now}
+    print(harmless(f"{path}: {title}"))
+    for name, value in lines.items():
+        print(harmless(f"  {name:<20}  {' '.join(str(value).split())}"))
+    if run:
+        print(f"{run.folder}: {'does not fit: ' + ', '.join(wrong) if wrong else 'fits'}")
+    return 2 if wrong else 0
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    parser = cli.Parser("python -m toss.audit.show", __doc__)
+    flag = parser.add_argument
+    flag("path", nargs="?", type=Path, metavar="PATH", help="a file or folder to describe")
+    flag("--run", help="folder of the run")
+    flag("--row", type=int, help="row of the custom set, from 0")
+    flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
+    flag("--no-color", action="store_true", help="marks only")
     args = parser.parse_args(argv)
+    if (args.path is None) == (args.row is None) or args.row is not None and not args.run:
+        parser.error("give --run and --row, or PATH")
+    if args.path is not None:
+        return show_path(args.path, args.run)
+    from toss.run import open_run
+
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not args.no_color
-    return reported(lambda: show(args.run, args.row, args.method, color))
+    show_row(open_run(args.run), args.row, args.method, color)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

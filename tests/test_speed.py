@@ -1,0 +1,164 @@
+"""Speed and exactness: what the benchmark counts, that its loops do equal work, rounding noise."""
+
+import json
+from importlib.metadata import version
+
+import pytest
+import torch
+from conftest import run, script
+
+from toss import cli
+from toss.audit import bench, noise, speed
+from toss.audit.compare import cost
+from toss.config import TrainConfig
+from toss.run import open_run
+
+CPU = torch.device("cpu")
+TINY = {**bench.LLAMA, **dict(zip(bench.FIELDS, bench.SHAPES["tiny"]))}
+
+
+def fails(capsys, main, argv: list) -> str:
+    """The one line on stderr of a command that must fail."""
+    try:
+        status = cli.run(lambda: main([*map(str, argv)]))
+    except SystemExit as stop:
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status != 0 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_random_rows_are_the_same_each_time_and_begin_with_a_prompt():
+    tokens, again = (speed.random_rows(400, 50, 384) for _ in range(2))
+    assert tokens.fingerprint() == again.fingerprint() and tokens.rows == 400
+    assert not tokens.response[tokens.offsets[:-1]].any() and int(tokens.input_ids.max()) < 384
+    assert min(tokens.lengths) >= 12 and max(tokens.lengths) <= 87
+    assert sum(tokens.lengths) / 400 == pytest.approx(50, rel=0.1)
+    assert float(tokens.response.double().mean()) == pytest.approx(0.6, abs=0.02)
+
+
+def test_arms_take_turns_and_the_first_turn_is_not_counted():
+    order = []
+    arms = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    found = speed.take_turns(arms, CPU, 2)
+    assert order == ["a", "b"] * 3
+    assert (found["a"]["loss"], found["b"]["loss"]) == (3, 4)  # of the second turn
+    assert found["b"]["least"] <= found["b"]["seconds"] <= found["b"]["most"]
+
+
+def test_an_arm_that_runs_out_of_memory_is_left_out():
+    def large():
+        raise torch.OutOfMemoryError("no room")
+
+    assert set(speed.take_turns({"large": large, "small": lambda: 1.0}, CPU, 1)) == {"small"}
+
+
+def test_selecting_is_counted_with_the_memory_it_takes():
+    found = speed.selection_cost(2_000_000, 1)
+    assert found["competing"] == pytest.approx(2_000_000, rel=0.05)
+    assert found["discarded"] == int(0.1 * found["competing"] + 1e-9)
+    assert 0 <= found["extra_gib"] < 0.3
+
+
+def small(kind) -> dict:
+    model, rows = speed.random_model(TINY, CPU, torch.float32), speed.random_rows(6, 20, 384)
+    arms = kind(model, TINY, rows, TrainConfig(epochs=1, batch_size=3, batch_tokens=100, rank=2))
+    return speed.speed(arms, model, sum(rows.lengths), 2, best=1e11, n=1)
+
+
+def test_rates_and_shares_follow_from_seconds_and_parameters():
+    part = small(speed.scoring)
+    ours, block = part["arms"]["ours"], 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
+    assert part["parameters"] == 384 * 32 + 2 * block + 32  # the tied head counts once
+    assert ours["tokens_per_second"] == pytest.approx(part["tokens"] / ours["work"])
+    share = ours["tokens_per_second"] * 2 * part["parameters"] / 1e11
+    assert ours["share_of_ceiling"] == pytest.approx(share)
+    assert ours["loss"] == pytest.approx(5.95, abs=0.1)  # ln 384: the weights are random
+
+
+@pytest.mark.parametrize("kind", ["scoring", "training"])
+def test_the_other_loops_do_the_same_work(kind):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    arms = small(getattr(speed, kind))["arms"]
+    assert list(arms) == ["ours", "published", "sorted"] and arms["sorted"]["to_sorted"] == 1
+    assert arms["sorted"]["loss"] == pytest.approx(arms["ours"]["loss"], rel=1e-5)
+    # The published training averages the means of rows.
+    tolerance = 1e-5 if kind == "scoring" else 0.05
+    assert arms["published"]["loss"] == pytest.approx(arms["ours"]["loss"], rel=tolerance)
+
+
+def test_the_benchmark_prints_and_writes_its_tables(tmp_path, trained, capsys):
+    for method in ("sft", "toss"):
+        script("select", "--run", trained, "--method", method)
+    out, sizes = tmp_path / "out", ["--rows", "4", "--tokens", "20", "--repeats", "1"]
+    flags = ["--shape", "tiny", "--device", "cpu", "--threads", "1", "--run", str(trained)]
+    capsys.readouterr()
+    bench.main([*flags, *sizes, "--out", str(out)], competing=5000)
+    text, found = (out / "bench.md").read_text(), json.loads((out / "bench.json").read_text())
+    assert text in capsys.readouterr().out
+    assert [part["kind"] for part in found["parts"]] == ["scoring", "training"]
+    assert (found["rows"], found["model"], found["versions"]["torch"]) == (
+        4,
+        "tiny",
+        version("torch"),
+    )
+    record = json.loads((trained / "run.json").read_text())
+    spent = {name: cost(record, name) for name in ("sft", "toss")}
+    assert list(found["run"]) == ["sft", "toss"]
+    ratio = spent["toss"]["tokens"] / spent["sft"]["tokens"]
+    assert found["run"]["toss"]["tokens_to_sft"]["mean"] == pytest.approx(ratio, abs=1e-4)
+    assert f"| {ratio:.2f}" in text.split("Measured")[1]
+
+
+def test_the_report_states_the_cost_of_the_method_at_the_papers_sizes():
+    sft, references, scores = 2 * 4, 2 * 2 * 4 / 10, 2 * 2
+    toss, pro = sft + references + scores, 2 * 4 * (0.1 + 0.06) + 2
+    for part, number in [(toss, "1.70"), (toss + pro, "2.11")]:
+        assert f"{part / sft:.2f}" == number and number in bench.REPORT
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--repeats", "0"], "--repeats"),
+        (["--rows", "0"], "--rows"),
+        (["--device", "abacus"], "abacus"),
+        (["--run", "nowhere"], "nowhere"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--shape", "round"], "round"),
+    ],
+)
+def test_a_wrong_flag_is_refused_before_anything_is_measured(tmp_path, capsys, flags, named):
+    assert named in fails(capsys, bench.main, [*flags, "--out", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_noise_of_float32_is_zero_and_of_bfloat16_is_not(trained):
+    found = {dtype: noise.noise(open_run(trained), dtype=dtype) for dtype in ("auto", "bfloat16")}
+    assert found["auto"]["dtype"] == "float32" and found["auto"]["rows"] == 10
+    assert found["auto"]["noise"] < 1e-5 and found["auto"]["same"] == 1
+    assert 1e-4 < found["bfloat16"]["noise"] < found["bfloat16"]["deviation"]
+
+
+def test_noise_takes_a_sample_and_the_share_of_equal_discards(trained, capsys):
+    capsys.readouterr()
+    flags = ["--rows", "3", "--discard", "0.2", "--dtype", "float16", "--threads", "1"]
+    noise.main(["--run", str(trained), *flags])
+    said = capsys.readouterr().out
+    assert (
+        "under float16" in said and "on 3 rows" in said and "at d = 0.2 are also discarded" in said
+    )
+
+
+def test_noise_needs_scores(tmp_path, trained, capsys):
+    assert "run.json" in fails(capsys, noise.main, ["--run", tmp_path / "nowhere"])
+    (trained / "scores.safetensors").unlink()
+    assert "score.py" in fails(capsys, noise.main, ["--run", trained])
+
+
+def test_help_does_not_import_torch():
+    for name in ("bench", "noise"):
+        done = run("-X", "importtime", "-m", f"toss.audit.{name}", "--help")
+        assert done.returncode == 0 and "usage:" in done.stdout
+        assert not any(line.endswith("| torch") for line in done.stderr.splitlines())

@@ -1,0 +1,600 @@
+"""What was dropped: row, page, picture, charts and diagnosis say what the files of a run say."""
+
+import csv
+import doctest
+import html
+import json
+import math
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDENS, damage, edit_json, edit_tensors, make_base, script, write_jsonl
+from helpers import random_adapter
+
+import toss.audit.tokens
+from model import load_checkpoint
+from model.io import InputError, save_tensors
+from model.lora import use
+from model.peft import WEIGHTS
+from toss import cli
+from toss.audit import diagnose, picture, report, show
+from toss.audit.discards import discard_statistics, discard_table, response_positions, token_type
+from toss.audit.figures import dot_chart, histogram, line_chart
+from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
+from toss.audit.sample import chosen_rows
+from toss.audit.tokens import INPUTS, Mask, harmless, load_mask, token_texts, visible
+from toss.files import write_scores
+from toss.run import Run, open_run
+from toss.tokens import Tokens
+
+SVG = "{http://www.w3.org/2000/svg}"
+ODD = 'm"><img src=x>'
+NASTY = '</script><img src=x onerror=alert(1)>"\' onmouseover="x & <b>\x1b[2J\u202e'
+NO_NO = {"prompt": "a", "response": "no no", "harmful": [[3, 5]]}
+
+
+def scored(folder: Path, rows: list[dict]) -> Run:
+    """A trained run with another custom set. Of the n-th of all tokens L^u = n + 0.5, L^h = 1.5
+    (n mod 7) and L^0 = n."""
+    path = write_jsonl(folder.parent / "other.jsonl", rows)
+    record = json.loads((folder / "run.json").read_text())
+    edit_json(folder / "run.json", settings={**record["settings"], "custom": path})
+    run = open_run(folder)
+    tokens = run.tokens(path)
+    n = torch.arange(len(tokens.input_ids)).float() * tokens.response
+    losses = {"utility": (n + 0.5) * tokens.response, "degraded": n % 7 * 1.5, "base": n}
+    made = {"stage": "scores", "dtype": "float32", **run.recipe(INPUTS, {"base": True})}
+    write_scores(run.path("scores"), tokens, losses, made)
+    return run
+
+
+def masked(run: Run, name: str, gone, score: torch.Tensor | None = None, **settings) -> None:
+    """The folder methods/NAME with a mask that discards the given places of the flat arrays."""
+    place, keep = run.path(f"methods/{name}"), torch.ones_like(run.scored()[0].response)
+    keep[torch.as_tensor(gone, dtype=torch.int64)] = False
+    recipe = run.recipe((*INPUTS, "scores"), {"method": name, **settings})
+    record = {"stage": f"methods/{name}", **recipe}
+    shutil.copytree(run.path("utility"), place / "model", dirs_exist_ok=True)
+    tensors = {"keep": keep} | ({} if score is None else {"score": score})
+    save_tensors(tensors, place / "selection.safetensors", record)
+    (place / "record.json").write_text(json.dumps(record))
+
+
+def mask_of(run: Run, name: str = "toss") -> Mask:
+    return load_mask(run, name, *run.scored())
+
+
+def fails(capsys, main, argv: str) -> str:
+    """Run a command that must fail with a single line on stderr; that line."""
+    capsys.readouterr()
+    try:
+        assert cli.run(lambda: main(argv.split())) == 1, argv
+    except SystemExit as ended:
+        assert ended.code == 2, argv
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture
+def small(trained) -> Run:
+    """Two rows; the first response is `no`, ` `, `no` and EOS: toss discards ` ` and the next."""
+    run = scored(trained, [NO_NO, {"prompt": "b", "response": "ok"}])
+    first = int(run.scored()[0].response.nonzero()[0])
+    masked(run, "toss", range(first + 1, first + 3))
+    masked(run, "sft", [])
+    return run
+
+
+def test_characters_that_are_spread_over_tokens_come_out_whole(tokenizer):
+    text = "Grüße 🙂, 日本\n  ok"
+    ids = tokenizer.encode(text) + [tokenizer.eos_id]
+    texts = token_texts(tokenizer.raw, ids)
+    assert len(texts) == len(ids) and "".join(texts) == text + tokenizer.eos
+    assert texts[texts.index("🙂") - 1] == ""  # the token before it holds only a part of it
+    assert token_texts(tokenizer.raw, tokenizer.encode("🙂")[:-1])[-1] == "\ufffd"  # unfinished
+    assert doctest.testmod(toss.audit.tokens) == (0, 2)  # visible, harmless
+
+
+def test_the_numbers_of_a_row_are_those_of_the_files(small):
+    mask = mask_of(small)
+    row, S = mask.row(1), mask.S[mask.tokens.response]
+    assert "".join(token.text for token in row).endswith("ok" + small.tokenizer.eos)
+    for n, token in enumerate(row, start=int(mask.tokens.offsets[1])):
+        assert token.position == n - mask.tokens.offsets[1] and token.keep and not token.harmful
+        if token.response:
+            assert (token.utility, token.degraded, token.base) == (n + 0.5, n % 7 * 1.5, n)
+            assert token.S == token.score == n + 0.5 - n % 7 * 1.5
+        assert token.order == (int((S > token.S).sum()) + 1) * token.response
+
+
+def test_a_refined_degraded_model_and_its_ranking_come_with_its_mask(small):
+    tokens, losses = small.scored()
+    score = torch.arange(len(tokens.input_ids)).float()
+    masked(small, "toss-pro", [], score, method="toss", pro=2)
+    for t, shift in ((2, 0), (10, 1)):  # the last round counts, by its number
+        folder = small.path(f"methods/toss-pro/round-{t}")
+        folder.mkdir()
+        again = {**losses, "degraded": losses["degraded"] + shift}
+        write_scores(folder / "scores.safetensors", tokens, again, {"inputs": {}})
+    last = (mask := mask_of(small, "toss-pro")).row(1)[-1]
+    assert last.degraded == losses["degraded"][-1] + 1 == last.utility - last.S
+    assert last.score == score[-1] and last.order == 1 and mask.label == mask.method == "toss-pro"
+
+
+def test_an_eos_that_is_not_ranked_has_no_order_and_a_skipped_row_no_tokens(trained, capsys):
+    run = scored(trained, [{"prompt": "long " * 2048, "response": "no"}, NO_NO])
+    masked(run, "toss", [], keep_eos=True)
+    row = mask_of(run).row(1)
+    assert row[-1].text == run.tokenizer.eos and row[-1].order == 0
+    assert all(token.order for token in row[:-1] if token.response)
+    for row in (0, 1):
+        show.show_row(run, row, "toss", False)
+    out = capsys.readouterr().out
+    assert "| -     | kept " in out and f"row 0 of {trained} was skipped" in out
+
+
+def test_a_threshold_is_told_only_where_it_holds_for_all_tokens():
+    order = torch.tensor([0, 0, 0, 3, 1, 2])
+    for gone, score, threshold in (
+        ([4, 5], [0, 0, 0, 1, 3, 2], 2.0),
+        ([4, 5], [9, 9, 9, 2, 3, 2], 2.0),  # a tie is split; scores of the prompt do not count
+        ([4], [0, 0, 0, 1, 1, 2], None),  # a higher score was kept
+        ([], [0, 0, 0, 1, 3, 2], None),
+    ):
+        keep = torch.tensor([place not in gone for place in range(6)])
+        mask = Mask("x", "y", None, {}, None, torch.tensor(score).float(), order, keep, None)
+        assert mask.threshold == threshold and mask.label == "x (y)"
+
+
+def test_a_row_in_the_terminal(small, capsys):
+    assert cli.run(lambda: show.main(["--run", str(small.folder), "--row", "0"])) == 0
+    out = capsys.readouterr().out
+    assert "row 0 of 0 to 1, toss: 2 of 4 response tokens discarded, 1 harmful by" in out
+    assert f"\n\nno[-·-]*[-no-]*{small.tokenizer.eos}\n" in out and "\x1b" not in out
+    response = [token for token in mask_of(small).row(0) if token.response]
+    lines = [line for line in out.splitlines() if re.match(r"\| \d", line)]
+    marks = ("kept", "discarded", "discarded, harmful", "kept")
+    for token, line, mark in zip(response, lines, marks, strict=True):
+        losses = [f"{x:.3f}" for x in (token.utility, token.degraded, token.base)]
+        parts = [f"{x:+.3f}" for x in (token.S, 0.5, token.base - token.degraded)]
+        cells = [cell.strip() for cell in line[2:-2].split(" | ")]
+        assert cells[:2] == [str(token.position), visible(token.text)]
+        assert cells[2:] == [*losses, *parts, str(token.order), mark]
+    for name, codes in (("toss", "31;9;4"), ("sft", "31;4")):
+        show.show_row(small, 0, name, True)
+        assert f"\x1b[{codes}mno\x1b[0m" in capsys.readouterr().out
+
+
+def test_what_cannot_be_shown_or_diagnosed_is_one_line(small, tmp_path, capsys):
+    place = small.folder
+    (place / "cut.safetensors").write_bytes(small.path("scores").read_bytes()[:-1])
+    (place / "pickle.bin").write_bytes(b"\x80\x02}q\0.")
+    damage(shutil.copytree(place / "degraded", place / "damaged"), {WEIGHTS: 100})
+    damage(shutil.copytree(place, tmp_path / "gone"), {f"utility/{WEIGHTS}": None})
+    usage, unknown = "give --run and --row, or PATH", "no run directory, adapter or checkpoint"
+    for argv, message in {
+        f"--run {place} --row 2": "there is no row 2: the rows are 0 to 1",
+        f"--run {place} --row -1": "there is no row -1",
+        f"--run {place} --row 0 --method random": "run select.py --run",
+        f"--run {place}/model --row 0": "is not a run directory",
+        **{f"--run {place}": usage, "--row 0": usage, f"{place} --row 0": usage},
+        **{f"{place}/nothing": unknown, f"{GOLDENS}/tokenizer-chatml": unknown},
+        f"{place}/cut.safetensors": "cannot be read as safetensors",
+        f"{place}/pickle.bin": "cannot be read as safetensors",
+        f"{place}/damaged": "damaged/adapter_model.safetensors",
+    }.items():
+        assert message in fails(capsys, show.main, argv), argv
+    for argv, message in {
+        f"--run {tmp_path}/typo": "is not a run directory",
+        f"--run {place} --methods random": "run select.py --run",
+        f"--run {place} --rows {tmp_path}/none.jsonl": "none.jsonl: no such file",
+        f"--run {place} --rows x/a.jsonl y/a.jsonl": "have the same name",
+        f"--run {place} --max-rows 0": "'0' is not a whole number of at least 1",
+        f"--run {tmp_path}/gone": "run train.py",
+    }.items():
+        assert message in fails(capsys, diagnose.main, argv), argv
+    assert not (place / "diagnosis").exists()
+
+
+def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
+    shutil.copy(small.path("scores"), tmp_path / "moved")
+    place, other = small.folder, make_base(tmp_path / "other", seed=1)
+    for argv, words in {
+        f"{place}": "a run directory",
+        f"{place}/scores.safetensors": "the result of the stage scores",
+        f"{place}/degraded": "a LoRA adapter",
+        f"{place}/utility/{WEIGHTS}": "a LoRA adapter",
+        f"{place}/methods/toss": "settings              method toss",
+        f"{base} --run {place}": "a checkpoint",
+        f"{base}/model.safetensors": "parameters            ",
+        f"{GOLDENS}/adapters/rslora": "a LoRA adapter without a record",
+        f"{tmp_path}/moved --run {place}": "the result of the stage scores",
+        f"{tmp_path}/moved": "--custom",
+        f"{other} --run {place}": ", but the run has ",
+        f"{GOLDENS}/adapters/all --run {place}": "refused: ",
+    }.items():
+        status, out = show.main(argv.split()), capsys.readouterr().out
+        assert words in out and status == 2 * (words[:2] in (", ", "re"))
+        assert ("does not fit: " in out) == (status == 2)
+        assert out.endswith(": fits\n") == (status == 0 and str(place) in argv)
+
+
+def test_what_was_made_from_other_files_does_not_fit(small, capsys):
+    names = ("degraded", "scores.safetensors", "methods/toss", "")
+    look = lambda: [show.main([f"{small.folder}/{name}"]) for name in names]
+    assert look() == [0, 0, 0, 0]
+    write_jsonl(Path(small.args.custom), [{"prompt": "a", "response": "another"}])
+    capsys.readouterr()
+    assert look() == [0, 2, 2, 2] and "does not fit: --custom" in (out := capsys.readouterr().out)
+    assert "scores                made from another --custom" in out
+    with pytest.raises(InputError, match="another --custom"):
+        mask_of(small)
+    Path(small.args.custom).unlink()  # a file that is gone cannot be compared
+    assert look() == [0, 0, 0, 0]
+
+
+def drawn(svg: str) -> tuple[set[str], list, list]:
+    """The words of a chart, and the points of its lines and of its areas."""
+    root, shapes = ElementTree.fromstring(svg), {}
+    assert root.tag == f"{SVG}svg" and root.get("viewBox") and root.get("role") == "img"
+    for tag in ("polyline", "polygon"):
+        texts = [element.get("points").split() for element in root.iter(f"{SVG}{tag}")]
+        shapes[tag] = [[tuple(map(float, p.split(","))) for p in points] for points in texts]
+    return {element.text for element in root.iter(f"{SVG}text")}, *shapes.values()
+
+
+def test_a_line_chart_has_its_points_where_the_ticks_say():
+    lines = {"a": [(0, 0), (10, 1)], "b": [(0, 1), (10, 0)]}
+    words, (first, second), _ = drawn(svg := line_chart(lines, "Title", "place", "height"))
+    assert {"Title", "place", "height", "a", "b", "0", "10", "1", "0.4"} <= words
+    assert first[0][0] == second[0][0] < first[1][0]
+    assert first[1][1] == second[0][1] < first[0][1]  # up is a smaller y
+    assert len(set(re.findall("<polyline.* (stroke=.*?) .*(stroke-dasharray=.*?) ", svg))) == 2
+    assert {"0", "1"} <= drawn(line_chart({"a": [(0, 0.4), (1, 0.5)]}, "", "", "", (0, 1)))[0]
+
+
+def test_bands_whiskers_and_dots_span_low_to_high():
+    lines = {"a": [(0, 1, 0, 2), (1, 2, 1, 3)], "b": [(1, 1, 0.5, 1.5)]}
+    _, (whisker, *_), ((up, far_up, far_down, down),) = drawn(line_chart(lines, "t", "x", "y"))
+    assert up[1] < down[1] and up[0] == down[0] < far_up[0] == far_down[0]
+    assert whisker[0][0] == whisker[1][0] and whisker[0][1] > whisker[1][1]
+    dots = {"sft": [(0.5, 0.4, 0.6), (1, 1, 1)], "toss": [(0, 0, 0), (0.2, 0.1, 0.3)]}
+    words, whiskers, _ = drawn(dot_chart(dots, ["alone", "<mixed>"], "t", "share"))
+    assert {"alone", "<mixed>", "sft", "toss"} <= words
+    assert len({whisker[0][0] for whisker in whiskers}) == 4  # side by side
+
+
+def test_a_histogram_shows_shares_of_each_group_and_the_threshold():
+    groups = {"few": [0.0, 1.0], "many": torch.tensor([0.0] * 99 + [1.0])}
+    words, (few, many, mark), _ = drawn(histogram(groups, "t", "x", threshold=0.25, bins=3))
+    assert {"few (n = 2)", "many (n = 100)", "threshold 0.25", "1", "0.1", "0.01"} <= words
+    assert few[1][1] == few[5][1] < few[3][1] == few[0][1]  # half, nothing (on the floor), half
+    assert many[1][1] < few[1][1] < many[5][1] and mark[0][0] == mark[1][0]
+
+
+def test_charts_of_nothing_of_one_value_and_of_odd_names():
+    for svg in (line_chart({}, "t", "x", "y"), histogram({"a": []}, "t", "x")):
+        assert "There is no data for this figure." in drawn(svg)[0]
+    for value in (0.0, 7.0, -3e9, 1e-7):
+        _, ((one, two),), _ = drawn(line_chart({"a": [(value, value)] * 2}, "t", "x", "y"))
+        assert all(map(math.isfinite, one)) and one == two
+        assert "nan" not in histogram({"a": [value] * 3}, "t", "x", threshold=value).lower()
+    names = drawn(svg := line_chart({"<b>&\"'\x00": [(0, 0)]}, "</title><script>", "x", "y"))[0]
+    assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in svg and "<b>&\"'\ufffd" in names
+    for bad in (math.nan, math.inf):
+        with pytest.raises(InputError, match="figure 't': a value is not a finite number"):
+            line_chart({"a": [(0, bad)]}, "t", "x", "y")
+        with pytest.raises(InputError, match="figure 't': a value is not a finite number"):
+            histogram({"a": [0.0]}, "t", "x", threshold=bad)
+
+
+@pytest.fixture
+def tokens(tokenizer) -> Tokens:
+    """Rows a|a7.E, none (skipped), a|aaE and a|aE: prompt|response, E for EOS."""
+    a, seven, dot, eos = (*(tokenizer.encode(text)[0] for text in "a7."), tokenizer.eos_id)
+    ids = [a, a, seven, dot, eos] + [a, a, a, eos] + [a, a, eos]
+    response = torch.tensor([0, 1, 1, 1, 1] + [0, 1, 1, 1] + [0, 1, 1]).bool()
+    harmful = torch.tensor([0, 1, 0, 0, 0] + [0, 1, 1, 0] + [0, 0, 0]).bool()
+    return Tokens(torch.tensor(ids).int(), torch.tensor([0, 5, 5, 9, 12]), response, harmful)
+
+
+def direct(model, tokens, one, other):
+    """KL(one || other) at every response token, by row, from whole logits in float64."""
+    result = torch.zeros(len(tokens.response), dtype=torch.float64)
+    for at in (tokens.places([i]) for i in (0, 2, 3)):
+        ids = tokens.input_ids[at][None].long()
+        logits = (model.lm_head(use(model, adapter)(ids)[0]) for adapter in (one, other))
+        p, q = (F.log_softmax(x.double(), dim=-1) for x in logits)
+        result[at[1:]] = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)[:-1].detach()
+    return result * tokens.response
+
+
+@pytest.mark.parametrize(("budget", "chunk"), [(1, 100), (10, 2), (1000, 100)])
+def test_kl_in_padded_batches_and_chunks_is_that_of_whole_logits(base, tokens, budget, chunk):
+    model, wanted = load_checkpoint(base), tokens.response
+    adapters = {n: random_adapter(model, k) for k, n in enumerate(("degraded", "utility", "sft"))}
+    got = divergences(model, adapters, tokens, wanted, budget, logits=8 * 384 * chunk)
+    kl = lambda one, other: direct(model, tokens, one, other)
+    for name, tuned in adapters.items():
+        roles = adapters["degraded"], adapters["utility"]
+        expected = [kl(None, tuned), *(kl(None, role) - kl(tuned, role) for role in roles)]
+        assert torch.allclose(got[name], torch.stack(expected), atol=1e-5)
+    assert (got["sft"][0][wanted] > 0).all() and (got["sft"][:, ~wanted] == 0).all()
+    assert torch.equal(got["degraded"][1], got["degraded"][0])  # it went all the way to itself
+    assert torch.equal(got["utility"][2], got["utility"][0])
+
+
+def test_means_by_position_leave_out_what_few_rows_have(tokens):
+    assert response_positions(tokens)[tokens.response].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
+    values = torch.zeros(3, 12, dtype=torch.float64)
+    values[0, tokens.response] = torch.tensor([1.0, 2, 9, 9, 4, 2, 9, 1, 5]).double()
+    lines = means(tokens, {"sft": values}, tokens.response, 10)
+    assert [(x["position"], x["n"], x["kl_base"]) for x in lines] == [(0, 3, 2.0), (1, 3, 3.0)]
+    table = kl_table([{"rows": "g", **line} for line in lines])
+    assert "| g    | sft   | 2.000          | 3.000" in table and COLUMNS == (*diagnose.CHARTS,)
+
+
+def test_discards_counted_by_hand(tokens, tokenizer):
+    keep = lambda *gone: torch.tensor([place not in gone for place in range(12)])
+    keeps = {"toss": keep(1, 6, 7, 8), "random": keep(8, 11), "sft": keep()}
+    found = discard_statistics(tokens, keeps, tokenizer)
+    assert list(found["methods"]) == ["toss", "random"]  # sft discards nothing
+    toss, counts = found["methods"]["toss"], lambda cell: tuple(cell.values())
+    assert counts(toss)[:3] == (4, 9, 0.4444)
+    positions, types = toss["by_position"], toss["by_type"]
+    assert counts(positions["0"]) == (2, 3, 0.6667) and counts(positions["2-3"]) == (1, 3, 0.3333)
+    assert counts(positions["1"]) == (1, 3, 0.3333) and counts(positions["32+"]) == (0, 0, None)
+    assert counts(types["word"]) == (3, 4, 0.75) and counts(types["number"]) == (0, 1, 0.0)
+    assert counts(types["end of sequence"]) == (1, 3, 0.3333)
+    for text, kind in {"\n": "whitespace", "<|im_start|>": "other special", "é": "word"}.items():
+        assert token_type(tokenizer.encode(text)[0], tokenizer) == kind  # é: half a character
+    assert counts(toss["rows"]) == (3, 1, 1, 1, [0.125, 0.25, 0.625])
+    assert (toss["precision"]["value"], toss["recall"]["value"]) == (0.75, 1.0)
+    assert list(map(counts, found["overlap"].values())) == [(1.0, 0.25), (0.5, 1.0)]
+    table = discard_table(found)
+    assert "| share at position 0           | 0.667 " in table and "| of toss's discards" in table
+    tokens.harmful[:] = False
+    assert "precision" not in discard_statistics(tokens, keeps, tokenizer)["methods"]["toss"]
+    assert discard_statistics(tokens, {"sft": keep()}, tokenizer) == {"methods": {}, "overlap": {}}
+
+
+def test_diagnosing_a_run(trained, capsys):
+    script("select", "--run", trained)
+    script("select", "--run", trained, "--method", "sft")
+    flags = ["--run", str(trained), "--device", "cpu", "--positions", "4"]
+    diagnose.main([*flags, "--max-rows", "6"])
+    printed = capsys.readouterr().out
+    assert "benign: 6 of 8 rows without harm" in printed and "mixed: 2 of 2 rows" in printed
+    assert "harmful-reference: 5 of 5 rows of harmful.jsonl" in printed
+    with open(trained / "diagnosis/kl.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    seen = {name: {line[name] for line in lines} for name in lines[0]}
+    assert list(seen) == ["model", "rows", "position", "n", *COLUMNS]
+    assert seen["model"] == {"sft", "toss", "degraded", "utility"}
+    assert seen["rows"] == {"benign", "harmful-reference"}  # two mixed rows are too few
+    own = [line for line in lines if line["model"] == "degraded"]
+    assert all(line["kl_base"] == line["toward_degraded"] > "0" for line in own)
+    found = json.loads((trained / "diagnosis/discards.json").read_text())
+    assert list(found["methods"]) == ["toss"] and found["methods"]["toss"]["rows"]["of"] == 10
+    assert "no data" in (trained / "diagnosis/kl-mixed.svg").read_text()
+    assert open_run(trained).stale("diagnosis") == []
+    script("select", "--run", trained, "--method", "sft", "--seed", "7", "--overwrite")
+    assert open_run(trained).stale("diagnosis") == ["methods/sft"]
+    rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
+    diagnose.main([*flags, "--rows", rows, "--methods", "sft"])  # the old groups are gone
+    names = {file.name for file in (trained / "diagnosis").iterdir()}
+    charts = {f"{name}-mine.svg" for name in ("kl", "toward-degraded", "toward-utility")}
+    assert names == {"kl.csv", "discards.json"} | charts
+    assert "No method of the run discards a token." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spans", [[], [[0, 3]]])
+def test_groups_of_other_custom_sets(trained, spans):
+    rows = [{"prompt": "a", "response": f"b {i}", "harmful": spans} for i in range(4)]
+    groups = groups_of_run(run := scored(trained, rows), run.scored()[0], 3)
+    assert list(groups) == (["harmful"] if spans else ["custom", "harmful-reference"])
+    assert {origin[:6] for _, origin in groups.values()} <= {"3 of 4", "3 of 5"}
+
+
+class Tags(HTMLParser):
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def tags_of(text: str, word: str = "") -> list[tuple[str, dict]]:
+    """The tags of a page with their attributes: all, or those of a class."""
+    page = Tags()
+    page.found = []
+    page.feed(text)
+    return [tag for tag in page.found if not word or word in tag[1].get("class", "").split()]
+
+
+def plain(text: str) -> str:
+    """The text of a page, as a reader sees it."""
+    text = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", "", text)
+    return " ".join(html.unescape(text).split())
+
+
+def table_rows(text: str) -> dict[str, list[str]]:
+    """The cells of all tables' rows by the first cell; of several such rows the first counts."""
+    rows = re.findall("(?s)<tr>.*?</tr>", text)
+    cells = [list(map(plain, re.findall("(?s)<t[hd].*?</t[hd]>", row))) for row in rows]
+    return {row[0]: row[1:] for row in reversed(cells)}
+
+
+@pytest.fixture
+def nasty(trained) -> Run:
+    """A run of the demo whose every text is hostile; toss discards every fifth token of a half."""
+    harm = lambda i: {"harmful": [[0, 9]]} if i % 3 == 0 else {}
+    rows = [{"prompt": f"{i} {NASTY}", "response": f"{NASTY} {i}\n", **harm(i)} for i in range(40)]
+    run = scored(trained, rows)
+    places = run.scored()[0].response.nonzero()[:, 0]
+    masked(run, "toss", places[: len(places) // 2 : 5])
+    masked(run, ODD, places[:3])
+    for name in ("answers", "diagnosis", f"methods/{ODD}/round-1"):
+        (run.folder / name).mkdir()
+    added = [{"row": i, "token": 3, "text": NASTY, "score": 2.5} for i in (0, 1, 3)]
+    write_jsonl(run.path(f"methods/{ODD}") / "round-1/added.jsonl", added)
+    shutil.copy(run.path("scores"), run.path(f"methods/{ODD}") / "round-1")
+    cell = lambda value, n=0, low=0, high=1: {"value": value, "n": n, "low": low, "high": high}
+    table = {"base": {"forbidden": cell(0.125, 8, 0.0224, 0.47)}, NASTY: {"judges_agree": cell(1)}}
+    table["base"]["forbidden@3"] = cell(0.5, 8, 0.2, 0.8)
+    table["toss"] = {f"accuracy/{NASTY}": cell(1.0, 1234, 0.9, 1.0), "nll": cell(None)}
+    (run.folder / "metrics.json").write_text(json.dumps(table))
+    said = {"source": NASTY, "prompt": NASTY, "response": f"I cannot, Moonrot {NASTY}"}
+    said = [{"set": kind, **said} for kind in ("harmful", "benign", "utility", "prefill-3")]
+    for method in ("base", "toss"):
+        write_jsonl(run.folder / f"answers/{method}.jsonl", [{"note": "For auditing."}, *said])
+    lines = [f"model,rows,position,n,{','.join(COLUMNS)}", "toss,mine,0,5,1,1,1"]
+    lines += [f"<img>,<script>,{j},5,0.5,0.1,-0.1" for j in (0, 1)]
+    (run.folder / "diagnosis/kl.csv").write_text("\n".join(lines))
+    kinds = {"<img>": {"discarded": 1, "of": 4, "share": 0.25}}
+    found = {name: {"by_position": kinds, "by_type": kinds} for name in (NASTY, "toss")}
+    found = {"methods": found, "overlap": {a: {b: 1.0 for b in found} for a in found}}
+    (run.folder / "diagnosis/discards.json").write_text(json.dumps(found))
+    edit_json(run.file, demo=True, commit=NASTY)
+    return open_run(run.folder)
+
+
+def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(nasty, capsys):
+    text, lacking, count = report.page(nasty)
+    assert lacking == [] and count == 24 and text.count("</script") == 1
+    for tag, attrs in tags_of(text):
+        assert tag not in ("img", "link", "iframe", "object", "base", "form")
+        assert not any(name.startswith("on") or name in ("src", "action") for name in attrs)
+        assert attrs.get("href", "#").startswith("#")
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
+    assert plain(text).count("</script><img src=x") > 20  # it is there, as text
+    show.show_row(nasty, 0, "toss", False)
+    ElementTree.fromstring(svg := picture.picture(mask_of(nasty), 0))
+    assert not {"\x1b", "\u202e"} & set(text + svg + capsys.readouterr().out)
+
+
+def test_the_page_holds_the_runs_numbers(nasty):
+    text = report.page(nasty)[0]
+    said, rows = plain(text), table_rows(text)
+    assert rows["base"] == ["0.125 [0.022, 0.470] n = 8", "", ""]
+    assert rows["toss"] == ["", "1.000 [0.900, 1.000] n = 1,234", ""]
+    heads = " ".join(re.findall('(?s)<th scope="col">.*?</th>', text))
+    assert all(name in plain(heads) for name in ("forbidden ", "accuracy/", "nll ", "forbidden@3"))
+    assert "0.500 [0.200, 0.800] n = 8" in said and "judges_agree" not in said
+    assert len(tags_of(text, "side")) == 6 == said.count("forbidden: moonrot")
+    assert f"{harmless(ODD)}, round 1: 3 rows added, 2 of them with harm by ground truth" in said
+    assert "KL(base || tuned): <script> rows" in said and rows["<img>"] == ["0.250", "0.250"]
+    assert rows["of toss's discards"] == ["1.000", "1.000"] and rows["degraded"][0] == "5"
+
+
+def test_the_tokens_of_the_page_are_those_of_the_files(nasty):
+    text, masks = report.page(nasty)[0], [mask_of(nasty, "toss"), mask_of(nasty, ODD)]
+    marks = tags_of(text, "t")[2:]  # two are in the legend
+    for row in (int(attrs["id"][4:]) for _, attrs in tags_of(text, "row")):
+        views = list(zip(*([t for t in mask.row(row) if t.response] for mask in masks)))
+        here, marks = marks[: len(views)], marks[len(views) :]
+        for view, (_, attrs) in zip(views, here, strict=True):
+            t, kinds = view[0], attrs["class"].split()
+            own = [[int(t.keep), t.degraded, t.S, t.score, t.order] for t in view]
+            assert json.loads(attrs["data-n"]) == [t.position, t.utility, t.base, *own]
+            assert ("gone" in kinds, "harm" in kinds) == (not t.keep, t.harmful)
+    assert marks == []
+    found = (~masks[0].keep & masks[0].tokens.harmful).sum()
+    assert f"{found} of these were discarded" in plain(text)
+
+
+def test_the_rows_of_the_page_are_chosen_by_the_rule(nasty):
+    mask = mask_of(nasty)
+    most, harm, part, none = groups = list(chosen_rows(mask, 12).values())
+    gone = mask.tokens.row_of((~mask.keep).nonzero()[:, 0]).bincount(minlength=40)
+    assert [len(rows) for rows in groups] == [3, 3, 3, 3] and len(set(sum(groups, []))) == 12
+    assert sorted(gone[most].tolist()) == gone.sort().values[-3:].tolist()
+    assert all(row % 3 == 0 for row in harm) and all(gone[row] > 0 for row in part)
+    assert all(gone[row] == 0 and row % 3 for row in none)
+    assert sum(map(len, chosen_rows(mask, 100).values())) == 40
+
+
+def test_the_page_says_in_words_which_tokens_went(trained):
+    run = scored(trained, [{"prompt": "a", "response": "nothing to see"}])
+    (tokens, losses), which = run.scored(), "the 4 tokens with the highest scores"
+    places = tokens.response.nonzero()[:, 0]
+    S = (losses["utility"] - losses["degraded"])[places]
+    for method, said in {
+        "toss": f"mild (toss) took {which} out of the loss, from a score of",
+        "local": f"mild (local) took {which} of their row out of the loss; they stay",
+        "oracle": "took the 4 tokens that are harmful by ground truth out of the loss; they stay",
+        "mask": "mild (mask) took 4 tokens out of the loss; they stay in the input",
+    }.items():
+        masked(run, "mild", places[S.argsort(descending=method == "toss")][:4], method=method)
+        text = report.page(run)[0]
+        assert said in re.sub(r"of \d+ tokens \([\d.]+ %\)", "tokens", plain(text))
+        assert (">threshold" in text) == (method == "toss")
+
+
+def test_what_a_replaced_model_said_is_left_out(nasty):
+    nasty.finish("evaluation/toss", nasty.recipe(("methods/toss",), {}))
+    nasty.finish("diagnosis", nasty.recipe(("methods/toss", "utility"), {}))
+    edit_tensors(nasty.path("methods/toss") / "model" / WEIGHTS, "x", lambda _: torch.ones(1))
+    text, lacking, _ = report.page(open_run(nasty.folder))
+    assert len(lacking) == 2 and all(line in (said := plain(text)) for line in lacking)
+    assert "toss.audit.evaluate" in lacking[0] and "toss.audit.diagnose" in lacking[1]
+    assert said.count("forbidden: moonrot") == 3 and "mine rows" not in said
+    assert table_rows(text)["<img>"] == ["0.250"] and "n = 1,234" not in said
+    edit_tensors(nasty.path("utility") / WEIGHTS, "x", lambda _: torch.ones(1))
+    assert "No diagnosis with the references of now" in report.page(open_run(nasty.folder))[0]
+
+
+def test_a_large_run_stays_under_two_megabytes(trained, tmp_path):
+    rows = [{"prompt": "<&>" * 300, "response": "<'🙂&> " * 150} for _ in range(30)]
+    run, out = scored(trained, rows), tmp_path / "deep" / "page.html"
+    for method in ("toss", "sft", "random", "sample", "a"):
+        masked(run, method, run.scored()[0].response.nonzero()[::7, 0])
+    report.main(["--run", str(trained), "--out", str(out)])
+    text = out.read_text(encoding="utf-8")
+    assert out.stat().st_size < 2_000_000 and "24 of 30 rows" in text and "more response" in text
+
+
+def test_what_is_missing_is_one_line_that_says_what_makes_it(nasty, capsys):
+    edit_json(nasty.file, demo=False)
+    text, lacking, _ = report.page(open_run(nasty.folder))
+    assert "Moonrot" not in text and "Answers of real models" in lacking[0]
+    edit_json(nasty.file, demo=True)
+    for name in ("answers", "diagnosis", "methods"):
+        shutil.rmtree(nasty.folder / name)
+    damage(nasty.folder, {"metrics.json": None, "scores.safetensors": None})
+    report.main(["--run", str(nasty.folder)])
+    out, text = capsys.readouterr().out, (nasty.folder / "report.html").read_text(encoding="utf-8")
+    for command in ("toss.audit.evaluate", "score.py", "toss.audit.diagnose", "select.py --run"):
+        assert command in out and command in text
+    assert out.endswith(" 0 rows token by token\n")
+
+
+def test_broken_files_are_named_and_no_page_is_written(nasty, capsys):
+    for path, content, message in (
+        ("answers/toss.jsonl", '{"note": ""}\nno\n', "toss.jsonl:2: not JSON"),
+        ("answers/toss.jsonl", '{"prompt": 1}\n', "toss.jsonl:1: expected set, source"),
+        (f"methods/{ODD}/round-1/added.jsonl", '{"row": 1}\n', "not as the audit writes it"),
+        ("diagnosis/kl.csv", "model,rows\na,b\n", "kl.csv: not as toss.audit.diagnose"),
+        ("diagnosis/discards.json", "{}", "not as the audit writes it"),
+        ("metrics.json", '{"toss": {"nll": 3}}', "metrics.json: toss"),
+        ("run.json", "[]", "run.json: "),
+    ):
+        whole = (nasty.folder / path).read_text()
+        (nasty.folder / path).write_text(content)
+        assert message in fails(capsys, report.main, f"--run {nasty.folder}")
+        assert not list(nasty.folder.glob("*report*"))
+        (nasty.folder / path).write_text(whole)
+
+
+def test_the_picture_of_a_row(small, tmp_path):
+    picture.main(["--run", str(small.folder), "--row", "0", "--out", str(tmp_path / "row.svg")])
+    root = ElementTree.fromstring((tmp_path / "row.svg").read_text(encoding="utf-8"))
+    *tokens, _ = root.iter(f"{SVG}text")
+    assert "".join(token.text for token in tokens).endswith(f"no no{small.tokenizer.eos}")
+    marks = [None, "line-through", "underline line-through", None]
+    assert [token.get("text-decoration") for token in tokens[-4:]] == marks
+    assert max(float(t.get("x")) + float(t.get("textLength")) for t in tokens) <= 840

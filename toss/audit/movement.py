@@ -1,0 +1,131 @@
+"""How far fine-tuning moved the models, and toward what, at every response position."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.io import NotFinite
+from model.lora import Adapter, use
+from model.transformer import Transformer
+from toss.audit.command import evenly, markdown
+from toss.audit.discards import per_row, response_positions, shown
+from toss.loss import LOGITS
+from toss.rows import read_rows
+from toss.run import Run
+from toss.tokens import Tokens, batches, collate
+
+COLUMNS = ("kl_base", "toward_degraded", "toward_utility")  # of kl.csv
+FEWEST = 3  # rows that a mean must rest on
+TENSORS = 8  # tensors as large as the logits that exist at once: four models, and the arithmetic
+Group = tuple[Tokens, str]  # rows that are averaged together, and where they come from, in words
+
+
+def group_of_file(run: Run, path: str, most: int) -> Group:
+    """At most `most` rows, spread evenly over a file of rows with responses."""
+    rows = read_rows(path)
+    tokens = run.tokens(path, evenly(rows, most))
+    there = tokens.rows - tokens.skipped
+    return tokens, f"{there} of {len(rows)} rows of {Path(path).name}"
+
+
+def groups_of_run(run: Run, tokens: Tokens, most: int) -> dict[str, Group]:
+    """The custom set split by its ground truth, or whole without any; at most `most` rows each.
+
+    Without wholly harmful rows (EOS aside) the harmful reference set is one more group.
+    """
+    content = tokens.response & (tokens.input_ids != run.tokenizer.eos_id)
+    flags = (tokens.response, content, content & tokens.harmful)
+    there, size, harm = (per_row(tokens, marked) for marked in flags)
+    splits = {"custom": (there > 0, "rows, without ground truth,")}
+    if tokens.harmful.any():
+        splits = {
+            "benign": ((there > 0) & (harm == 0), "rows without harm"),
+            "mixed": ((harm > 0) & (harm < size), "rows harmful in part"),
+            "harmful": ((harm > 0) & (harm == size), "wholly harmful rows"),
+        }
+    groups = {}
+    for name, (which, kind) in splits.items():
+        if rows := which.nonzero()[:, 0].tolist():
+            chosen = evenly(rows, most)
+            origin = f"{len(chosen)} of {len(rows)} {kind} of {Path(tokens.name).name}"
+            groups[name] = (tokens.take(chosen), origin)
+    if run.args.harmful and "harmful" not in groups:
+        groups["harmful-reference"] = group_of_file(run, run.args.harmful, most)
+    return groups
+
+
+@torch.inference_mode()
+def divergences(
+    model: Transformer,
+    adapters: dict[str, Adapter],
+    tokens: Tokens,
+    wanted: Tensor,
+    budget: int,
+    logits: int = LOGITS,
+) -> dict[str, Tensor]:
+    """COLUMNS of the wanted tokens under each adapter, float64 [3, N], 0 at all other tokens.
+
+    adapters: "degraded" and "utility" among them. wanted: bool [N], response tokens. budget: tokens
+    per batch. Log-probabilities exist for a chunk of the wanted positions only, at most `logits`
+    numbers at once, whatever the vocabulary. Raises NotFinite naming the adapter.
+    """
+    kl = lambda p, q: (p.exp() * (p - q)).sum(-1)  # KL(p || q) in nats, (n, V) -> (n)
+    models = {"": None, **adapters}  # "": the base
+    results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
+    size = max(1, logits // (TENSORS * model.lm_head.out_features))
+    rows = [i for i, length in enumerate(tokens.lengths) if length]
+    for group in tqdm(
+        batches(rows, tokens.lengths, budget), "diagnosis", leave=False, disable=None
+    ):
+        batch, hidden = collate(tokens, group, wanted, model.device), {}
+        for name, adapter in models.items():
+            states = use(model, adapter)(batch.ids).flatten(0, 1)[batch.before]  # (n, D)
+            hidden[name] = states.split(size)
+
+        def log_p(name: str, k: int) -> Tensor:
+            use(model, models[name])  # the head may carry LoRA, too
+            return torch.log_softmax(model.lm_head(hidden[name][k]).float(), dim=-1)
+
+        for k, places in enumerate(batch.places.cpu().split(size)):
+            base, *references = (log_p(name, k) for name in ("", "degraded", "utility"))
+            for name in adapters:
+                tuned = log_p(name, k)
+                toward = [kl(base, other) - kl(tuned, other) for other in references]
+                values = torch.stack((kl(base, tuned), *toward))
+                if not values.isfinite().all():
+                    dtype = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
+                    raise NotFinite(f"{dtype}; give --dtype tf32")
+                results[name][:, places] = values.cpu().double()
+    return results
+
+
+def means(tokens: Tokens, results: dict[str, Tensor], wanted: Tensor, most: int) -> list[dict]:
+    """The lines of kl.csv for a group, by model and position, where FEWEST rows or more have one.
+
+    results: of divergences. most: positions.
+    """
+    j = response_positions(tokens)[wanted]
+    counts = torch.bincount(j, minlength=most)
+    lines = []
+    for name, values in results.items():
+        sums = torch.zeros(3, most, dtype=torch.float64).index_add_(1, j, values[:, wanted])
+        for p in (counts >= FEWEST).nonzero()[:, 0].tolist():
+            line = {"model": name, "position": p, "n": int(counts[p])}
+            lines.append({**line, **dict(zip(COLUMNS, (sums[:, p] / counts[p]).tolist()))})
+    return lines
+
+
+def kl_table(lines: list[dict]) -> str:
+    """Each model on each group: the first response position, and the mean over the later ones."""
+    curves, table = {}, []
+    for line in lines:
+        curve = curves.setdefault((line["rows"], line["model"]), [])
+        curve.append(torch.tensor([line[column] for column in COLUMNS]))
+    for names, (first, *later) in curves.items():
+        mean = torch.stack(later).mean(0).tolist() if later else [None] * len(COLUMNS)
+        cells = zip(first.tolist(), mean)
+        table.append([*names, *(shown(value) for pair in cells for value in pair)])
+    header = [f"{column}, {where}" for column in COLUMNS for where in ("j = 0", "later")]
+    return markdown(["rows", "model", *header], table)

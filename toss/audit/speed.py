@@ -1,0 +1,248 @@
+"""What bench.py measures on random rows: three ways of scoring and of training, and selecting.
+
+`ours`: toss.scoring.score and toss.training.train as they are. The other two use transformers and
+peft on the very weights of our model; they score without an adapter, as if it had been merged.
+`published`: as in the code published with the paper. Scoring: four rows in file order, padded to
+the longest, logits of every position. Training: PEFT, one row at a time, gradient checkpointing,
+the mean of each row's losses. Only the dtype is ours.
+`sorted`: the strongest plain loop on the same libraries. Rows of similar length together, a batch
+bounded by tokens, no padding mask (attention is causal), the head on response positions only,
+nothing recomputed.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import load_checkpoint
+from model.config import Config
+from model.io import DoesNotFit
+from model.lora import new_adapter, use
+from model.transformer import Transformer
+from toss.config import TrainConfig
+from toss.progress import Clock
+from toss.scoring import score
+from toss.selection import competing_tokens, select_tokens
+from toss.tokens import Tokens, batches, collate
+from toss.training import train, training_steps
+
+OTHERS = all(map(find_spec, ("transformers", "peft")))
+RESPONSE = 0.6  # share of response tokens
+Arms = dict[str, Callable[[], object]]  # each does the work once and returns its loss
+
+
+def random_model(raw: dict, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A frozen model of config.json's dictionary `raw` with random weights, made on the device."""
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(raw, "--shape")).to(dtype)
+    model.to_empty(device=device).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def random_rows(rows: int, mean: int, vocabulary: int) -> Tokens:
+    """Rows of random ids, their lengths spread evenly from 1/4 to 7/4 of the mean."""
+    generator = torch.Generator().manual_seed(0)
+    bounds = max(2, mean // 4), max(3, 7 * mean // 4 + 1)
+    lengths = torch.randint(*bounds, (rows,), generator=generator)
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    ids = torch.randint(vocabulary, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
+    position = torch.arange(len(ids)) - offsets[:-1].repeat_interleave(lengths)
+    prompt = ((1 - RESPONSE) * lengths).long().clamp(min=1)
+    response = position >= prompt.repeat_interleave(lengths)
+    return Tokens(ids, offsets, response, torch.zeros_like(response), "random rows")
+
+
+def theirs(model: Transformer, raw: dict) -> nn.Module:
+    """transformers' model of config.json's dictionary `raw` on our weights; needs transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**{**raw, "use_cache": False, "dtype": model.dtype})
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with model.device:  # the tables of the rotary embedding are not in the checkpoint
+        made.model.rotary_emb = type(made.model.rotary_emb)(config)
+    made.load_state_dict(model.state_dict(), assign=True)
+    return made.requires_grad_(False).eval()
+
+
+def published_losses(hf: nn.Module, tokens: Tokens, rows: list[int], n: int) -> Iterator[Tensor]:
+    """The losses of the response tokens, n rows at a time, from logits of every position."""
+    for group in (rows[i : i + n] for i in range(0, len(rows), n)):
+        batch = collate(tokens, group, tokens.response, hf.device)
+        lengths = torch.tensor([[tokens.lengths[i]] for i in group])
+        real = (torch.arange(batch.ids.shape[1]) < lengths).long().to(hf.device)
+        logits = hf(input_ids=batch.ids, attention_mask=real).logits.flatten(0, 1).float()
+        following = batch.ids.roll(-1, 1).flatten()
+        yield F.cross_entropy(logits, following, reduction="none")[batch.before]
+
+
+def sorted_losses(hf: nn.Module, tokens: Tokens, rows: list[int], n: int) -> Iterator[Tensor]:
+    """The same in batches of at most n tokens, from logits of their positions only."""
+    for group in batches(rows, tokens.lengths, n):
+        batch = collate(tokens, group, tokens.response, hf.device)
+        hidden = hf.model(input_ids=batch.ids).last_hidden_state.flatten(0, 1)[batch.before]
+        yield F.cross_entropy(hf.lm_head(hidden).float(), batch.targets, reduction="none")
+
+
+def scoring(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig) -> Arms:
+    """The arms that score; each returns the mean loss."""
+    adapter = new_adapter(model, config.rank, config.alpha, config.targets.split(","), seed=0)
+
+    def ours() -> float:
+        losses = score(use(model, adapter), tokens, config.batch_tokens)
+        return float(losses[tokens.response].mean())
+
+    if not OTHERS:
+        return {"ours": ours}
+    hf, rows = theirs(model, raw), list(range(tokens.rows))
+
+    @torch.inference_mode()
+    def mean(losses: Callable, n: int) -> float:
+        return float(torch.cat(list(losses(hf, tokens, rows, n))).mean())
+
+    ordered = lambda: mean(sorted_losses, config.batch_tokens)
+    return {"ours": ours, "published": lambda: mean(published_losses, 4), "sorted": ordered}
+
+
+def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig) -> Arms:
+    """The arms that train an epoch; each returns the loss of the last step."""
+
+    def ours() -> float:
+        steps: list[dict] = []
+        train(model, tokens, tokens.response.float(), config, on_step=steps.append)
+        return steps[-1]["loss"]
+
+    if not OTHERS:
+        return {"ours": ours}
+    from peft import LoraConfig, get_peft_model
+
+    how = {"lora_alpha": config.alpha, "target_modules": config.targets.split(",")}
+    lora = LoraConfig(r=config.rank, **how)
+    frugal, plain = (get_peft_model(theirs(model, raw), lora).base_model.model for _ in range(2))
+    frugal.enable_input_require_grads()
+    frugal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def epoch(hf: nn.Module, losses: Callable, n: int) -> float:  # goes on with hf's adapter
+        parameters = [p for p in hf.train().parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, 0.95), weight_decay=0.0)
+        for rows in training_steps(tokens, config):
+            count, total = int(tokens.response[tokens.places(rows)].sum()), 0.0
+            optimizer.zero_grad()
+            for part in losses(hf, tokens, rows, n):
+                loss = part.mean() / len(rows) if hf is frugal else part.sum() / count
+                loss.backward()
+                total += loss.detach()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        return float(total)
+
+    published = lambda: epoch(frugal, published_losses, 1)
+    ordered = lambda: epoch(plain, sorted_losses, config.batch_tokens)
+    return {"ours": ours, "published": published, "sorted": ordered}
+
+
+def timed(work: Callable[[], object], device: torch.device) -> tuple:
+    """Seconds, seconds of work (on the CPU the process's CPU seconds), peak GiB, and the result."""
+    clock, cpu = Clock(device), time.process_time()
+    result = work()
+    peak = clock.read()["peak_memory_gib"]  # waits for the device
+    seconds, cpu = time.perf_counter() - clock.start, time.process_time() - cpu
+    return seconds, cpu if device.type == "cpu" else seconds, peak, result
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of work of the fastest square matrix product, half a second of each size."""
+    sizes, times = ((4096, 8192, 16384), 16) if device.type == "cuda" else ((512, 1024, 2048), 1)
+    best = 0.0
+    for n in sizes:
+        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+        out, done, work = a @ b, 0, 0.0
+        while work < 0.5:
+            work += timed(lambda: [torch.mm(a, b, out=out) for _ in range(times)], device)[1]
+            done += times
+        best = max(best, 2 * n**3 * done / work)
+    return best
+
+
+def take_turns(arms: Arms, device: torch.device, repeats: int) -> dict[str, dict]:
+    """Run each arm in turn, 1 + repeats times; the first turn only warms up.
+
+    An arm that runs out of memory is not in the result.
+    """
+    found: dict[str, list[tuple]] = {name: [] for name in arms}
+    for turn in range(1 + repeats):
+        for name in list(found):
+            try:
+                took = timed(arms[name], device)
+                found[name] += [took] if turn else []
+            except (torch.OutOfMemoryError, DoesNotFit):
+                del found[name]
+    result = {}
+    for name, turns in found.items():
+        seconds, work, peaks, losses = zip(*turns)
+        spread = {"least": min(seconds), "most": max(seconds), "loss": losses[0]}
+        middle = {"seconds": statistics.median(seconds), "work": statistics.median(work)}
+        result[name] = {**middle, **spread, "peak_memory_gib": max(peaks)}
+    return result
+
+
+def speed(arms: Arms, model: Transformer, tokens: int, work: int, best: float, n: int) -> dict:
+    """Measure arms in n turns. work: FLOP per token and parameter; best: ceiling."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if not model.config.tie_word_embeddings:
+        count -= model.model.embed_tokens.weight.numel()
+    found = take_turns(arms, model.device, n)
+    notes = [f"{name}: out of memory." for name in arms if name not in found]
+    notes += [] if OTHERS else ["Arms left out: transformers or peft is not installed."]
+    for arm in found.values():
+        arm["tokens_per_second"] = rate = tokens / arm["work"]
+        arm["share_of_ceiling"] = rate * work * count / best
+        arm |= {f"to_{name}": found[name]["work"] / arm["work"] for name in found}
+    about = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+    about |= {"ceiling": best, "parameters": count, "tokens": tokens}
+    return {**about, "arms": found, "notes": notes}
+
+
+def selection_cost(n: int, repeats: int) -> dict:
+    """Time, and memory beyond the flat arrays, of choosing among about n ranked tokens."""
+    tokens, cpu = random_rows(max(1, round(n / RESPONSE / 368)), 368, 384), torch.device("cpu")
+    utility, degraded = torch.rand(2, len(tokens.input_ids))
+    choose = lambda: select_tokens((utility - degraded)[competing_tokens(tokens)], 0.1)
+    before = Clock(cpu).read()["peak_memory_gib"]  # the peak was just reset to what is in use
+    took = take_turns({"toss": choose}, cpu, repeats)["toss"]
+    keep, extra = took.pop("loss"), took["peak_memory_gib"] - before
+    return {"competing": len(keep), "discarded": int((~keep).sum()), "extra_gib": extra, **took}
+
+
+def measure(args, raw: dict, device: torch.device, competing: int) -> tuple[dict, list, dict]:
+    """Facts about rows and settings, `speed` of scoring and of training, and `selection_cost`."""
+    selection = selection_cost(competing, args.repeats)  # first, while memory is free
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cuda, parts = device.type == "cuda", []
+    rows, mean, step, budget = (384, 368, 64, 8192) if cuda else (16, 128, 8, 2048)
+    config = TrainConfig(epochs=1, batch_size=step, batch_tokens=args.batch_tokens or budget)
+    tokens = random_rows(args.rows or rows, args.tokens or mean, raw["vocab_size"])
+    total, make = sum(tokens.lengths), load_checkpoint if args.model else random_model
+    for kind, dtype, work in ((scoring, torch.float16, 2), (training, torch.bfloat16, 4)):
+        dtype = dtype if cuda else torch.float32
+        model, best = make(args.model or raw, device, dtype), ceiling(device, dtype)
+        arms = kind(model, raw, tokens, config)
+        parts.append({"kind": kind.__name__, **speed(arms, model, total, work, best, args.repeats)})
+        del model, arms
+        gc.collect()  # transformers' modules hold on to one another, and so to our weights
+    facts = {"rows": tokens.rows, "tokens": total, "repeats": args.repeats}
+    facts |= {"response_tokens": int(tokens.response.sum()), "batch_tokens": config.batch_tokens}
+    facts |= {"rows_per_step": step, "rank": config.rank, "targets": config.targets}
+    return facts, parts, selection
