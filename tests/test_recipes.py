@@ -1,0 +1,59 @@
+"""The README's recipes run as they are printed, and its decisions name tests that exist.
+
+The first block stands alone. Each of the others continues from it, in a namespace of its own.
+"""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST, *OTHERS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PINS = re.findall(r"^\d+\. .*\*\[(test_\w+)\]\(tests/\1\.py\): (\w+)\*$", README, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def first() -> dict:
+    """What the first block leaves: data, references, scores, the mask and its adapter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        exec(FIRST, names := {})
+    return names
+
+
+def run(block: str, first: dict) -> dict:
+    exec(block, names := dict(first))
+    return names
+
+
+def differ(one, two) -> bool:
+    """True if two adapters have the same layers and other weights in each."""
+    assert one.B.keys() == two.B.keys()
+    return not any(torch.equal(one.B[name], two.B[name]) for name in one.B)
+
+
+def test_the_three_stages_from_python(first):
+    D, gone = first["D"], first["D"].response & ~first["keep"]
+    assert int(gone.sum()) == int(0.1 * int(D.response.sum()) + 1e-9)
+    assert first["S"][gone].min() >= first["S"][first["keep"]].max()
+    share = lambda chosen: float(D.harmful[chosen].float().mean())
+    assert share(gone) > 3 * share(D.response)  # the discarded tokens are mostly harmful ones
+    assert all(tensor.abs().max() > 0 for tensor in first["theta"].tensors())
+
+
+def test_soft_weights_a_new_selection_and_a_new_loss(first):
+    soft, selection, loss = (run(block, first) for block in OTHERS)
+    risky = soft["weights"][~first["keep"] & first["D"].response]
+    assert risky.max() < 0.5 < soft["weights"][first["keep"]].mean()
+    ranked = selection["loss"]["base"][first["D"].response]
+    assert torch.equal(selection["score"], ranked)
+    assert ranked[~selection["keep"]].min() >= ranked[selection["keep"]].max()
+    assert differ(soft["theta"], first["theta"]) and differ(loss["theta"], first["theta"])
+
+
+@pytest.mark.parametrize(("file", "name"), PINS)
+def test_every_decision_names_its_test(file, name):
+    tests = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+    assert len(PINS) == 12 and re.search(rf"^def test_\w*{name}", tests, re.MULTILINE)
