@@ -3,10 +3,9 @@
     python score.py
     python score.py --run runs/mine --custom custom.jsonl
 
-Writes RUN/scores.safetensors: flat arrays over all rows with the token ids, the row offsets, the
-response flags, and the losses L^u and L^h. The score of a token is S = L^u - L^h: high where the
-degraded model expects the token and the utility model does not. The base, the prompt form and the
-row length come from the run. What half precision does to S: python -m toss.audit.noise. Next:
+Writes RUN/scores.safetensors: the token ids, row offsets and response flags of all rows, and the
+losses L^u and L^h. The score of a token is S = L^u - L^h: high where the degraded model expects the
+token and the utility model does not. Rounding noise of S: python -m toss.audit.noise. Next:
 select.py.
 """
 

@@ -1,13 +1,13 @@
 """Stage 1 of TOSS: train the two reference models, theta^h and theta^u.
 
-Two LoRA adapters are trained from the same base: the safety-degraded model theta^h on a small
-harmful set D^h, and the utility-oriented model theta^u on a small utility set D^u.
+The safety-degraded theta^h is trained on a small harmful set D^h, the utility-oriented theta^u on a
+small utility set D^u: two LoRA adapters of one base.
 
     python train.py                                       (the embedded default, data/)
     python train.py --run runs/mine --model M --harmful harmful.jsonl --utility utility.jsonl
 
-Writes RUN/degraded and RUN/utility (adapters in PEFT's format). Next: score.py.
-The degraded adapter is harmful on purpose. Keep it to yourself and do not merge it.
+Writes RUN/degraded and RUN/utility (PEFT's format). The degraded adapter is harmful on purpose:
+keep it to yourself and do not merge it. Next: score.py.
 """
 
 import sys

@@ -30,10 +30,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model.io import InputError, atomic_dir, file_hash, json_object, reported
+from model.io import InputError, atomic_dir, file_hash, json_object, lines_of, reported
 from toss import cli
 from toss.refusals import refused
-from toss.rows import FORMS, Row, lines_of, row_of
+from toss.rows import FORMS, Row, row_of
 
 HARMFUL, BENIGN = 22_000, 90_000  # the paper's custom set
 REFERENCE = 0.1  # of either part

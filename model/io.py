@@ -1,10 +1,12 @@
 """Errors, JSON, hashes, safetensors headers and atomic writes. Imports no torch."""
 
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,11 +69,29 @@ def read_json(path: str | Path) -> dict:
     return json_object(read_text(path), str(path))
 
 
+def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(file:line, text) of each line that is not blank. Reads .gz; skips a byte order mark."""
+    path, number = Path(path), 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield f"{path}:{number}", text
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: not UTF-8 text ({error})") from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{path}:{number + 1}: the gzip file is damaged here ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """The objects of a JSONL file, each with its place as file:line. Empty lines are skipped."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", json_object(line, f"{path}:{number}")
+    """The objects of a JSONL file, each with its file:line."""
+    for where, line in lines_of(path):
+        yield where, json_object(line, where)
 
 
 def file_hash(path: str | Path) -> str:

@@ -1,5 +1,6 @@
 """The files of a run directory: scores, selections, adapters and their records, out and in."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,19 @@ def record_of(path: Path) -> dict[str, Any]:
     return record if isinstance(record.get("inputs"), dict) else {}
 
 
+def fingerprint(tokens: Tokens) -> str:
+    """sha256 of ids, row bounds and response flags: equal exactly when a mask fits."""
+    state = hashlib.sha256()
+    for tensor in (tokens.input_ids, tokens.offsets, tokens.response):
+        state.update(tensor.numpy())
+    return state.hexdigest()
+
+
 def write_scores(file: Path, tokens: Tokens, losses: dict[str, Tensor], record: dict) -> None:
     """Flat arrays over all rows: ids, row bounds, response flags, ground truth, and losses."""
     arrays = {n: getattr(tokens, n) for n in ("input_ids", "offsets", "response", "harmful")}
     arrays |= {f"loss_{model}": loss for model, loss in losses.items()}
-    facts = {"tokens_sha256": tokens.fingerprint(), "skipped": tokens.skipped, "cut": tokens.cut}
+    facts = {"tokens_sha256": fingerprint(tokens), "skipped": tokens.skipped, "cut": tokens.cut}
     save_tensors(arrays, file, {**record, **facts})
 
 
@@ -67,7 +76,7 @@ def read_scores(path: Path, name: str) -> tuple[Tokens, dict[str, Tensor]]:
         raise InputError(f"{path}: offsets do not divide the {len(ids)} tokens into rows")
     counts = (record.get("skipped", 0), record.get("cut", 0))
     tokens = Tokens(ids, offsets, response, harmful, name, *counts)
-    if record.get("tokens_sha256") != tokens.fingerprint():
+    if record.get("tokens_sha256") != fingerprint(tokens):
         raise InputError(f"{path}: its tokens are not those that its header names: it was changed")
     losses = {k[len("loss_") :]: tensor for k, tensor in tensors.items() if k.startswith("loss_")}
     for model, loss in losses.items():

@@ -24,8 +24,8 @@ def token_loss(log_p: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
 def token_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """log P(y_ij | x_i, y_i,<j) of the batch's n wanted tokens, float32 [n], and hidden [n, D].
 
-    Logits are built only at the wanted positions, one chunk of them at a time. In training each
-    chunk is recomputed in the backward pass, so that only one chunk is ever kept.
+    Logits are built for one chunk of wanted positions at a time; in training each chunk is
+    recomputed in the backward pass.
     """
     hidden = model(batch.ids).flatten(0, 1)[batch.before]  # (n, D)
     size = max(1, LOGITS // model.lm_head.out_features)

@@ -67,7 +67,7 @@ def random(c: Candidates) -> Choice:
 
 
 def first_k(c: Candidates) -> Choice:
-    """The first tokens of every response, equally many in each row as far as they reach."""
+    """The first tokens of every response, as many in each row."""
     start = torch.searchsorted(c.row, c.row)  # where the token's row begins among the ranked
     return top((start - torch.arange(len(c.row))).float(), c)
 

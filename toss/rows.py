@@ -1,14 +1,12 @@
 """Datasets as lists of conversations: JSONL in any of the usual forms."""
 
-import gzip
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.io import InputError, json_object
+from model.io import InputError, json_object, lines_of
 
 ROLES = {
     "system": "system",
@@ -43,9 +41,8 @@ class Row:
 def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> list[Row]:
     """Read a JSONL file (plain or .gz), or dictionaries of the same forms; blank lines are skipped.
 
-    With `responses`, a row without one or with an empty one is an error, and turns after the last
-    response are dropped. Without, rows may be prompts only (evaluation). Raises InputError naming
-    file and line, and for a file without rows.
+    With `responses`, each row needs a response, and turns after the last one are dropped; without,
+    it may be a prompt only (evaluation). Raises InputError naming file and line.
     """
     rows = []
     if not isinstance(source, str | Path):
@@ -60,25 +57,6 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
     if not rows:
         raise InputError(f"{source}: the file has no rows")
     return rows
-
-
-def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(file:line, text) of each line that is not blank. Reads .gz; skips a byte order mark."""
-    path, number = Path(path), 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield f"{path}:{number}", text
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text ({error})") from None
-    except (EOFError, zlib.error) as error:
-        raise InputError(f"{path}:{number + 1}: the gzip file is damaged here ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
 
 
 def row_of(raw: dict, where: str, responses: bool = True) -> Row:

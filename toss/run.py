@@ -26,7 +26,7 @@ from toss import files
 from toss.base import Base
 from toss.cli import FORMAT, ROOT, Parser, add_run_flags, parse, read_run
 from toss.config import TrainConfig
-from toss.files import load_selection, lost_rows, read_scores, record_of
+from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
 from toss.parallel import rank
 from toss.progress import Progress, cost_of
 from toss.selection import competing_tokens
@@ -157,7 +157,7 @@ class Run(Base):
         """
         path = Path(self.args.mask)
         record = record_of(path)
-        if record.get("tokens_sha256") != tokens.fingerprint():
+        if record.get("tokens_sha256") != fingerprint(tokens):
             here = {**self.identity, "--custom": self.hash(self.args.custom), "base_sha256": 0}
             there = {**record, **record.get("inputs", {}), "base_sha256": 0}
             differs = [key for key, value in here.items() if there.get(key) != value]
@@ -245,7 +245,7 @@ class Run(Base):
         chosen = record_of(Path(self.args.mask)) if self.args.mask else record
         eos_id = self.tokenizer.eos_id if chosen.get("settings", {}).get("keep_eos") else None
         record["ranked"] = ranked = len(competing_tokens(tokens, eos_id))
-        record |= {"discarded": gone, "tokens_sha256": tokens.fingerprint()}
+        record |= {"discarded": gone, "tokens_sha256": fingerprint(tokens)}
         files.write_method(out, selection, adapter, model, record)
         lost = f"{lost_rows(tokens, selection['keep'])} rows lost all of theirs"
         return [f"{gone} of {ranked} response tokens discarded, {lost}"]

@@ -4,7 +4,6 @@ Every stage reads the same ids, so that a score, a mask and a training loss mean
 one at their place in these arrays.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -23,8 +22,7 @@ CHUNK = 1024  # rows that go to the tokenizer's threads together
 class Tokens:
     """A tokenised dataset of N tokens. Row i is offsets[i]:offsets[i + 1], empty if skipped.
 
-    A row is encode(prompt) ++ encode(response) ++ [eos], repeated for further turns, and cut at
-    max_length.
+    A row is encode(prompt) ++ encode(response) ++ [eos], for each turn, cut at max_length.
     """
 
     input_ids: Tensor  # int32 [N]
@@ -66,13 +64,6 @@ class Tokens:
         ids, response, harmful = map(torch.cat, pairs)
         offsets = torch.cat((self.offsets, self.offsets[-1] + other.offsets[1:]))
         return Tokens(ids, offsets, response, harmful, f"{self.name} and rows of {other.name}")
-
-    def fingerprint(self) -> str:
-        """sha256 of ids, row bounds and response flags: equal exactly when a mask fits."""
-        state = hashlib.sha256()
-        for tensor in (self.input_ids, self.offsets, self.response):
-            state.update(tensor.numpy())
-        return state.hexdigest()
 
 
 def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str = "") -> Tokens:
@@ -133,9 +124,8 @@ class Batch:
 def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[int]]:
     """Split rows into batches of at most `budget` tokens, padding included (a longer row alone).
 
-    Longest first: little is padding, and running out of memory shows in the first batch. The few
-    rows of an optimizer step differ much in length, so a batch that holds a quarter of the budget,
-    enough for fast products, ends before a row that would be a tenth padding.
+    Longest first, so that little is padding and running out of memory shows at once. A batch with a
+    quarter of the budget, enough for fast products, ends before a row that is a tenth padding.
     """
     groups, width = [], 0
     for i in sorted(rows, key=lambda i: -lengths[i]):

@@ -95,11 +95,7 @@ class Step:
     objective: Objective
 
     def gradients(self, rows: list[int], budget: int) -> float | None:
-        """Put a step's gradient into the parameters' `.grad`; return its loss.
-
-        Returns None when memory runs out with `budget` tokens per micro-batch. Of several processes
-        each runs its share of the rows.
-        """
+        """Put a step's gradient into `.grad` and return its loss; None when memory runs out."""
         for parameter in self.parameters:  # zeros, not None: Adam's momentum moves on regardless
             parameter.grad = torch.zeros_like(parameter)
         tokens, total = self.tokens, torch.zeros((), device=self.model.device)
@@ -117,10 +113,7 @@ class Step:
         return float(total)
 
     def own_rows(self, rows: list[int]) -> list[int]:
-        """This process's share of the rows with a wanted token, longest first.
-
-        A row without one adds nothing to the sum, so it is not run.
-        """
+        """This process's share of the rows that add to the sum, longest first."""
         bounds = self.tokens.offsets
         live = [i for i in rows if self.wanted[bounds[i] : bounds[i + 1]].any()]
         return share(sorted(live, key=lambda i: -self.tokens.lengths[i]))

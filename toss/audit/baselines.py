@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from model.io import InputError, atomic_file
+from model.io import InputError, atomic_file, lines_of
 from toss import cli
-from toss.rows import Row, lines_of, read_rows
+from toss.rows import Row, read_rows
 
 
 def safeinstr(custom: str, safety: str, out: str, share: float = 0.03, seed: int = 0) -> dict:

@@ -16,9 +16,10 @@ from model.io import InputError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from toss.audit import measures
+from toss.files import fingerprint, load_selection, read_scores, record_of
 from toss.refusals import refused
 from toss.rows import Row
-from toss.run import Run, load_selection, read_scores, record_of
+from toss.run import Run
 from toss.scoring import score
 from toss.selection import competing_tokens
 from toss.tokens import Tokens, tokenise
@@ -140,7 +141,7 @@ def selection_metrics(run: Run, method: str) -> dict[str, dict]:
         return {}
     (tokens, _), record = read_scores(scores, str(scores)), record_of(path)
     response, harmful, metrics = tokens.response, tokens.harmful, {}
-    if record.get("tokens_sha256") != tokens.fingerprint():
+    if record.get("tokens_sha256") != fingerprint(tokens):
         print(f"warning: {path} is for other tokens than {scores}: its discards are not measured")
     elif harmful.any():
         selection = load_selection(path, tokens)
