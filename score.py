@@ -27,7 +27,7 @@ def main(argv=None):
 
     run = Run(args)
 
-    def losses(out):
+    def losses():
         D_cus = run.tokens(args.custom)
         thetas = {"utility": run.adapter("utility"), "degraded": run.adapter("degraded")}
         if args.base:

@@ -11,7 +11,7 @@ refines the degraded model over T rounds.
 
 SELECTION is a selection.safetensors of another run; no references are needed then. Writes the mask
 to RUN/methods/NAME/selection.safetensors and the adapter to RUN/methods/NAME/model, where NAME is
-the method unless --name is given. The other methods are in toss/methods.py.
+the method unless --name is given.
 """
 
 if __name__ == "select":
@@ -69,28 +69,31 @@ def main(argv=None):
     from toss.training import train
 
     run, config = Run(args), TrainConfig.of(args)
+    if args.pro and not args.pro_samples:  # the paper names no k: 6 % of the rows
+        args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
 
-    def finetune(out):
+    def finetune():
         D_cus, L = run.scored(needed=args.method not in UNSCORED)  # the very ids that were scored
         ranked = competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
 
         added = []  # TOSS-Pro: the riskiest rows of D^cus join D^h, and theta^h starts anew
         for t in range(args.pro):
-            S = (L["utility"] - L["degraded"])[ranked]
-            found = riskiest_rows(S, D_cus.row_of(ranked), skip=added, k=args.pro_samples)
+            S = L["utility"] - L["degraded"]
+            rows = D_cus.row_of(ranked)
+            found = riskiest_rows(S[ranked], rows, skip=added, k=args.pro_samples)
             added += [row for row, _ in found]
-            D_h = run.tokens(args.harmful) + D_cus.take(added)
-            w_h = D_h.response.float()  # as in train.py
-            if args.pro_train == "top":  # not the paper's: of added rows, only the riskiest tokens
-                risky = torch.zeros(len(D_cus.response))
-                risky[ranked] = (~select_tokens(S, args.discard)).float()
-                w_h[-len(D_cus.places(added)) :] = risky[D_cus.places(added)]
-            log = run.log(f"{args.name}-round-{t + 1}")
+            w_cus = D_cus.response.float()  # theta^h learns the added rows whole,
+            if args.pro_train == "top":  # or only their riskiest tokens (not the paper's)
+                risky = ranked[~select_tokens(S[ranked], args.discard)]
+                w_cus = torch.zeros_like(w_cus).index_fill(0, risky, 1)
+            D_h = run.tokens(args.harmful)
+            w_h = torch.cat((D_h.response.float(), w_cus[D_cus.places(added)]))
+            D_h, log = D_h + D_cus.take(added), run.log(f"{args.name}-round-{t + 1}")
             theta_h = train(run.base("train"), D_h, w_h, run.reference_config(), on_step=log)
             model, log = use(run.base("score"), theta_h), run.log(f"{args.name}-scores-{t + 1}")
             L["degraded"] = score(model, D_cus, args.batch_tokens, on_batch=log)
-            brought = [(row, int(ranked[i]), float(S[i])) for row, i in found]
-            run.save_round(out / f"round-{t + 1}", D_cus, brought, theta_h, L)
+            brought = [(row, int(ranked[i]), float(S[ranked[i]])) for row, i in found]
+            run.save_round(t + 1, D_cus, brought, theta_h, L)
 
         keep = torch.ones_like(D_cus.response)
         if args.method == "toss":
@@ -104,8 +107,6 @@ def main(argv=None):
         theta = train(model, D_cus, keep.float(), config, on_step=log)  # a discarded token: w = 0
         return D_cus, {"keep": keep, "score": S}, theta
 
-    if args.pro and not args.pro_samples:  # the paper names no k
-        args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
     run.once(f"methods/{args.name}", finetune, **cli.choice(args, config))
     if args.merge:
         run.merge(f"methods/{args.name}")

@@ -28,12 +28,12 @@ def main(argv=None):
 
     run, config = Run(args), TrainConfig.of(args)
     D_h, D_u = run.tokens(args.harmful), run.tokens(args.utility)
-    for theta, D, flag in (("degraded", D_h, "--harmful"), ("utility", D_u, "--utility")):
+    for role, D, flag in (("degraded", D_h, "--harmful"), ("utility", D_u, "--utility")):
 
-        def reference(out):  # plain supervised fine-tuning: every response token counts
-            return train(run.base("train"), D, D.response.float(), config, on_step=run.log(theta))
+        def reference():  # plain supervised fine-tuning: every response token counts
+            return train(run.base("train"), D, D.response.float(), config, on_step=run.log(role))
 
-        run.once(theta, reference, inputs=[flag], settings=config.recipe())
+        run.once(role, reference, inputs=[flag], settings=config.recipe())
 
 
 if __name__ == "__main__":

@@ -249,7 +249,8 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
     calibrate.main(["--run", str(trained), "--held-out", held_out, "--quantile", "0.5"])
     closing = capsys.readouterr().out.splitlines()[-1]
     found = calibrate.calibrate(open_run(trained), held_out, 0.5)
-    assert closing == f"select.py --run {trained} --discard {found['discard']:.6f}"
+    command = f"select.py --run {trained} --discard {found['discard']:.6f}"
+    assert closing == f"{command} --name toss-calibrated"
     assert 0 < found["discard"] < 1 and found["harmful_share"] > 0
     script("select", "--run", trained, "--discard", found["discard"])
     chosen = load_tensors(trained / "methods/toss/selection.safetensors")

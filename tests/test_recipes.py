@@ -44,12 +44,14 @@ def test_the_three_stages_from_python(first):
 
 
 def test_soft_weights_a_new_selection_and_a_new_loss(first):
-    soft, selection, loss = (run(block, first) for block in OTHERS)
+    soft = run(OTHERS[0], first)
+    selection = run(OTHERS[1], soft)  # pasted one after the other
+    loss = run(OTHERS[2], selection)
     risky = soft["weights"][~first["keep"] & first["D"].response]
     assert risky.max() < 0.5 < soft["weights"][first["keep"]].mean()
-    ranked = selection["loss"]["base"][first["D"].response]
-    assert torch.equal(selection["score"], ranked)
-    assert ranked[~selection["keep"]].min() >= ranked[selection["keep"]].max()
+    ranked = selection["losses"]["base"][first["D"].response]
+    assert torch.equal(selection["by"], ranked)
+    assert ranked[~selection["stays"]].min() >= ranked[selection["stays"]].max()
     assert differ(soft["theta"], first["theta"]) and differ(loss["theta"], first["theta"])
 
 

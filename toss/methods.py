@@ -1,8 +1,7 @@
 """The alternatives that TOSS is compared with, one plain function each.
 
 A method is given the ranked tokens and returns which stay, bool [n], and the scores it went by,
-float [n] (None where there are none). To add one, write it here, put it into METHODS at the end of
-this file, and its name into toss/config.py.
+float [n] or None. To add one, put it into METHODS below, and its name into toss/config.py.
 """
 
 import math

@@ -1,8 +1,7 @@
 """Several processes of one job, one per GPU: `torchrun --nproc-per-node N -- score.py ...`.
 
-Every process does the same work on the same files, with two exceptions: in scoring each takes its
-share of the batches, in training its share of the rows of an optimizer step. Losses and gradients
-are then summed over the processes, so all hold the same result. One process needs none of this.
+Every process does the same work on the same files, but in scoring each takes its share of the
+batches, and in training of an optimizer step's rows. Losses and gradients are then summed.
 """
 
 import torch

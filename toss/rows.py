@@ -8,12 +8,8 @@ from pathlib import Path
 
 from model.io import InputError, json_object, lines_of
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-} | dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+ROLES = dict.fromkeys(("system", "developer"), "system") | {"user": "user", "human": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 FORMS = (
     "messages; prompt and response; instruction, input and output (Alpaca); "
     "conversations (ShareGPT); chosen or transcript (Anthropic HH)"
@@ -26,9 +22,7 @@ class Row:
 
     messages: list[dict[str, str]]
     where: str = ""  # file:line, for errors
-    harmful: list[list[int]] = field(
-        default_factory=list
-    )  # [start, end) characters of the response
+    harmful: list[list[int]] = field(default_factory=list)  # [start, end) in the response
     source: str = ""  # evaluation rows: what to group by
     answer: str | None = None  # evaluation rows: what a right answer contains
 
@@ -49,10 +43,8 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
         return [row_of(raw, f"row {i}", responses) for i, raw in enumerate(source)]
     for where, line in lines_of(source):
         if not rows and line.lstrip().startswith("["):
-            raise InputError(
-                f"{where}: the file is one JSON array; one object per line is expected "
-                f"(`jq -c '.[]' {source} > rows.jsonl` makes such a file)"
-            )
+            fix = f"`jq -c '.[]' {source} > rows.jsonl` makes a file with one object per line"
+            raise InputError(f"{where}: the file is one JSON array; {fix}")
         rows.append(row_of(json_object(line, where), where, responses))
     if not rows:
         raise InputError(f"{source}: the file has no rows")

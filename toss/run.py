@@ -43,6 +43,7 @@ class Run(Base):
         self.record = read_run(self.file)
         self.hashes: dict[str, list] = dict(self.record.get("hashes", {}))
         self.parts: dict[str, Progress] = {}  # of the stage at work
+        self.out = self.folder  # where it writes
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -179,16 +180,16 @@ class Run(Base):
     def once(
         self,
         stage: str,
-        build: Callable[[Path], Any],
+        build: Callable[[], Any],
         inputs: tuple[str, ...],
         settings: dict[str, Any],
     ) -> None:
         """Make a result, unless it exists already. Raises InputError if a different one does.
 
-        inputs: the file of rows first; see source. build(out) returns what is to be written: an
+        inputs: the file of rows first; see source. build() returns what is to be written: an
         Adapter; tokens and their losses; or tokens, a selection {"keep": bool [N], "score": float
-        [N] or None} and an Adapter. out: the folder at work, for further files. When scoring
-        overflows, build is called again with the base in another dtype.
+        [N] or None} and an Adapter. When scoring overflows, it is called again with the base in
+        another dtype.
         """
         for key in inputs:
             if not key.startswith("--"):
@@ -218,11 +219,12 @@ class Run(Base):
     def make(self, stage: str, build: Callable, recipe: dict[str, Any]) -> list[str]:
         """Build a result and write it, in process 0; returns the closing lines."""
         if rank() > 0:
-            build(self.path(stage))
+            build()
             return []
         try:
             with (atomic_file if stage == "scores" else atomic_dir)(self.path(stage)) as out:
-                return self.write(stage, build(out), out, {"stage": stage, **recipe})
+                self.out = out
+                return self.write(stage, build(), out, {"stage": stage, **recipe})
         finally:
             for folder in (self.folder / "methods", self.folder):
                 with suppress(OSError):
@@ -252,18 +254,19 @@ class Run(Base):
 
     def save_round(
         self,
-        out: Path,
+        t: int,
         tokens: Tokens,
         added: list[tuple[int, int, float]],
         theta_h: Adapter,
         losses: dict[str, Tensor],
     ) -> None:
-        """Write a round of TOSS-Pro: the rows added to D^h, theta^h, and the losses under it.
+        """Write round t of TOSS-Pro: the rows added to D^h, theta^h_t, and the losses under it.
 
         added: each row with the place of the token that brought it in, and that token's score.
         """
-        print(f"TOSS-Pro {out.name}: {len(added)} rows added to the harmful reference set")
+        print(f"TOSS-Pro round {t}: {len(added)} rows added to the harmful reference set")
         if rank() == 0:
+            out = self.out / f"round-{t}"
             rows = {"added_rows": [row for row, _, _ in added]}
             record = {"stage": out.name, **self.recipe(("--custom", "--harmful"), rows)}
             files.write_added(out / "added.jsonl", tokens, added, self.tokenizer)

@@ -32,6 +32,7 @@ def score(
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
     there = [i for i, length in enumerate(tokens.lengths) if length]
     groups = share(batches(there, tokens.lengths, budget))
+    others = sum(tokens.lengths) - sum(tokens.lengths[i] for group in groups for i in group)
     done = 0
     while done < len(groups):
         try:
@@ -45,6 +46,7 @@ def score(
             continue
         seen = sum(tokens.lengths[i] for i in groups[done])
         done += 1
+        seen += others if done == len(groups) else 0  # the other processes' tokens
         on_batch({"step": done, "steps": len(groups), "tokens": seen})
     sum_over_processes([losses])  # each entry was filled by one of them
     losses = losses.cpu()

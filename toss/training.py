@@ -17,7 +17,6 @@ from toss.parallel import share, sum_over_processes
 from toss.tokens import Tokens, batches, collate, default_batch_tokens, halve_budget
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-ADVICE = "give --gradient-checkpointing, or lower --max-length"
 
 
 def train(
@@ -45,6 +44,8 @@ def train(
     when memory runs out and batches are halved. Raises InputError naming the row when a loss is not
     finite, and DoesNotFit when a single row does not fit.
     """
+    if weights.shape != tokens.response.shape:
+        raise InputError(f"{len(weights)} weights for {len(tokens.response)} tokens")
     targets = [name.strip() for name in config.targets.split(",") if name.strip()]
     fresh = None if start else new_adapter(model, config.rank, config.alpha, targets, config.seed)
     adapter = active(use(model, fresh or deepcopy(start)))  # on the model's device
@@ -59,8 +60,8 @@ def train(
         factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))
         optimizer.param_groups[0]["lr"] = lr = config.lr * factor
         while (loss := step.gradients(rows, budget)) is None:  # out of memory
-            longest = tokens.lengths[step.own_rows(rows)[0]]
-            budget = halve_budget(budget, longest, ADVICE, on_step)
+            longest, advice = tokens.lengths[step.own_rows(rows)[0]], "--gradient-checkpointing"
+            budget = halve_budget(budget, longest, f"give {advice}, or lower --max-length", on_step)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         if not math.isfinite(loss + norm):
             bad = f"{tokens.name}: {step.find_bad_row(rows)} at step {n}"

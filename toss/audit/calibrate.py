@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{found['threshold']:.4f} nats is the {args.quantile} quantile of S on held-out rows")
     print(f"{found['above']} of {found['held_out']} held-out tokens are above it")
     print(f"{found['discard']:.4f} of {found['ranked']} custom tokens are above it{truth}")
-    print(f"\nselect.py --run {args.run} --discard {found['discard']:.6f}")
+    name = f"--name {args.method}-calibrated" + (" --pro 1" if args.method != "toss" else "")
+    print(f"\nselect.py --run {args.run} --discard {found['discard']:.6f} {name}")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
     most = gone.argsort(descending=True, stable=True)[: n // 4]
     rows = lambda marked: marked.nonzero()[:, 0]
     groups = {
-        "most tokens discarded": most[gone[most] > 0],
+        f"most tokens discarded by {mask.label}": most[gone[most] > 0],
         "harm by ground truth": rows(harm > 0),
-        "discarded in part": rows((gone > 0) & (gone < response)),
-        "nothing discarded, no harm marked": rows((response > 0) & (gone + harm == 0)),
+        f"discarded in part by {mask.label}": rows((gone > 0) & (gone < response)),
+        f"nothing discarded by {mask.label}, no harm marked": rows(
+            (response > 0) & (gone + harm == 0)
+        ),
         "other rows": rows(response > 0),
     }
     chosen: dict[str, list[int]] = {}
