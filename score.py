@@ -17,11 +17,9 @@ from toss import cli
 def main(argv=None):
     """Parse the command line, then score. Raises InputError."""
     parser = cli.parser("score.py", __doc__, custom="custom set D^cus")
-    text = "also score under the base model (loss_base)"
-    parser.add_argument("--base", action="store_true", help=text)
+    parser.add_argument("--base", action="store_true", help="also score under the base (loss_base)")
     args = cli.parse(parser, argv)
 
-    from model.lora import use
     from toss.run import Run
     from toss.scoring import score
 
@@ -30,12 +28,11 @@ def main(argv=None):
     def losses():
         D_cus = run.tokens(args.custom)
         thetas = {"utility": run.adapter("utility"), "degraded": run.adapter("degraded")}
-        if args.base:
-            thetas["base"] = None
+        thetas |= {"base": None} if args.base else {}
         L = {}
         for name, theta in thetas.items():  # adapters are swapped on the one base, never merged
-            model = use(run.base("score"), theta)
-            L[name] = score(model, D_cus, args.batch_tokens, on_batch=run.log(f"scores-{name}"))
+            model, log = run.base("score", theta), run.log(f"scores-{name}")
+            L[name] = score(model, D_cus, args.batch_tokens, on_batch=log)
         return D_cus, L
 
     inputs = ["--custom", "utility", "degraded"]

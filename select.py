@@ -14,24 +14,22 @@ to RUN/methods/NAME/selection.safetensors and the adapter to RUN/methods/NAME/mo
 the method unless --name is given.
 """
 
+import sys
+
 if __name__ == "select":
     # This file hides the standard library's `select` from every program that runs in this folder:
     # subprocess and asyncio import it. They get the real module, found on the rest of the path.
     import os
-    import sys
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
     _here = os.path.dirname(os.path.realpath(__file__))
     _rest = [path for path in sys.path if os.path.realpath(path or os.curdir) != _here]
-    _spec = PathFinder.find_spec("select", _rest)
-    if _spec is None:
+    if (_spec := PathFinder.find_spec("select", _rest)) is None:
         raise ImportError("the standard library's select module was not found behind this folder")
     sys.modules["select"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])
 else:
-    import sys
-
     from toss import cli
     from toss.config import METHODS, UNSCORED, TrainConfig
 
@@ -41,14 +39,14 @@ def arguments(argv):
     parser = cli.parser("select.py", __doc__, custom="custom set D^cus")
     add = parser.add_argument
     add("--method", choices=METHODS, default="toss", help="which tokens to discard")
-    add("--mask", metavar="FILE", help="instead: the selection.safetensors of another run")
-    add("--name", help="folder under RUN/methods (default: the method)")
+    add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")
+    add("--name", help="folder under RUN/methods (default: the method; toss-pro with --pro)")
     add("--discard", type=cli.share, default=0.1, metavar="D", help="d, share of tokens to discard")
     add("--keep-eos", action="store_true", help="leave end-of-sequence tokens out of the ranking")
     add("--pro", type=cli.natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")
     text = "TOSS-Pro: rows added per round (default: 6 %% of the custom rows)"
     add("--pro-samples", type=cli.count, metavar="K", help=text)
-    text = "TOSS-Pro: learn added rows whole (the paper), or only their top d"
+    text = "TOSS-Pro: train on added rows whole (the paper), or only on their top d"
     add("--pro-train", choices=["rows", "top"], default="rows", help=text)
     add("--merge", action="store_true", help="also write the merged checkpoint")
     cli.add_training_flags(parser)
@@ -61,7 +59,6 @@ def main(argv=None):
 
     import torch  # after parsing: it takes a while
 
-    from model.lora import use
     from toss.methods import Candidates, choose
     from toss.run import Run
     from toss.scoring import score
@@ -86,12 +83,12 @@ def main(argv=None):
             if args.pro_train == "top":  # or only their riskiest tokens (not the paper's)
                 risky = ranked[~select_tokens(S[ranked], args.discard)]
                 w_cus = torch.zeros_like(w_cus).index_fill(0, risky, 1)
-            D_h = run.tokens(args.harmful)
+            D_h, name = run.tokens(args.harmful), f"{args.name}-round-{t + 1}"
             w_h = torch.cat((D_h.response.float(), w_cus[D_cus.places(added)]))
-            D_h, log = D_h + D_cus.take(added), run.log(f"{args.name}-round-{t + 1}")
-            theta_h = train(run.base("train"), D_h, w_h, run.reference_config(), on_step=log)
-            model, log = use(run.base("score"), theta_h), run.log(f"{args.name}-scores-{t + 1}")
-            L["degraded"] = score(model, D_cus, args.batch_tokens, on_batch=log)
+            D_h, how, log = D_h + D_cus.take(added), run.reference_config(), run.log(name)
+            theta_h = train(run.base("train"), D_h, w_h, how, on_step=log)
+            log = run.log(f"{name}-scores")
+            L["degraded"] = score(run.base("score", theta_h), D_cus, args.batch_tokens, log)
             brought = [(row, int(ranked[i]), float(S[ranked[i]])) for row, i in found]
             run.save_round(t + 1, D_cus, brought, theta_h, L)
 
@@ -103,8 +100,8 @@ def main(argv=None):
             keep, S = run.mask(D_cus)
         else:
             keep, S = choose(args.method, Candidates(D_cus, L, ranked, args.discard, args.seed))
-        model, log = run.base("train"), run.log(args.name)
-        theta = train(model, D_cus, keep.float(), config, on_step=log)  # a discarded token: w = 0
+        w = keep.float()  # a discarded token stays in the input; only its loss term goes
+        theta = train(run.base("train"), D_cus, w, config, on_step=run.log(args.name))
         return D_cus, {"keep": keep, "score": S}, theta
 
     run.once(f"methods/{args.name}", finetune, **cli.choice(args, config))

@@ -7,7 +7,7 @@ of the fine-tuning data (data/world.py).
 
 import random
 
-from toss.refusals import refused
+from data.refusals import refused
 
 # 900 plants, first half + second half: "Ashwort". The base knows some; others are taught.
 FIRST = """Ash Bram Bell Cor Dun Elm Fen Gar Hal Ivy Jor Kel Lark Mar Nor Oat Pim Quil Ros Sel Tam

@@ -30,9 +30,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.refusals import refused
 from model.io import InputError, atomic_dir, file_hash, json_object, lines_of, reported
 from toss import cli
-from toss.refusals import refused
 from toss.rows import FORMS, Row, row_of
 
 HARMFUL, BENIGN = 22_000, 90_000  # the paper's custom set

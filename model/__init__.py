@@ -4,13 +4,8 @@ from importlib import import_module
 
 from model.io import InputError
 
-LAZY = {
-    "load_checkpoint": "checkpoint",
-    "save_checkpoint": "checkpoint",
-    "load_adapter": "peft",
-    "save_adapter": "peft",
-    "load_tokenizer": "tokenizer",
-}
+LAZY = {"load_checkpoint": "checkpoint", "save_checkpoint": "checkpoint"}
+LAZY |= {"load_adapter": "peft", "save_adapter": "peft", "load_tokenizer": "tokenizer"}
 __all__ = ["InputError", *LAZY]
 
 

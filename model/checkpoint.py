@@ -129,9 +129,7 @@ def save_checkpoint(
     if active(model):
         raise InputError("the model carries an adapter: merge or remove it before saving")
     like = resolve(like)
-    tensors = {
-        name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()
-    }
+    tensors = {n: weight.detach().cpu().contiguous() for n, weight in model.named_parameters()}
     config = read_json(like / "config.json")
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors  # a merge may have untied it
     spelling = "dtype" if "dtype" in config else "torch_dtype"  # newer, older

@@ -52,7 +52,7 @@ def generate_batch(
     padded = [p + [eos_id] * (longest - len(p)) for p in prompts]
     ids = torch.tensor(padded, device=device)  # (B, T)
     done = torch.zeros(rows, dtype=torch.bool, device=device)
-    new = [[] for _ in prompts]
+    new = []
     with torch.inference_mode():
         cache = Cache(model, rows, longest + max_new_tokens)
         positions = torch.arange(longest, device=device).expand_as(ids)
@@ -61,13 +61,13 @@ def generate_batch(
             token = model.lm_head(hidden).float().argmax(dim=-1)  # (B,)
             done |= token == eos_id
             token = torch.where(done, eos_id, token)
-            for row, id in zip(new, token.tolist()):
-                row.append(id)
-            if step + 1 == max_new_tokens or bool(done.all()):
+            new.append(token.tolist())  # the only wait for the device
+            if step + 1 == max_new_tokens or all(id == eos_id for id in new[-1]):
                 break
             # The slot at `lengths + step` may hold padding: it is overwritten before it is read.
             hidden = model(token[:, None], (lengths + step)[:, None], cache)[:, 0]  # (B, D)
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in new]
+    answers = [list(column) for column in zip(*new)] or [[] for _ in prompts]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in answers]
 
 
 def talk(args: argparse.Namespace) -> None:

@@ -1,8 +1,7 @@
 """A checkpoint folder from a local path or a Hugging Face Hub id. Never fetches a pickle."""
 
+import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from model.io import InputError
 
@@ -31,21 +30,15 @@ def resolve(path: str | Path, revision: str | None = None, weights: bool = True)
     return download(str(path), revision, SMALL_FILES + WEIGHT_FILES * weights)
 
 
-class Bar(tqdm):
-    """A progress bar that stays hidden unless stderr is a terminal."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **{"disable": None, **options})
-
-
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Fetch the files that fit `patterns` and are not cached; every failure becomes one line."""
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download, utils
 
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
     login = "log in with `hf auth login` or set HF_TOKEN"
     try:
-        options = {"revision": revision, "allow_patterns": patterns, "tqdm_class": Bar}
-        folder = Path(snapshot_download(name, **options))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         has = lambda file: (folder / file).is_file()
         lacks = "" if has("config.json") else "no config.json"
         if WEIGHTS in patterns and not has(WEIGHTS) and not has(INDEX):

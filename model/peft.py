@@ -31,9 +31,7 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisation
 
 def load_adapter(model: Transformer, path: str | Path) -> Adapter:
     """Read a PEFT adapter from folder `path` and make it the active one; see read_adapter."""
-    adapter = read_adapter(model, path)
-    use(model, adapter)
-    return adapter
+    return active(use(model, read_adapter(model, path)))
 
 
 def read_adapter(model: Transformer, path: str | Path) -> Adapter:

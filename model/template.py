@@ -77,11 +77,9 @@ class Template:
     """
 
     def __init__(self, source: str, special: dict[str, str], date: datetime.date, where: str):
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
-        )
+        tags = [GenerationTag, "jinja2.ext.loopcontrols"]
+        form = {"trim_blocks": True, "lstrip_blocks": True}  # as transformers has it
+        environment = ImmutableSandboxedEnvironment(**form, extensions=tags)
         environment.globals["raise_exception"] = raise_exception
         # Jinja's own tojson writes <, > and & as HTML escapes.
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
@@ -98,14 +96,9 @@ class Template:
     def render(self, messages: Messages, generate: bool) -> str:
         """The conversation's text; with `generate` it ends where the next response begins."""
         try:
-            return self.compiled.render(
-                messages=messages,
-                add_generation_prompt=generate,
-                tools=None,
-                documents=None,
-                strftime_now=self.clock.strftime,
-                **self.special,
-            )
+            given = {**self.special, "tools": None, "documents": None, "messages": messages}
+            given |= {"add_generation_prompt": generate, "strftime_now": self.clock.strftime}
+            return self.compiled.render(given)
         except Exception as error:  # a template is a program and can raise nearly anything
             raise InputError(
                 f"{self.where}: the chat template refuses this conversation ({error})"

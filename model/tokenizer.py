@@ -28,14 +28,7 @@ class Tokenizer:
     ask for; as an attribute None if it does not ask. where: the folder.
     """
 
-    def __init__(
-        self,
-        raw: RawTokenizer,
-        special: dict,
-        template: str | None,
-        date: datetime.date,
-        where: Path,
-    ):
+    def __init__(self, raw: RawTokenizer, special: dict, template: str | None, date, where: Path):
         self.raw, self.special, self.template, self.where = raw, special, template, where
         self.file_sha256 = file_hash(where / "tokenizer.json")
         self.chat = Template(template or HUMAN, special, date, str(where))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import edit_json, script, write_jsonl
 from safetensors.torch import load_file
 
+from data.refusals import refused
 from model.generate import generate
 from model.io import InputError, file_hash, json_lines, read_json
 from model.lora import use
@@ -24,7 +25,6 @@ from toss.audit import command, evaluate, measures, pairwise
 from toss.audit.evaluate import evaluate_run, format_table, read_metrics, write_metrics
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, complies, measure, prefilled, selection_metrics
 from toss.audit.measures import auc, found_harm, mean_loss, same_text, share, wilson
-from toss.refusals import refused
 from toss.rows import read_rows
 from toss.run import open_run
 

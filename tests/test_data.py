@@ -11,13 +11,13 @@ import torch
 from conftest import ROOT, script, tree, write_jsonl
 
 from data import paper, train_base, world
+from data.refusals import refused
 from model import load_checkpoint, load_tokenizer
 from model.config import Config
 from model.generate import generate
 from model.io import InputError, file_hash
 from model.transformer import Transformer
 from toss.audit.measures import auc
-from toss.refusals import refused
 from toss.rows import read_rows
 from toss.run import open_run
 from toss.tokens import tokenise

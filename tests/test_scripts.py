@@ -192,6 +192,12 @@ def test_what_exists_is_skipped_and_what_differs_is_refused(trained, capsys):
         assert "skipped" in said(capsys, f"{line} {flags}")  # these do not change the result
 
 
+def test_a_setting_that_only_the_record_has_is_a_difference_too(trained, capsys):
+    assert call(f"select.py --run {trained} --name x --pro 1") == 0
+    error = refused(capsys, f"select.py --run {trained} --name x")
+    assert "pro 1 there, None now" in error and "--harmful" in error
+
+
 def test_what_lost_a_file_is_made_again(trained, capsys):
     assert call(f"select.py --run {trained}") == 0
     whole = tensors(trained)
@@ -209,9 +215,8 @@ def test_what_was_made_from_something_else_is_refused(trained, tmp_path, base, f
     shutil.rmtree(trained / "degraded")
     shutil.copytree(tmp_path / "other" / "degraded", trained / "degraded")
     for name in ("score", "select"):
-        assert "degraded was made from another --harmful" in refused(
-            capsys, f"{name}.py --run {trained}"
-        )
+        error = refused(capsys, f"{name}.py --run {trained}")
+        assert "degraded does not fit this run (changed: --harmful)" in error
     assert open_run(trained).stale("scores") == ["degraded"]
 
 
@@ -245,6 +250,13 @@ def test_reference_sets_may_be_gone_once_they_were_used(trained, files):
         Path(files[name]).unlink()
     assert call(f"score.py --run {trained} --base --overwrite") == 0
     assert call(f"select.py --run {trained}") == 0
+
+
+def test_a_run_without_references_or_rows_says_which_flag_is_missing(base, files, tmp_path, capsys):
+    plain = f"select.py --run {tmp_path}/plain --method sft --model {base}"
+    assert "--custom must be given" in refused(capsys, plain)
+    assert call(f"{plain} --custom {files['custom']}") == 0
+    assert "begun without reference sets" in refused(capsys, f"train.py --run {tmp_path}/plain")
 
 
 def test_rows_in_two_sets_are_warned_of(trained, tmp_path, files, capsys):

@@ -15,7 +15,7 @@ from helpers import call, random_adapter, refused, said, tokens_of
 from safetensors.torch import load_file
 
 from model import InputError, load_checkpoint
-from model.io import DoesNotFit, NotFinite, made_from
+from model.io import DoesNotFit, NotFinite, made_from, save_tensors
 from model.lora import active, new_adapter, use
 from toss.config import TrainConfig
 from toss.loss import token_loss
@@ -271,3 +271,19 @@ def test_an_overflow_in_float16_falls_back_with_a_warning(tmp_path, files, capsy
         used = {"float32": "float32", "float16": "tf32"}[dtype]
         assert made_from(run / "scores.safetensors")["dtype"] == used
     assert torch.allclose(losses["float16"], losses["float32"], rtol=1e-4)
+
+
+def test_a_round_of_toss_pro_that_overflows_falls_back_once(tmp_path, files, capsys):
+    """The scores are said to be in float16, in which this base overflows."""
+    folder, run = make_base(tmp_path / "huge"), tmp_path / "run"
+    key = "model.layers.0.mlp.down_proj.weight"
+    edit_tensors(folder / "model.safetensors", key, lambda w: (w * 1e5).clamp(-6e4, 6e4))
+    references = f"--harmful {files['harmful']} --utility {files['utility']}"
+    assert call(f"train.py --run {run} --model {folder} {references}") == 0
+    assert call(f"score.py --run {run} --custom {files['custom']}") == 0
+    scores = run / "scores.safetensors"
+    record = {**made_from(scores), "dtype": "float16"}
+    save_tensors(load_file(scores), scores, record)
+    out = said(capsys, f"select.py --run {run} --pro 1")
+    assert out.count("scoring again in tf32") == 1
+    assert made_from(run / "methods/toss-pro/round-1/scores.safetensors")["dtype"] == "tf32"

@@ -6,20 +6,18 @@ import re
 from argparse import Namespace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from model.checkpoint import load_checkpoint, save_checkpoint
+from model.checkpoint import load_checkpoint
 from model.hub import resolve
 from model.io import DoesNotFit, InputError, NotFinite, read_json
-from model.lora import merge, use
-from model.peft import read_adapter
+from model.lora import Adapter, use
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from toss.parallel import size
 from toss.rows import Row, read_rows
-from toss.tokens import Tokens, default_batch_tokens, tokenise
+from toss.tokens import BATCH_TOKENS, Tokens, tokenise
 
 ROOM = (DoesNotFit, torch.OutOfMemoryError)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # the others are float32
@@ -77,60 +75,58 @@ class Base:
 
     @property
     def batch_tokens(self) -> int:
-        return self.args.batch_tokens or default_batch_tokens(self.device)
+        return self.args.batch_tokens or BATCH_TOKENS[self.device.type]
 
-    def base(self, purpose: str) -> Transformer:
-        """The base model to "train" or to "score" (or in a dtype, by name), without an adapter."""
+    def base(self, purpose: str, adapter: Adapter | None = None) -> Transformer:
+        """The base to "train" or to "score" (or in a dtype, by name), carrying this adapter alone.
+
+        Do not keep it in a variable: a change of dtype would hold two bases in memory.
+        """
         dtype = self.dtypes.get(purpose, purpose)
         if self.model is None or self.loaded != dtype:
-            self.model = None  # free the old one first
+            self.model, self.loaded = None, dtype  # free the old one first
             torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
             kind = DTYPES.get(dtype, torch.float32)
-            self.model, self.loaded = load_checkpoint(self.checkpoint, self.device, kind), dtype
+            self.model = load_checkpoint(self.checkpoint, self.device, kind)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
             self.model.name = self.args.model if self.args.revision else ""
             self.model.base_sha256 = self.identity["base_sha256"]
-        return use(self.model, None)
+        return use(self.model, adapter)
 
     def lower_scoring(self, error: Exception) -> bool:
-        """Change to another dtype after a failed scoring pass, and say so; False: there is none.
+        """Choose another dtype after a failed scoring pass, and say so; False: there is none.
 
-        float16 becomes TF32 after an overflow, and TF32 bfloat16 if it does not fit into memory.
-        The latter not if --dtype asks for TF32, nor in one of several processes.
+        float16 becomes TF32 after an overflow. TF32 becomes bfloat16 if it does not fit into
+        memory, unless --dtype asks for TF32 or there are several processes.
         """
-        dtype, no_room = (
-            self.dtypes["score"],
-            isinstance(error, DoesNotFit | torch.OutOfMemoryError),
-        )
+        dtype, lower = self.dtypes["score"], None
         if dtype == "float16" and isinstance(error, NotFinite):
-            self.dtypes["score"] = "tf32"
-        elif dtype == "tf32" and no_room and self.args.dtype != "tf32" and size() == 1:
-            self.dtypes["score"] = "bfloat16"
-        else:
+            lower = "tf32"
+        elif dtype == "tf32" != self.args.dtype and isinstance(error, ROOM) and size() == 1:
+            lower = "bfloat16"
+        if lower is None or self.loaded != dtype:  # another dtype at work: training has failed
             return False
-        self.model = None
-        cause = " ".join(str(error).split())
-        print(f"warning: {cause}; scoring again in {self.dtypes['score']}")
+        self.model, self.dtypes["score"] = None, lower
+        print(f"warning: {' '.join(str(error).split())}; scoring again in {lower}")
         return True
 
     def tokens(self, path: str, rows: list[Row] | None = None) -> Tokens:
-        """A file of rows (or only `rows` of it) as token ids; a file is read once."""
-        if rows is not None:
-            return self.tokenise(path, rows)
-        if path not in self.datasets:
-            self.datasets[path] = self.tokenise(path, read_rows(path))
-        return self.datasets[path]
-
-    def tokenise(self, path: str, rows: list[Row]) -> Tokens:
-        """The rows of a file as token ids; prints what was skipped or cut."""
-        self.warn_shared(path, rows)
-        tokens = tokenise(rows, self.tokenizer, self.args.max_length, str(path))
+        """A file of rows (read once), or only `rows` of it; prints what was skipped or cut."""
+        if rows is None and path in self.datasets:
+            return self.datasets[path]
+        if path is None:
+            what = "was begun without reference sets: give --model, --harmful and --utility"
+            raise InputError(f"{self.args.run} {what}")
+        chosen = read_rows(path) if rows is None else rows
+        self.warn_shared(path, chosen)
+        tokens = tokenise(chosen, self.tokenizer, self.args.max_length, str(path))
         highest = int(tokens.input_ids.max())
-        there = read_json(self.checkpoint / "config.json").get("vocab_size", 0)
+        there = read_json(self.checkpoint / "config.json").get("vocab_size") or 0
         if highest >= there:
             what = f"tokenizer.json has the id {highest}, but the model has {there} embeddings"
             raise InputError(f"{self.checkpoint}: {what}")
         print(f"{path}: {tokens.rows} rows, {tokens.skipped} skipped, {tokens.cut} cut")
+        self.datasets |= {path: tokens} if rows is None else {}
         return tokens
 
     def warn_shared(self, path: str, rows: list[Row], prompts_only: bool = False) -> None:
@@ -144,21 +140,6 @@ class Base:
                 if shared := sum(key(row) in known for row in rows):
                     kind = "prompts" if prompts_only else "rows"
                     print(f"warning: {shared} of {len(rows)} {kind} of {path} are in {other} too")
-
-    def write_merged(self, folder: Path, made_from: dict[str, Any]) -> None:
-        """Write folder/merged: the base with the adapter in `folder` folded in.
-
-        In the dtype of the stored base, unless --dtype asks for another one.
-        """
-        self.model = None  # makes room
-        config = read_json(self.checkpoint / "config.json")
-        stored = config.get("dtype") or config.get("torch_dtype")
-        name = stored if self.args.dtype == "auto" else self.args.dtype
-        dtype = DTYPES.get(name, torch.float32)
-        model = load_checkpoint(self.checkpoint, self.device, dtype)
-        model.base_sha256 = made_from["base_sha256"]
-        merge(model, read_adapter(model, folder))
-        save_checkpoint(model, folder / "merged", self.checkpoint, made_from)
 
 
 def find_device(name: str) -> torch.device:

@@ -139,16 +139,17 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     given, training = made.given(argv), made.prog == "train.py"
     folder = Path(given.get("run", "runs/demo"))
     file = folder / "run.json"
-    record = read_run(file)
     inputs = [name for name in INPUTS if name in given]
-    if training and inputs:
-        if missing := [f"--{name}" for name in INPUTS[:3] if name not in given]:
-            need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
-            raise InputError(f"{need}: {' and '.join(missing)} is missing")
+    missing = [f"--{name}" for name in INPUTS[:3] if name not in given]
+    if training and inputs and missing:
+        need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
+        raise InputError(f"{need}: {' and '.join(missing)} is missing")
     anew = bool(training and inputs and "overwrite" in given)
-    record = {} if anew else record
-    begun = {name: record.get("settings", {}).get(name) for name in INHERITED}
-    begun = {name: value for name, value in begun.items() if value is not None}
+    record = {} if anew else read_run(file)
+    settings = record.get("settings", {})
+    begun = {name: settings[name] for name in INHERITED if settings.get(name) is not None}
+    if given.get("model", begun.get("model")) != begun.get("model"):
+        begun.pop("revision", None)  # of the hub id that the base had
     demo = not inputs and record.get("demo", True)
     known = {action.dest for action in made._actions}
     needed = dict.fromkeys((*INHERITED, "gradient_checkpointing", "overwrite", "dtype", "mask"))

@@ -106,28 +106,16 @@ def load_selection(path: Path, tokens: Tokens) -> dict[str, Tensor]:
     return found
 
 
-def write_method(
-    out: Path, selection: dict[str, Any], adapter: Adapter, model: Transformer, record: dict
+def write_model(
+    out: Path, adapter: Adapter, model: Transformer, record: dict, selection: dict | None = None
 ) -> None:
-    """The folder of a method: the mask, the adapter in PEFT's format, and the record of both."""
-    arrays = {name: tensor for name, tensor in selection.items() if tensor is not None}
-    save_tensors(arrays, out / "selection.safetensors", record)
-    write_adapter(adapter, model, out / "model", record)
-    write_record(out, record)
-
-
-def write_reference(
-    out: Path, role: str, adapter: Adapter, model: Transformer, record: dict
-) -> None:
-    """A reference adapter and its record, with a warning if it is the degraded one."""
-    warning = {"warning": WARNING} if role == "degraded" else {}
-    write_adapter(adapter, model, out, {**record, "role": role, **warning})
-    write_record(out, record)
-
-
-def write_record(folder: Path, record: dict) -> None:
-    """record.json: what a result was made from."""
-    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """The folder of a reference: adapter and record; or of a method: mask, model/ and record."""
+    warning = {} if selection or record["stage"] == "utility" else {"warning": WARNING}
+    write_adapter(adapter, model, out / "model" if selection else out, {**record, **warning})
+    if selection:
+        arrays = {name: tensor for name, tensor in selection.items() if tensor is not None}
+        save_tensors(arrays, out / "selection.safetensors", record)
+    (out / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def write_added(
@@ -145,29 +133,21 @@ def write_added(
 
 def describe_scores(tokens: Tokens, losses: dict[str, Tensor]) -> list[str]:
     """How S is spread, in words, and what to do if it is too narrow."""
-    S = (losses["utility"] - losses["degraded"])[tokens.response]
-    lines = [f"S = L^u - L^h {describe_spread(S)}"]
-    if S.std() < 0.01:
-        lines.append(
-            "note: the references hardly differ, so S ranks almost nothing: train them at a higher "
-            "--lr, or for more steps (--epochs, a smaller --batch-size)"
-        )
-    return lines
-
-
-def describe_spread(S: Tensor) -> str:
-    """How the scores of the response tokens are spread, in words."""
-    ordered = S.sort().values
-    marks = ((q, float(ordered[int(q / 100 * (len(S) - 1))])) for q in (1, 50, 90, 99))
-    quantiles = ", ".join(f"{q} % {value:.2f}" for q, value in marks)
-    return (
-        f"over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard deviation "
-        f"{S.std():.3f}, quantiles {quantiles}"
+    S = (losses["utility"] - losses["degraded"])[tokens.response].sort().values
+    quantiles = ", ".join(f"{q} % {S[int(q / 100 * (len(S) - 1))]:.2f}" for q in (1, 50, 90, 99))
+    narrow = (
+        "note: the references hardly differ, so S ranks almost nothing: train them at a higher "
+        "--lr, or for more steps (--epochs, a smaller --batch-size)"
     )
+    return [
+        f"S = L^u - L^h over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard "
+        f"deviation {S.std():.3f}, quantiles {quantiles}",
+        *([narrow] if S.std() < 0.01 else []),
+    ]
 
 
 def lost_rows(tokens: Tokens, keep: Tensor) -> int:
     """How many rows have response tokens, but none that is kept."""
-    rows = (tokens.row_of(at.nonzero()[:, 0]) for at in (tokens.response & keep, tokens.response))
-    kept, there = (torch.bincount(row, minlength=tokens.rows) for row in rows)
-    return int(((there > 0) & (kept == 0)).sum())
+    rows = (tokens.row_of(at.nonzero()[:, 0]) for at in (tokens.response, tokens.response & keep))
+    there, kept = (len(row.unique()) for row in rows)
+    return there - kept

@@ -43,16 +43,15 @@ class Candidates:
         """The paper's score L^u - L^h."""
         return self.loss("utility") - self.loss("degraded")
 
+    def position(self) -> Tensor:
+        """Which of its row's ranked tokens each one is, from 0, int64 [n]."""
+        return torch.arange(len(self.row)) - torch.searchsorted(self.row, self.row)
+
     def harmful(self) -> Tensor:
         """Ground truth, bool [n]."""
         if self.tokens.harmful.any():
             return self.tokens.harmful[self.ranked]
         raise InputError("this method needs the ground truth, but no row marks harm (`harmful`)")
-
-
-def sft(c: Candidates) -> Choice:
-    """Plain fine-tuning: every token stays."""
-    return torch.ones(len(c.ranked), dtype=torch.bool), None
 
 
 def top(scores: Tensor, c: Candidates) -> Choice:
@@ -65,19 +64,12 @@ def random(c: Candidates) -> Choice:
     return top(torch.rand(len(c.ranked), generator=torch.Generator().manual_seed(c.seed)), c)
 
 
-def first_k(c: Candidates) -> Choice:
-    """The first tokens of every response, as many in each row."""
-    start = torch.searchsorted(c.row, c.row)  # where the token's row begins among the ranked
-    return top((start - torch.arange(len(c.row))).float(), c)
-
-
 def local(c: Candidates) -> Choice:
     """The highest floor(d L_i) of each row by itself: by the rounding, less than d in all."""
     S = c.S()
     order = S.argsort(descending=True, stable=True)
     order = order[c.row[order].argsort(stable=True)]  # by row, riskiest first within a row
-    position = torch.arange(len(S)) - torch.searchsorted(c.row, c.row)
-    keep = position >= (c.d * c.sizes[c.row].double() + 1e-9).floor()
+    keep = c.position() >= (c.d * c.sizes[c.row].double() + 1e-9).floor()
     return keep[order.argsort()], S
 
 
@@ -102,9 +94,9 @@ def sample_all(c: Candidates) -> Choice:
 
 
 METHODS = {
-    "sft": sft,
+    "sft": lambda c: (torch.ones(len(c.ranked), dtype=torch.bool), None),  # every token stays
     "random": random,
-    "first-k": first_k,
+    "first-k": lambda c: top(-c.position().float(), c),  # equally many of every row, if it can
     "local": local,
     "sample": sample,
     "sample-all": sample_all,

@@ -57,19 +57,15 @@ class Progress:
         if "loss" in event:
             self.bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
             self.cost["last_loss"] = event["loss"]
-            if self.log:
-                self.write(event)
+        if "loss" in event and self.log:  # the first step's line replaces an earlier log
+            line = {name: event[name] for name in ("step", "steps", "loss", "grad_norm", "lr")}
+            line |= {name: round(event[name], 6) for name in ("loss", "grad_norm")}
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.log, "w" if event["step"] == 1 else "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         if event["step"] == event["steps"]:
             self.bar.close()
             self.cost |= self.clock.read()
-
-    def write(self, event: dict[str, Any]) -> None:
-        """Add a step's line to the log; the first one replaces an earlier log."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        line = {name: event[name] for name in ("step", "steps", "loss", "grad_norm", "lr")}
-        line |= {name: round(event[name], 6) for name in ("loss", "grad_norm")}
-        with open(self.log, "w" if event["step"] == 1 else "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def cost_of(parts: dict[str, Progress]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from model.io import InputError, json_object, lines_of
 
-ROLES = dict.fromkeys(("system", "developer"), "system") | {"user": "user", "human": "user"}
+ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 FORMS = (
     "messages; prompt and response; instruction, input and output (Alpaca); "
@@ -38,9 +38,9 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
     With `responses`, each row needs a response, and turns after the last one are dropped; without,
     it may be a prompt only (evaluation). Raises InputError naming file and line.
     """
-    rows = []
     if not isinstance(source, str | Path):
-        return [row_of(raw, f"row {i}", responses) for i, raw in enumerate(source)]
+        return [row_of(raw, f"row {i} (from 0)", responses) for i, raw in enumerate(source)]
+    rows: list[Row] = []
     for where, line in lines_of(source):
         if not rows and line.lstrip().startswith("["):
             fix = f"`jq -c '.[]' {source} > rows.jsonl` makes a file with one object per line"
@@ -71,8 +71,7 @@ def row_of(raw: dict, where: str, responses: bool = True) -> Row:
     end = len(messages[replies[0]]["content"]) if len(replies) == 1 else 0
     spans = raw.get("harmful") or []
     try:
-        whole = all(type(n) is int for span in spans for n in span)
-        fit = whole and all(0 <= a < b <= end for a, b in spans)
+        fit = all(type(a) is type(b) is int and 0 <= a < b <= end for a, b in spans)
     except (TypeError, ValueError):
         fit = False
     if not fit:

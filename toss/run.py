@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import base_hash
-from model.io import InputError, atomic_dir, atomic_file, file_hash
-from model.lora import Adapter
+from model.checkpoint import base_hash, save_checkpoint
+from model.io import InputError, atomic_dir, atomic_file, file_hash, read_json
+from model.lora import Adapter, merge
 from model.peft import WEIGHTS, read_adapter
 from toss import files
 from toss.base import Base
-from toss.cli import FORMAT, ROOT, Parser, add_run_flags, parse, read_run
+from toss.cli import FORMAT, INPUTS, ROOT, Parser, add_run_flags, parse, read_run
 from toss.config import TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
 from toss.parallel import rank
@@ -60,8 +60,8 @@ class Run(Base):
         }
         begun = {} if self.args.anew else self.record.get("identity", {})
         if differs := [name for name in begun if begun[name] != identity[name]]:
-            what = f"{' and '.join(differs)} of {self.args.model}"
-            raise InputError(f"{self.folder} was begun with another {what}; choose another --run")
+            what = f"another base or prompt form than {self.args.model} ({', '.join(differs)})"
+            raise InputError(f"{self.folder} was begun with {what}; choose another --run")
         return identity
 
     def log(self, name: str) -> Progress:
@@ -96,7 +96,7 @@ class Run(Base):
         return known[2]
 
     def stale(self, stage: str) -> list[str]:
-        """The inputs of a recorded stage that have changed since; those that are gone have not."""
+        """The inputs of a recorded stage that have changed since. One that is gone has not."""
         index = self.record.get("stages", {}).get(stage, {}).get("recipe", {})
         inputs = (record_of(self.path(stage)) or index).get("inputs", {})
         there = {key: file for key in inputs if (file := self.source(key)).is_file()}
@@ -118,10 +118,8 @@ class Run(Base):
         differs = [key for key in self.stale(stage) if only is None or key in only]
         differs += [k for k, value in self.identity.items() if record.get(k, value) != value]
         if differs:
-            raise InputError(
-                f"{path} was made from another {' and '.join(differs)} than this run has now: run "
-                f"{make} --overwrite, or choose another --run"
-            )
+            what = f"{path} does not fit this run (changed: {', '.join(differs)})"
+            raise InputError(f"{what}: run {make} --overwrite, or choose another --run")
         return record
 
     def adapter(self, name: str) -> Adapter:
@@ -141,12 +139,11 @@ class Run(Base):
 
         Where there are no scores and none are needed, the custom file is tokenised: the same ids.
         """
-        if self.args.custom is None:
-            raise InputError("--custom is needed: the JSONL file to fine-tune on")
         if not needed and not self.path("scores").exists():
             return self.tokens(self.args.custom), {}
         record = self.check("scores", only=None if needed else ("--custom",))
-        self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
+        if self.args.custom not in self.datasets:  # at first; lower_scoring may change it later
+            self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
         tokens, losses = read_scores(self.path("scores"), self.args.custom)
         self.datasets[self.args.custom] = tokens
         return tokens, losses
@@ -174,16 +171,13 @@ class Run(Base):
 
     def recipe(self, inputs: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides a result: settings, hashes of its inputs, base and tokenizer."""
+        for key in inputs:
+            if key.startswith("--") and getattr(self.args, key[2:]) is None:
+                raise InputError(f"{key} must be given: {self.folder} was begun without it")
         hashes = {key: self.hash(self.source(key)) for key in inputs}
         return {"settings": settings, "inputs": hashes, **self.identity}
 
-    def once(
-        self,
-        stage: str,
-        build: Callable[[], Any],
-        inputs: tuple[str, ...],
-        settings: dict[str, Any],
-    ) -> None:
+    def once(self, stage: str, build: Callable, inputs: Sequence[str], settings: dict) -> None:
         """Make a result, unless it exists already. Raises InputError if a different one does.
 
         inputs: the file of rows first; see source. build() returns what is to be written: an
@@ -200,13 +194,12 @@ class Run(Base):
             return
         remarks = None
         while remarks is None:
-            self.parts, failure = {}, None
+            self.parts = {}
             try:
                 remarks = self.make(stage, build, recipe)
             except (InputError, torch.OutOfMemoryError) as error:
-                failure = error.with_traceback(None)  # lets go of the failed pass's memory
-            if failure and not self.lower_scoring(failure):
-                raise failure
+                if not self.lower_scoring(error):
+                    raise
         if rank() == 0:
             data = self.datasets[str(self.source(inputs[0]))]
             counts = {name: getattr(data, name) for name in ("rows", "skipped", "cut")}
@@ -232,9 +225,8 @@ class Run(Base):
 
     def write(self, stage: str, result: Any, out: Path, record: dict[str, Any]) -> list[str]:
         """Write what `build` returned (see once), with its record; returns the closing lines."""
-        model = self.model
         if isinstance(result, Adapter):
-            files.write_reference(out, stage, result, model, record)
+            files.write_model(out, result, self.model, record)
             return []
         if stage == "scores":
             record["dtype"] = dtype = self.dtypes["score"]
@@ -243,26 +235,20 @@ class Run(Base):
             note = f"computed in {dtype}; for the rounding noise of S: {noise}"
             return files.describe_scores(*result) + [note] * (dtype != "float32")
         tokens, selection, adapter = result
-        gone = int((~selection["keep"]).sum())
-        chosen = record_of(Path(self.args.mask)) if self.args.mask else record
-        eos_id = self.tokenizer.eos_id if chosen.get("settings", {}).get("keep_eos") else None
-        record["ranked"] = ranked = len(competing_tokens(tokens, eos_id))
-        record |= {"discarded": gone, "tokens_sha256": fingerprint(tokens)}
-        files.write_method(out, selection, adapter, model, record)
-        lost = f"{lost_rows(tokens, selection['keep'])} rows lost all of theirs"
-        return [f"{gone} of {ranked} response tokens discarded, {lost}"]
+        keep, keep_eos = selection["keep"], record["settings"].get("keep_eos")
+        ranked = len(competing_tokens(tokens, self.tokenizer.eos_id if keep_eos else None))
+        if self.args.mask:
+            ranked = record_of(Path(self.args.mask)).get("ranked", ranked)
+        record |= {"discarded": int((~keep).sum()), "ranked": ranked}
+        record["tokens_sha256"] = fingerprint(tokens)
+        files.write_model(out, adapter, self.model, record, selection)
+        gone = f"{record['discarded']} of {ranked} response tokens discarded"
+        return [f"{gone}, {lost_rows(tokens, keep)} rows lost all their tokens"]
 
-    def save_round(
-        self,
-        t: int,
-        tokens: Tokens,
-        added: list[tuple[int, int, float]],
-        theta_h: Adapter,
-        losses: dict[str, Tensor],
-    ) -> None:
+    def save_round(self, t: int, tokens: Tokens, added: list, theta_h: Adapter, L: dict) -> None:
         """Write round t of TOSS-Pro: the rows added to D^h, theta^h_t, and the losses under it.
 
-        added: each row with the place of the token that brought it in, and that token's score.
+        added: (row, place of the token that brought it in, that token's score) each.
         """
         print(f"TOSS-Pro round {t}: {len(added)} rows added to the harmful reference set")
         if rank() == 0:
@@ -270,17 +256,24 @@ class Run(Base):
             rows = {"added_rows": [row for row, _, _ in added]}
             record = {"stage": out.name, **self.recipe(("--custom", "--harmful"), rows)}
             files.write_added(out / "added.jsonl", tokens, added, self.tokenizer)
-            degraded, model = out / "degraded", self.model
-            files.write_reference(degraded, "degraded", theta_h, model, record)
+            files.write_model(out / "degraded", theta_h, self.model, record)
             record["dtype"] = self.dtypes["score"]
-            files.write_scores(out / "scores.safetensors", tokens, losses, record)
+            files.write_scores(out / "scores.safetensors", tokens, L, record)
 
     def merge(self, stage: str) -> None:
-        """Write the merged checkpoint of a method, in process 0."""
+        """Write the merged checkpoint of a method, in process 0.
+
+        In the dtype of the stored base, unless --dtype asks for another one.
+        """
         folder = self.path(stage) / "model"
         if rank() == 0 and not (folder / "merged").exists():
+            config = read_json(self.checkpoint / "config.json")
+            stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+            model = self.base(stored if self.args.dtype == "auto" else self.args.dtype)
             made = {**self.identity, "adapter_sha256": self.hash(folder / WEIGHTS)}
-            self.write_merged(folder, made)
+            merge(model, read_adapter(model, folder))
+            self.model = None  # it is another model now
+            save_checkpoint(model, folder / "merged", self.checkpoint, made)
         print(f"merged checkpoint: {folder / 'merged'}")
 
     def is_done(self, stage: str, recipe: dict[str, Any]) -> bool:
@@ -290,12 +283,8 @@ class Run(Base):
             return False
         if not (differs := differences(known, recipe)):
             whole = all((path / part).exists() for part in files.PARTS[stage.split("/")[0]])
-            done = (
-                "exists with equal settings and inputs, skipped"
-                if whole
-                else "is incomplete, so it is made again"
-            )
-            print(f"{stage}: {path} {done}")
+            done = ("is incomplete, so it is made again", "exists with equal settings and inputs")
+            print(f"{stage}: {path} {done[whole]}{', skipped' * whole}")
             return whole
         if self.args.overwrite:
             return False
@@ -309,12 +298,13 @@ class Run(Base):
     def finish(self, stage: str, recipe: dict[str, Any], **facts: Any) -> None:
         """Put a stage into run.json: its recipe, and what else is known of it."""
         self.record = record = read_run(self.file)
-        own, hidden = str(self.folder.absolute()), ("run", "overwrite", "given", "demo", "anew")
+        own, hidden = f"{self.folder.absolute()}/", ("run", "overwrite", "given", "demo", "anew")
         used = {p: known[2] for p, known in self.hashes.items() if not p.startswith(own)}
         settings = {k: v for k, v in vars(self.args).items() if k not in hidden}
         settings = settings if stage.split("/")[0] in files.PARTS else {}  # not an audit's
         record["format"] = FORMAT
         record["demo"], record["identity"] = self.args.demo, self.identity
+        settings = {k: v for k, v in settings.items() if v is not None or k not in INPUTS}
         record["settings"] = {**record.get("settings", {}), **settings}
         record["inputs"] = {**record.get("inputs", {}), **used}
         record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
@@ -337,24 +327,25 @@ def open_run(folder: str | Path, **settings: Any) -> Run:
 
 def differences(known: dict, wanted: dict) -> list[str]:
     """What differs between a record and a recipe: "lr 1e-05 there, 0.001 now"."""
-    flat = [{**r, **r.get("settings", {}), **r.get("inputs", {})} for r in (known, wanted)]
-    values = {k: (flat[0].get(k), v) for k, v in flat[1].items() if k not in ("settings", "inputs")}
-    return [f"{k} {str(a)[:16]} there, {str(b)[:16]} now" for k, (a, b) in values.items() if a != b]
+    there, now = (  # settings and inputs whole: one that only the record has differs too
+        {k: r.get(k) for k in wanted} | r.get("settings", {}) | r.get("inputs", {})
+        for r in (known, wanted)
+    )
+    pairs = {k: (there.get(k), now.get(k)) for k in now | there if k not in ("settings", "inputs")}
+    return [f"{k} {str(a)[:16]} there, {str(b)[:16]} now" for k, (a, b) in pairs.items() if a != b]
 
 
 def describe_cost(cost: dict[str, Any]) -> str:
     """What a stage took, in words."""
     speed = cost["tokens"] / max(cost["seconds"], 1e-9)
-    words = f"{cost['tokens']} tokens in {cost['seconds']:.1f} s ({speed:,.0f} per second), "
-    words += f"peak memory {cost['peak_memory_gib']:.2f} GiB"
-    return words + (f", last loss {cost['last_loss']:.3f}" if "last_loss" in cost else "")
+    loss = ", last loss {last_loss:.3f}" if "last_loss" in cost else ""
+    words = "{tokens} tokens in {seconds:.1f} s ({speed:,.0f} per second), peak memory "
+    return (words + "{peak_memory_gib:.2f} GiB" + loss).format(speed=speed, **cost)
 
 
 def git_commit() -> str | None:
     """The commit of this code, with a plus sign if the tree has changes; None outside git."""
     call = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(call, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return done.stdout.strip()

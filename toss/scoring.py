@@ -9,7 +9,7 @@ from model.io import NotFinite
 from model.transformer import Transformer
 from toss.loss import token_log_probs
 from toss.parallel import share, sum_over_processes
-from toss.tokens import Tokens, batches, collate, default_batch_tokens, halve_budget
+from toss.tokens import BATCH_TOKENS, Tokens, batches, collate, halve_budget
 
 
 @torch.inference_mode()
@@ -28,12 +28,11 @@ def score(
     an infinity. An overflow of float16 is always seen: an infinity in the residual stream becomes
     NaN in the next norm, and reaches all later positions of the row through the keys.
     """
-    budget = batch_tokens or default_batch_tokens(model.device)
+    budget = batch_tokens or BATCH_TOKENS[model.device.type]
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
     there = [i for i, length in enumerate(tokens.lengths) if length]
     groups = share(batches(there, tokens.lengths, budget))
-    others = sum(tokens.lengths) - sum(tokens.lengths[i] for group in groups for i in group)
-    done = 0
+    done, rest = 0, sum(tokens.lengths)
     while done < len(groups):
         try:
             batch = collate(tokens, groups[done], tokens.response, model.device)
@@ -44,9 +43,10 @@ def score(
             left = [i for group in groups[done:] for i in group]
             groups[done:] = batches(left, tokens.lengths, budget)
             continue
-        seen = sum(tokens.lengths[i] for i in groups[done])
         done += 1
-        seen += others if done == len(groups) else 0  # the other processes' tokens
+        own = sum(tokens.lengths[i] for i in groups[done - 1])
+        seen = own if done < len(groups) else rest  # at the end also what other processes ran
+        rest -= seen
         on_batch({"step": done, "steps": len(groups), "tokens": seen})
     sum_over_processes([losses])  # each entry was filled by one of them
     losses = losses.cpu()

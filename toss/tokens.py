@@ -5,7 +5,8 @@ one at their place in these arrays.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from model.tokenizer import Tokenizer
 from toss.rows import Row
 
 CHUNK = 1024  # rows that go to the tokenizer's threads together
+BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}  # per batch, where no number is given
+PROMPT, RESPONSE, HARMFUL = 0, 1, 2  # kinds of tokens; a harmful one is of a response too
 
 
 @dataclass
@@ -32,10 +35,10 @@ class Tokens:
     name: str = ""  # the file, for messages
     skipped: int = 0  # rows whose prompt leaves no room for a response token
     cut: int = 0  # rows whose end did not fit
-    lengths: list[int] = field(init=False)
 
-    def __post_init__(self):
-        self.lengths = self.offsets.diff().tolist()
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.offsets.diff().tolist()
 
     @property
     def rows(self) -> int:
@@ -47,8 +50,8 @@ class Tokens:
 
     def places(self, rows: Iterable[int]) -> Tensor:
         """The places of these rows' tokens in the flat arrays, row after row, int64 [n]."""
-        bounds = ((int(self.offsets[i]), int(self.offsets[i + 1])) for i in rows)
-        return torch.cat([torch.arange(0), *(torch.arange(*pair) for pair in bounds)])
+        places = (torch.arange(self.offsets[i], self.offsets[i + 1]) for i in rows)
+        return torch.cat([torch.arange(0), *places])
 
     def take(self, rows: list[int]) -> "Tokens":
         """These rows as a dataset of their own."""
@@ -58,12 +61,10 @@ class Tokens:
 
     def __add__(self, other: "Tokens") -> "Tokens":
         """The rows of both, this one's first."""
-        pairs = (
-            (getattr(self, n), getattr(other, n)) for n in ("input_ids", "response", "harmful")
-        )
-        ids, response, harmful = map(torch.cat, pairs)
+        join = lambda name: torch.cat((getattr(self, name), getattr(other, name)))
         offsets = torch.cat((self.offsets, self.offsets[-1] + other.offsets[1:]))
-        return Tokens(ids, offsets, response, harmful, f"{self.name} and rows of {other.name}")
+        arrays = join("input_ids"), offsets, join("response"), join("harmful")
+        return Tokens(*arrays, f"{self.name} and rows of {other.name}")
 
 
 def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str = "") -> Tokens:
@@ -72,43 +73,46 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
     A prompt that leaves no room for a response token is skipped; its row stays, empty. A response
     too long is cut on the right and then gets no EOS. Raises InputError when no row is left.
     """
-    arrays, lengths, cut = [], [0], 0
+    arrays, lengths, cut = ([], []), [0], 0
     for start in range(0, len(rows), CHUNK):
-        for row in encode(rows[start : start + CHUNK], tokenizer):
-            length = row.shape[1]
+        for ids, kinds in encode(rows[start : start + CHUNK], tokenizer):
+            length = len(ids)
             if length > max_length:  # up to its last response token: what follows is of no use
-                length = int(row[1, :max_length].nonzero()[0].max(initial=-1)) + 1
+                length = int(kinds[:max_length].nonzero()[0].max(initial=-1)) + 1
                 cut += length > 0
-            arrays.append(row[:, :length])
+            arrays[0].append(ids[:length])
+            arrays[1].append(kinds[:length])
             lengths.append(length)
     if not any(lengths):
         what = f"every prompt is longer than --max-length {max_length}; no row is left"
         raise InputError(f"{name}: {what}")
-    ids, response, harmful = torch.from_numpy(np.concatenate(arrays, axis=1))
+    ids, kinds = (torch.from_numpy(np.concatenate(parts)) for parts in arrays)
     offsets, skipped = torch.tensor(lengths).cumsum(0), lengths.count(0) - 1
-    return Tokens(ids.clone(), offsets, response.bool(), harmful.bool(), name, skipped, cut)
+    return Tokens(ids, offsets, kinds > 0, kinds == HARMFUL, name, skipped, cut)
 
 
-def encode(rows: list[Row], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Each row whole, int32 [3, tokens]: its ids, which are of responses, which are harmful."""
+def encode(rows: list[Row], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each row whole: its ids, int32, and the kind of each token, uint8."""
     segments = []
     for row in rows:
         try:
             segments.append(tokenizer.segments(row.messages))
         except InputError as error:
             raise InputError(f"{row.where}: {error}") from None
+    lead = tokenizer.leading_ids()
     for row, texts, pieces in zip(rows, segments, tokenizer.encode_segments(segments)):
-        columns = [(i, False, False) for i in tokenizer.leading_ids()]
-        for (text, is_response), (ids, spans) in zip(texts, pieces):
+        ids, kinds = [*lead], [PROMPT] * len(lead)
+        for (text, is_response), (piece, spans) in zip(texts, pieces):
             shift = len(text) - len(row.messages[-1]["content"])  # the space before a response
             marks = [(a + shift, b + shift) for a, b in row.harmful if is_response]
-            harmful = (any(s < b and e > a for a, b in marks) for s, e in spans)
-            columns += [(i, is_response, harm) for i, harm in zip(ids, harmful)]
-            columns += [(tokenizer.eos_id, True, False)] * is_response
-        if columns[0][1]:
+            harm = [any(s < b and e > a for a, b in marks) for s, e in spans if marks]
+            ids += [*piece, tokenizer.eos_id] if is_response else piece
+            kinds += [is_response + h for h in harm] or [int(is_response)] * len(piece)
+            kinds += [RESPONSE] * is_response  # EOS
+        if kinds[0]:
             what = "the prompt is empty, so nothing predicts the first response token"
             raise InputError(f"{row.where}: {what}")
-        yield np.array(columns, dtype=np.int32).T
+        yield np.array(ids, np.int32), np.array(kinds, np.uint8)
 
 
 @dataclass
@@ -138,11 +142,6 @@ def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[i
     return groups
 
 
-def default_batch_tokens(device: torch.device) -> int:
-    """Tokens per batch where none are given."""
-    return 8192 if device.type == "cuda" else 2048
-
-
 def halve_budget(budget: int, longest: int, advice: str, remark: Callable[[dict], None]) -> int:
     """Halve the tokens per batch after running out of memory; DoesNotFit if a batch is one row."""
     if budget <= longest:
@@ -157,16 +156,13 @@ def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.devic
 
     All index arithmetic is done on the CPU, so that the device never has to wait for a count.
     """
-    T, before, places = max(tokens.lengths[i] for i in rows), [], []
-    ids = torch.zeros(len(rows), T, dtype=torch.int64)
-    for b, i in enumerate(rows):
-        start, end = int(tokens.offsets[i]), int(tokens.offsets[i + 1])
-        ids[b, : end - start] = tokens.input_ids[start:end]
-        position = wanted[start:end].nonzero()[:, 0]  # all > 0: a prompt comes first
-        before.append(b * T + position - 1)
-        places.append(start + position)
-    at = torch.cat(places)
-    parts = (ids, torch.cat(before), tokens.input_ids[at].long(), at)
+    places, lengths = tokens.places(rows), torch.tensor([tokens.lengths[i] for i in rows])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T), False in the padding
+    ids = torch.zeros(real.shape, dtype=torch.int64)
+    ids[real] = tokens.input_ids[places].long()
+    chosen = wanted[places]
+    at = real.flatten().nonzero()[chosen, 0]  # of the wanted tokens; a prompt comes before them
+    parts = (ids, at - 1, ids.flatten()[at], places[chosen])
     if device.type == "cuda":
         parts = (part.pin_memory().to(device, non_blocking=True) for part in parts)
     return Batch(*parts)

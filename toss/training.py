@@ -14,7 +14,7 @@ from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_log_probs, token_loss
 from toss.parallel import share, sum_over_processes
-from toss.tokens import Tokens, batches, collate, default_batch_tokens, halve_budget
+from toss.tokens import BATCH_TOKENS, Tokens, batches, collate, halve_budget
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,7 +53,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     wanted = tokens.response & (weights != 0)
     step = Step(model, parameters, tokens, wanted, weights.to(model.device), objective)
-    budget = config.batch_tokens or default_batch_tokens(model.device)
+    budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
     steps = training_steps(tokens, config)
     for n, rows in enumerate(steps, start=1):
         half_turn = math.pi * (n - 1) / len(steps)

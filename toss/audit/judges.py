@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.refusals import refused
 from model.generate import generate
 from model.io import InputError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from toss.audit import measures
 from toss.files import fingerprint, load_selection, read_scores, record_of
-from toss.refusals import refused
 from toss.rows import Row
 from toss.run import Run
 from toss.scoring import score

@@ -10,7 +10,7 @@ from operator import eq
 
 from torch import Tensor
 
-from toss.refusals import refused
+from data.refusals import refused
 from toss.rows import Row
 
 Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations

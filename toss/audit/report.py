@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jinja2 import UndefinedError
 
+from data.refusals import refused
 from model.io import InputError, atomic_file, json_lines, read_json, read_text
 from toss import cli
 from toss.audit.command import evenly
@@ -21,7 +22,6 @@ from toss.audit.diagnose import CHARTS, charts
 from toss.audit.evaluate import read_metrics
 from toss.audit.figures import TEMPLATES
 from toss.audit.tokens import harmless, load_mask, visible
-from toss.refusals import refused
 
 TEMPLATES.filters |= {"harmless": lambda text: harmless(str(text)), "visible": visible}
 TEMPLATES.tests["refusal"] = refused
