@@ -50,8 +50,12 @@ def skeleton(folder: Path) -> Transformer:
     """The model that config.json describes, on the meta device: without memory for the weights."""
     file = folder / "config.json"
     config = Config.from_dict(read_json(file), str(file))
-    with torch.device("meta"):
-        return Transformer(config)
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, OverflowError, TypeError) as error:  # absurd sizes
+        said = str(error).splitlines()[0]
+        raise InputError(f"{file}: such a model cannot be laid out ({said})") from None
 
 
 def layout(folder: Path, model: Transformer) -> dict[Path, list[str]]:

@@ -214,6 +214,8 @@ REFUSED = [
     ("layer_types|sliding_window", of("qwen2", layer_types=[FULL, SLIDING])),  # but none is used
     ("max_window_layers", of("qwen2", use_sliding_window=True, max_window_layers="2")),
     ("sliding_window", of("qwen3", use_sliding_window=1, max_window_layers=1, sliding_window=-1)),
+    ("cannot be laid out", {"intermediate_size": 2**63 - 1}),
+    ("cannot be laid out", {"vocab_size": 2**70}),
     # What the tensors do not have
     ("layers.2", {"num_hidden_layers": 3}),
     ("embed_tokens|lm_head", {"vocab_size": 81}),
