@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from model.config import Config
 from model.hub import INDEX, TOKENIZER_FILES, WEIGHTS, resolve
-from model.io import InputError, NotFinite, atomic_dir, file_hash, opened, read_json, save_tensors
+from model.io import InputError, NotFinite, atomic_dir, file_hash, opened, read_json
 from model.lora import active
 from model.transformer import Transformer
 
@@ -128,7 +129,7 @@ def save_checkpoint(
     """Write the base weights to folder `path` as Hugging Face reads them, in the model's dtype.
 
     like: the checkpoint that config.json and the tokenizer's files come from; it has the model's
-    architecture. An adapter must be merged or removed first. made_from: for the file's header.
+    architecture. An adapter must be merged or removed first. made_from: for record.json.
     """
     if active(model):
         raise InputError("the model carries an adapter: merge or remove it before saving")
@@ -139,7 +140,9 @@ def save_checkpoint(
     spelling = "dtype" if "dtype" in config else "torch_dtype"  # newer, older
     config[spelling] = str(model.dtype).removeprefix("torch.")
     with atomic_dir(path, replace=False) as folder:
-        save_tensors(tensors, folder / WEIGHTS, made_from or {}, format="pt")
+        # One header string: the format keeps several in no fixed order, and bytes identify a base.
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        (folder / "record.json").write_text(json.dumps(made_from or {}, indent=2) + "\n")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             if (like / name).exists():

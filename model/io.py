@@ -37,6 +37,8 @@ def reported(work: Callable[[], int | None]) -> int:
         said = " ".join(str(error).splitlines())
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             said = f"out of memory on the device ({said})"
+        elif isinstance(error, RuntimeError) and "can't allocate memory" in said:
+            said = f"out of memory ({said})"
         elif not isinstance(error, (InputError, OSError)):
             raise
         print(f"error: {said}", file=sys.stderr)
@@ -121,14 +123,17 @@ def load_tensors(file: str | Path) -> dict:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}
 
 
-def save_tensors(tensors: dict, file: str | Path, made_from: dict, **more: str) -> None:
-    """Write a safetensors file whose header says what it was made from, and `more`.
+def save_tensors(tensors: dict, file: str | Path, made_from: dict) -> None:
+    """Write a safetensors file whose header says what it was made from.
 
     made_from is one sorted JSON string, so that equal results have equal bytes.
     """
     from safetensors.torch import save_file  # imports torch
 
-    save_file(tensors, file, {"made_from": json.dumps(made_from, sort_keys=True), **more})
+    try:
+        save_file(tensors, file, {"made_from": json.dumps(made_from, sort_keys=True)})
+    except SafetensorError as error:  # a full disk, for example
+        raise InputError(f"{file}: cannot be written ({error})") from None
 
 
 def made_from(file: str | Path) -> dict:

@@ -149,6 +149,31 @@ def test_merge_gives_the_adapters_logits(trained, base):
     assert torch.allclose(merged(ids), adapted(ids), atol=1e-4)
 
 
+def test_a_merged_checkpoint_has_equal_bytes_and_follows_the_dtype(trained):
+    merged, hashes = trained / "methods/toss/model/merged", set()
+    for _ in range(4):
+        assert call(f"select.py --run {trained} --merge") == 0
+        hashes.add(file_hash(merged / "model.safetensors"))
+        shutil.rmtree(merged)
+    assert len(hashes) == 1
+    for dtype in ("float32", "bfloat16"):
+        line = f"select.py --run {trained} --merge --overwrite --dtype {dtype}"
+        assert call(line) == 0
+        weights = load_file(merged / "model.safetensors")
+        assert {str(w.dtype) for w in weights.values()} == {f"torch.{dtype}"}
+
+
+def test_a_damaged_result_can_be_replaced_and_a_missing_round_is_made_again(trained, capsys):
+    line = f"select.py --run {trained} --pro 1"
+    assert call(line) == 0
+    shutil.rmtree(trained / "methods/toss-pro/round-1")
+    assert "incomplete" in said(capsys, line)
+    assert (trained / "methods/toss-pro/round-1/added.jsonl").exists()
+    (trained / "scores.safetensors").write_bytes(b"cut off")
+    assert "cannot be read" in refused(capsys, f"score.py --run {trained}")
+    assert call(f"score.py --run {trained} --overwrite") == 0
+
+
 def test_a_mask_travels_to_another_model(trained, tmp_path, base, files, capsys):
     assert call(f"select.py --run {trained} --keep-eos --discard 0.2") == 0
     mask, new = trained / "methods/toss/selection.safetensors", tmp_path / "new"

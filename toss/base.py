@@ -132,9 +132,10 @@ class Base:
     def warn_shared(self, path: str, rows: list[Row], prompts_only: bool = False) -> None:
         """Warn when rows of a file are also in a data file that the run used before it."""
         key = lambda row: json.dumps(row.prompt if prompts_only else row.messages)  # noqa: E731
-        for other in (self.args.harmful, self.args.utility, self.args.custom):
-            if other == path:
-                return
+        others = [self.args.harmful, self.args.utility, self.args.custom]
+        if path in others and not prompts_only:  # up to its own, last, place
+            others = others[: 2 - others[::-1].index(path)]
+        for other in others:
             if other and Path(other).exists():
                 known = set(map(key, read_rows(other)))
                 if shared := sum(key(row) in known for row in rows):

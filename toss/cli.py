@@ -72,7 +72,7 @@ def number(kind: type, allowed: Callable, words: str) -> Callable[[str], float]:
     return convert
 
 
-count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+count = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1 (below 2^31)")
 natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
 positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
@@ -211,8 +211,8 @@ def check_method(args: Namespace) -> Namespace:
     usual = {"base": "base-reference"}.get(args.method, args.method)
     args.name = args.name or ("toss-pro" if args.pro else usual)
     reserved = args.name in ("base", "degraded", "utility")
-    if reserved or not re.fullmatch(r"[\w.=+-]*\w[\w.=+-]*", args.name):
-        reason = "base, degraded and utility are names of other models"
+    if reserved or not re.fullmatch(r"[\w=+-][\w.=+-]*", args.name):
+        reason = "letters, digits and . _ = + - can; base, degraded and utility are other models"
         raise InputError(f"--name {args.name!r} cannot name a folder under methods/ ({reason})")
     return args
 
@@ -238,7 +238,9 @@ def run(main: Callable[[], int | None]) -> int:
     Joins the processes that torchrun started, if any: gloo between CPUs, nccl between GPUs. Only
     process 0 prints. When a process fails, torchrun ends the others.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may lack a name's characters
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
         return reported(main)
     import torch
     import torch.distributed as dist

@@ -135,14 +135,15 @@ def describe_scores(tokens: Tokens, losses: dict[str, Tensor]) -> list[str]:
     """How S is spread, in words, and what to do if it is too narrow."""
     S = (losses["utility"] - losses["degraded"])[tokens.response].sort().values
     quantiles = ", ".join(f"{q} % {S[int(q / 100 * (len(S) - 1))]:.2f}" for q in (1, 50, 90, 99))
+    deviation = S.std(correction=0)
     narrow = (
         "note: the references hardly differ, so S ranks almost nothing: train them at a higher "
         "--lr, or for more steps (--epochs, a smaller --batch-size)"
     )
     return [
         f"S = L^u - L^h over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard "
-        f"deviation {S.std():.3f}, quantiles {quantiles}",
-        *([narrow] if S.std() < 0.01 else []),
+        f"deviation {deviation:.3f}, quantiles {quantiles}",
+        *([narrow] if deviation < 0.01 else []),
     ]
 
 

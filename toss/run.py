@@ -74,6 +74,10 @@ class Run(Base):
 
     def path(self, stage: str) -> Path:
         """The folder or file of a result: "degraded", "utility", "scores" or "methods/NAME"."""
+        if any(
+            part.startswith(".") or not part for part in stage.removeprefix("methods/").split("/")
+        ):
+            raise InputError(f"{stage} is not the name of a result")
         return self.folder / ("scores.safetensors" if stage == "scores" else stage)
 
     def source(self, key: str) -> Path:
@@ -214,12 +218,13 @@ class Run(Base):
         if rank() > 0:
             build()
             return []
+        there = self.folder.exists()
         try:
             with (atomic_file if stage == "scores" else atomic_dir)(self.path(stage)) as out:
                 self.out = out
                 return self.write(stage, build(), out, {"stage": stage, **recipe})
         finally:
-            for folder in (self.folder / "methods", self.folder):
+            for folder in (self.folder / "methods", *([] if there else [self.folder])):
                 with suppress(OSError):
                     folder.rmdir()  # if nothing came of it
 
@@ -265,12 +270,16 @@ class Run(Base):
 
         In the dtype of the stored base, unless --dtype asks for another one.
         """
-        folder = self.path(stage) / "model"
-        if rank() == 0 and not (folder / "merged").exists():
-            config = read_json(self.checkpoint / "config.json")
-            stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-            model = self.base(stored if self.args.dtype == "auto" else self.args.dtype)
-            made = {**self.identity, "adapter_sha256": self.hash(folder / WEIGHTS)}
+        if rank() > 0:
+            return
+        folder, config = self.path(stage) / "model", read_json(self.checkpoint / "config.json")
+        stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+        dtype = stored if self.args.dtype == "auto" else self.args.dtype
+        adapter = self.hash(folder / WEIGHTS)
+        made = {**self.identity, "adapter_sha256": adapter, "dtype": dtype}
+        record = folder / "merged" / "record.json"
+        if not record.exists() or read_json(record) != made:
+            model = self.base(dtype)
             merge(model, read_adapter(model, folder))
             self.model = None  # it is another model now
             save_checkpoint(model, folder / "merged", self.checkpoint, made)
@@ -278,11 +287,19 @@ class Run(Base):
 
     def is_done(self, stage: str, recipe: dict[str, Any]) -> bool:
         """True if the result exists with an equal record. InputError if it has a different one."""
-        path, known = self.path(stage), record_of(self.path(stage))
+        path = self.path(stage)
         if not path.exists():
             return False
+        try:
+            known = record_of(path)
+        except InputError:  # a damaged result can be replaced
+            if self.args.overwrite:
+                return False
+            raise
         if not (differs := differences(known, recipe)):
-            whole = all((path / part).exists() for part in files.PARTS[stage.split("/")[0]])
+            rounds = range(1, recipe["settings"].get("pro", 0) + 1)
+            parts = [*files.PARTS[stage.split("/")[0]], *(f"round-{t}" for t in rounds)]
+            whole = all((path / part).exists() for part in parts)
             done = ("is incomplete, so it is made again", "exists with equal settings and inputs")
             print(f"{stage}: {path} {done[whole]}{', skipped' * whole}")
             return whole

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 def methods_of(run) -> list[str]:
     """Names of a Run's methods that have a model, in alphabetical order."""
-    return sorted(path.parent.name for path in (run.folder / "methods").glob("*/model"))
+    return sorted(path.parent.name for path in (run.folder / "methods").glob("[!.]*/model"))
 
 
 def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:

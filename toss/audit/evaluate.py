@@ -57,6 +57,7 @@ def evaluate_run(
     sets = {name: read_rows(path, responses=False) for name, path in files.items()}
     how = {f"{name}_sha256": run.hash(path) for name, path in files.items()}
     how |= dict(words=sorted(words), max_new_tokens=max_new_tokens, prefill=sorted(set(prefill)))
+    how["dtype"] = run.dtypes["train"]
     begun = prefilled(sets.get("harmful", []), run.tokenizer) if how["prefill"] else []
     for k in how["prefill"]:
         if short := sum(len(response) < k for _, response in begun):
@@ -66,6 +67,8 @@ def evaluate_run(
     inputs = {method: () if method == "base" else (f"methods/{method}",) for method in methods}
     for key in sum(inputs.values(), ()):  # a missing model is refused before any is evaluated
         run.check(key, only=())
+        if changed := run.stale(key):
+            print(f"warning: {key} was made with another {', '.join(changed)} than the run has now")
     for method in methods:
         stage, path = f"evaluation/{method}", run.folder / "answers" / f"{method}.jsonl"
         recipe = run.recipe(inputs[method], how)

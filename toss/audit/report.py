@@ -80,7 +80,7 @@ def rounds(run, tokens) -> list[dict] | str:
     marked = tokens is not None and tokens.harmful.any()
     harm = set(tokens.row_of(tokens.harmful.nonzero()[:, 0]).tolist()) if marked else set()
     found = []
-    for path in run.folder.glob("methods/*/round-[0-9]*/added.jsonl"):
+    for path in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
         method, t = path.parts[-3], int(path.parts[-2].removeprefix("round-"))
         added = [line for _, line in json_lines(path)]
         count = sum(line.get("row") in harm for line in added) if marked else None
@@ -97,7 +97,7 @@ def load_masks(run, lacking: list[str]) -> tuple:
     except InputError as error:
         lacking.append(str(error))
         return None, masks
-    names = [path.parent.name for path in run.folder.glob("methods/*/selection.safetensors")]
+    names = [path.parent.name for path in run.folder.glob("methods/[!.]*/selection.safetensors")]
     for name in sorted(names, key=lambda name: (name == "sft", place(name), name)):
         try:
             masks.append(load_mask(run, name, tokens, losses))
