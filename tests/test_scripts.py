@@ -270,6 +270,20 @@ def test_a_base_data_and_a_run_that_moved_are_found_by_their_flags(
     assert "skipped" in said(capsys, f"select.py --run {moved}")  # the record followed
 
 
+def test_the_record_follows_what_was_moved_also_where_a_stage_is_skipped(
+    trained, tmp_path, base, files, capsys
+):
+    model = shutil.copytree(base, tmp_path / "model")
+    custom = shutil.move(files["custom"], tmp_path / "c.jsonl")
+    line = f"score.py --run {trained} --model {model} --custom {custom}"
+    before = read_json(trained / "run.json")["stages"]
+    assert "skipped" in said(capsys, line)
+    record = read_json(trained / "run.json")
+    assert (record["settings"]["model"], record["settings"]["custom"]) == (str(model), str(custom))
+    assert record["stages"] == before
+    assert call(f"select.py --run {trained} --name again") == 0
+
+
 def test_reference_sets_may_be_gone_once_they_were_used(trained, files):
     for name in ("harmful", "utility"):
         Path(files[name]).unlink()

@@ -195,6 +195,10 @@ class Run(Base):
         dtype = self.dtypes["score" if stage == "scores" else "train"]
         recipe = self.recipe(inputs, {**settings, "dtype": dtype})
         if self.is_done(stage, recipe):
+            known, settings = self.record.get("stages", {}).get(stage), self.record.get("settings")
+            given = {name: getattr(self.args, name) for name in INPUTS}
+            if rank() == 0 and known and any(settings.get(n) != v for n, v in given.items() if v):
+                self.finish(stage, **known)  # the record follows what was moved
             return
         remarks = None
         while remarks is None:
