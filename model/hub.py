@@ -60,7 +60,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     except Exception as error:  # those of the HTTP library, which differs between versions
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         said = (
-            f"not a local folder, not complete in the cache, and the hub fails ({reason}); without "
+            f"not a local folder, not in the cache, and the download failed ({reason}); without "
             f"a network, fetch it elsewhere with `hf download {name}` and pass the folder"
         )
     raise InputError(f"{name}: {said}")

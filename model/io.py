@@ -160,7 +160,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_dir(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """A folder to write beside `path`: renamed to it on success, removed on failure.
 
-    replace: an existing folder goes as a whole; False: only its files of the same names do.
+    replace: remove an existing folder first; False: overwrite only files of the same name.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from model import load_adapter, load_checkpoint
 from model.io import file_hash, made_from, read_json
 from toss import cli
+from toss.audit import show
 from toss.config import TrainConfig
 from toss.run import load_selection, open_run, read_scores, record_of
 
@@ -161,6 +162,15 @@ def test_a_merged_checkpoint_has_equal_bytes_and_follows_the_dtype(trained):
         assert call(line) == 0
         weights = load_file(merged / "model.safetensors")
         assert {str(w.dtype) for w in weights.values()} == {f"torch.{dtype}"}
+
+
+def test_a_merged_checkpoint_is_known_by_its_record(trained, capsys):
+    assert call(f"select.py --run {trained} --merge") == 0
+    capsys.readouterr()
+    merged = trained / "methods/toss/model/merged"
+    assert show.main([str(merged)]) == 0
+    out = capsys.readouterr().out
+    assert "a checkpoint" in out and "adapter_sha256" in out and out.endswith(": fits\n")
 
 
 def test_a_damaged_result_can_be_replaced_and_a_missing_round_is_made_again(trained, capsys):

@@ -68,10 +68,13 @@ class Base:
     @cached_property
     def dtypes(self) -> dict[str, str]:
         """The dtype to "train" and to "score" in."""
+        if self.args.dtype != "auto":
+            return {"train": self.args.dtype, "score": self.args.dtype}
         cuda = self.device.type == "cuda"
-        auto = {"train": "bfloat16", "score": "float16"} if cuda else {}
-        given = "float32" if self.args.dtype == "auto" else self.args.dtype
-        return auto if auto and self.args.dtype == "auto" else {"train": given, "score": given}
+        return {
+            "train": "bfloat16" if cuda else "float32",
+            "score": "float16" if cuda else "float32",
+        }
 
     @property
     def batch_tokens(self) -> int:

@@ -31,7 +31,7 @@ UNSET = object()
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and each flag's default behind its help."""
+    """The description as it is written, and each flag's default after its help."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         value = action.default
@@ -83,8 +83,8 @@ def parser(prog: str, doc: str, **inputs: str) -> Parser:
     made = Parser(
         prog,
         doc,
-        epilog="Without inputs (--model, --harmful, --utility, --custom) data/demo.json's values "
-        "replace these defaults, which are the paper's.",
+        epilog="The defaults are the paper's. Without inputs (--model, --harmful, --utility, "
+        "--custom) the values in data/demo.json are used.",
     )
     add = made.add_argument
     add("--run", default="runs/demo", help="folder of the run")
@@ -97,7 +97,7 @@ def parser(prog: str, doc: str, **inputs: str) -> Parser:
     text = "tokens per row; longer rows are cut on the right"
     add("--max-length", type=count, default=2048, metavar="N", help=text)
     add_device_flags(made)
-    add("--overwrite", action="store_true", help="replace a result made with other settings")
+    add("--overwrite", action="store_true", help="replace a result with other settings or inputs")
     return made
 
 

@@ -6,6 +6,7 @@ float [n] or None. To add one, put it into METHODS below, and its name into toss
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,9 +28,15 @@ class Candidates:
     d: float  # share to discard
     seed: int = 0
 
-    def __post_init__(self):
-        self.row = self.tokens.row_of(self.ranked)  # int64 [n]
-        self.sizes = torch.bincount(self.row, minlength=self.tokens.rows)  # ranked tokens per row
+    @cached_property
+    def row(self) -> Tensor:
+        """The row of each, int64 [n]."""
+        return self.tokens.row_of(self.ranked)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """How many there are in each row, int64 [rows]."""
+        return torch.bincount(self.row, minlength=self.tokens.rows)
 
     def loss(self, model: str) -> Tensor:
         """Losses of the ranked tokens under "utility", "degraded" or "base", float32 [n]."""

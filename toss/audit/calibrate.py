@@ -42,9 +42,8 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     the degraded model of the last one. Returns threshold (nats), discard (d), ranked (custom
     tokens), held_out (tokens), above (those above the threshold), and harmful_share (or None).
     """
-    from model.lora import use
     from model.peft import read_adapter
-    from toss.run import read_scores
+    from toss.files import read_scores
     from toss.scoring import score
 
     tokens, losses = run.scored()
@@ -60,7 +59,7 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
         models["degraded"] = read_adapter(run.base("score"), rounds[-1] / "degraded")
     calm, loss = run.tokens(held_out), {}
     for name, adapter in models.items():
-        model = use(run.base("score"), adapter)
+        model = run.base("score", adapter)
         loss[name] = score(model, calm, run.args.batch_tokens, on_batch=run.log(name))
     S = (losses["utility"] - losses["degraded"])[tokens.response]
     calm_S = (loss["utility"] - loss["degraded"])[calm.response]

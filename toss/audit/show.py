@@ -98,7 +98,7 @@ def described(path: Path, run) -> tuple[str, dict, dict]:
 
     Raises InputError if it is nothing known or cannot be read.
     """
-    from model.checkpoint import base_hash, skeleton, weight_files
+    from model.checkpoint import base_hash, skeleton
     from model.peft import CONFIG, WEIGHTS, read_adapter
     from toss.files import record_of
 
@@ -117,7 +117,8 @@ def described(path: Path, run) -> tuple[str, dict, dict]:
         return "a LoRA adapter" + " without a record" * (not record), lines, record
     if (path / "config.json").is_file():
         count = sum(weight.numel() for weight in skeleton(path).parameters())
-        record = made_from(weight_files(path)[0]) or {"base_sha256": base_hash(path)}
+        merged = path / "record.json"  # of a checkpoint that select.py --merge made
+        record = read_json(merged) if merged.is_file() else {"base_sha256": base_hash(path)}
         return "a checkpoint", {"parameters": f"{count:,}"}, record
     if record := record_of(path):
         return f"the result of the stage {record['stage']}", {}, record
