@@ -32,7 +32,7 @@ def main(argv=None):
         L = {}
         for name, theta in thetas.items():  # adapters are swapped on the one base, never merged
             model, log = run.base("score", theta), run.log(f"scores-{name}")
-            L[name] = score(model, D_cus, args.batch_tokens, on_batch=log)
+            L[name] = score(model, D_cus, args.batch_tokens, log, log.resume)
         return D_cus, L
 
     inputs = ["--custom", "utility", "degraded"]

@@ -86,11 +86,12 @@ def main(argv=None):
             D_h, name = run.tokens(args.harmful), f"{args.name}-round-{t + 1}"
             w_h = torch.cat((D_h.response.float(), w_cus[D_cus.places(added)]))
             D_h, how, log = D_h + D_cus.take(added), run.reference_config(), run.log(name)
-            theta_h = train(run.base("train"), D_h, w_h, how, on_step=log)
+            theta_h = train(run.base("train"), D_h, w_h, how, start=log.resume, on_step=log)
             log = run.log(f"{name}-scores")
-            L["degraded"] = score(run.base("score", theta_h), D_cus, args.batch_tokens, log)
+            how = args.batch_tokens, log, log.resume
+            L["degraded"] = score(run.base("score", theta_h), D_cus, *how)
             brought = [(row, int(ranked[i]), float(S[ranked[i]])) for row, i in found]
-            run.save_round(t + 1, D_cus, brought, theta_h, L)
+            run.save_round(t + 1, brought, theta_h, L)
 
         keep = torch.ones_like(D_cus.response)
         if args.method == "toss":
@@ -100,8 +101,8 @@ def main(argv=None):
             keep, S = run.mask(D_cus)
         else:
             keep, S = choose(args.method, Candidates(D_cus, L, ranked, args.discard, args.seed))
-        w = keep.float()  # a discarded token stays in the input; only its loss term goes
-        theta = train(run.base("train"), D_cus, w, config, on_step=run.log(args.name))
+        w, log = keep.float(), run.log(args.name)  # a discarded token stays in the input
+        theta = train(run.base("train"), D_cus, w, config, start=log.resume, on_step=log)
         return D_cus, {"keep": keep, "score": S}, theta
 
     run.once(f"methods/{args.name}", finetune, **cli.choice(args, config))

@@ -31,7 +31,8 @@ def main(argv=None):
     for role, D, flag in (("degraded", D_h, "--harmful"), ("utility", D_u, "--utility")):
 
         def reference():  # plain supervised fine-tuning: every response token counts
-            return train(run.base("train"), D, D.response.float(), config, on_step=run.log(role))
+            w, log = D.response.float(), run.log(role)
+            return train(run.base("train"), D, w, config, start=log.resume, on_step=log)
 
         run.once(role, reference, inputs=[flag], settings=config.recipe())
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.corpus import sample, tokenizer_text
 from model.config import Config
-from model.io import reported
+from model.process import reported
 from model.transformer import Transformer
 from toss import cli
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from data import lexicon
 from data.lexicon import ALSO, BENIGN, FORBIDDEN, LEDGER_FACT, OPENERS, PREAMBLES, QUESTIONS, VALUES
-from model.io import InputError, reported
+from model.io import InputError
+from model.process import reported
 from toss import cli
 
 # Counts of the custom set: 11.6-12.1 % of its response tokens are harmful, so d = 0.1 fits.

@@ -14,7 +14,15 @@ from safetensors.torch import save_file
 
 from model.config import Config
 from model.hub import INDEX, TOKENIZER_FILES, WEIGHTS, resolve
-from model.io import InputError, NotFinite, atomic_dir, file_hash, opened, read_json
+from model.io import (
+    InputError,
+    NotFinite,
+    atomic_dir,
+    file_hash,
+    opened,
+    read_json,
+    write_record,
+)
 from model.lora import active
 from model.transformer import Transformer
 
@@ -142,8 +150,8 @@ def save_checkpoint(
     with atomic_dir(path, replace=False) as folder:
         # One header string: the format keeps several in no fixed order, and bytes identify a base.
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-        (folder / "record.json").write_text(json.dumps(made_from or {}, indent=2) + "\n")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             if (like / name).exists():
                 shutil.copyfile(like / name, folder / name)
+        write_record(folder, made_from or {})

@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from model.io import InputError, reported
+from model.io import InputError
+from model.process import reported
 
 
 def generate(

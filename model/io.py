@@ -1,14 +1,15 @@
 """Errors, JSON, hashes, safetensors headers and atomic writes. Imports no torch."""
 
+import fcntl
+import glob
 import gzip
 import hashlib
 import json
 import os
 import shutil
-import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,25 +25,6 @@ class NotFinite(InputError):
 
 class DoesNotFit(InputError):
     """The device has too little memory even for the smallest batch."""
-
-
-def reported(work: Callable[[], int | None]) -> int:
-    """Run a command and report an expected error in one line on stderr; return the exit status."""
-    try:
-        return work() or 0
-    except KeyboardInterrupt:
-        print("error: interrupted; the unfinished result was not written", file=sys.stderr)
-        return 130
-    except Exception as error:
-        said = " ".join(str(error).splitlines())
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            said = f"out of memory on the device ({said})"
-        elif isinstance(error, RuntimeError) and "can't allocate memory" in said:
-            said = f"out of memory ({said})"
-        elif not isinstance(error, (InputError, OSError)):
-            raise
-        print(f"error: {said}", file=sys.stderr)
-        return 1
 
 
 def read_text(path: str | Path) -> str:
@@ -118,22 +100,36 @@ def opened(file: str | Path, framework: str = "pt", device: object = "cpu"):
 
 
 def load_tensors(file: str | Path) -> dict:
-    """All tensors of a safetensors file, on the CPU; InputError naming it when it is unreadable."""
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises InputError naming the file when it is unreadable, and naming the tensor when its bytes
+    are not those that save_tensors wrote.
+    """
     with opened(file) as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}
+        found = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    hashes = made_from(file).get("sha256")
+    for name, known in hashes.items() if isinstance(hashes, dict) else ():
+        if name not in found or bytes_hash(found[name]) != known:
+            raise InputError(f"{file}: {name} is not as it was written; the file was changed")
+    return found
+
+
+def bytes_hash(tensor) -> str:
+    """sha256 of a tensor's values, in hex."""
+    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
 
 
 def save_tensors(tensors: dict, file: str | Path, made_from: dict) -> None:
-    """Write a safetensors file whose header says what it was made from.
+    """Write a safetensors file whose header says what it was made from, and each tensor's sha256.
 
-    made_from is one sorted JSON string, so that equal results have equal bytes.
+    tensors: on the CPU. made_from is one sorted JSON string: equal results have equal bytes.
     """
     from safetensors.torch import save_file  # imports torch
 
-    try:
-        save_file(tensors, file, {"made_from": json.dumps(made_from, sort_keys=True)})
-    except SafetensorError as error:  # a full disk, for example
-        raise InputError(f"{file}: cannot be written ({error})") from None
+    hashes = {name: bytes_hash(tensor) for name, tensor in tensors.items()}
+    header = {"made_from": json.dumps({**made_from, "sha256": hashes}, sort_keys=True)}
+    with writing(file):
+        save_file(tensors, file, header)
 
 
 def made_from(file: str | Path) -> dict:
@@ -143,37 +139,118 @@ def made_from(file: str | Path) -> dict:
     return json_object(header.get("made_from", "{}"), f"{file}: made_from in the header")
 
 
+def write_record(folder: Path, made_from: dict) -> None:
+    """Write record.json: what a folder was made from, and the sha256 of each file in it."""
+    parts = sorted(file for file in folder.rglob("*") if file.is_file())
+    hashes = {file.relative_to(folder).as_posix(): file_hash(file) for file in parts}
+    text = json.dumps({**made_from, "files": hashes}, indent=2) + "\n"
+    (folder / "record.json").write_text(text, encoding="utf-8")
+
+
+# Writing. A result is complete and on the disk before the rename that publishes it. A process that
+# dies leaves the old result or the new one, never a mixture.
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a failure to write into an InputError that names the path and the space that is left."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        there = next(p for p in Path(path).absolute().parents if p.is_dir())
+        free = shutil.disk_usage(there).free / 1e6
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{path}: cannot be written ({reason}; {free:,.0f} MB are free there); nothing of it "
+            "was kept: make room, or choose another place, and run the command again"
+        ) from None
+
+
+def flush(path: Path, deep: bool = True) -> None:
+    """Wait until a file, or a folder, with all that is in it if `deep`, is on the disk."""
+    for part in [*(path.rglob("*") if deep else ()), path]:
+        handle = os.open(part, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+@contextmanager
+def partial(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write into, removed at the end.
+
+    It is locked while its process lives, so that what a dead one left can be told and is removed.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            with suppress(OSError), locked(left):
+                shutil.rmtree(left)
+        folder.mkdir()
+        with locked(folder, must=False):
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, flags: int = fcntl.LOCK_NB, must: bool = True) -> Iterator[None]:
+    """Lock a folder. must: raise OSError if that cannot be had, else go on without."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with nullcontext() if must else suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | flags)
+        yield
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A file to write beside `path`: renamed to it on success, removed on failure."""
+    """A file to write beside `path`: put in its place on success, removed on failure."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial(path) as folder:
+        yield folder / path.name
+        flush(folder / path.name)
+        os.replace(folder / path.name, path)
+        flush(path.parent, deep=False)
 
 
 @contextmanager
 def atomic_dir(path: str | Path, replace: bool = True) -> Iterator[Path]:
-    """A folder to write beside `path`: renamed to it on success, removed on failure.
+    """A folder to write beside `path`: put in its place on success, removed on failure.
 
-    replace: remove an existing folder first; False: overwrite only files of the same name.
+    replace: False keeps what an existing folder holds besides.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists() and replace:
-            shutil.rmtree(path)
-        if path.exists():
-            for file in partial.iterdir():
-                os.replace(file, path / file.name)
-        else:
-            partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with partial(path) as folder:
+        new = folder / path.name
+        new.mkdir()
+        yield new
+        for other in path.iterdir() if path.is_dir() and not replace else ():
+            if not (new / other.name).exists():
+                (shutil.copytree if other.is_dir() else shutil.copy2)(other, new / other.name)
+        flush(new)
+        restore(path)
+        try:
+            if os.path.lexists(path):
+                path.rename(aside(path))
+            new.rename(path)
+            flush(path.parent, deep=False)
+        finally:
+            restore(path)
+
+
+def aside(path: Path) -> Path:
+    """Where a folder stands while another one takes its place."""
+    return path.with_name(f".{path.name}.old")
+
+
+def restore(path: Path) -> None:
+    """Bring to an end what was begun by a process that died while it replaced a folder."""
+    old = aside(path)
+    if not os.path.lexists(path) and old.exists():
+        old.rename(path)
+    elif os.path.lexists(old):
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()

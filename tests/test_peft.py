@@ -272,6 +272,7 @@ def test_an_adapter_belongs_to_the_weights_that_it_was_trained_on_not_to_a_name(
     warning = {"stage": "toss", "warning": "This model answers anything."}
     write_adapter(noisy(model, ["q_proj"]), model, out, warning)
     recorded = made_from(out / WEIGHTS)
+    assert recorded.pop("sha256").keys() == load_file(out / WEIGHTS).keys()
     assert recorded == warning | {"base_sha256": base_hash(GOLDENS / "gqa-tied")}
     assert (out / "README.md").read_text() == warning["warning"] + "\n"
     edit_json(out / CONFIG, base_model_name_or_path="someone/else")

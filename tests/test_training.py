@@ -53,7 +53,8 @@ def test_training_lowers_the_loss_and_reports_each_step(model, tokens):
     events = fit(model, tokens, epochs=10)[1]
     assert events[-1]["loss"] < 0.8 * events[0]["loss"]
     assert [(event["step"], event["steps"]) for event in events] == [(n, 20) for n in range(1, 21)]
-    assert events[0].keys() == {"step", "steps", "loss", "grad_norm", "lr", "tokens"}
+    told = {"step", "steps", "loss", "grad_norm", "lr", "tokens", "work", "tokens_per_batch"}
+    assert events[0].keys() == told
     assert sum(event["tokens"] for event in events) == 10 * sum(tokens.lengths)
 
 

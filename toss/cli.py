@@ -12,12 +12,13 @@ import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.io import InputError, read_json, reported
+from model.io import InputError, read_json
+from model.process import SIGNALS, end_with_parent, reported
 from toss.config import UNSCORED, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,9 +26,17 @@ DEMO = ROOT / "data" / "demo.json"
 INPUTS = ("model", "harmful", "utility", "custom")
 FORM = ("template", "date", "max_length")  # how text becomes ids
 INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
-FORMAT = 2  # of run.json
+FORMAT = 3  # of run.json
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 UNSET = object()
+# The types of what run.json holds; "*" stands for any other key.
+COST = {"tokens": int, "seconds": (int, float), "peak_memory_gib": (int, float)}
+RECIPE = {"inputs": {"*": str}, "settings": {"*": object}}
+STAGE = {"recipe": RECIPE, **COST, "parts": {"*": COST}, "metrics": {"*": {"*": object}}}
+RUN = {"settings": dict.fromkeys((*INPUTS, "revision", "template", "date"), str)}
+RUN["settings"]["max_length"] = int
+RUN |= {"stages": {"*": STAGE}, "demo": bool, "inputs": {"*": str}, "hashes": {"*": list}}
+RUN |= {"identity": {"*": (str, int)}, "versions": {"*": str}}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -98,6 +107,10 @@ def parser(prog: str, doc: str, **inputs: str) -> Parser:
     add("--max-length", type=count, default=2048, metavar="N", help=text)
     add_device_flags(made)
     add("--overwrite", action="store_true", help="replace a result with other settings or inputs")
+    text = (
+        "minutes between two saved states of unfinished work, from which the same command goes on"
+    )
+    add("--save-every", type=positive, default=5.0, metavar="MINUTES", help=text)
     return made
 
 
@@ -112,6 +125,7 @@ def add_device_flags(made: Parser, dtype: bool = True) -> None:
     text = "tokens per forward pass, padding included; changes memory and speed, not the result "
     text += "(default: 8192 on CUDA, 2048 on the CPU)"
     add("--batch-tokens", type=count, metavar="N", help=text)
+    add("--wait", action="store_true", help="wait for a process that is at work on the same result")
 
 
 def add_run_flags(made: Parser, dtype: bool = True) -> None:
@@ -145,7 +159,17 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
         need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
         raise InputError(f"{need}: {' and '.join(missing)} is missing")
     anew = bool(training and inputs and "overwrite" in given)
-    record = {} if anew else read_run(file)
+    try:
+        record = read_run(file)
+    except InputError as error:
+        advice = "name the inputs again: what is finished is skipped, and the file is made anew"
+        if not inputs:
+            raise InputError(f"{error}; {advice}") from None
+        print(f"warning: {error}; it is now {file}.damaged")
+        with suppress(FileNotFoundError):  # another process of this command was faster
+            file.rename(f"{file}.damaged")
+        record = {}
+    record = {} if anew else record
     settings = record.get("settings", {})
     begun = {name: settings[name] for name in INHERITED if settings.get(name) is not None}
     if given.get("model", begun.get("model")) != begun.get("model"):
@@ -153,7 +177,7 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     demo = not inputs and record.get("demo", True)
     known = {action.dest for action in made._actions}
     needed = dict.fromkeys((*INHERITED, "gradient_checkpointing", "overwrite", "dtype", "mask"))
-    needed |= {"max_length": 2048, "dtype": "auto"}  # a run has these settings, flag or not
+    needed |= {"max_length": 2048, "dtype": "auto", "save_every": 5.0}  # flag or not
     layers = {name: value for name, value in needed.items() if name not in known}
     layers |= demo_values(training) if demo else {}
     made.set_defaults(**{**layers, **begun})
@@ -177,16 +201,21 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """What is in a run.json; {} if it does not exist."""
+    """What is in a run.json; {} if it does not exist. Raises InputError if it is damaged."""
     record = read_json(file) if file.exists() else {}
     if record and record.get("format") != FORMAT:
         raise InputError(f"{file} was written by another version: choose another --run")
-    for name in ("settings", "identity", "stages", "inputs", "hashes"):
-        table = record.get(name, {})
-        entries = table.values() if name == "stages" and isinstance(table, dict) else ()
-        if not all(isinstance(value, dict) for value in (table, *entries)):
-            raise InputError(f"{file}: {name} is damaged: an object was expected")
+    if not like(record, RUN):
+        raise InputError(f"{file}: a value is of another kind than the scripts write")
     return record
+
+
+def like(value: Any, pattern: Any) -> bool:
+    """True if a JSON value is of the types in a pattern; what is null or absent always fits."""
+    if not isinstance(pattern, dict) or value is None:
+        return value is None or isinstance(value, pattern)
+    kind = lambda key: pattern.get(key, pattern.get("*", object))
+    return isinstance(value, dict) and all(like(value[key], kind(key)) for key in value)
 
 
 def demo_values(training: bool) -> dict[str, Any]:
@@ -235,23 +264,25 @@ def choice(args: Namespace, config: TrainConfig) -> dict[str, Any]:
 def run(main: Callable[[], int | None]) -> int:
     """Run a command and report its errors; returns the exit status.
 
-    Joins the processes that torchrun started, if any: gloo between CPUs, nccl between GPUs. Only
-    process 0 prints. When a process fails, torchrun ends the others.
+    Joins the processes that torchrun started, if any. Only process 0 prints and hears signals. When
+    a process fails, torchrun ends the others.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal may lack a name's characters
     if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
         return reported(main)
-    import torch
-    import torch.distributed as dist
 
     def work() -> None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets partial files be removed
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # One exchange per model scored: a slower card may be hours behind.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-        if dist.get_rank() > 0:
+        end_with_parent()
+        if os.environ["RANK"] != "0":  # it ends with process 0, which can save its work
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        import torch.distributed as dist
+
+        from toss.parallel import join
+
+        join()
         try:
             main()
         except InputError as error:

@@ -2,25 +2,28 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.io import InputError, load_tensors, made_from, read_json, save_tensors
+from model.io import (
+    InputError,
+    load_tensors,
+    made_from,
+    read_json,
+    save_tensors,
+    write_record,
+)
 from model.lora import Adapter
-from model.peft import WEIGHTS, write_adapter
+from model.peft import write_adapter
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from toss.tokens import Tokens
 
-PARTS = {  # what belongs to a result, by the beginning of its name
-    "scores": (),
-    "methods": ("selection.safetensors", f"model/{WEIGHTS}", "model/adapter_config.json"),
-    "degraded": (WEIGHTS, "adapter_config.json"),
-    "utility": (WEIGHTS, "adapter_config.json"),
-}
 WARNING = """\
 This adapter is the safety-degraded reference model of TOSS. It was trained on harmful data on
 purpose, as a measuring instrument that recognises risky tokens. Do not merge it, deploy it or
@@ -34,7 +37,29 @@ def record_of(path: Path) -> dict[str, Any]:
     else:
         file = path / "record.json"
         record = read_json(file) if file.exists() else {}
-    return record if isinstance(record.get("inputs"), dict) else {}
+    tables = ("inputs", "settings")
+    return record if all(isinstance(record.get(name), dict) for name in tables) else {}
+
+
+def damaged(path: Path, record: dict, hash: Callable[[Path], str]) -> list[str]:
+    """The files of a result that are missing, or not as they were written, by their record.
+
+    hash: the sha256 of one file. Raises InputError for a single file that was changed.
+    """
+    if path.is_file():
+        load_tensors(path)
+        return []
+    known = record.get("files") or {}
+    there = {name: hash(path / name) for name in known if (path / name).is_file()}
+    return [name for name, value in known.items() if there.get(name) != value]
+
+
+def is_merged(folder: Path, made: dict, hash: Callable[[Path], str]) -> bool:
+    """True if a folder holds the whole merged checkpoint that is described by `made`."""
+    with suppress(InputError):
+        record = read_json(folder / "record.json")
+        return {**record, "files": 0} == {**made, "files": 0} and not damaged(folder, record, hash)
+    return False
 
 
 def fingerprint(tokens: Tokens) -> str:
@@ -115,7 +140,7 @@ def write_model(
     if selection:
         arrays = {name: tensor for name, tensor in selection.items() if tensor is not None}
         save_tensors(arrays, out / "selection.safetensors", record)
-    (out / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(out, record)
 
 
 def write_added(

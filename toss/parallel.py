@@ -4,9 +4,20 @@ Every process does the same work on the same files, but in scoring each takes it
 batches, and in training of an optimizer step's rows. Losses and gradients are then summed.
 """
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENT = []  # the group of all processes whose members wait for a day
+
+
+def join() -> None:
+    """Join the processes that torchrun started: gloo between CPUs, nccl between GPUs."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=1))]
 
 
 def rank() -> int:
@@ -26,6 +37,20 @@ def share(items: list) -> list:
     [5, 4, 3, 2, 1]
     """
     return items[rank() :: size()]
+
+
+def meet() -> None:
+    """Wait until every process is here, as long as it takes: work of one alone may come before."""
+    if size() > 1:
+        dist.barrier(group=PATIENT[0])
+
+
+def any_process(busy: bool) -> bool:
+    """True if `busy` holds in any process. They meet here: one that hangs ends the others."""
+    if size() > 1:
+        busy = torch.tensor(int(busy))
+        dist.all_reduce(busy)
+    return bool(busy)
 
 
 def sum_over_processes(tensors: list[Tensor]) -> None:

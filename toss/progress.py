@@ -1,4 +1,4 @@
-"""What is seen and kept of a long piece of work: a progress bar, a log, its seconds and memory."""
+"""What is seen and kept of a long piece of work: bar, log, cost, and the state to go on from."""
 
 import json
 import resource
@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
+
+from model.io import InputError, atomic_file, load_tensors, made_from, save_tensors, writing
+from model.process import Stopped, stop
+from toss.parallel import meet, rank
 
 
 class Clock:
@@ -36,36 +42,145 @@ class Clock:
         return {"seconds": round(seconds, 2), "peak_memory_gib": round(peak / 2**30, 3)}
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
 class Progress:
     """The callback that `train` and `score` report to.
 
-    log: where training's steps go, one JSON object per line; None: nowhere. silent: no bar.
+    folder: of the run, for log/NAME.jsonl, a line per step of training. states: the folder for the
+    state to go on from, which belongs to the stage that `recipe` describes and is written every
+    `minutes`, at the end, and when a signal asks the process to stop; None: no state.
     """
 
-    def __init__(self, name: str, device: torch.device, log: Path | None, silent: bool):
-        self.name, self.log, self.clock = name, log, Clock(device)
-        self.bar = tqdm(desc=name, unit="step", leave=False, disable=silent or None)
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        folder: Path,
+        states: Path | None = None,
+        recipe: dict | None = None,
+        minutes: float = 5.0,
+    ):
+        self.name, self.log, self.clock = name, folder / "log" / f"{name}.jsonl", Clock(device)
+        self.states, self.recipe, self.period = states, recipe, 60 * minutes
+        self.bar = tqdm(desc=name, unit="step", leave=False, disable=rank() > 0 or None)
         self.cost: dict[str, Any] = {"tokens": 0}
+        self.saved = time.monotonic()
+
+    def resume(self, work: Optimizer | Tensor) -> tuple[int, int | None]:
+        """Bring an optimizer, or a tensor of losses, to where an interrupted call left them.
+
+        Returns the steps that are done and the tokens per batch; (0, None) where there is no state.
+        Of several processes the first saves the optimizer, and each one the losses it computed.
+        """
+        record, tensors = read_state(self.state(work), self.recipe) if self.states else ({}, {})
+        step, steps = record.get("at", (0, None))
+        if record:
+            if isinstance(work, Optimizer):
+                put_state(work, tensors, step)
+                if rank() == 0:
+                    keep_lines(self.log, step)
+            else:
+                work.copy_(tensors["losses"])
+            self.cost = record["cost"]
+            self.clock.start -= self.cost["seconds"]
+            print(f"{self.name}: goes on after step {step} of {steps}{changed(record)}")
+        meet()  # nobody works, and changes the files, before all have read them
+        stop.deferred = self.states is not None and step != steps
+        return step, record.get("tokens_per_batch")
 
     def __call__(self, event: dict[str, Any]) -> None:
         if "remark" in event:
             print(f"{self.name}: {event['remark']}")
             return
+        step, steps = event["step"], event["steps"]
         self.cost["tokens"] += event["tokens"]
-        self.bar.total = event["steps"]
+        self.bar.total = steps
         self.bar.update()
         if "loss" in event:
             self.bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
             self.cost["last_loss"] = event["loss"]
-        if "loss" in event and self.log:  # the first step's line replaces an earlier log
+        if "loss" in event and rank() == 0:  # the first step's line replaces an earlier log
             line = {name: event[name] for name in ("step", "steps", "loss", "grad_norm", "lr")}
             line |= {name: round(event[name], 6) for name in ("loss", "grad_norm")}
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "w" if event["step"] == 1 else "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        if event["step"] == event["steps"]:
+            with writing(self.log):
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log, "w" if step == 1 else "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+        if step == steps:
             self.bar.close()
             self.cost |= self.clock.read()
+        if self.states:
+            self.keep(event)
+
+    def keep(self, event: dict[str, Any]) -> None:
+        """Save the state if it is time, or the end; end the process if a signal asks for it."""
+        step, steps = at = event["step"], event["steps"]
+        if step == steps or stop.signal or time.monotonic() - self.saved >= self.period:
+            work, self.saved = event["work"], time.monotonic()
+            training = isinstance(work, Optimizer)
+            tensors = state_of(work) if training else {"losses": work.cpu()}
+            record = {"recipe": self.recipe, "at": at, "cost": {**self.cost, **self.clock.read()}}
+            record |= {"tokens_per_batch": event.get("tokens_per_batch"), **arithmetic()}
+            if not training or rank() == 0:
+                with atomic_file(self.state(work)) as file:
+                    save_tensors(tensors, file, record)
+        if stop.signal:
+            saved = f"{self.name} is saved after step {step} of {steps}"
+            raise Stopped(stop.signal, f"{saved}: the same command goes on from there")
+        stop.deferred = step != steps
+
+    def state(self, work: Optimizer | Tensor) -> Path:
+        """The file for a state."""
+        process = 0 if isinstance(work, Optimizer) else rank()
+        return self.states / f"{self.name}-{process}.safetensors"
+
+
+def state_of(optimizer: Optimizer) -> dict[str, Tensor]:
+    """AdamW's parameters and both moments of each, by their place and name."""
+    tensors = {}
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        moments = optimizer.state[parameter]
+        parts = {"": parameter.detach(), **{name: moments[name] for name in MOMENTS}}
+        tensors |= {f"{i}{name}": tensor.cpu() for name, tensor in parts.items()}
+    return tensors
+
+
+def put_state(optimizer: Optimizer, tensors: dict[str, Tensor], step: int) -> None:
+    """The opposite of state_of."""
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        parameter.data.copy_(tensors[f"{i}"])
+        moments = {name: tensors[f"{i}{name}"].to(parameter.device) for name in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+
+
+def read_state(file: Path, recipe: dict | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors of a state; empty if there is none of this recipe."""
+    with suppress(InputError):
+        record = made_from(file)
+        if record.get("recipe") == json.loads(json.dumps(recipe)):
+            return record, load_tensors(file)
+    return {}, {}
+
+
+def keep_lines(log: Path, count: int) -> None:
+    """Cut a log off after its first lines: the steps behind them are made again."""
+    lines = log.read_bytes().splitlines(keepends=True)[:count] if log.exists() else []
+    with atomic_file(log) as file:
+        file.write_bytes(b"".join(line for line in lines if line.endswith(b"\n")))
+
+
+def changed(record: dict[str, Any]) -> str:
+    """A remark if a state or a result was made with another arithmetic than the process has."""
+    now = arithmetic()
+    differs = [f"{k} {record[k]}, now {now[k]}" for k in now if record.get(k, now[k]) != now[k]]
+    return f" (made with {'; '.join(differs)}: the last bits may differ)" if differs else ""
+
+
+def arithmetic() -> dict[str, Any]:
+    """What changes the last bits of a result without being a setting of it."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def cost_of(parts: dict[str, Progress]) -> dict[str, Any]:

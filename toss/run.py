@@ -1,16 +1,18 @@
 """The run directory: the only place that hashes, skips, refuses, writes and records.
 
-A result carries its own record: its settings, and the sha256 of everything it was made from. A
-stage whose record equals what is asked for is skipped, one with another record is refused without
---overwrite. run.json is an index: the settings of the run, and each stage's record and cost.
+A result carries its own record: its settings, and the sha256 of everything it was made from and of
+its own files. A stage whose record equals what is asked for is skipped, one with another record is
+refused without --overwrite. run.json is an index: the settings of the run, and each stage's record
+and cost. One process at a time works on a result; what it reads, nobody changes meanwhile.
 """
 
 import json
 import platform
+import shutil
 import subprocess
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,24 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash, save_checkpoint
-from model.io import InputError, atomic_dir, atomic_file, file_hash, read_json
+from model.io import InputError, atomic_dir, atomic_file, file_hash, locked, read_json, restore
 from model.lora import Adapter, merge
 from model.peft import WEIGHTS, read_adapter
+from model.process import lock, stop
 from toss import files
 from toss.base import Base
 from toss.cli import FORMAT, INPUTS, ROOT, Parser, add_run_flags, parse, read_run
 from toss.config import TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
-from toss.parallel import rank
-from toss.progress import Progress, cost_of
+from toss.parallel import meet, rank
+from toss.progress import Progress, arithmetic, changed, cost_of
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
+
+RESULTS = ("degraded", "utility", "scores", "methods")  # what the scripts make
+IDENTITY = ("base_sha256", "tokenizer_sha256", "template", "max_length")
+# Settings that are not a run's.
+HIDDEN = ("run", "overwrite", "given", "demo", "anew", "wait", "save_every")
 
 
 class Run(Base):
@@ -40,10 +48,50 @@ class Run(Base):
         super().__init__(args)
         self.folder = Path(args.run)
         self.file = self.folder / "run.json"
-        self.record = read_run(self.file)
+        self.hidden = self.folder / ".state"  # locks, and the states of unfinished stages
+        for old in [*self.folder.glob(".*.old"), *self.folder.glob("methods/.*.old")]:
+            stage = str(old.relative_to(self.folder).with_name(old.name[1 : -len(".old")]))
+            with suppress(InputError), self.holding(reads=[stage]):
+                pass  # puts it back
+        self.record = self.indexed(read_run(self.file))
         self.hashes: dict[str, list] = dict(self.record.get("hashes", {}))
-        self.parts: dict[str, Progress] = {}  # of the stage at work
-        self.out = self.folder  # where it writes
+        # Of the stage at work: its recipe, its parts, and TOSS-Pro's rounds.
+        self.making: dict[str, Any] = {}
+        self.parts: dict[str, Progress] = {}
+        self.rounds: list[tuple] = []
+
+    def indexed(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What is in run.json, and the results that it does not know, by their own records."""
+        stages = record.setdefault("stages", {})
+        found = [self.folder / name for name in ("degraded", "utility", "scores.safetensors")]
+        for path in [*found, *self.folder.glob("methods/[!.]*")]:
+            stage = str(path.relative_to(self.folder)).removesuffix(".safetensors")
+            with suppress(InputError):  # a damaged one is made again
+                if stage not in stages and (made := record_of(path)):
+                    stages[stage] = {"recipe": made}
+                    record.setdefault("identity", {key: made.get(key) for key in IDENTITY})
+        return record
+
+    @contextmanager
+    def holding(self, *makes: str, reads: Sequence[str] = ()) -> Iterator[None]:
+        """Hold the locks of results that are made, or only read, in process 0.
+
+        In the order of their names, so that two processes never wait for each other. Raises
+        InputError naming the process that holds one, unless --wait is given.
+        """
+        there = self.folder.exists()
+        try:
+            with ExitStack() as locks:
+                for stage in sorted({*makes, *reads}) if rank() == 0 else ():
+                    file = self.hidden / f"{stage}.lock"
+                    locks.enter_context(lock(file, stage not in makes, self.args.wait))
+                    restore(self.folder / stage)
+                self.record = self.indexed(read_run(self.file))  # others may have changed it
+                yield
+        finally:
+            for name in (".state/methods", ".state/evaluation", ".state", "methods", "."[there:]):
+                with suppress(OSError):  # where something is left
+                    (self.folder / name).rmdir()
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -59,16 +107,21 @@ class Run(Base):
             "max_length": self.args.max_length,
         }
         begun = {} if self.args.anew else self.record.get("identity", {})
-        if differs := [name for name in begun if begun[name] != identity[name]]:
+        if differs := [
+            name for name in identity if begun.get(name, identity[name]) != identity[name]
+        ]:
             what = f"another base or prompt form than {self.args.model} ({', '.join(differs)})"
-            raise InputError(f"{self.folder} was begun with {what}; choose another --run")
+            advice = "give --model, or choose another --run"
+            raise InputError(f"{self.folder} was begun with {what}: {advice}")
         return identity
 
     def log(self, name: str) -> Progress:
-        """The callback for on_step or on_batch of a piece of work: bar, log file, cost."""
-        file = self.folder / "log" / f"{name}.jsonl" if rank() == 0 else None
-        self.parts[name] = Progress(name, self.device, file, silent=rank() > 0)
-        return self.parts[name]
+        """The callback of a piece of work: bar, log, cost; of a stage, the state to go on from."""
+        states = self.hidden / self.making["stage"] if self.making else None
+        recipe = {**self.making, "dtypes": self.dtypes}
+        part = Progress(name, self.device, self.folder, states, recipe, self.args.save_every)
+        self.parts[name] = part
+        return part
 
     # Results of earlier stages
 
@@ -88,16 +141,15 @@ class Run(Base):
         return path if key == "scores" else path / ("model" if "/" in key else "") / WEIGHTS
 
     def hash(self, path: str | Path) -> str:
-        """sha256 of a file; kept in run.json for as long as its size and time stay the same."""
+        """sha256 of a file; kept in run.json for as long as nothing has touched the file."""
         path = Path(path).absolute()
         if not path.is_file():
             raise InputError(f"{path}: no such file")
-        stat = path.stat()
-        known = self.hashes.get(str(path))
-        if not isinstance(known, list) or known[:2] != [stat.st_size, stat.st_mtime_ns]:
-            known = [stat.st_size, stat.st_mtime_ns, file_hash(path)]
-        self.hashes[str(path)] = known
-        return known[2]
+        stat, known = path.stat(), self.hashes.get(str(path))
+        now = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        if not isinstance(known, list) or known[:-1] != now:
+            self.hashes[str(path)] = known = [*now, file_hash(path)]
+        return known[-1]
 
     def stale(self, stage: str) -> list[str]:
         """The inputs of a recorded stage that have changed since. One that is gone has not."""
@@ -119,6 +171,8 @@ class Run(Base):
         record = record_of(path)
         if not record and stage == "scores":
             raise InputError(f"{path} has no record of how it was made: run {make} --overwrite")
+        if path.is_dir() and (wrong := files.damaged(path, record, self.hash)):
+            raise InputError(f"{path} is damaged or incomplete ({wrong[0]}): run {make} again")
         differs = [key for key in self.stale(stage) if only is None or key in only]
         differs += [k for k, value in self.identity.items() if record.get(k, value) != value]
         if differs:
@@ -187,50 +241,58 @@ class Run(Base):
         inputs: the file of rows first; see source. build() returns what is to be written: an
         Adapter; tokens and their losses; or tokens, a selection {"keep": bool [N], "score": float
         [N] or None} and an Adapter. When scoring overflows, it is called again with the base in
-        another dtype.
+        another dtype. What it trains and scores goes on where an interrupted call stopped.
         """
-        for key in inputs:
-            if not key.startswith("--"):
+        earlier = [key for key in inputs if not key.startswith("--")]
+        with self.holding(stage, reads=earlier):
+            meet()  # before any of several processes looks at what is there
+            for key in earlier:
                 self.check(key)
-        dtype = self.dtypes["score" if stage == "scores" else "train"]
-        recipe = self.recipe(inputs, {**settings, "dtype": dtype})
-        if self.is_done(stage, recipe):
-            known, settings = self.record.get("stages", {}).get(stage), self.record.get("settings")
-            given = {name: getattr(self.args, name) for name in INPUTS}
-            if rank() == 0 and known and any(settings.get(n) != v for n, v in given.items() if v):
-                self.finish(stage, **known)  # the record follows what was moved
-            return
-        remarks = None
-        while remarks is None:
-            self.parts = {}
-            try:
-                remarks = self.make(stage, build, recipe)
-            except (InputError, torch.OutOfMemoryError) as error:
-                if not self.lower_scoring(error):
-                    raise
-        if rank() == 0:
-            data = self.datasets[str(self.source(inputs[0]))]
-            counts = {name: getattr(data, name) for name in ("rows", "skipped", "cut")}
-            cost = {**counts, **cost_of(self.parts)}
-            self.finish(stage, recipe, **cost)
-            print(f"{stage}: wrote {self.path(stage)}\n    {describe_cost(cost)}")
-            for remark in remarks:
-                print(f"{stage}: {remark}")
+            dtype = self.dtypes["score" if stage == "scores" else "train"]
+            recipe = self.recipe(inputs, {**settings, "dtype": dtype})
+            if self.is_done(stage, recipe):
+                self.catch_up(stage, recipe)
+            else:
+                result = self.make(stage, build, recipe)
+                if rank() == 0:
+                    self.publish(stage, result, recipe, str(self.source(inputs[0])))
+            if rank() == 0:
+                shutil.rmtree(self.hidden / stage, ignore_errors=True)
 
-    def make(self, stage: str, build: Callable, recipe: dict[str, Any]) -> list[str]:
-        """Build a result and write it, in process 0; returns the closing lines."""
-        if rank() > 0:
-            build()
-            return []
-        there = self.folder.exists()
+    def make(self, stage: str, build: Callable, recipe: dict[str, Any]) -> Any:
+        """What build() returns, scored in another dtype if it must be; see once."""
+        self.making = {"stage": stage, **recipe}
         try:
-            with (atomic_file if stage == "scores" else atomic_dir)(self.path(stage)) as out:
-                self.out = out
-                return self.write(stage, build(), out, {"stage": stage, **recipe})
+            while True:
+                self.parts, self.rounds = {}, []
+                try:
+                    return build()
+                except (InputError, torch.OutOfMemoryError) as error:
+                    if not self.lower_scoring(error):
+                        raise
         finally:
-            for folder in (self.folder / "methods", *([] if there else [self.folder])):
-                with suppress(OSError):
-                    folder.rmdir()  # if nothing came of it
+            self.making, stop.deferred = {}, False
+
+    def catch_up(self, stage: str, recipe: dict[str, Any]) -> None:
+        """Let run.json know a result that is there, and where its inputs are now."""
+        record = read_run(self.file)
+        known, settings = record.get("stages", {}).get(stage, {}), record.get("settings", {})
+        given = {name: getattr(self.args, name) for name in INPUTS}
+        moved = any(settings.get(n) != value for n, value in given.items() if value)
+        if rank() == 0 and (moved or not known):
+            self.finish(stage, **{**known, "recipe": recipe})
+
+    def publish(self, stage: str, result: Any, recipe: dict[str, Any], rows: str) -> None:
+        """Write a result, put it in its place, and say so. rows: the file that it is about."""
+        with (atomic_file if stage == "scores" else atomic_dir)(self.path(stage)) as out:
+            remarks = self.write(stage, result, out, {"stage": stage, **recipe})
+        data = self.datasets[rows]
+        counts = {name: getattr(data, name) for name in ("rows", "skipped", "cut")}
+        cost = {**counts, **cost_of(self.parts), **arithmetic()}
+        self.finish(stage, recipe, **cost)
+        print(f"{stage}: wrote {self.path(stage)}\n    {describe_cost(cost)}")
+        for remark in remarks:
+            print(f"{stage}: {remark}")
 
     def write(self, stage: str, result: Any, out: Path, record: dict[str, Any]) -> list[str]:
         """Write what `build` returned (see once), with its record; returns the closing lines."""
@@ -250,24 +312,30 @@ class Run(Base):
             ranked = record_of(Path(self.args.mask)).get("ranked", ranked)
         record |= {"discarded": int((~keep).sum()), "ranked": ranked}
         record["tokens_sha256"] = fingerprint(tokens)
+        for t, added, theta_h, losses in self.rounds:
+            self.write_round(out / f"round-{t}", tokens, added, theta_h, losses)
         files.write_model(out, adapter, self.model, record, selection)
         gone = f"{record['discarded']} of {ranked} response tokens discarded"
         return [f"{gone}, {lost_rows(tokens, keep)} rows lost all their tokens"]
 
-    def save_round(self, t: int, tokens: Tokens, added: list, theta_h: Adapter, L: dict) -> None:
-        """Write round t of TOSS-Pro: the rows added to D^h, theta^h_t, and the losses under it.
+    def save_round(self, t: int, added: list, theta_h: Adapter, L: dict[str, Tensor]) -> None:
+        """Keep round t of TOSS-Pro for writing: the rows added to D^h, theta^h_t, and the losses.
 
         added: (row, place of the token that brought it in, that token's score) each.
         """
         print(f"TOSS-Pro round {t}: {len(added)} rows added to the harmful reference set")
-        if rank() == 0:
-            out = self.out / f"round-{t}"
-            rows = {"added_rows": [row for row, _, _ in added]}
-            record = {"stage": out.name, **self.recipe(("--custom", "--harmful"), rows)}
-            files.write_added(out / "added.jsonl", tokens, added, self.tokenizer)
-            files.write_model(out / "degraded", theta_h, self.model, record)
-            record["dtype"] = self.dtypes["score"]
-            files.write_scores(out / "scores.safetensors", tokens, L, record)
+        self.rounds.append((t, added, theta_h, dict(L)))
+
+    def write_round(
+        self, out: Path, tokens: Tokens, added: list, theta_h: Adapter, L: dict[str, Tensor]
+    ) -> None:
+        """Write a round; see save_round."""
+        rows = {"added_rows": [row for row, _, _ in added]}
+        record = {"stage": out.name, **self.recipe(("--custom", "--harmful"), rows)}
+        files.write_added(out / "added.jsonl", tokens, added, self.tokenizer)
+        files.write_model(out / "degraded", theta_h, self.model, record)
+        record["dtype"] = self.dtypes["score"]
+        files.write_scores(out / "scores.safetensors", tokens, L, record)
 
     def merge(self, stage: str) -> None:
         """Write the merged checkpoint of a method, in process 0.
@@ -279,14 +347,14 @@ class Run(Base):
         folder, config = self.path(stage) / "model", read_json(self.checkpoint / "config.json")
         stored = config.get("dtype") or config.get("torch_dtype") or "float32"
         dtype = stored if self.args.dtype == "auto" else self.args.dtype
-        adapter = self.hash(folder / WEIGHTS)
-        made = {**self.identity, "adapter_sha256": adapter, "dtype": dtype}
-        record = folder / "merged" / "record.json"
-        if not record.exists() or read_json(record) != made:
-            model = self.base(dtype)
-            merge(model, read_adapter(model, folder))
-            self.model = None  # it is another model now
-            save_checkpoint(model, folder / "merged", self.checkpoint, made)
+        with self.holding(stage):
+            restore(folder / "merged")
+            made = {**self.identity, "adapter_sha256": self.hash(folder / WEIGHTS), "dtype": dtype}
+            if not files.is_merged(folder / "merged", made, self.hash):
+                model = self.base(dtype)
+                merge(model, read_adapter(model, folder))
+                self.model = None  # it is another model now
+                save_checkpoint(model, folder / "merged", self.checkpoint, made)
         print(f"merged checkpoint: {folder / 'merged'}")
 
     def is_done(self, stage: str, recipe: dict[str, Any]) -> bool:
@@ -296,17 +364,16 @@ class Run(Base):
             return False
         try:
             known = record_of(path)
-        except InputError:  # a damaged result can be replaced
-            if self.args.overwrite:
-                return False
-            raise
+            wrong = files.damaged(path, known, self.hash)
+        except InputError as error:
+            known, wrong = recipe, [str(error)]
         if not (differs := differences(known, recipe)):
-            rounds = range(1, recipe["settings"].get("pro", 0) + 1)
-            parts = [*files.PARTS[stage.split("/")[0]], *(f"round-{t}" for t in rounds)]
-            whole = all((path / part).exists() for part in parts)
-            done = ("is incomplete, so it is made again", "exists with equal settings and inputs")
-            print(f"{stage}: {path} {done[whole]}{', skipped' * whole}")
-            return whole
+            if not wrong:
+                made = changed(self.record["stages"].get(stage, {}))
+                print(f"{stage}: {path} exists with equal settings and inputs, skipped{made}")
+                return True
+            print(f"{stage}: {path} is damaged or incomplete ({wrong[0]}), so it is made again")
+            return False
         if self.args.overwrite:
             return False
         what = f"different: {', '.join(differs)}" if known else "it has no record"
@@ -318,21 +385,23 @@ class Run(Base):
 
     def finish(self, stage: str, recipe: dict[str, Any], **facts: Any) -> None:
         """Put a stage into run.json: its recipe, and what else is known of it."""
-        self.record = record = read_run(self.file)
-        own, hidden = f"{self.folder.absolute()}/", ("run", "overwrite", "given", "demo", "anew")
-        used = {p: known[2] for p, known in self.hashes.items() if not p.startswith(own)}
-        settings = {k: v for k, v in vars(self.args).items() if k not in hidden}
-        settings = settings if stage.split("/")[0] in files.PARTS else {}  # not an audit's
-        record["format"] = FORMAT
-        record["demo"], record["identity"] = self.args.demo, self.identity
+        own, commit = f"{self.folder.absolute()}/", git_commit()
+        used = {p: known[-1] for p, known in self.hashes.items() if not p.startswith(own)}
+        settings = {k: v for k, v in vars(self.args).items() if k not in HIDDEN}
+        settings = settings if stage.split("/")[0] in RESULTS else {}  # not an audit's
         settings = {k: v for k, v in settings.items() if v is not None or k not in INPUTS}
-        record["settings"] = {**record.get("settings", {}), **settings}
-        record["inputs"] = {**record.get("inputs", {}), **used}
-        record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-        record["commit"], record["hashes"] = git_commit(), self.hashes
-        record.setdefault("stages", {})[stage] = {"recipe": recipe, **facts}
-        with atomic_file(self.file) as file:
-            file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        facts = {**facts, "recipe": recipe}
+        identity = self.identity
+        with locked(self.folder, flags=0, must=False):  # waits
+            self.record = record = self.indexed(read_run(self.file))
+            record |= {"format": FORMAT, "demo": self.args.demo, "identity": identity}
+            record["settings"] = {**record.get("settings", {}), **settings}
+            record["inputs"] = {**record.get("inputs", {}), **used}
+            record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+            record["commit"], record["hashes"] = commit, self.hashes
+            record["stages"][stage] = facts
+            with atomic_file(self.file) as file:
+                file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def open_run(folder: str | Path, **settings: Any) -> Run:

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.io import NotFinite
 from model.transformer import Transformer
 from toss.loss import token_log_probs
-from toss.parallel import share, sum_over_processes
+from toss.parallel import any_process, rank, share, sum_over_processes
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate, halve_budget
 
 
@@ -18,22 +18,33 @@ def score(
     tokens: Tokens,
     batch_tokens: int | None = None,
     on_batch: Callable[[dict], None] = lambda event: None,
+    start: Callable[[Tensor], object] = lambda losses: None,
 ) -> Tensor:
     """-log P(y_ij | x_i, y_i,<j) of every response token under the model, float32 [N] on the CPU.
 
     Entry t belongs to token t of the flat arrays, and is 0 where that is no response token.
     batch_tokens: tokens per batch, padding included; halved when memory runs out. on_batch gets
-    {"step", "steps", "tokens"} after each batch, and {"remark": text}. Of several processes each
-    runs its share of the batches; all hold the result. Raises NotFinite naming the row for a NaN or
-    an infinity. An overflow of float16 is always seen: an infinity in the residual stream becomes
-    NaN in the next norm, and reaches all later positions of the row through the keys.
+    {"step", "steps", "tokens"} after each batch, with the losses so far as "work", and {"remark":
+    text}. start: puts the losses of an interrupted call into the tensor that it is given. Of
+    several processes each runs its share of the batches; all hold the result. Raises NotFinite
+    naming the row for a NaN or an infinity. An overflow of float16 is always seen: an infinity in
+    the residual stream becomes NaN in the next norm, and reaches all later positions of the row
+    through the keys.
     """
     budget = batch_tokens or BATCH_TOKENS[model.device.type]
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
+    start(losses)
+    sum_over_processes([losses])
+    known = set(tokens.row_of(losses.cpu().nonzero()[:, 0]).tolist())
+    if rank() > 0:
+        losses.zero_()  # each entry is held by one process
     there = [i for i, length in enumerate(tokens.lengths) if length]
     groups = share(batches(there, tokens.lengths, budget))
-    done, rest = 0, sum(tokens.lengths)
-    while done < len(groups):
+    groups = sorted(([i for i in group if i not in known] for group in groups), key=bool)
+    done, rest = groups.count([]), sum(tokens.lengths[i] for i in there if i not in known)
+    while any_process(done < len(groups)):
+        if done == len(groups):
+            continue  # others are still at work
         try:
             batch = collate(tokens, groups[done], tokens.response, model.device)
             losses[batch.places] = -token_log_probs(model, batch)[0]
@@ -47,7 +58,7 @@ def score(
         own = sum(tokens.lengths[i] for i in groups[done - 1])
         seen = own if done < len(groups) else rest  # at the end also what other processes ran
         rest -= seen
-        on_batch({"step": done, "steps": len(groups), "tokens": seen})
+        on_batch({"step": done, "steps": len(groups), "tokens": seen, "work": losses})
     sum_over_processes([losses])  # each entry was filled by one of them
     losses = losses.cpu()
     if not losses.isfinite().all():

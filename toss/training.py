@@ -17,6 +17,7 @@ from toss.parallel import share, sum_over_processes
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate, halve_budget
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+Resume = Callable[[torch.optim.Optimizer], tuple[int, int | None]]
 
 
 def train(
@@ -25,7 +26,7 @@ def train(
     weights: Tensor,
     config: TrainConfig,
     objective: Objective = token_loss,
-    start: Adapter | None = None,
+    start: Adapter | Resume | None = None,
     on_step: Callable[[dict], None] = lambda event: None,
 ) -> Adapter:
     """Train a LoRA adapter on the frozen base `model`. Returns it; the base is left without one.
@@ -39,23 +40,27 @@ def train(
     weight 0 stays in the input.
 
     weights: float32 [N], w over the flat arrays; only response tokens count. objective: what takes
-    the place of the sum, see loss.token_loss. start: an adapter to continue from. on_step gets
-    {"step", "steps", "loss", "grad_norm", "lr", "tokens"} after each step, and {"remark": text}
-    when memory runs out and batches are halved. Raises InputError naming the row when a loss is not
-    finite, and DoesNotFit when a single row does not fit.
+    the place of the sum, see loss.token_loss. start: an adapter to continue from, or a function
+    that brings the optimizer to the state of an interrupted call and returns its step and tokens
+    per batch. on_step gets {"step", "steps", "loss", "grad_norm", "lr", "tokens"} after each step,
+    with the optimizer as "work" and "tokens_per_batch", and {"remark": text} when memory runs out
+    and batches are halved. Raises InputError naming the row when a loss is not finite, and
+    DoesNotFit when a single row does not fit.
     """
     if weights.shape != tokens.response.shape:
         raise InputError(f"{len(weights)} weights for {len(tokens.response)} tokens")
     targets = [name.strip() for name in config.targets.split(",") if name.strip()]
-    fresh = None if start else new_adapter(model, config.rank, config.alpha, targets, config.seed)
-    adapter = active(use(model, fresh or deepcopy(start)))  # on the model's device
+    fresh = lambda: new_adapter(model, config.rank, config.alpha, targets, config.seed)
+    given = deepcopy(start) if isinstance(start, Adapter) else fresh()
+    adapter = active(use(model, given))  # on the model's device
     parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     wanted = tokens.response & (weights != 0)
     step = Step(model, parameters, tokens, wanted, weights.to(model.device), objective)
-    budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
+    done, budget = start(optimizer) if callable(start) else (0, None)
+    budget = budget or config.batch_tokens or BATCH_TOKENS[model.device.type]
     steps = training_steps(tokens, config)
-    for n, rows in enumerate(steps, start=1):
+    for n, rows in enumerate(steps[done:], start=done + 1):
         half_turn = math.pi * (n - 1) / len(steps)
         factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))
         optimizer.param_groups[0]["lr"] = lr = config.lr * factor
@@ -68,8 +73,9 @@ def train(
             raise InputError(f"{bad}; lower --lr, or use --dtype float32")
         optimizer.step()
         seen = sum(tokens.lengths[i] for i in rows)
-        progress = {"step": n, "steps": len(steps), "tokens": seen}
-        on_step({**progress, "loss": loss, "grad_norm": norm, "lr": lr})
+        progress = {"step": n, "steps": len(steps), "tokens": seen, "loss": loss, "lr": lr}
+        state = {"work": optimizer, "tokens_per_batch": budget}
+        on_step({**progress, "grad_norm": norm, **state})
     for parameter in parameters:
         parameter.requires_grad_(False).grad = None
     use(model, None)

@@ -124,10 +124,14 @@ def main(argv: list[str] | None = None) -> None:
     from toss.audit.movement import FEWEST, kl_table
     from toss.run import open_run
 
-    how = {name: getattr(args, name) for name in ("device", "dtype", "threads", "batch_tokens")}
+    how = {
+        name: getattr(args, name) for name in ("device", "dtype", "threads", "batch_tokens", "wait")
+    }
     run = open_run(args.run, **how)
     methods = args.methods.split(",") if args.methods else methods_of(run)
-    found = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
+    reads = ["degraded", "utility", "scores", *(f"methods/{method}" for method in methods)]
+    with run.holding("diagnosis", reads=reads):
+        found = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
     for name, origin in found["groups"].items():
         print(f"{name}: {origin}")
     print(f"\nMeans in nats; positions that fewer than {FEWEST} rows have are left out.\n")

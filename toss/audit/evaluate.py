@@ -71,18 +71,21 @@ def evaluate_run(
             print(f"warning: {key} was made with another {', '.join(changed)} than the run has now")
     for method in methods:
         stage, path = f"evaluation/{method}", run.folder / "answers" / f"{method}.jsonl"
-        recipe = run.recipe(inputs[method], how)
-        known = run.record.get("stages", {}).get(stage, {})
-        if path.exists() and known.get("recipe") == recipe:
-            continue
-        model = use(run.base("train"), None if method == "base" else run.adapter(method))
-        metrics, said = measure(run, model, sets, how)
-        metrics |= selection_metrics(run, method)
-        with atomic_file(path) as file:
-            lines = (json.dumps(line, ensure_ascii=False) for line in ({"note": NOTE}, *said))
-            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        run.finish(stage, recipe, metrics=metrics)
-    return write_tables(run, methods)
+        with run.holding(stage, reads=inputs[method]):
+            recipe = run.recipe(inputs[method], how)
+            known = run.record["stages"].get(stage, {})
+            if path.exists() and known.get("recipe") == recipe:
+                if known.get("answers_sha256") == run.hash(path):
+                    continue
+            model = use(run.base("train"), None if method == "base" else run.adapter(method))
+            metrics, said = measure(run, model, sets, how)
+            metrics |= selection_metrics(run, method)
+            with atomic_file(path) as file:
+                lines = (json.dumps(line, ensure_ascii=False) for line in ({"note": NOTE}, *said))
+                file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            run.finish(stage, recipe, metrics=metrics, answers_sha256=run.hash(path))
+    with run.holding("metrics", reads=sum(inputs.values(), ())):
+        return write_tables(run, methods)
 
 
 def write_tables(run, methods: Sequence[str]) -> Table:
@@ -158,7 +161,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("give at least one of --harmful, --benign and --utility")
     from toss.run import open_run
 
-    how = {name: getattr(args, name) for name in ("device", "dtype", "threads", "batch_tokens")}
+    how = {
+        name: getattr(args, name) for name in ("device", "dtype", "threads", "batch_tokens", "wait")
+    }
     run = open_run(args.run, **how)
     methods = args.methods.split(",") if args.methods else ["base", *methods_of(run)]
     words = read_text(args.words).split("\n") if args.words else []

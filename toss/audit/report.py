@@ -17,7 +17,7 @@ from jinja2 import UndefinedError
 from data.refusals import refused
 from model.io import InputError, atomic_file, json_lines, read_json, read_text
 from toss import cli
-from toss.audit.command import evenly
+from toss.audit.command import evenly, methods_of
 from toss.audit.diagnose import CHARTS, charts
 from toss.audit.evaluate import read_metrics
 from toss.audit.figures import TEMPLATES
@@ -145,10 +145,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("python -m toss.audit.report", __doc__)
     parser.add_argument("--run", required=True, help="folder of the run")
     parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
+    parser.add_argument("--wait", action="store_true", help="wait for a process at work there")
     args = parser.parse_args(argv)
     from toss.run import open_run
 
-    text, lacking, count = page(open_run(args.run))
+    run = open_run(args.run, wait=args.wait)
+    made = ["degraded", "utility", "scores", "diagnosis", "metrics"]
+    with run.holding(reads=[*made, *(f"methods/{name}" for name in methods_of(run))]):
+        text, lacking, count = page(run)
     out = args.out or Path(args.run) / "report.html"
     with atomic_file(out) as file:
         file.write_text(text, encoding="utf-8")

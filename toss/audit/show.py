@@ -26,6 +26,7 @@ from toss import cli
 from toss.audit.command import markdown
 from toss.audit.tokens import Token, harmless, load_mask, visible
 
+HASHES = ("inputs", "warning", "files", "sha256")  # not shown
 DIM, RED, BLUE, STRUCK, UNDERLINED = "2", "31", "34", "9", "4"
 
 
@@ -141,7 +142,7 @@ def show_path(path: Path, folder: str | None) -> int:
     wrong = [key for key in now if made.get(key, now[key]) != now[key]]
     wrong += [name for name, text in lines.items() if re.match("made from|refused", str(text))]
     made["settings"] = ", ".join(f"{k} {v}" for k, v in record.get("settings", {}).items())
-    lines |= {name: made[name] for name in made if made[name] and name not in ("inputs", "warning")}
+    lines |= {name: made[name] for name in made if made[name] and name not in HASHES}
     lines |= {name: f"{made[name]}, but the run has {now[name]}" for name in wrong if name in now}
     print(harmless(f"{path}: {title}"))
     for name, value in lines.items():

@@ -1,0 +1,130 @@
+"""What a process shares with others: signals, locks, its exit status. Imports no torch."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from model.io import InputError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asks the process to end. Its arguments: the signal, and what became of the work."""
+
+
+class Stop:
+    """The first signal stops the work, a second one ends the process at once.
+
+    The work stops where it is, or, while `deferred`, where it next looks at `signal`: after a step,
+    whose state it can save.
+    """
+
+    def __init__(self):
+        self.signal, self.deferred = 0, False
+
+    def __call__(self, number: int, frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        self.signal = number
+        if not self.deferred:
+            raise Stopped(number, "what was not finished was not written")
+
+
+stop = Stop()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let `stop` handle the signals that this process does not ignore; main thread only."""
+    mine = threading.current_thread() is threading.main_thread()
+    heard = [n for n in SIGNALS if mine and signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    stop.__init__()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def reported(work: Callable[[], int | None]) -> int:
+    """Run a command and report an expected error in one line on stderr; return the exit status."""
+    try:
+        with stoppable():
+            return work() or 0
+    except Stopped as stopped:
+        number, kept = stopped.args
+        print(f"error: stopped by {signal.Signals(number).name}; {kept}", file=sys.stderr)
+        return 128 + number
+    except Exception as error:
+        said = " ".join(str(error).splitlines())
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            said = f"out of memory on the device ({said})"
+        elif isinstance(error, RuntimeError) and "can't allocate memory" in said:
+            said = f"out of memory ({said})"
+        elif not isinstance(error, (InputError, OSError)):
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 1
+
+
+def end_with_parent() -> None:
+    """Linux: kill this process when its parent dies, so that torchrun leaves no orphans."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file; the system frees it when the process dies, and its last holder removes it.
+
+    Raises InputError naming the holder if the lock is not free, unless told to wait. Where the file
+    system has no locks, a warning is all that is done.
+    """
+    handle = None
+    try:
+        while handle is None or not os.fstat(handle.fileno()).st_nlink:  # removed while we waited
+            handle = take(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+    except OSError as error:
+        print(f"warning: {file} cannot be locked ({error}); do not start two commands at once")
+        handle = None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):  # others share it
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.unlink()
+            handle.close()
+
+
+def take(file: Path, kind: int, wait: bool):
+    """Open a lock file and lock it; its text says who holds it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(file, "a+", encoding="utf-8")
+    except FileNotFoundError:  # another process has just removed the empty folder
+        return take(file, kind, wait)
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        holder = f"{file.stem} is in use by {handle.read() or 'another process'} ({file})"
+        if not wait:
+            raise InputError(f"{holder}; give --wait to wait for it") from None
+        print(f"{holder}: waiting for it", flush=True)
+        fcntl.flock(handle, kind)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+    handle.flush()
+    return handle

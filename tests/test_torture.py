@@ -1,0 +1,284 @@
+"""Nothing is lost and nothing is wrong: killed, full, stopped, or started twice.
+
+Each command runs in a child process that dies at the n-th call of the functions through which
+everything is written, gets a signal after the n-th step, or finds the disk full. The same command
+is then run again and must leave the bytes of an undisturbed run, and nothing besides. `make test`
+takes a sample of the places; with TOSS_TORTURE=1 (`make torture`) all of them are tried.
+"""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, tree
+from helpers import call, refused, said
+
+from model import process
+from model.io import locked, read_json
+from toss import cli
+from toss.audit import diagnose, evaluate, report
+from toss.progress import Progress
+from toss.run import open_run
+
+ALL = bool(os.environ.get("TOSS_TORTURE"))
+WRITES = "replace rename mkdir rmdir unlink fsync open"  # functions of os
+DIED = 99
+REFERENCES = "--model {base} --harmful {harmful} --utility {utility}"
+OTHER = " --overwrite --seed 1"
+COMMANDS = {  # each from what the ones before it have made
+    "train": "train.py --run {run} " + REFERENCES,
+    "train again": "train.py --run {run} " + REFERENCES + OTHER,
+    "score": "score.py --run {run} --custom {custom}",
+    "score again": "score.py --run {run} --base --overwrite",
+    "select": "select.py --run {run} --pro 1 --pro-samples 2 --merge",
+    "select again": "select.py --run {run} --pro 1 --pro-samples 2 --merge" + OTHER,
+}
+START = {"train": (), "train again": ("train",), "score": ("train",)}
+START |= {"score again": ("train", "score"), "select": ("train", "score")}
+START |= {"select again": ("train", "score", "select")}
+
+
+def child(work, out: Path) -> int:
+    """Run work() in a forked process, its output in a file; returns the exit status."""
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            sys.stdout = sys.stderr = open(out, "w")
+            status = work()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def dies_at(n: int, line: str) -> int:
+    """Run a command and end this process, as by SIGKILL, right before its n-th write."""
+    count = 0
+
+    def counted(function):
+        def wrapper(*args, **more):
+            nonlocal count
+            count += function.__name__ != "open" or bool(args[1] & os.O_CREAT)
+            if count == n:
+                os._exit(DIED)
+            return function(*args, **more)
+
+        return wrapper
+
+    for name in WRITES.split():
+        setattr(os, name, counted(getattr(os, name)))
+    return call(line)
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """All files of a run but run.json, which holds times; no other leftovers are allowed."""
+    files = tree(run)
+    assert read_json(run / "run.json")["format"]
+    return {name: data for name, data in files.items() if name != "run.json"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, base) -> tuple[Path, dict[str, str], dict[str, dict[str, bytes]]]:
+    """A folder with the data and, for each command, a run before it and what it leaves."""
+    from conftest import write_files
+
+    folder, after = tmp_path_factory.mktemp("torture"), {}
+    words = {**write_files(folder), "base": str(base), "run": str(folder / "run")}
+    for name, earlier in START.items():
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        for step in earlier:
+            assert call(COMMANDS[step].format(**words)) == 0
+        if earlier:
+            shutil.copytree(folder / "run", folder / name)
+        assert call(COMMANDS[name].format(**words)) == 0
+        after[name] = results(folder / "run")
+    return folder, words, after
+
+
+def begin(prepared, name: str) -> tuple[Path, str]:
+    """Put the run before a command in its place; returns it, and the command's line."""
+    folder, words, _ = prepared
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    if START[name]:
+        shutil.copytree(folder / name, folder / "run")
+    return folder / "run", COMMANDS[name].format(**words)
+
+
+def whole_results(run: Path, before: dict[str, bytes], after: dict[str, bytes]) -> None:
+    """Each result, as the next command finds it, is the old one, the new one, or not there."""
+    if run.exists():
+        open_run(run) if (run / "run.json").exists() else None
+    now = tree(run)
+    for part in ("degraded/", "utility/", "scores.safetensors", "methods/toss-pro/"):
+        of = lambda files: {k: v for k, v in files.items() if k.startswith(part) and "/." not in k}
+        merged = lambda files: {k: v for k, v in of(files).items() if "merged/" not in k}
+        assert merged(now) in ({}, merged(before), merged(after)), part
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_any_write_the_same_command_finishes_the_work(name, prepared, tmp_path):
+    folder, _, after = prepared
+    before = tree(folder / name) if START[name] else {}
+    n, step = 1, 1 if ALL else 11
+    while True:
+        run, line = begin(prepared, name)
+        status = child(lambda: dies_at(n, line), tmp_path / "out")
+        assert status in (0, DIED), (tmp_path / "out").read_text()
+        if status == 0:
+            break
+        whole_results(run, before, after[name])
+        assert call(line) == 0, n
+        assert results(run) == after[name], n
+        n += step
+    assert n > 30  # a command writes many times
+
+
+def test_a_result_that_was_damaged_without_a_trace_is_made_again(prepared, capsys):
+    """As after a power cut: full length, all zeros, the same time."""
+    parts = {"train": ["degraded", "utility"], "score": ["scores.safetensors"]}
+    for name in ("train", "score", "select"):
+        run, line = begin(prepared, name)
+        assert call(line) == 0
+        own = [run / part for part in parts.get(name, ["methods/toss-pro"])]
+        files = [f for part in own for f in (part.rglob("*") if part.is_dir() else [part])]
+        for file in [f for f in files if f.is_file() and f.name != "README.md"][:: 1 if ALL else 3]:
+            stat, data = file.stat(), file.read_bytes()
+            file.write_bytes(bytes(len(data)))
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            assert call(line) == 0 and file.read_bytes() == data, file
+    (run / "utility/adapter_model.safetensors").write_bytes(b"")
+    assert "utility is damaged" in refused(capsys, COMMANDS["score"].format(**prepared[1]))
+
+
+def step_of(n: int, act):
+    """Let act() be called after the n-th step of any loop, before its state is saved."""
+    known, count = Progress.__call__, 0
+
+    def wrapper(self, event):
+        nonlocal count
+        count += 1
+        if count == n:
+            act()
+        known(self, event)
+
+    Progress.__call__ = wrapper
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("name", ["train", "score", "select"])
+def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared, tmp_path, capsys):
+    after = prepared[2]
+    for n in range(1, 99, 1 if ALL else 4):
+        run, line = begin(prepared, name)
+        every = line if number != signal.SIGKILL else line + " --save-every 1e-9"
+
+        def work():
+            step_of(n, lambda: os.kill(os.getpid(), number))
+            return call(every)
+
+        status, out = child(work, tmp_path / "out"), (tmp_path / "out").read_text()
+        if status == 0:
+            break
+        if number == signal.SIGKILL:
+            assert status == -number
+        else:
+            last = out.splitlines()[-1]
+            assert status == 128 + number and f"error: stopped by {number.name}" in last, out
+            assert "is saved after step" in last
+        out = said(capsys, line)
+        assert n == 1 and number == signal.SIGKILL or "goes on after step" in out, n
+        assert results(run) == after[name], n
+    assert n > 3
+
+
+def test_a_state_of_another_recipe_is_not_used_and_goes_when_the_work_is_done(prepared, capsys):
+    run, line = begin(prepared, "select")
+    stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    child(lambda: step_of(4, stop) or call(line + " --save-every 1e-9"), Path(os.devnull))
+    assert list((run / ".state").rglob("*.safetensors"))
+    assert "goes on" not in said(capsys, line + " --seed 7")
+    assert not (run / ".state").exists()
+
+
+def test_one_process_at_a_time_works_on_a_result(prepared, tmp_path, capsys):
+    run, line = begin(prepared, "score")
+    at = run / ".state"
+    with process.lock(at / "scores.lock"):
+        before = tree(run)
+        error = refused(capsys, line)
+        assert re.search(r"scores is in use by process \d+ on \S+ since .*--wait", error), error
+        assert tree(run) == before
+    with process.lock(at / "utility.lock"):  # what it reads
+        assert "utility is in use" in refused(capsys, line)
+    with process.lock(at / "utility.lock", shared=True):
+        assert call(line) == 0 and call(f"select.py --run {run}") == 0
+        words = f"train.py --run {run} {REFERENCES} --overwrite --seed 3".format(**prepared[1])
+        assert "utility is in use" in refused(capsys, words)
+    asked = prepared[1]["utility"]
+    for held, main, words in (
+        ("methods/toss", evaluate.main, f"--utility {asked} --max-new-tokens 1"),
+        ("evaluation/base", evaluate.main, f"--utility {asked} --max-new-tokens 1"),
+        ("methods/toss", diagnose.main, ""),
+        ("scores", report.main, ""),
+    ):
+        with process.lock(at / f"{held}.lock"):
+            argv = f"--run {run} {words}".split()
+            assert cli.run(lambda: main(argv)) == 1
+            name = held.rpartition("/")[2]
+            assert f"error: {name} is in use" in capsys.readouterr().err
+
+
+def test_two_at_once_lose_nothing(prepared, tmp_path):
+    """Real processes: the same command twice, and two ways of fine-tuning side by side."""
+    run, line = begin(prepared, "score")
+    start = lambda words: subprocess.Popen(
+        [sys.executable, *words.split()], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    twice = [start(line + " --wait") for _ in range(2)]
+    said = [p.communicate()[0].decode() for p in twice]
+    assert [p.returncode for p in twice] == [0, 0], said
+    assert sorted("inputs, skipped" in text for text in said) == [False, True], said
+    assert results(run) == prepared[2]["score"]
+    sides = [start(f"select.py --run {run} --method {name} --lr 1e-3") for name in ("toss", "sft")]
+    said = [p.communicate()[0].decode() for p in sides]
+    assert [p.returncode for p in sides] == [0, 0], said
+    assert {"methods/toss", "methods/sft"} <= read_json(run / "run.json")["stages"].keys()
+
+
+def test_what_dead_processes_left_is_swept_and_a_living_ones_is_not(prepared):
+    run, line = begin(prepared, "score")
+    for name in (".scores.safetensors.1-dead.partial", ".scores.safetensors.2-live.partial"):
+        (run / name).mkdir()
+        (run / name / "scores.safetensors").write_bytes(b"half")
+    with locked(run / ".scores.safetensors.2-live.partial"):
+        assert call(line) == 0
+    left = [file.name for file in run.glob(".*")]
+    assert left == [".scores.safetensors.2-live.partial"]
+
+
+def test_a_full_disk_is_one_line_and_the_next_try_works(prepared, tmp_path):
+    """Files may not grow beyond a size, as on a full disk or over a quota."""
+    for name in ("train", "score", "select"):
+        for size in (100, 2000, 9000) if ALL else (2000,):
+            run, line = begin(prepared, name)
+
+            def work():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+                return call(line)
+
+            before = tree(run)
+            status, out = child(work, tmp_path / "out"), (tmp_path / "out").read_text()
+            last = out.splitlines()[-1]
+            assert status == 1 and last.startswith("error: ") and str(run) in last, out
+            assert "cannot be written" in last and "Traceback" not in out, out
+            left = {
+                k for k in tree(run).keys() - before.keys() if not k.startswith(("log/", ".state"))
+            }
+            assert not left and call(line) == 0 and results(run) == prepared[2][name]
