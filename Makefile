@@ -23,6 +23,10 @@ demo: .venv/ready
 test: .venv/ready
 	$(VENV) -m pytest -q
 
+# Every place where a command can be killed, stopped or find the disk full; make test tries some.
+torture: .venv/ready
+	TOSS_TORTURE=1 $(VENV) -m pytest -q tests/test_torture.py
+
 lint: .venv/ready
 	$(VENV) -m pip install --quiet --disable-pip-version-check "$(RUFF)"
 	$(VENV) -m ruff check .
@@ -31,4 +35,4 @@ lint: .venv/ready
 clean:
 	rm -rf .venv runs/demo runs/demo-small
 
-.PHONY: demo test lint clean
+.PHONY: demo test torture lint clean

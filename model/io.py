@@ -183,15 +183,20 @@ def partial(path: Path) -> Iterator[Path]:
     folder = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-            with suppress(OSError), locked(left):
-                shutil.rmtree(left)
+        sweep(path.parent, glob.escape(path.name))
         folder.mkdir()
         with locked(folder, must=False):
             try:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what dead processes left of files and folders that they wrote here."""
+    for left in folder.glob(f".{name}.*-*.partial"):
+        with suppress(OSError), locked(left):
+            shutil.rmtree(left)
 
 
 @contextmanager

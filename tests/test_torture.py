@@ -44,18 +44,23 @@ START |= {"score again": ("train", "score"), "select": ("train", "score")}
 START |= {"select again": ("train", "score", "select")}
 
 
-def child(work, out: Path) -> int:
-    """Run work() in a forked process, its output in a file; returns the exit status."""
+def child(work) -> tuple[int, str]:
+    """Run work() in a forked process; its exit status, and what it printed."""
     sys.stdout.flush()
+    read, write = os.pipe()
     if (pid := os.fork()) == 0:
         status = 1
         try:
-            sys.stdout = sys.stderr = open(out, "w")
+            os.close(read)
+            sys.stdout = sys.stderr = open(write, "w")
             status = work()
         finally:
             sys.stdout.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(write)
+    with open(read) as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
 def dies_at(n: int, line: str) -> int:
@@ -123,14 +128,14 @@ def whole_results(run: Path, before: dict[str, bytes], after: dict[str, bytes]) 
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_at_any_write_the_same_command_finishes_the_work(name, prepared, tmp_path):
+def test_killed_at_any_write_the_same_command_finishes_the_work(name, prepared):
     folder, _, after = prepared
     before = tree(folder / name) if START[name] else {}
     n, step = 1, 1 if ALL else 11
     while True:
         run, line = begin(prepared, name)
-        status = child(lambda: dies_at(n, line), tmp_path / "out")
-        assert status in (0, DIED), (tmp_path / "out").read_text()
+        status, out = child(lambda: dies_at(n, line))
+        assert status in (0, DIED), out
         if status == 0:
             break
         whole_results(run, before, after[name])
@@ -173,7 +178,7 @@ def step_of(n: int, act):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("name", ["train", "score", "select"])
-def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared, tmp_path, capsys):
+def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared, capsys):
     after = prepared[2]
     for n in range(1, 99, 1 if ALL else 4):
         run, line = begin(prepared, name)
@@ -183,7 +188,7 @@ def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared,
             step_of(n, lambda: os.kill(os.getpid(), number))
             return call(every)
 
-        status, out = child(work, tmp_path / "out"), (tmp_path / "out").read_text()
+        status, out = child(work)
         if status == 0:
             break
         if number == signal.SIGKILL:
@@ -193,21 +198,21 @@ def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared,
             assert status == 128 + number and f"error: stopped by {number.name}" in last, out
             assert "is saved after step" in last
         out = said(capsys, line)
-        assert n == 1 and number == signal.SIGKILL or "goes on after step" in out, n
+        assert number == signal.SIGKILL or "goes on after step" in out, n
         assert results(run) == after[name], n
-    assert n > 3
+    assert n >= 3
 
 
 def test_a_state_of_another_recipe_is_not_used_and_goes_when_the_work_is_done(prepared, capsys):
     run, line = begin(prepared, "select")
     stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    child(lambda: step_of(4, stop) or call(line + " --save-every 1e-9"), Path(os.devnull))
+    child(lambda: step_of(4, stop) or call(line + " --save-every 1e-9"))
     assert list((run / ".state").rglob("*.safetensors"))
     assert "goes on" not in said(capsys, line + " --seed 7")
     assert not (run / ".state").exists()
 
 
-def test_one_process_at_a_time_works_on_a_result(prepared, tmp_path, capsys):
+def test_one_process_at_a_time_works_on_a_result(prepared, capsys):
     run, line = begin(prepared, "score")
     at = run / ".state"
     with process.lock(at / "scores.lock"):
@@ -235,7 +240,7 @@ def test_one_process_at_a_time_works_on_a_result(prepared, tmp_path, capsys):
             assert f"error: {name} is in use" in capsys.readouterr().err
 
 
-def test_two_at_once_lose_nothing(prepared, tmp_path):
+def test_two_at_once_lose_nothing(prepared):
     """Real processes: the same command twice, and two ways of fine-tuning side by side."""
     run, line = begin(prepared, "score")
     start = lambda words: subprocess.Popen(
@@ -254,16 +259,16 @@ def test_two_at_once_lose_nothing(prepared, tmp_path):
 
 def test_what_dead_processes_left_is_swept_and_a_living_ones_is_not(prepared):
     run, line = begin(prepared, "score")
-    for name in (".scores.safetensors.1-dead.partial", ".scores.safetensors.2-live.partial"):
+    for name in (".scores.safetensors.1-dead.partial", ".run.json.2-live.partial"):
         (run / name).mkdir()
         (run / name / "scores.safetensors").write_bytes(b"half")
-    with locked(run / ".scores.safetensors.2-live.partial"):
+    with locked(run / ".run.json.2-live.partial"):
         assert call(line) == 0
     left = [file.name for file in run.glob(".*")]
-    assert left == [".scores.safetensors.2-live.partial"]
+    assert left == [".run.json.2-live.partial"]
 
 
-def test_a_full_disk_is_one_line_and_the_next_try_works(prepared, tmp_path):
+def test_a_full_disk_is_one_line_and_the_next_try_works(prepared):
     """Files may not grow beyond a size, as on a full disk or over a quota."""
     for name in ("train", "score", "select"):
         for size in (100, 2000, 9000) if ALL else (2000,):
@@ -274,7 +279,7 @@ def test_a_full_disk_is_one_line_and_the_next_try_works(prepared, tmp_path):
                 return call(line)
 
             before = tree(run)
-            status, out = child(work, tmp_path / "out"), (tmp_path / "out").read_text()
+            status, out = child(work)
             last = out.splitlines()[-1]
             assert status == 1 and last.startswith("error: ") and str(run) in last, out
             assert "cannot be written" in last and "Traceback" not in out, out

@@ -14,6 +14,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -278,11 +279,14 @@ def run(main: Callable[[], int | None]) -> int:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
+        import torch
         import torch.distributed as dist
 
-        from toss.parallel import join
+        from toss import parallel
 
-        join()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        parallel.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         try:
             main()
         except InputError as error:

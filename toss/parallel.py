@@ -4,20 +4,11 @@ Every process does the same work on the same files, but in scoring each takes it
 batches, and in training of an optimizer step's rows. Losses and gradients are then summed.
 """
 
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENT = []  # the group of all processes whose members wait for a day
-
-
-def join() -> None:
-    """Join the processes that torchrun started: gloo between CPUs, nccl between GPUs."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    PATIENT[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=1))]
+patient = None  # the group of all processes in which they wait for a day; see cli.run
 
 
 def rank() -> int:
@@ -42,7 +33,7 @@ def share(items: list) -> list:
 def meet() -> None:
     """Wait until every process is here, as long as it takes: work of one alone may come before."""
     if size() > 1:
-        dist.barrier(group=PATIENT[0])
+        dist.barrier(group=patient)
 
 
 def any_process(busy: bool) -> bool:

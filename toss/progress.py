@@ -42,28 +42,21 @@ class Clock:
         return {"seconds": round(seconds, 2), "peak_memory_gib": round(peak / 2**30, 3)}
 
 
+Saving = tuple[Path, dict, float]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 class Progress:
     """The callback that `train` and `score` report to.
 
-    folder: of the run, for log/NAME.jsonl, a line per step of training. states: the folder for the
-    state to go on from, which belongs to the stage that `recipe` describes and is written every
-    `minutes`, at the end, and when a signal asks the process to stop; None: no state.
+    folder: of the run, for log/NAME.jsonl, a line per step of training. saving: where the state to
+    go on from is kept, the recipe of the stage that it belongs to, and the minutes between two; it
+    is also written at the end, and when a signal asks the process to stop. None: no state.
     """
 
-    def __init__(
-        self,
-        name: str,
-        device: torch.device,
-        folder: Path,
-        states: Path | None = None,
-        recipe: dict | None = None,
-        minutes: float = 5.0,
-    ):
+    def __init__(self, name: str, device: torch.device, folder: Path, saving: Saving | None = None):
         self.name, self.log, self.clock = name, folder / "log" / f"{name}.jsonl", Clock(device)
-        self.states, self.recipe, self.period = states, recipe, 60 * minutes
+        self.states, self.recipe, self.minutes = saving or (None, {}, 0)
         self.bar = tqdm(desc=name, unit="step", leave=False, disable=rank() > 0 or None)
         self.cost: dict[str, Any] = {"tokens": 0}
         self.saved = time.monotonic()
@@ -117,7 +110,7 @@ class Progress:
     def keep(self, event: dict[str, Any]) -> None:
         """Save the state if it is time, or the end; end the process if a signal asks for it."""
         step, steps = at = event["step"], event["steps"]
-        if step == steps or stop.signal or time.monotonic() - self.saved >= self.period:
+        if step == steps or stop.signal or time.monotonic() - self.saved >= 60 * self.minutes:
             work, self.saved = event["work"], time.monotonic()
             training = isinstance(work, Optimizer)
             tensors = state_of(work) if training else {"losses": work.cpu()}

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash, save_checkpoint
-from model.io import InputError, atomic_dir, atomic_file, file_hash, locked, read_json, restore
+from model.io import (
+    InputError,
+    atomic_dir,
+    atomic_file,
+    file_hash,
+    locked,
+    read_json,
+    restore,
+    sweep,
+)
 from model.lora import Adapter, merge
 from model.peft import WEIGHTS, read_adapter
 from model.process import lock, stop
@@ -86,12 +95,14 @@ class Run(Base):
                     file = self.hidden / f"{stage}.lock"
                     locks.enter_context(lock(file, stage not in makes, self.args.wait))
                     restore(self.folder / stage)
+                sweep(self.folder)
                 self.record = self.indexed(read_run(self.file))  # others may have changed it
                 yield
         finally:
-            for name in (".state/methods", ".state/evaluation", ".state", "methods", "."[there:]):
-                with suppress(OSError):  # where something is left
-                    (self.folder / name).rmdir()
+            folders = (".state/methods", ".state/evaluation", ".state", "methods")
+            for folder in [*(self.folder / name for name in folders), *[self.folder][there:]]:
+                with suppress(OSError):  # something is in it
+                    folder.rmdir()
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -117,11 +128,12 @@ class Run(Base):
 
     def log(self, name: str) -> Progress:
         """The callback of a piece of work: bar, log, cost; of a stage, the state to go on from."""
-        states = self.hidden / self.making["stage"] if self.making else None
-        recipe = {**self.making, "dtypes": self.dtypes}
-        part = Progress(name, self.device, self.folder, states, recipe, self.args.save_every)
-        self.parts[name] = part
-        return part
+        saving = None
+        if self.making:
+            recipe = {**self.making, "dtypes": self.dtypes}
+            saving = self.hidden / recipe["stage"], recipe, self.args.save_every
+        self.parts[name] = Progress(name, self.device, self.folder, saving)
+        return self.parts[name]
 
     # Results of earlier stages
 
