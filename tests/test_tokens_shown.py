@@ -235,7 +235,7 @@ def test_what_was_made_from_other_files_does_not_fit(small, capsys):
     assert look() == [0, 2, 2, 2] and "does not fit: --custom" in (out := capsys.readouterr().out)
     assert "scores                made from another --custom" in out
     with pytest.raises(InputError, match="changed: --custom"):
-        mask_of(small)
+        mask_of(open_run(small.folder))
     Path(small.args.custom).unlink()  # a file that is gone cannot be compared
     assert look() == [0, 0, 0, 0]
 

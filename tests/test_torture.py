@@ -257,6 +257,40 @@ def test_two_at_once_lose_nothing(prepared):
     assert {"methods/toss", "methods/sft"} <= read_json(run / "run.json")["stages"].keys()
 
 
+def test_a_result_is_on_the_disk_before_it_is_published(prepared, monkeypatch):
+    """Every file was flushed before the rename that puts it into its place, so was its folder."""
+    flushed, published = set(), []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda f: flushed.add(os.fstat(f).st_ino) or fsync(f))
+
+    def watched(move):
+        def wrapper(source, target, **more):
+            source = Path(source)
+            if ".old" not in str(target) and ".partial" in str(source):
+                parts = [source, *(source.rglob("*") if source.is_dir() else ())]
+                assert {part.stat().st_ino for part in parts} <= flushed, source
+                published.append(Path(target).name)
+            move(source, target, **more)
+
+        return wrapper
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    for name in ("train", "score", "select"):
+        assert call(begin(prepared, name)[1]) == 0
+    results = {"degraded", "utility", "scores.safetensors", "toss-pro", "merged", "run.json"}
+    assert results <= set(published)
+
+
+def test_rows_that_change_while_a_command_runs_are_an_error(prepared, tmp_path, capsys):
+    files = {k: v for k, v in prepared[1].items() if k not in ("base", "run")}
+    copies = {name: shutil.copy(file, tmp_path / f"{name}.jsonl") for name, file in files.items()}
+    words = {**copies, "base": prepared[1]["base"], "run": tmp_path / "run"}
+    change = lambda: copies["utility"].write_text(copies["harmful"].read_text())
+    status, out = child(lambda: step_of(2, change) or call(COMMANDS["train"].format(**words)))
+    assert status == 1 and "utility.jsonl was changed after it was read" in out.splitlines()[-1]
+
+
 def test_what_dead_processes_left_is_swept_and_a_living_ones_is_not(prepared):
     run, line = begin(prepared, "score")
     for name in (".scores.safetensors.1-dead.partial", ".run.json.2-live.partial"):

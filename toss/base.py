@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import base_hash, load_checkpoint
 from model.hub import resolve
 from model.io import DoesNotFit, InputError, NotFinite, read_json
 from model.lora import Adapter, use
@@ -89,6 +89,8 @@ class Base:
         if self.model is None or self.loaded != dtype:
             self.model, self.loaded = None, dtype  # free the old one first
             torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+            if base_hash(self.checkpoint, self.hash) != self.identity["base_sha256"]:
+                raise InputError(f"{self.checkpoint} was changed while the command ran")
             kind = DTYPES.get(dtype, torch.float32)
             self.model = load_checkpoint(self.checkpoint, self.device, kind)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
@@ -120,6 +122,8 @@ class Base:
         if path is None:
             what = "was begun without reference sets: give --model, --harmful and --utility"
             raise InputError(f"{self.args.run} {what}")
+        if rows is None:
+            self.hash(path)  # of what is read now
         chosen = read_rows(path) if rows is None else rows
         self.warn_shared(path, chosen)
         tokens = tokenise(chosen, self.tokenizer, self.args.max_length, str(path))

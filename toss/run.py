@@ -153,14 +153,20 @@ class Run(Base):
         return path if key == "scores" else path / ("model" if "/" in key else "") / WEIGHTS
 
     def hash(self, path: str | Path) -> str:
-        """sha256 of a file; kept in run.json for as long as nothing has touched the file."""
+        """sha256 of a file; kept in run.json for as long as nothing has touched the file.
+
+        Raises InputError if rows that were read have changed since.
+        """
         path = Path(path).absolute()
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         stat, known = path.stat(), self.hashes.get(str(path))
         now = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         if not isinstance(known, list) or known[:-1] != now:
-            self.hashes[str(path)] = known = [*now, file_hash(path)]
+            before, known = known, [*now, file_hash(path)]
+            if str(path) in self.datasets and before and before[-1] != known[-1]:
+                raise InputError(f"{path} was changed after it was read: run the command again")
+            self.hashes[str(path)] = known
         return known[-1]
 
     def stale(self, stage: str) -> list[str]:

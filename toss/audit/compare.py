@@ -87,7 +87,7 @@ def cost(record: dict, name: str) -> dict | None:
 
     record: run.json. A method is charged all references that it needs, and its share of scoring,
     but not for calibrating d. A mask from another run is charged its fine-tuning alone. None for
-    the base, and if the references were made elsewhere.
+    the base, and if the references were made elsewhere, or their costs are lost with a run.json.
     """
     stages = record["stages"]
     if (stage := stages.get(f"methods/{name}")) is None:
@@ -101,6 +101,8 @@ def cost(record: dict, name: str) -> dict | None:
         passes = 2 + stages["scores"]["recipe"]["settings"]["base"]
         parts += [(stages[model], 1.0) for model in trained]
         parts.append((stages["scores"], len(models) / passes))
+    if any("seconds" not in part for part, _ in parts):
+        return None
     return {
         "seconds": round(sum(part["seconds"] * share for part, share in parts), 2),
         "tokens": round(sum(part["tokens"] * share for part, share in parts)),
@@ -163,6 +165,8 @@ def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> No
     from toss.run import open_run
 
     # The demo is begun here if need be; for another run, a missing run.json is an error.
+    if seeds and (folder / "run.json").exists():
+        raise InputError(f"{folder} is a run; --seeds needs a folder for runs of its own")
     begun = seeds or (folder == Path("runs/demo") and not (folder / "run.json").exists())
     own = not (begun or open_run(folder).record.get("demo"))
     columns, legend, closing = COLUMNS, LEGEND, ""
