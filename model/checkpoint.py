@@ -75,20 +75,27 @@ def layout(folder: Path, model: Transformer) -> dict[Path, list[str]]:
     """
     wanted = {name: list(weight.shape) for name, weight in model.named_parameters()}
     found: dict[Path, list[str]] = {}
+    holder: dict[str, Path] = {}
     for file in weight_files(folder):
         with opened(file) as tensors:
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}
+            facts = {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
         if model.config.tie_word_embeddings:
-            shapes.pop("lm_head.weight", None)
-        found[file] = [name for name in shapes if not name.endswith("rotary_emb.inv_freq")]
+            facts.pop("lm_head.weight", None)
+        found[file] = [name for name in facts if not name.endswith("rotary_emb.inv_freq")]
         for name in found[file]:
+            shape, dtype = facts[name]
             if name not in wanted:
                 raise InputError(f"{file}: the tensor {name} is not part of this architecture")
-            if shapes[name] != wanted[name]:
+            if shape != wanted[name]:
                 raise InputError(
-                    f"{file}: the tensor {name} has the shape {shapes[name]}, but config.json "
-                    f"asks for {wanted[name]}"
+                    f"{file}: the tensor {name} has the shape {shape}, but config.json asks for "
+                    f"{wanted[name]}"
                 )
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{file}: the tensor {name} has the dtype {dtype}, not a float's")
+            if holder.setdefault(name, file) != file:
+                raise InputError(f"{file}: the tensor {name} is in {holder[name]} too")
     if missing := sorted(wanted.keys() - set().union(*found.values())):
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return found

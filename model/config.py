@@ -1,6 +1,5 @@
 """The parts of `config.json` that change what a Llama, Mistral, Qwen2 or Qwen3 model computes."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ FAMILIES = {
 }
 SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers
     num_attention_heads""".split()
+LAYERS = 1024  # more than any known model has; a billion would take hours to lay out
 KINDS = ("full_attention", "sliding_attention")
 # The rope types, each with the numbers that its scaling needs.
 SCALING = {
@@ -58,11 +58,12 @@ class Config:
         raw = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **FAMILIES[family], **raw}
         act = raw.get("hidden_act", "silu")
         refuse(act not in ("silu", "swish"), f"{where}: hidden_act {act!r}", ["silu"])
-        refuse(raw.get("is_causal") is False, f"{where}: is_causal false")
+        refuse(not flag(raw, "is_causal", where, True), f"{where}: is_causal false")
         for field in ("quantization_config", "compression_config"):
             refuse(raw.get(field), f"{where}: {field} (quantised weights)")
         sizes = {name: positive(raw, name, where, int) for name in SIZES}
         layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
+        refuse(layers > LAYERS, f"{where}: num_hidden_layers above {LAYERS}")
         groups = positive(raw, "num_key_value_heads", where, int, heads)
         head_dim = positive(raw, "head_dim", where, int, sizes["hidden_size"] // heads)
         if heads % groups or head_dim % 2:
@@ -71,7 +72,7 @@ class Config:
                 f"({groups}), and head_dim ({head_dim}) even"
             )
         rope, windowed = rope_settings(raw, where), windowed_layers(raw, layers, where)
-        bias = bool(raw.get("attention_bias"))
+        bias, mlp_bias = (flag(raw, name, where) for name in ("attention_bias", "mlp_bias"))
         return cls(
             **sizes,
             num_key_value_heads=groups,
@@ -81,11 +82,11 @@ class Config:
             rope_scaling=None if rope["rope_type"] == "default" else rope,
             attention_bias=family == "qwen2" or (bias and family != "mistral"),
             output_bias=bias and family in ("llama", "qwen3"),
-            mlp_bias=family == "llama" and bool(raw.get("mlp_bias")),
+            mlp_bias=family == "llama" and mlp_bias,
             qk_norm=family == "qwen3",
             sliding_window=positive(raw, "sliding_window", where, int) if windowed else None,
             windowed_layers=windowed,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            tie_word_embeddings=flag(raw, "tie_word_embeddings", where),
         )
 
 
@@ -97,10 +98,18 @@ def refuse(condition: object, what: str, known: Iterable[str] = ()) -> None:
         )
 
 
-def positive(raw: dict, name: str, where: str, kind=(int, float), default: int | None = None):
-    """A finite number above 0 of type `kind`; `default` where it is absent or null."""
+def flag(raw: dict, name: str, where: str, default: bool = False) -> bool:
+    """A truth value; `default` where it is absent or null. The text "false" would count as true."""
     value = default if raw.get(name) is None else raw[name]
-    if not isinstance(value, kind) or not 0 < value < math.inf:
+    if not isinstance(value, bool):
+        raise InputError(f"{where}: {name!r} must be true or false, not {value!r}")
+    return value
+
+
+def positive(raw: dict, name: str, where: str, kind=(int, float), default: int | None = None):
+    """A number above 0, in float32's range, of type `kind`; `default` where absent or null."""
+    value = default if raw.get(name) is None else raw[name]
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 3.4e38:
         what = "a whole number" if kind is int else "a number"
         raise InputError(f"{where}: {name!r} must be {what} above 0, not {value!r}")
     return value
@@ -108,7 +117,8 @@ def positive(raw: dict, name: str, where: str, kind=(int, float), default: int |
 
 def rope_settings(raw: dict, where: str) -> dict:
     """`rope_type`, `rope_theta` and the numbers of the scaling, in the older or newer spelling."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    given = (raw.get("rope_scaling"), raw.get("rope_parameters"))
+    rope = next((settings for settings in given if settings not in (None, {})), {})
     nested = not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values())
     refuse(nested, f"{where}: rope settings that are not one object of numbers ({rope!r})")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -123,13 +133,13 @@ def rope_settings(raw: dict, where: str) -> dict:
 def windowed_layers(raw: dict, layers: int, where: str) -> frozenset[int]:
     """The layers with a sliding window: all of Mistral's; of Qwen's those named or counted."""
     family, first = raw["model_type"], raw.get("max_window_layers", 0)
-    asked = family == "mistral" or family != "llama" and raw.get("use_sliding_window")
+    asked = flag(raw, "use_sliding_window", where) and family != "llama" or family == "mistral"
     if not asked or raw.get("sliding_window") is None:
         first = layers
-    if not isinstance(first, int) or first < 0:
+    if type(first) is not int or first < 0:
         raise InputError(f"{where}: 'max_window_layers' must be a whole number, not {first!r}")
     counted = [KINDS[i >= first] for i in range(layers)]
-    kinds = raw.get("layer_types") or counted
+    kinds = counted if raw.get("layer_types") is None else raw["layer_types"]
     fits = isinstance(kinds, list) and len(kinds) == layers and all(k in KINDS for k in kinds)
     refuse(not fits, f"{where}: layer_types {kinds!r} for {layers} layers", KINDS)
     if kinds != counted and (first == layers or family == "mistral"):
