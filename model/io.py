@@ -14,6 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+LINE = 2**26  # bytes of a line at most: a small .gz may hold gigabytes without a line break
+
 
 class InputError(ValueError):
     """The user's input cannot be used. The message says what is wrong, where, and what to do."""
@@ -27,12 +29,26 @@ class DoesNotFit(InputError):
     """The device has too little memory even for the smallest batch."""
 
 
+def printable(text: str, limit: int = 1000) -> str:
+    """The text on one line of about `limit` characters, with nothing that a terminal obeys."""
+    half = (limit - 5) // 2
+    cut = lambda text: text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+    line = " ".join(cut(text).splitlines())
+    return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+
+
+def regular(path: str | Path) -> Path:
+    """The path, if it is a file's; InputError for a pipe or a device, which may never end."""
+    if not Path(path).is_file():
+        why = "not a regular file" if Path(path).exists() else "no such file"
+        raise InputError(f"{path}: {why}")
+    return Path(path)
+
+
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file; InputError naming the file if it is missing or not text."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        return regular(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from None
 
@@ -55,15 +71,16 @@ def read_json(path: str | Path) -> dict:
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
     """(file:line, text) of each line that is not blank. Reads .gz; skips a byte order mark."""
-    path, number = Path(path), 0
+    path, number = regular(path), 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            pieces = iter(lambda: lines.readline(LINE + 1), b"")
+            for number, line in enumerate(pieces, start=1):
+                if len(line) > LINE:
+                    raise InputError(f"{path}:{number}: the line is longer than 64 MiB")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
                     yield f"{path}:{number}", text
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}:{number}: not UTF-8 text ({error})") from None
     except (EOFError, zlib.error) as error:
@@ -80,10 +97,8 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 def file_hash(path: str | Path) -> str:
     """sha256 of a file's bytes, in hex; InputError if it is not a file."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
     state = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         while piece := file.read(1 << 20):
             state.update(piece)
     return state.hexdigest()
@@ -93,7 +108,7 @@ def file_hash(path: str | Path) -> str:
 def opened(file: str | Path, framework: str = "pt", device: object = "cpu"):
     """A safetensors file open for reading; InputError naming it when it cannot be read."""
     try:
-        with safe_open(file, framework, device=str(device)) as tensors:
+        with safe_open(regular(file), framework, device=str(device)) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: cannot be read as safetensors ({error})") from None

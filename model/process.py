@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from model.io import InputError
+from model.io import InputError, printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -66,7 +66,7 @@ def reported(work: Callable[[], int | None]) -> int:
         print(f"error: stopped by {signal.Signals(number).name}; {kept}", file=sys.stderr)
         return 128 + number
     except Exception as error:
-        said = " ".join(str(error).splitlines())
+        said = printable(str(error))
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             said = f"out of memory on the device ({said})"
         elif isinstance(error, RuntimeError) and "can't allocate memory" in said:
