@@ -13,10 +13,12 @@ from torch import Tensor
 
 from model.checkpoint import base_hash
 from model.io import InputError, atomic_dir, load_tensors, made_from, read_json, save_tensors
+from model.limits import limited
 from model.lora import Adapter, active, lora_layers, use
 from model.transformer import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "base_model.model."  # what PEFT puts before every module's name
 # PEFT settings that change what an adapter computes and are not implemented here.
 REFUSED = """use_dora modules_to_save fan_in_fan_out lora_bias trainable_token_indices
@@ -45,6 +47,9 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
     file, layers = Path(path) / WEIGHTS, lora_layers(model)
     plan, tensors = planned(Path(path) / CONFIG, list(layers)), load_tensors(file)
     adapter = Adapter({}, {}, {})
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"{file}: the tensor {key} has the dtype {tensor.dtype}")
 
     def take(name: str, part: str, *shape: int) -> Tensor:
         key = f"{PREFIX}{name}.lora_{part}.weight"
@@ -56,9 +61,10 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
                 f"{file}: {key} has the shape {tuple(tensor.shape)}, but this model needs {shape}: "
                 "the adapter was made for another base"
             )
+        tensor = tensor.float()
         if not tensor.isfinite().all():
             raise InputError(f"{file}: the tensor {key} is not finite")
-        return tensor.float()
+        return tensor
 
     for name, (rank, scale) in plan.items():
         adapter.A[name] = take(name, "A", rank, layers[name].in_features)
@@ -71,7 +77,7 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
     recorded = made_from(file).get("base_sha256")
     if recorded and own_base_hash(model) not in (None, recorded):
         raise InputError(
-            f"{file}: the adapter was trained on other base weights (sha256 {recorded[:12]}...) "
+            f"{file}: the adapter was trained on other base weights (sha256 {recorded!s:.12}...) "
             f"than those in {model.source}"
         )
     return adapter
@@ -90,22 +96,32 @@ def planned(file: Path, layers: list[str]) -> dict[str, tuple[int, float]]:
         raise InputError(f"{file}: {refused[0]} is not implemented")
     if not isinstance(config.get("target_modules"), (list, str)):
         raise InputError(f"{file}: target_modules is not a list of layers or a regular expression")
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), (int, float)) or not math.isfinite(config[field]):
-            raise InputError(f"{file}: {field} is missing or not a number")
     plan = {}
     try:
-        for layer in layers:
-            if is_target(config, layer):
-                rank = matched(config.get("rank_pattern"), layer, config["r"])
-                alpha = matched(config.get("alpha_pattern"), layer, config["lora_alpha"])
-                root = math.sqrt(rank) if config.get("use_rslora") else rank
-                plan[layer] = rank, alpha / root
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        with limited("matching the patterns"):
+            for layer in layers:
+                if is_target(config, layer):
+                    plan[layer] = rank_and_scale(config, layer)
+    except Exception as error:  # nearly any, from another program's patterns
         raise InputError(
             f"{file}: target_modules, what narrows it, a rank or a pattern is malformed ({error})"
         ) from None
     return plan
+
+
+def rank_and_scale(config: dict, layer: str) -> tuple[int, float]:
+    """The rank of a layer's adapter, and alpha / rank or with rsLoRA alpha / sqrt(rank)."""
+    rank = matched(config.get("rank_pattern"), layer, config.get("r"))
+    alpha = matched(config.get("alpha_pattern"), layer, config.get("lora_alpha"))
+    rooted = config.get("use_rslora") or False
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"r is a whole number of at least 1, not {rank!r}")
+    if type(alpha) not in (int, float) or type(rooted) is not bool:
+        raise ValueError("lora_alpha is a number, and use_rslora true or false")
+    scale = alpha / (math.sqrt(rank) if rooted else rank)
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"lora_alpha makes the scale {scale}, which is not finite in float32")
+    return rank, scale
 
 
 def is_target(config: dict, layer: str) -> bool:
@@ -127,13 +143,13 @@ def is_target(config: dict, layer: str) -> bool:
     lists = [lists] if isinstance(lists, str) else lists
     found = [re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", layer) for name in lists]
     numbers = [int(match[1]) for match in found if match]
-    return bool(numbers) and numbers[0] in ([only] if isinstance(only, int) else only)
+    return bool(numbers) and numbers[0] in ([only] if type(only) is int else only)
 
 
 def matched(patterns: dict | None, layer: str, default: float) -> float:
     """The first value whose key, a regular expression, fits the last parts of the layer's name."""
     fitting = (v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
-    return next(fitting, default) + 0
+    return next(fitting, default)
 
 
 def check_copy(model: Transformer, key: str, tensor: Tensor, file: Path) -> None:

@@ -12,8 +12,10 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.io import InputError, read_json, read_text
+from model.limits import limited
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+MOST = 10**5  # characters that a template may add, besides nine times what a conversation has
 # The paper's form as a template, for checkpoints without one. The prompt ends at "Assistant:"; the
 # space after it belongs to the response.
 HUMAN = (
@@ -84,9 +86,11 @@ class Template:
         # Jinja's own tojson writes <, > and & as HTML escapes.
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:
-            self.compiled = environment.from_string(source)
-            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        except jinja2.TemplateError as error:
+            with limited("compiling it"):
+                source.encode()  # fails on half a character
+                self.compiled = environment.from_string(source)
+                names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        except Exception as error:  # constants are computed here, and nesting may be too deep
             raise InputError(f"{where}: the chat template is not valid jinja ({error})") from None
         self.source, self.special, self.where = source, special, where
         self.date = date if "strftime_now" in names else None
@@ -98,7 +102,12 @@ class Template:
         try:
             given = {**self.special, "tools": None, "documents": None, "messages": messages}
             given |= {"add_generation_prompt": generate, "strftime_now": self.clock.strftime}
-            return self.compiled.render(given)
+            with limited("rendering it"):
+                text = self.compiled.render(given)
+                text.encode()  # fails on half a character
+            if len(text) > MOST + 10 * sum(len(message["content"]) for message in messages):
+                raise InputError(f"it makes a text of {len(text)} characters of it")
+            return text
         except Exception as error:  # a template is a program and can raise nearly anything
             raise InputError(
                 f"{self.where}: the chat template refuses this conversation ({error})"
