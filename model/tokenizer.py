@@ -8,6 +8,8 @@ response, whose first token is then the one that the model would write.
 
 import datetime
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer as RawTokenizer
@@ -18,6 +20,19 @@ from model.template import HUMAN, Messages, Template, find_template
 
 Segment = tuple[str, bool]  # text, and whether it is a response
 Spans = list[tuple[int, int]]  # [start, end) characters of each token
+
+LEFT_OUT = "the chat template leaves a message's text out of the prompt"
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever the tokenizers library raises about `file`, a panic too, as an InputError."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is no Exception, and the others are plain ones
+        raise InputError(f"{file}: cannot be used as a tokenizer ({error})") from None
 
 
 class Tokenizer:
@@ -48,6 +63,8 @@ class Tokenizer:
         known = {token.content for token in raw.get_added_tokens_decoder().values()}
         words = [text for text in special.values() if text not in known]
         raw.add_special_tokens([text for text in words if raw.token_to_id(text) is not None])
+        if max([*raw.get_vocab().values(), *self.leading_ids()]) >= 2**31:
+            raise InputError(f"{where}: tokenizer.json has ids beyond int32")
         self.space, self.turn_end = self.around_response()
 
     def fingerprint(self) -> str:
@@ -59,7 +76,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with no special token added around it."""
-        return self.raw.encode(text, add_special_tokens=False).ids
+        with reading(self.where / "tokenizer.json"):
+            return self.raw.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -84,18 +102,19 @@ class Tokenizer:
         ends = [x.content for x in added if x.special and after.lstrip().startswith(x.content)]
         return space.removeprefix(" ") if self.adds_space else space, [*ends, self.eos][0]
 
-    def segments(self, messages: Messages) -> list[Segment]:
+    def segments(self, messages: Messages, most: int | None = None) -> list[Segment]:
         """A conversation as (text, is_response): prompt, response, prompt, response, ...
 
         A prompt is what the template renders up to a response, less what came before. If the
         conversation ends with a user's message, the last segment is a prompt. The caller adds
-        eos_id after each response; the prompt that follows leaves the template's own out.
+        eos_id after each response; the prompt that follows leaves the template's own out. most:
+        the number of responses to stop after.
         """
         pieces, before, response = [], "", ""
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if messages[-1]["role"] != "assistant":
             turns.append(len(messages))
-        for turn in turns:
+        for turn in turns[:most]:
             text = self.chat.render(messages[:turn], generate=True)
             rest = text[len(before) :].lstrip() if pieces else text
             if not text.startswith(before) or not rest.startswith(response.strip()):
@@ -139,11 +158,11 @@ class Tokenizer:
                 lead = (newline if after_newline else nothing) if is_response else eos
                 leads.append(lead if k else nothing)
         texts = [text for row in rows for text, _ in row]
-        encodings = self.raw.encode_batch(
-            [before + text for (before, _), text in zip(leads, texts)], add_special_tokens=False
-        )
-        pieces = map(self.cut, encodings, leads, texts)
-        return [[next(pieces) for _ in row] for row in rows]
+        behind = [before + text for (before, _), text in zip(leads, texts)]
+        with reading(self.where / "tokenizer.json"):
+            encodings = self.raw.encode_batch(behind, add_special_tokens=False)
+            pieces = map(self.cut, encodings, leads, texts)
+            return [[next(pieces) for _ in row] for row in rows]
 
     def cut(self, encoding, lead: tuple[str, list[int]], text: str) -> tuple[list[int], Spans]:
         """Ids and spans of a text encoded behind `lead`; encoded alone where the two merged."""
@@ -159,9 +178,31 @@ class Tokenizer:
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of a conversation up to where the assistant's next response begins."""
         ids, segments = self.leading_ids(), self.segments(messages)
+        if left_out(messages, segments):
+            raise InputError(f"{self.where}: {LEFT_OUT}")
         for (_, is_response), (piece, _) in zip(segments, self.encode_segments([segments])[0]):
             ids += [*piece, self.eos_id] if is_response else piece
         return ids
+
+
+def left_out(messages: Messages, segments: list[Segment]) -> bool:
+    """True if the text of a message, outer blanks aside, is not in the prompt that it belongs to.
+
+    A response is its own segment. A system message may stand anywhere, all else in order.
+    """
+    prompts = (text for text, is_response in segments if not is_response)
+    prompt, place = next(prompts), 0
+    for message in messages:
+        text, is_user = message["content"].strip(), message["role"] == "user"
+        if message["role"] == "assistant":
+            prompt, place = next(prompts, None), 0
+        elif prompt is None:  # beyond the last segment
+            return False
+        elif (found := prompt.find(text, place * is_user)) < 0:
+            return True
+        else:
+            place = found + len(text) if is_user else place
+    return False
 
 
 def special_tokens(folder: Path, config: dict) -> dict[str, str]:
@@ -181,6 +222,8 @@ def special_tokens(folder: Path, config: dict) -> dict[str, str]:
     extra = table.get("extra_special_tokens")
     named |= extra if isinstance(extra, dict) else {}
     texts = {key: x.get("content") if isinstance(x, dict) else x for key, x in named.items()}
+    with reading(folder / "tokenizer_config.json"):
+        "".join(text for text in texts.values() if isinstance(text, str)).encode()
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
@@ -204,17 +247,20 @@ def load_tokenizer(
     except ValueError:
         raise InputError(f"the date {date!r} does not have the form YYYY-MM-DD") from None
     file = folder / "tokenizer.json"
-    try:
-        raw = RawTokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
+    if not file.is_file():
         raise InputError(
-            f"{file}: no such file or not a tokenizer ({error}); transformers makes it from a slow "
-            "tokenizer's files: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        ) from None
+            f"{file}: no such file; transformers makes it from a slow tokenizer's files: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    with reading(file):
+        raw = RawTokenizer.from_file(str(file))
+    if getattr(raw.model, "dropout", None):
+        raise InputError(f"{file}: its dropout draws tokens by chance: set it to null")
     raw.no_truncation()
     raw.no_padding()
     config = read_json(folder / "tokenizer_config.json")
     source = None if template == "human" else find_template(folder, config)
     if template == "chat" and source is None:
         raise InputError(f"{folder}: the checkpoint has no chat template; use --template human")
-    return Tokenizer(raw, special_tokens(folder, config), source, day, folder)
+    with reading(file):
+        return Tokenizer(raw, special_tokens(folder, config), source, day, folder)

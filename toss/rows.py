@@ -10,6 +10,7 @@ from model.io import InputError, json_object, lines_of
 
 ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+HALF = re.compile("[\ud800-\udfff]")  # one of the two that make a character in UTF-16
 FORMS = (
     "messages; prompt and response; instruction, input and output (Alpaca); "
     "conversations (ShareGPT); chosen or transcript (Anthropic HH)"
@@ -77,8 +78,11 @@ def row_of(raw: dict, where: str, responses: bool = True) -> Row:
     if not fit:
         what = "`harmful` must list [start, end) character spans of the row's one response"
         raise InputError(f"{where}: {what}")
-    answer = None if raw.get("answer") is None else str(raw["answer"])
-    return Row(messages, where, spans, str(raw.get("source") or ""), answer)
+    notes = {key: raw[key] for key in ("source", "answer") if raw.get(key) is not None}
+    plain = {key: str(x) for key, x in notes.items() if type(x) in (str, int, float)}
+    if not responses and (len(plain) < len(notes) or HALF.search("".join(plain.values()))):
+        raise InputError(f"{where}: `source` and `answer` must be whole texts or numbers")
+    return Row(messages, where, spans, plain.get("source", ""), plain.get("answer"))
 
 
 def turn(role: str, text: str | list, where: str) -> dict[str, str]:
@@ -90,7 +94,7 @@ def turn(role: str, text: str | list, where: str) -> dict[str, str]:
     if not isinstance(text, str):
         said = json.dumps(text)[:60]
         raise InputError(f"{where}: the text of a turn of {role!r} is not a string but {said}")
-    if re.search("[\ud800-\udfff]", text):
+    if HALF.search(text):
         raise InputError(f"{where}: the text of a turn of {role!r} holds half a character")
     return {"role": ROLES[role], "content": text}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.io import DoesNotFit, InputError
-from model.tokenizer import Tokenizer
+from model.tokenizer import LEFT_OUT, Segment, Tokenizer, left_out
 from toss.rows import Row
 
 CHUNK = 1024  # rows that go to the tokenizer's threads together
@@ -71,11 +71,15 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
     """Tokenise conversations. max_length: tokens per row: prompt, responses and EOS together.
 
     A prompt that leaves no room for a response token is skipped; its row stays, empty. A response
-    too long is cut on the right and then gets no EOS. Raises InputError when no row is left.
+    too long is cut on the right and then gets no EOS. Raises InputError when no row is left, or
+    when the chat template leaves the text of a message out.
     """
-    arrays, lengths, cut = ([], []), [0], 0
+    arrays, lengths, cut, lost = ([], []), [0], 0, []
     for start in range(0, len(rows), CHUNK):
-        for ids, kinds in encode(rows[start : start + CHUNK], tokenizer):
+        chunk, most = rows[start : start + CHUNK], max_length // 2 + 1  # of 2 tokens, with the EOS
+        segments = [named(row, tokenizer.segments, row.messages, most) for row in chunk]
+        lost += [row.where for row, own in zip(chunk, segments) if left_out(row.messages, own)]
+        for ids, kinds in encode(chunk, segments, tokenizer):
             length = len(ids)
             if length > max_length:  # up to its last response token: what follows is of no use
                 length = int(kinds[:max_length].nonzero()[0].max(initial=-1)) + 1
@@ -83,6 +87,8 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
             arrays[0].append(ids[:length])
             arrays[1].append(kinds[:length])
             lengths.append(length)
+    if lost:
+        raise InputError(f"{lost[0]}: {LEFT_OUT} (first of {len(lost)} rows); use another template")
     if not any(lengths):
         what = f"every prompt is longer than --max-length {max_length}; no row is left"
         raise InputError(f"{name}: {what}")
@@ -91,21 +97,30 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
     return Tokens(ids, offsets, kinds > 0, kinds == HARMFUL, name, skipped, cut)
 
 
-def encode(rows: list[Row], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def named(row: Row, work: Callable, *given):
+    """work(*given); an InputError in it begins with the row's file:line."""
+    try:
+        return work(*given)
+    except InputError as error:
+        raise InputError(f"{row.where}: {error}") from None
+
+
+def encode(
+    rows: list[Row], segments: list[list[Segment]], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Each row whole: its ids, int32, and the kind of each token, uint8."""
-    segments = []
-    for row in rows:
-        try:
-            segments.append(tokenizer.segments(row.messages))
-        except InputError as error:
-            raise InputError(f"{row.where}: {error}") from None
+    try:
+        encoded = tokenizer.encode_segments(segments)
+    except InputError:  # again one by one, to name the row
+        pairs = zip(rows, segments)
+        encoded = [named(row, tokenizer.encode_segments, [own])[0] for row, own in pairs]
     lead = tokenizer.leading_ids()
-    for row, texts, pieces in zip(rows, segments, tokenizer.encode_segments(segments)):
+    for row, texts, pieces in zip(rows, segments, encoded):
         ids, kinds = [*lead], [PROMPT] * len(lead)
         for (text, is_response), (piece, spans) in zip(texts, pieces):
             shift = len(text) - len(row.messages[-1]["content"])  # the space before a response
             marks = [(a + shift, b + shift) for a, b in row.harmful if is_response]
-            harm = [any(s < b and e > a for a, b in marks) for s, e in spans if marks]
+            harm = overlaps(spans, marks) if marks else []
             ids += [*piece, tokenizer.eos_id] if is_response else piece
             kinds += [is_response + h for h in harm] or [int(is_response)] * len(piece)
             kinds += [RESPONSE] * is_response  # EOS
@@ -113,6 +128,13 @@ def encode(rows: list[Row], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, 
             what = "the prompt is empty, so nothing predicts the first response token"
             raise InputError(f"{row.where}: {what}")
         yield np.array(ids, np.int32), np.array(kinds, np.uint8)
+
+
+def overlaps(spans: list[tuple[int, int]], marks: list[tuple[int, int]]) -> list[bool]:
+    """Which spans overlap a mark: more marks begin before their end than end by their start."""
+    starts, ends = np.sort(np.array(marks).T)
+    first, last = np.array(spans).reshape(-1, 2).T
+    return (np.searchsorted(starts, last) > np.searchsorted(ends, first, "right")).tolist()
 
 
 @dataclass
