@@ -4,8 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from model.io import InputError
+from model.io import InputError, NotFinite
 from model.process import reported
+
+LONGEST = 2**20  # new tokens
 
 
 def generate(
@@ -20,10 +22,11 @@ def generate(
 
     Prompts may differ in length. A batch holds at most `batch_tokens` slots of the key-value cache
     (rows x longest). progress: called after each batch with its number of prompts. Raises
-    InputError for a negative limit, or an id that the model does not have.
+    InputError for a limit below 0 or above LONGEST, or an id that the model does not have, and
+    NotFinite where the logits do not say which token comes next.
     """
-    if max_new_tokens < 0:
-        raise InputError(f"the number of new tokens cannot be {max_new_tokens}")
+    if not 0 <= max_new_tokens <= LONGEST:
+        raise InputError(f"the number of new tokens is 0 to {LONGEST}, not {max_new_tokens}")
     highest, size = max(map(max, prompts), default=0), model.config.vocab_size
     if highest >= size:
         raise InputError(f"a prompt holds the id {highest}, but the model has {size} embeddings")
@@ -59,10 +62,13 @@ def generate_batch(
         positions = torch.arange(longest, device=device).expand_as(ids)
         hidden = model(ids, positions, cache)[torch.arange(rows, device=device), lengths - 1]
         for step in range(max_new_tokens):
-            token = model.lm_head(hidden).float().argmax(dim=-1)  # (B,)
+            logits = model.lm_head(hidden).float()  # (B, V)
+            token = logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), -1)  # (B,)
             done |= token == eos_id
             token = torch.where(done, eos_id, token)
             new.append(token.tolist())  # the only wait for the device
+            if -1 in new[-1]:
+                raise NotFinite(f"the model's logits are not finite at new token {step + 1}")
             if step + 1 == max_new_tokens or all(id == eos_id for id in new[-1]):
                 break
             # The slot at `lengths + step` may hold padding: it is overwritten before it is read.

@@ -71,6 +71,9 @@ def new_adapter(
     adapter, generator = Adapter({}, {}, {}), torch.Generator().manual_seed(seed)
     for name, layer in lora_layers(model).items():
         if last[name] in targets:
+            sides = layer.in_features, layer.out_features
+            if rank > max(sides):
+                raise InputError(f"the LoRA rank {rank} is above the sides of {name}, {sides}")
             bound = 1 / math.sqrt(layer.in_features)
             a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
             adapter.A[name] = a.to(layer.weight.device)

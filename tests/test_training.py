@@ -61,9 +61,9 @@ def test_training_lowers_the_loss_and_reports_each_step(model, tokens):
 def test_the_seed_alone_draws_the_order_and_the_start(model, tokens):
     empty = replace(tokens)
     empty.lengths[1] = 0  # skipped rows are in no step
-    steps = training_steps(empty, CONFIG)
-    assert steps == training_steps(empty, replace(CONFIG, lr=1.0, rank=7, schedule="cosine"))
-    assert steps != training_steps(empty, replace(CONFIG, seed=1))
+    steps = list(training_steps(empty, CONFIG))
+    assert steps == list(training_steps(empty, replace(CONFIG, lr=1.0, rank=7, schedule="cosine")))
+    assert steps != list(training_steps(empty, replace(CONFIG, seed=1)))
     assert [len(rows) for rows in steps] == [4, 3, 4, 3]
     first, second = sum(steps[:2], []), sum(steps[2:], [])
     assert sorted(first) == sorted(second) == [0, 2, 3, 4, 5, 6, 7] and first != second

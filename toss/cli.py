@@ -83,6 +83,8 @@ def number(kind: type, allowed: Callable, words: str) -> Callable[[str], float]:
 
 
 count = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1 (below 2^31)")
+threads = number(int, lambda n: 1 <= n <= 1024, "a whole number from 1 to 1024")
+folder = number(str, bool, "the name of a folder")
 natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
 positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
@@ -97,7 +99,7 @@ def parser(prog: str, doc: str, **inputs: str) -> Parser:
         "--custom) the values in data/demo.json are used.",
     )
     add = made.add_argument
-    add("--run", default="runs/demo", help="folder of the run")
+    add("--run", type=folder, default="runs/demo", help="folder of the run")
     add("--model", help="base checkpoint: a Hugging Face folder or a hub id")
     add("--revision", help="branch, tag or commit of a hub id (default: main; the run keeps it)")
     for flag, text in inputs.items():
@@ -122,7 +124,7 @@ def add_device_flags(made: Parser, dtype: bool = True) -> None:
     if dtype:
         text = "the base's dtype (auto: float32; on CUDA bfloat16 to train and float16 to score)"
         add("--dtype", default="auto", choices=DTYPES, help=text)
-    add("--threads", type=count, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     text = "tokens per forward pass, padding included; changes memory and speed, not the result "
     text += "(default: 8192 on CUDA, 2048 on the CPU)"
     add("--batch-tokens", type=count, metavar="N", help=text)
@@ -131,7 +133,7 @@ def add_device_flags(made: Parser, dtype: bool = True) -> None:
 
 def add_run_flags(made: Parser, dtype: bool = True) -> None:
     """What a command of the audit needs to open a run and run its models."""
-    made.add_argument("--run", required=True, help="folder of the run")
+    made.add_argument("--run", type=folder, required=True, help="folder of the run")
     add_device_flags(made, dtype)
 
 

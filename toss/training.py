@@ -1,9 +1,10 @@
 """The one training loop: references, TOSS-Pro rounds and the final model differ in their data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -59,9 +60,9 @@ def train(
     step = Step(model, parameters, tokens, wanted, weights.to(model.device), objective)
     done, budget = start(optimizer) if callable(start) else (0, None)
     budget = budget or config.batch_tokens or BATCH_TOKENS[model.device.type]
-    steps = training_steps(tokens, config)
-    for n, rows in enumerate(steps[done:], start=done + 1):
-        half_turn = math.pi * (n - 1) / len(steps)
+    steps = config.epochs * math.ceil((tokens.offsets.diff() > 0).sum() / config.batch_size)
+    for n, rows in islice(enumerate(training_steps(tokens, config), start=1), done, None):
+        half_turn = math.pi * (n - 1) / steps
         factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))
         optimizer.param_groups[0]["lr"] = lr = config.lr * factor
         while (loss := step.gradients(rows, budget)) is None:  # out of memory
@@ -73,21 +74,24 @@ def train(
             raise InputError(f"{bad}; lower --lr, or use --dtype float32")
         optimizer.step()
         seen = sum(tokens.lengths[i] for i in rows)
-        progress = {"step": n, "steps": len(steps), "tokens": seen, "loss": loss, "lr": lr}
+        progress = {"step": n, "steps": steps, "tokens": seen, "loss": loss, "lr": lr}
         state = {"work": optimizer, "tokens_per_batch": budget}
         on_step({**progress, "grad_norm": norm, **state})
     for parameter in parameters:
         parameter.requires_grad_(False).grad = None
+        if not parameter.isfinite().all():
+            raise InputError(f"{tokens.name}: the trained adapter is not finite; lower --lr")
     use(model, None)
     return adapter
 
 
-def training_steps(tokens: Tokens, config: TrainConfig) -> list[list[int]]:
+def training_steps(tokens: Tokens, config: TrainConfig) -> Iterator[list[int]]:
     """The rows of every optimizer step: a new order each epoch, by the seed alone."""
     generator = torch.Generator().manual_seed(config.seed)
     there = torch.tensor([i for i, length in enumerate(tokens.lengths) if length])
-    orders = (there[torch.randperm(len(there), generator=generator)] for _ in range(config.epochs))
-    return [part.tolist() for order in orders for part in order.split(config.batch_size)]
+    for _ in range(config.epochs):
+        order = there[torch.randperm(len(there), generator=generator)]
+        yield from (part.tolist() for part in order.split(config.batch_size))
 
 
 @dataclass
