@@ -107,9 +107,9 @@ def flag(raw: dict, name: str, where: str, default: bool = False) -> bool:
 
 
 def positive(raw: dict, name: str, where: str, kind=(int, float), default: int | None = None):
-    """A number above 0, in float32's range, of type `kind`; `default` where absent or null."""
+    """A positive number in float32's range, of type `kind`; `default` where absent or null."""
     value = default if raw.get(name) is None else raw[name]
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 3.4e38:
+    if isinstance(value, bool) or not isinstance(value, kind) or not 1.2e-38 < value < 3.4e38:
         what = "a whole number" if kind is int else "a number"
         raise InputError(f"{where}: {name!r} must be {what} above 0, not {value!r}")
     return value

@@ -32,7 +32,7 @@ def limited(what: str, seconds: float = 10, gib: float = 1) -> Iterator[None]:
     begun, main = time.monotonic(), threading.current_thread() is threading.main_thread()
     if timed := main and hasattr(signal, "setitimer"):
         handler = signal.signal(signal.SIGALRM, ring)
-        left, again = signal.setitimer(signal.ITIMER_REAL, seconds)
+        left, again = signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, if it was lost
     if MEMORY:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
@@ -52,7 +52,7 @@ def limited(what: str, seconds: float = 10, gib: float = 1) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if timed:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, handler)
+            signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
             if left:
                 rest = left - (time.monotonic() - begun)
                 signal.setitimer(signal.ITIMER_REAL, max(rest, 1e-3), again)

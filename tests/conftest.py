@@ -135,6 +135,14 @@ def tokenizer(base):
 
 
 @pytest.fixture
+def hurried(monkeypatch):
+    """Templates and regular expressions get half a second."""
+    from model.limits import limited
+
+    monkeypatch.setattr(limited.__wrapped__, "__defaults__", (0.5, 1))
+
+
+@pytest.fixture
 def files(tmp_path) -> dict[str, str]:
     """Paths of the test's own data files: harmful, utility, custom."""
     return write_files(tmp_path)

@@ -7,6 +7,7 @@ references and scores, calls a script as from the shell, and compares all files 
 import gzip
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -105,6 +106,8 @@ def base(name, content):
 
 PACKED = gzip.compress(b"".join(GOOD.replace("Hi", f"{i * i}").encode() for i in range(99)))
 TRAVEL = "0" * 64  # of a mask over other tokens
+HUGE = lambda tmp: file(gzip.compress(b"a" * (2**26 + 1), 1), "bad.jsonl.gz")(tmp)
+WORDS = {"type": "WordLevel", "vocab": {"a": 0, "Ċ": 1}, "unk_token": "<unk>"}  # no <unk>
 ECHO = b"{{ messages[-1].content if messages|length > 1 }}"  # a template of responses alone
 TABLE = [
     # Rows
@@ -119,6 +122,11 @@ TABLE = [
     (ROWS, said("b", harmful=[[0, 9]]), "bad.jsonl:2: .*spans"),
     (ROWS, said("bcd", harmful=[[2, 1]]), "bad.jsonl:2: .*spans"),
     (ROWS, turns(ASK, ANSWER, ASK, ANSWER, harmful=[[0, 1]]), "bad.jsonl:2: .*spans"),
+    (ROWS, said("bcd", harmful=[[False, True]]), "bad.jsonl:2: .*spans"),
+    (ROWS, row('{"prompt": "a", "response": "b", "n": ' + "9" * 5000 + "}"), ":2: not JSON"),
+    (ROWS, turns({"role": "\x1b[31m\n" * 10**5, "content": "a"}), r"role '\\x1b\[31m.* \.\.\. "),
+    (ROWS, lambda tmp: os.mkfifo(tmp / "bad.jsonl"), "bad.jsonl: "),
+    ("score.py --run {run} --overwrite --custom /dev/zero", None, "/dev/zero: "),
     (ROWS, turns(), "bad.jsonl:2: .*none of the known forms"),
     (ROWS, turns(ASK), "bad.jsonl:2: .*no response"),
     (ROWS, turns(ANSWER), "bad.jsonl:2: .*no prompt"),
@@ -136,6 +144,7 @@ TABLE = [
     (GZIP, file(PACKED[:-20], "bad.jsonl.gz"), r"bad.jsonl.gz:\d+: .*damaged"),
     (GZIP, file(PACKED[:10] + b"\xff" + PACKED[11:], "bad.jsonl.gz"), "damaged"),
     (GZIP, file(GOOD, "bad.jsonl.gz"), "bad.jsonl.gz: cannot be read"),
+    (GZIP, HUGE, "bad.jsonl.gz:1: the line is longer than 64 MiB"),
     (TRAIN, row("{", "harmful.jsonl"), "harmful.jsonl:2: not JSON"),
     (TRAIN, row("{", "utility.jsonl"), "utility.jsonl:2: not JSON"),
     # Stages that are missing, changed or out of order
@@ -212,12 +221,20 @@ TABLE = [
         "custom.jsonl:1: .*refuses",
     ),
     (PLAIN, base("chat_template.jinja", ECHO), "custom.jsonl:1: the prompt is empty"),
+    (PLAIN, base("chat_template.jinja", b"Hi!"), "custom.jsonl:1: .*leaves a .* of 10 rows"),
+    (PLAIN, base("chat_template.jinja", b"{{ 'a' * 10**10 }}"), "custom.jsonl:1: .* 1 GiB"),
+    (PLAIN, base("tokenizer.json", {"model": WORDS}), "custom.jsonl:1: .*tokenizer.json: .*UNK"),
+    (PLAIN, base("config.json", {"tie_word_embeddings": "false"}), "must be true or false"),
     # Flags out of range, unknown, or contradicting each other
     (SELECT + " --discard 1", None, "--discard: '1' is not"),
     (SELECT + " --discard -0.1", None, "--discard"),
     (SELECT + " --method best", None, "--method: invalid choice: 'best'"),
     (SELECT + " --method toss-pro", None, "--method: invalid choice"),
     (SELECT + " --lr nan", None, "--lr: 'nan' is not"),
+    (SELECT + " --lr 1e38", None, "--lr: '1e38' is not"),
+    (SELECT + " --rank 1000000", None, "the LoRA rank 1000000 .*q_proj, .32, 32"),
+    (SELECT + " --threads 1000000", None, "--threads: '1000000' is not .* 1024"),
+    ("select.py --run ''", None, "--run: '' is not"),
     (SELECT + " --alpha inf", None, "--alpha: 'inf' is not"),
     (SELECT + " --seed -1", None, "--seed"),
     (SELECT + " --epochs x", None, "--epochs: 'x' is not"),
@@ -249,4 +266,5 @@ def test_bad_input(line, damage, message, trained, base, files, tmp_path, capsys
     before = tree(trained)
     error = refused(capsys, line.format(run=trained, tmp=tmp_path, base=base, **files))
     assert re.search(message, error), error
+    assert "\x1b" not in error and len(error) < 1100
     assert tree(trained) == before and not tree(tmp_path / "new")

@@ -16,7 +16,7 @@ from helpers import tokens_of
 from model import load_tokenizer
 from toss.files import fingerprint
 from toss.rows import read_rows
-from toss.tokens import batches, collate
+from toss.tokens import batches, collate, overlaps
 
 TWO = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
 HH = "\n\nHuman: Hi?\n\nAssistant: Hello."
@@ -153,6 +153,24 @@ def test_a_cut_that_falls_into_a_later_prompt_ends_at_the_response_before_it(tok
     )
     tokens = tokens_of([{"messages": talk}], tokenizer, 40)
     assert tokens.cut == 1 and tokens.response[-1] and tokens.input_ids[-1] == tokenizer.eos_id
+
+
+def test_a_conversation_of_50000_turns_is_its_beginning_and_cut(tokenizer):
+    texts = [
+        value for i in range(25_000) for value in ("user", f"ask {i}", "assistant", f"say {i}")
+    ]
+    talk = turns("role", "content", *texts)
+    whole, begun = (tokens_of([{"messages": m}], tokenizer, 200) for m in (talk, talk[:100]))
+    assert torch.equal(whole.input_ids, begun.input_ids) and whole.cut == begun.cut == 1
+
+
+def test_a_token_is_harmful_exactly_where_it_overlaps_a_span():
+    draw = torch.Generator().manual_seed(0)
+    marks, spans = (torch.randint(60, (n, 2), generator=draw).sort().values for n in (9, 500))
+    marks, spans = (marks + torch.tensor([0, 1])).tolist(), spans.tolist()  # no mark is empty
+    want = [any(start < b and end > a for a, b in marks) for start, end in spans]
+    assert overlaps(spans, marks) == want and len(set(want)) == 2
+    assert overlaps([], marks) == []
 
 
 def test_batches_hold_each_row_once_within_the_budget_longest_first():

@@ -224,9 +224,12 @@ TENSORS = [
     ("magnitude", tensor(f"{Q}.lora_magnitude_vector", new(32))),
     ("q_proj", a(Q, with_one(torch.nan))),
     ("q_proj", b(Q, with_one(torch.inf))),
+    *(("dtype", a(Q, lambda t, d=d: t.to(d))) for d in (torch.int64, torch.float8_e4m3fn)),
+    ("not finite", b(Q, lambda t: t.double() * 1e200)),
     (WEIGHTS, -9),
     (WEIGHTS, None),
 ]
+BACKTRACK = "(([a-z._0-9]+)*)*!"  # takes ages to find that it does not match
 SETTINGS = [
     *((field, {field: [1]}) for field in REFUSED),
     *((field, {field: ...}) for field in ("r", "lora_alpha", "peft_type", "target_modules")),
@@ -239,6 +242,16 @@ SETTINGS = [
     (r"\br\b", {"r": None}),
     ("q_proj", {"rank_pattern": {"q_proj": 2}}),
     ("pattern", {"rank_pattern": {"(": 2}}),
+    *((r"\br\b", {"r": value}) for value in (True, 4.0, 0, -4, "4")),
+    *(("lora_alpha", {"lora_alpha": value}) for value in (True, 1e308)),
+    ("lora_alpha", {"alpha_pattern": {"q_proj": float("nan")}}),
+    ("use_rslora", {"use_rslora": "false"}),
+    ("malformed", {"rank_pattern": {"a{99999999999}": 2}}),
+    ("malformed", {"target_modules": "(" * 5000}),
+    ("malformed", {"layers_to_transform": True}),
+    *(("seconds", {field: BACKTRACK}) for field in ("target_modules", "exclude_modules")),
+    *(("seconds", {f"{kind}_pattern": {BACKTRACK: 2}}) for kind in ("rank", "alpha")),
+    ("seconds", {"layers_to_transform": 0, "layers_pattern": BACKTRACK}),
     ("lora_alpha", {"lora_alpha": "8"}),
     ("lora_alpha", {"lora_alpha": float("nan")}),
     ("target_modules", {"target_modules": None}),
@@ -257,7 +270,9 @@ DAMAGES = [(WEIGHTS, *row) for row in TENSORS] + [(CONFIG, *row) for row in SETT
 
 
 @pytest.mark.parametrize(("file", "words", "change"), DAMAGES)
-def test_what_is_not_plain_lora_is_refused_and_changes_nothing(model, folder, file, words, change):
+def test_what_is_not_plain_lora_is_refused_and_changes_nothing(
+    model, folder, file, words, change, hurried
+):
     load_adapter(model, GOLDENS / "adapters/all")
     before = state(model)
     damage(folder, {file: change})

@@ -7,7 +7,10 @@ from a stranger and stays in its sandbox.
 import datetime
 import hashlib
 import json
+import resource
 import shutil
+import signal
+import time
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +21,9 @@ from conftest import ROOT, damage, edit_json, script
 
 from model import InputError, load_tokenizer
 from model.generate import main
+from model.limits import limited
+from toss.rows import read_rows
+from toss.tokens import tokenise
 
 CONFIG, JINJA, TABLE = "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"
 # Mistral's first form, Llama-3.2's date and Qwen3's thinking, as far as they matter for the cuts.
@@ -328,9 +334,18 @@ def test_templates_find_what_transformers_gives_them(folder, source, text):
         "{{ nothing.at.all }}",
         "{{ raise_exception('not this way') }}",
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ messages[0].content * 10**10 }}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x*2 %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ (messages|length + 9) ** (10 ** 8) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ 'a'.ljust(10**10) }}",
+        "{{ 'ab' * 10**5 }}",
+        "{{ messages[0].content }}{{ '\\ud800' }}",
+        "Hi!",
     ],
 )
-def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, source):
+def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, source, hurried):
     tokenizer, messages = with_template(folder, source), talk("a")
     with pytest.raises(InputError, match="template"):
         tokenizer.prompt_ids(messages)
@@ -339,6 +354,8 @@ def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, s
 
 THOUGHT = talk("Hi.", "<think>\nhm\n</think>\n\nYes?", "Bake.", "No.")
 COUNTED = "{{ messages | length }}{{ messages[-1].content }}{{ eos_token }}"
+model = lambda **given: {"tokenizer.json": {"model": given, "pre_tokenizer": None}}
+LARGE, PANIC = {"a": 2**31, "\n": 0}, {"type": "FixedLength", "length": 0}
 REFUSED = [
     ("tokenizer.json", {"tokenizer.json": "{"}, {}),
     ("tokenizer.json.*save_pretrained", {"tokenizer.json": None}, {}),
@@ -348,6 +365,13 @@ REFUSED = [
     ("eos_token", {CONFIG: {"eos_token": None}}, {}),
     ("<nowhere>", {CONFIG: {"eos_token": "<nowhere>"}}, {}),
     ("jinja", {JINJA: "{% for %}"}, {}),
+    ("jinja", {JINJA: "{% for i in [1] %}" * 30 + "{% endfor %}" * 30}, {}),
+    ("jinja", {JINJA: "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"}, {}),
+    ("tokenizer.json.*dropout", model(type="BPE", vocab={}, merges=[], dropout=0.5), {}),
+    ("tokenizer.json.*UNK", model(type="WordLevel", vocab={"b": 0}, unk_token="<unk>"), {}),
+    ("tokenizer.json.*int32", model(type="WordLevel", vocab=LARGE, unk_token="a"), {}),
+    ("tokenizer.json.*non-zero", {"tokenizer.json": {"pre_tokenizer": PANIC}}, {}),
+    (CONFIG, {CONFIG: {"bos_token": "\ud800"}}, {}),
     ("rag, tool_use.*--template human", {JINJA: None} | named(tool_use="a", rag="b"), {}),
     ("not a text", {JINJA: None} | inline([{"name": "rag"}]), {}),
     ("alpaca", {}, {"template": "alpaca"}),
@@ -367,6 +391,35 @@ def test_what_a_tokenizer_or_its_template_cannot_do_is_said(folder, words, chang
         load_tokenizer(folder, **options).segments(given.get("row"))
     if "row" in given:  # a row of one turn can be cut
         assert len(load_tokenizer(folder).segments(talk("a", "b"))) == 2
+
+
+def test_messages_that_a_template_leaves_out_are_counted_over_the_whole_file(folder):
+    source = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer, kept, row = (
+        with_template(folder, source),
+        talk("a", " b "),
+        talk("a", "b", system="S"),
+    )
+    rows = read_rows(
+        [{"messages": row} for row in (kept, row, kept, row, talk(" a", "b", "c", "d"))]
+    )
+    with pytest.raises(InputError, match=r"row 1 .*leaves a message's text .*first of 2 rows"):
+        tokenise(rows, tokenizer, 99)
+    assert tokenise([rows[0], rows[2], rows[4]], tokenizer, 99).rows == 3
+
+
+def test_limits_leave_alarms_and_memory_as_they_were():
+    rung, handler = [], signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(InputError, match="counting takes more than 0.1 seconds"):
+        with limited("counting", seconds=0.1):
+            while True:
+                pass
+    assert not rung and 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.1
+    time.sleep(0.3)
+    assert rung == [1] and resource.getrlimit(resource.RLIMIT_AS) == before
+    signal.signal(signal.SIGALRM, handler)
 
 
 def test_a_date_is_kept_by_the_run_and_taken_by_the_command(base, files, tmp_path, capsys):

@@ -203,6 +203,17 @@ def test_a_loss_that_is_not_finite_names_the_row(model, tokens):
         score(model, bad)
 
 
+def test_an_adapter_that_ends_in_infinities_is_an_error(model, tokens):
+    spoil = lambda event: active(model).tensors()[0].data.fill_(torch.inf)
+    with pytest.raises(InputError, match="rows: the trained adapter is not finite; lower --lr"):
+        config = replace(CONFIG, epochs=1, batch_size=99)
+        train(model, tokens, tokens.response.float(), config, on_step=spoil)
+
+
+def test_any_number_of_epochs_begins_at_once(tokens):
+    assert len(next(training_steps(tokens, replace(CONFIG, epochs=2**31 - 1)))) == 4
+
+
 def test_the_peak_memory_of_a_stage_is_its_own():
     big = torch.ones(2**26)  # 256 MiB
     peak = lambda: Clock(torch.device("cpu")).read()["peak_memory_gib"]

@@ -112,6 +112,7 @@ def test_half_precision_is_close_with_a_float32_residual_stream(name, dtype):
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE, NORM = "model.layers.1.mlp.gate_proj.weight", "model.norm.weight"
 Q_BIAS, LAYER_2 = "model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight"
+EMBED = "model.embed_tokens.weight"
 ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
@@ -133,6 +134,7 @@ def index(weight_map):
     return {INDEX: {"weight_map": weight_map}}
 
 
+NO_FLOATS = (torch.int64, torch.bool, torch.float8_e4m3fn)
 PICKLE = {"pytorch_model.bin": "cos\nmkdir\n(Vopened\ntR."}  # unpickling it makes a folder
 BROKEN = {
     "plain": [
@@ -146,6 +148,7 @@ BROKEN = {
         (NORM, {FILE: (NORM, lambda t: t[:1])}),  # would broadcast
         (GATE, {FILE: (GATE, with_one(torch.nan))}),
         (GATE, {FILE: (GATE, with_one(-torch.inf))}),
+        *((f"{NORM}.*dtype", {FILE: (NORM, lambda t, d=d: t.to(d))}) for d in NO_FLOATS),
         *((FILE, {FILE: end}) for end in (0, 5, 3000, -1)),
         *(("config.json", {"config.json": text}) for text in (None, "", "{", "[1, 2]", "null")),
         (FILE, {FILE: None} | PICKLE),
@@ -153,6 +156,7 @@ BROKEN = {
     "gqa-tied-shards": [
         (SHARDS[1], {SHARDS[1]: -4}),
         (SHARDS[1], {SHARDS[1]: None}),
+        (f"{SHARDS[1]}.*{EMBED}.*{SHARDS[0]}", {SHARDS[1]: (EMBED, lambda _: torch.ones(80, 32))}),
         *((INDEX, index(table)) for table in (None, {}, [], {"a": None}, {"a": 3}, {"a": "."})),
         ("outside", index({"a": f"../{SHARDS[0]}"})),
         ("outside", index({"a": f"inside/../../{SHARDS[0]}"})),
@@ -195,7 +199,14 @@ SIZES |= {"num_attention_heads": 64}
 WRONG = {"hidden_act": "gelu", "is_causal": False, "rms_norm_eps": None, "head_dim": 7}
 WRONG |= {"quantization_config": {"bits": 4}, "compression_config": {"format": "int-quantized"}}
 WRONG |= {"partial_rotary_factor": 0.5, "layer_types": [FULL, SLIDING]}  # Llama has no window
+TRUTH = "attention_bias mlp_bias tie_word_embeddings use_sliding_window is_causal".split()
 REFUSED = [
+    *((field, {field: value}) for field in TRUTH for value in ("false", 0)),
+    *((field, {field: True}) for field in (*SIZES, "head_dim", "rms_norm_eps")),
+    ("rms_norm_eps", {"rms_norm_eps": 10**400}),
+    ("num_hidden_layers", {"num_hidden_layers": 10**9}),
+    ("layer_types", {"layer_types": "full_attention"}),
+    ("rope", {"rope_scaling": False}),
     *((field, {field: ...}) for field in ("model_type", *SIZES)),
     *((field, {field: value}) for field, value in WRONG.items()),
     *(("model_type", of(family)) for family in (None, ["llama"])),
@@ -349,9 +360,17 @@ def test_a_lower_limit_and_an_eos_cut_the_answer():
         assert generate(model, prompts, n, eos) == [answer[:n] for answer in answers]
     assert generate(model, prompts[:1], 5, eos_id=answers[0][0]) == [[]]
     assert generate(model, [], 5, eos) == []
-    for wrong in ([[80]], 5), (prompts, -1):
+    for wrong in ([[80]], 5), (prompts, -1), (prompts, 10**20):
         with pytest.raises(InputError):
             generate(model, *wrong, eos)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_no_answer(bad):
+    model = load_checkpoint(GOLDENS / "plain")
+    model.lm_head.weight[7] = bad
+    with pytest.raises(NotFinite, match="logits are not finite"):
+        generate(model, [[1, 2], [3]], 5, 0)
 
 
 def test_the_command_answers_with_an_adapter_and_names_what_is_wrong(base, tmp_path, capsys):

@@ -87,6 +87,7 @@ threads = number(int, lambda n: 1 <= n <= 1024, "a whole number from 1 to 1024")
 folder = number(str, bool, "the name of a folder")
 natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
+rate = number(float, lambda x: 0 < x < 1e37, "a number above 0 (below 1e37)")
 positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 
 
@@ -139,7 +140,7 @@ def add_run_flags(made: Parser, dtype: bool = True) -> None:
 
 def add_training_flags(made: Parser) -> None:
     """One flag per field of TrainConfig, and --gradient-checkpointing."""
-    types = {"alpha": positive, "lr": positive, "seed": natural, int: count}
+    types = {"alpha": positive, "lr": rate, "seed": natural, int: count}
     for f in (f for f in fields(TrainConfig) if f.metadata):
         flag, kind = f"--{f.name.replace('_', '-')}", types.get(f.name, types.get(f.type, f.type))
         made.add_argument(flag, type=kind, default=f.default, **f.metadata)
