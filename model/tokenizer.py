@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer as RawTokenizer
 
 from model.hub import resolve
@@ -185,6 +186,13 @@ class Tokenizer:
         return ids
 
 
+def overlaps(spans: Spans, marks: Spans) -> list[bool]:
+    """Which spans overlap a mark: more marks begin before their end than end by their start."""
+    starts, ends = np.sort(np.array(marks).T)
+    first, last = np.array(spans).reshape(-1, 2).T
+    return (np.searchsorted(starts, last) > np.searchsorted(ends, first, "right")).tolist()
+
+
 def left_out(messages: Messages, segments: list[Segment]) -> bool:
     """True if the text of a message, outer blanks aside, is not in the prompt that it belongs to.
 
@@ -196,11 +204,9 @@ def left_out(messages: Messages, segments: list[Segment]) -> bool:
         text, is_user = message["content"].strip(), message["role"] == "user"
         if message["role"] == "assistant":
             prompt, place = next(prompts, None), 0
-        elif prompt is None:  # beyond the last segment
-            return False
-        elif (found := prompt.find(text, place * is_user)) < 0:
-            return True
-        else:
+        elif prompt is not None:  # there may be fewer segments
+            if (found := prompt.find(text, place * is_user)) < 0:
+                return True
             place = found + len(text) if is_user else place
     return False
 

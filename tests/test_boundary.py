@@ -14,9 +14,10 @@ import torch
 from helpers import tokens_of
 
 from model import load_tokenizer
+from model.tokenizer import overlaps
 from toss.files import fingerprint
 from toss.rows import read_rows
-from toss.tokens import batches, collate, overlaps
+from toss.tokens import batches, collate
 
 TWO = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
 HH = "\n\nHuman: Hi?\n\nAssistant: Hello."

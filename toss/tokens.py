@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.io import DoesNotFit, InputError
-from model.tokenizer import LEFT_OUT, Segment, Tokenizer, left_out
+from model.tokenizer import LEFT_OUT, Tokenizer, left_out, overlaps
 from toss.rows import Row
 
 CHUNK = 1024  # rows that go to the tokenizer's threads together
@@ -76,10 +76,7 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
     """
     arrays, lengths, cut, lost = ([], []), [0], 0, []
     for start in range(0, len(rows), CHUNK):
-        chunk, most = rows[start : start + CHUNK], max_length // 2 + 1  # of 2 tokens, with the EOS
-        segments = [named(row, tokenizer.segments, row.messages, most) for row in chunk]
-        lost += [row.where for row, own in zip(chunk, segments) if left_out(row.messages, own)]
-        for ids, kinds in encode(chunk, segments, tokenizer):
+        for ids, kinds in encode(rows[start : start + CHUNK], tokenizer, max_length, lost):
             length = len(ids)
             if length > max_length:  # up to its last response token: what follows is of no use
                 length = int(kinds[:max_length].nonzero()[0].max(initial=-1)) + 1
@@ -97,23 +94,22 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
     return Tokens(ids, offsets, kinds > 0, kinds == HARMFUL, name, skipped, cut)
 
 
-def named(row: Row, work: Callable, *given):
-    """work(*given); an InputError in it begins with the row's file:line."""
-    try:
-        return work(*given)
-    except InputError as error:
-        raise InputError(f"{row.where}: {error}") from None
-
-
 def encode(
-    rows: list[Row], segments: list[list[Segment]], tokenizer: Tokenizer
+    rows: list[Row], tokenizer: Tokenizer, max_length: int, lost: list[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each row whole: its ids, int32, and the kind of each token, uint8."""
+    """Each row whole, or as much as can be of use: its ids, int32, and each token's kind, uint8.
+
+    lost: gets the file:line of every row of which the chat template leaves something out.
+    """
+    most = max_length // 2 + 1  # responses: each has 2 tokens at least, with the EOS
     try:
+        segments = [tokenizer.segments(row.messages, most) for row in rows]
         encoded = tokenizer.encode_segments(segments)
-    except InputError:  # again one by one, to name the row
-        pairs = zip(rows, segments)
-        encoded = [named(row, tokenizer.encode_segments, [own])[0] for row, own in pairs]
+    except InputError as error:
+        for row in rows if len(rows) > 1 else ():  # find the one
+            list(encode([row], tokenizer, max_length, lost))
+        raise InputError(f"{rows[0].where}: {error}") from None
+    lost += [row.where for row, own in zip(rows, segments) if left_out(row.messages, own)]
     lead = tokenizer.leading_ids()
     for row, texts, pieces in zip(rows, segments, encoded):
         ids, kinds = [*lead], [PROMPT] * len(lead)
@@ -128,13 +124,6 @@ def encode(
             what = "the prompt is empty, so nothing predicts the first response token"
             raise InputError(f"{row.where}: {what}")
         yield np.array(ids, np.int32), np.array(kinds, np.uint8)
-
-
-def overlaps(spans: list[tuple[int, int]], marks: list[tuple[int, int]]) -> list[bool]:
-    """Which spans overlap a mark: more marks begin before their end than end by their start."""
-    starts, ends = np.sort(np.array(marks).T)
-    first, last = np.array(spans).reshape(-1, 2).T
-    return (np.searchsorted(starts, last) > np.searchsorted(ends, first, "right")).tolist()
 
 
 @dataclass

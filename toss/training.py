@@ -60,7 +60,7 @@ def train(
     step = Step(model, parameters, tokens, wanted, weights.to(model.device), objective)
     done, budget = start(optimizer) if callable(start) else (0, None)
     budget = budget or config.batch_tokens or BATCH_TOKENS[model.device.type]
-    steps = config.epochs * math.ceil((tokens.offsets.diff() > 0).sum() / config.batch_size)
+    steps = config.epochs * math.ceil(sum(map(bool, tokens.lengths)) / config.batch_size)
     for n, rows in islice(enumerate(training_steps(tokens, config), start=1), done, None):
         half_turn = math.pi * (n - 1) / steps
         factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))
