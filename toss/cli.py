@@ -31,13 +31,15 @@ FORMAT = 3  # of run.json
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 UNSET = object()
 # The types of what run.json holds; "*" stands for any other key.
-COST = {"tokens": int, "seconds": (int, float), "peak_memory_gib": (int, float)}
-RECIPE = {"inputs": {"*": str}, "settings": {"*": object}}
-STAGE = {"recipe": RECIPE, **COST, "parts": {"*": COST}, "metrics": {"*": {"*": object}}}
-RUN = {"settings": dict.fromkeys((*INPUTS, "revision", "template", "date"), str)}
+NUMBER, TEXT, NOTHING = (int, float), (str, type(None)), type(None)
+COST = dict.fromkeys(("seconds", "peak_memory_gib", "last_loss"), NUMBER) | {"tokens": int}
+METRICS = {"*": {"n": NUMBER, "*": (*NUMBER, NOTHING)}}
+RECIPE = {"inputs": {"*": str}, "settings": {"method": str, "base": bool, "*": object}}
+STAGE = {"recipe": RECIPE, **COST, "rows": int, "parts": {"*": COST}, "metrics": METRICS}
+RUN = {"settings": dict.fromkeys((*INPUTS, "revision", "template", "date"), TEXT)}
 RUN["settings"]["max_length"] = int
 RUN |= {"stages": {"*": STAGE}, "demo": bool, "inputs": {"*": str}, "hashes": {"*": list}}
-RUN |= {"identity": {"*": (str, int)}, "versions": {"*": str}}
+RUN |= {"identity": {"*": (str, int)}, "versions": {"*": str}, "commit": TEXT}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -209,15 +211,16 @@ def read_run(file: Path) -> dict[str, Any]:
     record = read_json(file) if file.exists() else {}
     if record and record.get("format") != FORMAT:
         raise InputError(f"{file} was written by another version: choose another --run")
-    if not like(record, RUN):
+    whole = lambda stage: {"inputs", "settings"} <= stage.get("recipe", {}).keys()
+    if not like(record, RUN) or not all(map(whole, record.get("stages", {}).values())):
         raise InputError(f"{file}: a value is of another kind than the scripts write")
     return record
 
 
 def like(value: Any, pattern: Any) -> bool:
-    """True if a JSON value is of the types in a pattern; what is null or absent always fits."""
-    if not isinstance(pattern, dict) or value is None:
-        return value is None or isinstance(value, pattern)
+    """True if a JSON value is of the types in a pattern; what is absent fits."""
+    if not isinstance(pattern, dict):
+        return isinstance(value, pattern)
     kind = lambda key: pattern.get(key, pattern.get("*", object))
     return isinstance(value, dict) and all(like(value[key], kind(key)) for key in value)
 

@@ -136,7 +136,8 @@ def read_metrics(folder: Path) -> Table:
 def format_table(table: Table) -> str:
     """A table with the measures down and the methods across: value and [interval]."""
     text = "{value:.3f} [{low:.3f}, {high:.3f}]"
-    shown = lambda cell: "" if cell.get("value") is None else text.format(**cell)
+    there = lambda cell: None not in map(cell.get, ("value", "low", "high"))
+    shown = lambda cell: text.format(**cell) if there(cell) else ""
     names = dict.fromkeys(name for metrics in table.values() for name in metrics)
     lines = [[name, *(shown(m.get(name, {})) for m in table.values())] for name in names]
     return markdown(["", *table], lines)
