@@ -50,6 +50,8 @@ def train(
     """
     if weights.shape != tokens.response.shape:
         raise InputError(f"{len(weights)} weights for {len(tokens.response)} tokens")
+    if not any(tokens.lengths):
+        raise InputError(f"{tokens.name}: there are no rows to train on")
     targets = [name.strip() for name in config.targets.split(",") if name.strip()]
     fresh = lambda: new_adapter(model, config.rank, config.alpha, targets, config.seed)
     given = deepcopy(start) if isinstance(start, Adapter) else fresh()
