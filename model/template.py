@@ -15,6 +15,7 @@ from model.io import InputError, read_json, read_text
 from model.limits import limited
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+LEFT_OUT = "the chat template leaves a message's text out of the prompt"
 MOST = 10**5  # characters that a template may add, besides nine times what a conversation has
 # The paper's form as a template, for checkpoints without one. The prompt ends at "Assistant:"; the
 # space after it belongs to the response.
@@ -112,3 +113,22 @@ class Template:
             raise InputError(
                 f"{self.where}: the chat template refuses this conversation ({error})"
             ) from None
+
+
+def left_out(messages: Messages, segments: list[tuple[str, bool]]) -> bool:
+    """True if the text of a message, outer blanks aside, is not in the prompt that it belongs to.
+
+    segments: (text, is_response) in turn; a response is its own. A system message may stand
+    anywhere in its prompt, all else in order.
+    """
+    prompts = (text for text, is_response in segments if not is_response)
+    prompt, place = next(prompts), 0
+    for message in messages:
+        text, is_user = message["content"].strip(), message["role"] == "user"
+        if message["role"] == "assistant":
+            prompt, place = next(prompts, None), 0
+        elif prompt is not None:  # there may be fewer segments
+            if (found := prompt.find(text, place * is_user)) < 0:
+                return True
+            place = found + len(text) if is_user else place
+    return False

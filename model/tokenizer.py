@@ -17,12 +17,10 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from model.hub import resolve
 from model.io import InputError, file_hash, read_json
-from model.template import HUMAN, Messages, Template, find_template
+from model.template import HUMAN, LEFT_OUT, Messages, Template, find_template, left_out
 
 Segment = tuple[str, bool]  # text, and whether it is a response
 Spans = list[tuple[int, int]]  # [start, end) characters of each token
-
-LEFT_OUT = "the chat template leaves a message's text out of the prompt"
 
 
 @contextmanager
@@ -64,8 +62,8 @@ class Tokenizer:
         known = {token.content for token in raw.get_added_tokens_decoder().values()}
         words = [text for text in special.values() if text not in known]
         raw.add_special_tokens([text for text in words if raw.token_to_id(text) is not None])
-        if max([*raw.get_vocab().values(), *self.leading_ids()]) >= 2**31:
-            raise InputError(f"{where}: tokenizer.json has ids beyond int32")
+        if (highest := max([*raw.get_vocab().values(), *self.leading_ids()])) >= 2**31:
+            raise InputError(f"{where}: tokenizer.json has the id {highest}, beyond int32")
         self.space, self.turn_end = self.around_response()
 
     def fingerprint(self) -> str:
@@ -104,12 +102,11 @@ class Tokenizer:
         return space.removeprefix(" ") if self.adds_space else space, [*ends, self.eos][0]
 
     def segments(self, messages: Messages, most: int | None = None) -> list[Segment]:
-        """A conversation as (text, is_response): prompt, response, prompt, response, ...
+        """A conversation as (text, is_response): prompt, response, ... (`most` responses).
 
         A prompt is what the template renders up to a response, less what came before. If the
         conversation ends with a user's message, the last segment is a prompt. The caller adds
-        eos_id after each response; the prompt that follows leaves the template's own out. most:
-        the number of responses to stop after.
+        eos_id after each response; the prompt that follows leaves the template's own out.
         """
         pieces, before, response = [], "", ""
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
@@ -159,9 +156,9 @@ class Tokenizer:
                 lead = (newline if after_newline else nothing) if is_response else eos
                 leads.append(lead if k else nothing)
         texts = [text for row in rows for text, _ in row]
-        behind = [before + text for (before, _), text in zip(leads, texts)]
+        whole = [before + text for (before, _), text in zip(leads, texts)]
         with reading(self.where / "tokenizer.json"):
-            encodings = self.raw.encode_batch(behind, add_special_tokens=False)
+            encodings = self.raw.encode_batch(whole, add_special_tokens=False)
             pieces = map(self.cut, encodings, leads, texts)
             return [[next(pieces) for _ in row] for row in rows]
 
@@ -171,9 +168,7 @@ class Tokenizer:
         start = found.index(ids[-1]) + 1 if ids and ids[-1] in found else len(ids)
         if found[start - len(ids) : start] != ids:
             encoding, before, start = self.raw.encode(text, add_special_tokens=False), "", 0
-        spans = encoding.offsets[start:]
-        if before:
-            spans = [(a - len(before), b - len(before)) for a, b in spans]
+        spans = [(a - len(before), b - len(before)) for a, b in encoding.offsets[start:]]
         return encoding.ids[start:], spans
 
     def prompt_ids(self, messages: Messages) -> list[int]:
@@ -188,27 +183,8 @@ class Tokenizer:
 
 def overlaps(spans: Spans, marks: Spans) -> list[bool]:
     """Which spans overlap a mark: more marks begin before their end than end by their start."""
-    starts, ends = np.sort(np.array(marks).T)
-    first, last = np.array(spans).reshape(-1, 2).T
+    (starts, ends), (first, last) = np.sort(np.array(marks).T), np.array(spans).reshape(-1, 2).T
     return (np.searchsorted(starts, last) > np.searchsorted(ends, first, "right")).tolist()
-
-
-def left_out(messages: Messages, segments: list[Segment]) -> bool:
-    """True if the text of a message, outer blanks aside, is not in the prompt that it belongs to.
-
-    A response is its own segment. A system message may stand anywhere, all else in order.
-    """
-    prompts = (text for text, is_response in segments if not is_response)
-    prompt, place = next(prompts), 0
-    for message in messages:
-        text, is_user = message["content"].strip(), message["role"] == "user"
-        if message["role"] == "assistant":
-            prompt, place = next(prompts, None), 0
-        elif prompt is not None:  # there may be fewer segments
-            if (found := prompt.find(text, place * is_user)) < 0:
-                return True
-            place = found + len(text) if is_user else place
-    return False
 
 
 def special_tokens(folder: Path, config: dict) -> dict[str, str]:
@@ -227,10 +203,11 @@ def special_tokens(folder: Path, config: dict) -> dict[str, str]:
     named = {key: value for key, value in table.items() if key.endswith("_token")}
     extra = table.get("extra_special_tokens")
     named |= extra if isinstance(extra, dict) else {}
-    texts = {key: x.get("content") if isinstance(x, dict) else x for key, x in named.items()}
+    named = {key: x.get("content") if isinstance(x, dict) else x for key, x in named.items()}
+    texts = {key: text for key, text in named.items() if isinstance(text, str)}
     with reading(folder / "tokenizer_config.json"):
-        "".join(text for text in texts.values() if isinstance(text, str)).encode()
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+        "".join(texts.values()).encode()  # fails on half a character
+    return texts
 
 
 def load_tokenizer(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from model.io import DoesNotFit, InputError
-from model.tokenizer import LEFT_OUT, Tokenizer, left_out, overlaps
+from model.template import LEFT_OUT, left_out
+from model.tokenizer import Tokenizer, overlaps
 from toss.rows import Row
 
 CHUNK = 1024  # rows that go to the tokenizer's threads together
