@@ -69,7 +69,7 @@ def reported(work: Callable[[], int | None]) -> int:
         said = printable(str(error))
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             said = f"out of memory on the device ({said})"
-        elif isinstance(error, RuntimeError) and "can't allocate memory" in said:
+        elif isinstance(error, MemoryError) or "can't allocate memory" in said:
             said = f"out of memory ({said})"
         elif not isinstance(error, (InputError, OSError)):
             raise

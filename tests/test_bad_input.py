@@ -19,6 +19,8 @@ from helpers import refused
 from safetensors.torch import load_file
 
 from model.io import made_from, save_tensors
+from toss.files import fingerprint
+from toss.tokens import Tokens
 
 GOOD = '{"prompt": "Hi?", "response": "Yes."}\n'
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -60,14 +62,22 @@ def index(*drop, **fields):
     return lambda tmp: edit_json(tmp / "run" / "run.json", *drop, **fields)
 
 
-def scores(name, change):
-    """Change a tensor of scores.safetensors, or remove it; its record stays."""
+def degraded(**fields):
+    return lambda tmp: edit_json(tmp / "run" / "degraded" / "record.json", **fields)
+
+
+def scores(name, change, fits=False, **header):
+    """Change a tensor of scores.safetensors, or remove it; its record stays, or `fits`."""
 
     def edit(tmp):
         path = tmp / "run" / "scores.safetensors"
-        record = made_from(path)
+        record = {**made_from(path), **header}
         edit_tensors(path, name, change)
-        save_tensors(load_file(path), path, record)
+        tensors = load_file(path)
+        if fits:
+            arrays = [tensors[name] for name in ("input_ids", "offsets", "response", "harmful")]
+            record["tokens_sha256"] = fingerprint(Tokens(*arrays))
+        save_tensors(tensors, path, record)
 
     return edit
 
@@ -161,6 +171,8 @@ TABLE = [
     (SELECT, file(GOOD, "custom.jsonl"), "--custom"),  # the same path, other rows
     (SELECT + " --pro 1", file(GOOD, "harmful.jsonl"), "--harmful"),
     (SELECT + " --pro 1", gone("degraded/record.json"), "no record"),
+    (SELECT + " --pro 1", degraded(settings={"rank": "x"}), "a setting in its record is damaged"),
+    (SELECT + " --pro 1", degraded(settings=3), "no record"),
     ("train.py --run {run}", gone("degraded/record.json"), "degraded .*--overwrite"),
     (SELECT + " --method base", None, "run score.py --base --overwrite"),
     (SELECT + " --method oracle", scores("harmful", torch.zeros_like), "harm"),
@@ -181,11 +193,21 @@ TABLE = [
     (SELECT, scores("loss_utility", torch.Tensor.double), "loss_utility has the dtype"),
     (SELECT, scores("input_ids", torch.Tensor.float), "input_ids has the dtype"),
     (SELECT, scores("response", torch.Tensor.float), "response has the dtype"),
-    (SELECT, scores("loss_degraded", at(-1, math.nan)), "loss_degraded is not finite on row 9"),
-    (SELECT, scores("loss_utility", at(0, math.inf)), "loss_utility is not finite on row 0"),
+    (SELECT, scores("loss_degraded", at(-1, math.nan)), "loss_degraded is not finite.* on row 9"),
+    (SELECT, scores("loss_utility", at(0, math.inf)), "loss_utility is not finite.* on row 0"),
     (SELECT, scores("offsets", at(-1, 3)), "offsets"),
     (SELECT, scores("offsets", at(0, 1)), "offsets"),
     (SELECT, scores("offsets", at(3, 0)), "offsets"),
+    (SELECT, scores("offsets", lambda t: t[:, None].clone()), "offsets has the shape"),
+    (SELECT, scores("offsets", lambda t: t[0].clone()), "offsets has the shape"),
+    (SELECT, scores("input_ids", at(0, 384), True), "has the id 384"),
+    (SELECT, scores("input_ids", at(0, -1), True), "its flags or ids"),
+    (SELECT, scores("response", lambda t: t | True, True), "its flags or ids"),
+    (SELECT, scores("loss_utility", at(-1, -1.0)), "loss_utility is .*negative.* on row 9"),
+    (SELECT, scores("loss_utility", at(0, 1.0)), "loss_utility is .* not of a response token"),
+    (SELECT, scores("harmful", at(0, True)), "its flags or ids"),
+    (SELECT, scores("loss_utility", torch.clone, dtype=[]), "its header"),
+    (SELECT, scores("loss_utility", torch.clone, skipped="x"), "its header"),
     (SELECT, scores("input_ids", at(0, 384)), "scores.safetensors: its tokens"),
     (SELECT, scores("input_ids", at(0, -1)), "scores.safetensors: its tokens"),
     (SELECT, scores("response", at(0, True)), "scores.safetensors: its tokens"),
@@ -196,6 +218,9 @@ TABLE = [
     (MASK, mask(lambda t: t.update(keep=t["keep"][1:].clone())), "keep has the shape"),
     (MASK, mask(lambda t: t.update(keep=t["keep"].float())), "keep has the dtype"),
     (MASK, mask(lambda t: t.update(keep=~t["keep"])), "tokens of prompts"),
+    (MASK, mask(lambda t: t.update(keep=t["keep"].byte() * 2)), "other values than 0 and 1"),
+    (MASK, mask(lambda t: t.update(score=t["score"] / 0)), "score is not float32, or not finite"),
+    (MASK, mask(lambda t: t.update(weight=t["score"] / 2)), "holds weights"),
     (MASK, mask(tokens_sha256=""), "mask.safetensors"),
     (MASK, mask(tokens_sha256=TRAVEL, inputs={"--custom": ""}), "different: --custom"),
     (MASK, mask(tokens_sha256=TRAVEL, template="human"), "different: template"),
@@ -209,6 +234,8 @@ TABLE = [
     (SELECT, index(settings={}), "--model"),
     (SELECT, index(settings=[]), "run.json"),
     (SELECT, index(stages=3), "run.json"),
+    (SELECT, index(identity={"max_length": []}), "run.json: .*name the inputs again"),
+    (SELECT, index(stages={"scores": {"seconds": "x"}}), "run.json: .*name the inputs again"),
     (SELECT, index(hashes=3), "run.json"),
     # The base
     (PLAIN, None, "bad"),

@@ -122,7 +122,8 @@ def test_a_refined_degraded_model_and_its_ranking_come_with_its_mask(small):
         folder = small.path(f"methods/toss-pro/round-{t}")
         folder.mkdir()
         again = {**losses, "degraded": losses["degraded"] + shift}
-        write_scores(folder / "scores.safetensors", tokens, again, {"inputs": {}, "settings": {}})
+        made = {"inputs": {}, "settings": {}, "dtype": "float32"}
+        write_scores(folder / "scores.safetensors", tokens, again, made)
     last = (mask := mask_of(small, "toss-pro")).row(1)[-1]
     assert last.degraded == losses["degraded"][-1] + 1 == last.utility - last.S
     assert last.score == score[-1] and last.order == 1 and mask.label == mask.method == "toss-pro"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import base_hash, load_checkpoint
+from model.config import Config
 from model.hub import resolve
 from model.io import DoesNotFit, InputError, NotFinite, read_json
 from model.lora import Adapter, use
@@ -127,14 +128,18 @@ class Base:
         chosen = read_rows(path) if rows is None else rows
         self.warn_shared(path, chosen)
         tokens = tokenise(chosen, self.tokenizer, self.args.max_length, str(path))
-        highest = int(tokens.input_ids.max())
-        there = read_json(self.checkpoint / "config.json").get("vocab_size") or 0
-        if highest >= there:
-            what = f"tokenizer.json has the id {highest}, but the model has {there} embeddings"
-            raise InputError(f"{self.checkpoint}: {what}")
+        self.check_ids(tokens)
         print(f"{path}: {tokens.rows} rows, {tokens.skipped} skipped, {tokens.cut} cut")
         self.datasets |= {path: tokens} if rows is None else {}
         return tokens
+
+    def check_ids(self, tokens: Tokens) -> None:
+        """InputError if the model has no embedding for a token."""
+        highest, file = int(tokens.input_ids.max()), self.checkpoint / "config.json"
+        there = Config.from_dict(read_json(file), str(file)).vocab_size
+        if highest >= there:
+            what = f"{tokens.name} has the id {highest}, but the model has {there} embeddings"
+            raise InputError(f"{self.checkpoint}: {what}")
 
     def warn_shared(self, path: str, rows: list[Row], prompts_only: bool = False) -> None:
         """Warn when rows of a file are also in a data file that the run used before it."""

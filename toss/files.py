@@ -22,6 +22,7 @@ from model.lora import Adapter
 from model.peft import write_adapter
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from toss.cli import DTYPES
 from toss.tokens import Tokens
 
 WARNING = """\
@@ -87,27 +88,34 @@ def read_scores(path: Path, name: str) -> tuple[Tokens, dict[str, Tensor]]:
     wanted = {"input_ids": torch.int32, "offsets": torch.int64}
     wanted |= dict.fromkeys(("response", "harmful"), torch.bool)
     wanted |= dict.fromkeys(("loss_utility", "loss_degraded"), torch.float32)
+    counts = [record.get(name, 0) for name in ("skipped", "cut")]
+    if not all(type(count) is int for count in counts) or record.get("dtype") not in DTYPES:
+        raise InputError(f"{path}: its header is not as score.py writes it: it was changed")
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise InputError(f"{path}: the tensor {missing[0]} is missing")
     ids, offsets, response, harmful = (tensors[key] for key in list(wanted)[:4])
+    sizes = dict.fromkeys(tensors, (ids.numel(),)) | {"offsets": (offsets.numel(),)}
     for key, tensor in tensors.items():
-        if key != "offsets" and tensor.shape != (len(ids),):
-            raise InputError(
-                f"{path}: {key} has the shape {tuple(tensor.shape)}, not ({len(ids)},)"
-            )
+        if tensor.shape != sizes[key]:
+            raise InputError(f"{path}: {key} has the shape {(*tensor.shape,)}, not {sizes[key]}")
         if tensor.dtype != wanted.get(key, torch.float32):
             raise InputError(f"{path}: {key} has the dtype {tensor.dtype}")
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(ids) or offsets.diff().min() < 0:
         raise InputError(f"{path}: offsets do not divide the {len(ids)} tokens into rows")
-    counts = (record.get("skipped", 0), record.get("cut", 0))
     tokens = Tokens(ids, offsets, response, harmful, name, *counts)
     if record.get("tokens_sha256") != fingerprint(tokens):
         raise InputError(f"{path}: its tokens are not those that its header names: it was changed")
     losses = {k[len("loss_") :]: tensor for k, tensor in tensors.items() if k.startswith("loss_")}
     for model, loss in losses.items():
-        if not loss.isfinite().all():
-            row = int(tokens.row_of((~loss.isfinite()).nonzero()[0]))
-            raise InputError(f"{path}: loss_{model} is not finite on row {row} (counted from 0)")
+        wrong = ~loss.isfinite() | (loss < 0) | (loss != 0) & ~response
+        if wrong.any():
+            row = int(tokens.row_of(wrong.nonzero()[0]))
+            what = "not finite, negative, or not of a response token,"
+            raise InputError(f"{path}: loss_{model} is {what} on row {row} (counted from 0)")
+    first = response[offsets[:-1][offsets.diff() > 0]]
+    if first.any() or not response.any() or (harmful & ~response).any() or ids.min() < 0:
+        what = "its flags or ids are not those of prompts followed by responses"
+        raise InputError(f"{path}: {what}: it was changed")
     return tokens, losses
 
 
@@ -123,9 +131,12 @@ def load_selection(path: Path, tokens: Tokens) -> dict[str, Tensor]:
         if tensor.shape != tokens.response.shape:
             expected = tuple(tokens.response.shape)
             raise InputError(f"{path}: {key} has the shape {tuple(tensor.shape)}, not {expected}")
-    if found["keep"].dtype not in (torch.bool, torch.uint8):
-        raise InputError(f"{path}: keep has the dtype {found['keep'].dtype}; expected bool")
-    found["keep"] = found["keep"].bool()
+    keep, score = found["keep"], found.get("score", torch.zeros(0))
+    if keep.dtype not in (torch.bool, torch.uint8) or keep.max() > 1:
+        raise InputError(f"{path}: keep has the dtype {keep.dtype} or other values than 0 and 1")
+    if score.dtype != torch.float32 or not score.isfinite().all():
+        raise InputError(f"{path}: score is not float32, or not finite")
+    found["keep"] = keep.bool()
     if wrong := int((~found["keep"] & ~tokens.response).sum()):
         raise InputError(f"{path}: keep discards {wrong} tokens of prompts, which have no loss")
     return found

@@ -13,6 +13,7 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from model.peft import WEIGHTS, read_adapter
 from model.process import lock, stop
 from toss import files
 from toss.base import Base
-from toss.cli import FORMAT, INPUTS, ROOT, Parser, add_run_flags, parse, read_run
+from toss.cli import FORMAT, INPUTS, NUMBER, ROOT, Parser, add_run_flags, like, parse, read_run
 from toss.config import TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
 from toss.parallel import meet, rank
@@ -46,6 +47,7 @@ from toss.tokens import Tokens
 
 RESULTS = ("degraded", "utility", "scores", "methods")  # what the scripts make
 IDENTITY = ("base_sha256", "tokenizer_sha256", "template", "max_length")
+KINDS = {f.name: NUMBER if f.type is float else f.type for f in fields(TrainConfig) if f.metadata}
 # Settings that are not a run's.
 HIDDEN = ("run", "overwrite", "given", "demo", "anew", "wait", "save_every")
 
@@ -207,6 +209,8 @@ class Run(Base):
     def reference_config(self) -> TrainConfig:
         """How theta^h was trained, so that TOSS-Pro can train it again."""
         if record := self.check("degraded"):
+            if not like(record["settings"], KINDS):
+                raise InputError(f"{self.path('degraded')}: a setting in its record is damaged")
             return TrainConfig.of({**record["settings"], "batch_tokens": self.args.batch_tokens})
         raise InputError(f"{self.path('degraded')} has no record, so TOSS-Pro cannot retrain it")
 
@@ -221,6 +225,7 @@ class Run(Base):
         if self.args.custom not in self.datasets:  # at first; lower_scoring may change it later
             self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
         tokens, losses = read_scores(self.path("scores"), self.args.custom)
+        self.check_ids(tokens)
         self.datasets[self.args.custom] = tokens
         return tokens, losses
 
@@ -241,6 +246,8 @@ class Run(Base):
                 " tokenizer"
             )
         found = load_selection(path, tokens)
+        if "weight" in found:
+            raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
         return found["keep"], found.get("score")
 
     # Making a result

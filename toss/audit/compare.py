@@ -98,7 +98,7 @@ def cost(record: dict, name: str) -> dict | None:
         trained = [model for model in models if model != "base"]
         if not {*trained, "scores"} <= set(stages):
             return None
-        passes = 2 + stages["scores"]["recipe"]["settings"]["base"]
+        passes = 2 + stages["scores"]["recipe"]["settings"].get("base", False)
         parts += [(stages[model], 1.0) for model in trained]
         parts.append((stages["scores"], len(models) / passes))
     if any("seconds" not in part for part, _ in parts):
