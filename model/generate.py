@@ -49,7 +49,7 @@ def generate_batch(
     """generate for one batch. Prompts are padded on the right; new tokens overwrite the padding."""
     import torch
 
-    from model.transformer import Cache
+    from model.packed import Cache
 
     device, rows, longest = model.device, len(prompts), max(map(len, prompts))
     lengths = torch.tensor([len(p) for p in prompts], device=device)

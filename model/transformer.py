@@ -1,8 +1,8 @@
 """A decoder-only transformer: Llama, Mistral, Qwen2, Qwen3. Reads bottom up, norm to model.
 
 Config says what tells the families apart. Every module has its Hugging Face name, so the tensors of
-a public checkpoint fit without a mapping table. Shapes in trailing comments: B rows, T tokens,
-D hidden size, H query heads, K key-value heads, E head size, S slots of the cache.
+a public checkpoint fit without a mapping table. Shapes in trailing comments: N tokens of B rows, T
+the longest, D hidden size, H query heads, K key-value heads, E head size, S slots of the cache.
 """
 
 import math
@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import Config
 from model.lora import LoRALinear
+from model.packed import Cache, Rows
 
-Rope = tuple[Tensor, Tensor]  # cosine and sine of each position's angles, [B or 1, 1, T, E/2] each
-Masks = tuple[Tensor | None, Tensor | None]  # for full and windowed layers: see attention_masks
+Rope = tuple[Tensor, Tensor]  # cosine and sine of each position's angles, [N, 1, E/2] each
+Masks = tuple[Tensor | None, Tensor | None]  # for full and windowed layers: see Rows.masks
 
 
 class RMSNorm(nn.Module):
@@ -50,46 +51,11 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, split-half layout: channel i turns with i + E/2. x: (B, heads, T, E)."""
+    """Rotary embedding, split-half layout: channel i turns with i + E/2. x: (N, heads, E)."""
     first, second = x.chunk(2, dim=-1)
     # The angles are float32, so the products are: round them before they are joined.
     turned = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
     return torch.cat(turned, dim=-1)
-
-
-class Cache:
-    """Keys and values of the tokens seen so far, for generation; one slot per position and row."""
-
-    def __init__(self, model: "Transformer", rows: int, length: int):
-        config = model.config
-        heads, size = config.num_key_value_heads, config.head_dim
-        shape = (config.num_hidden_layers, rows, heads, length, size)
-        self.keys = torch.zeros(shape, device=model.device, dtype=model.dtype)
-        self.values = torch.zeros_like(self.keys)
-
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, K, T, E) at `positions` (B, T); return the layer's (B, K, S, E)."""
-        keys, values = self.keys[layer], self.values[layer]
-        index = positions[:, None, :, None].expand_as(k)  # (B, K, T, E)
-        keys.scatter_(2, index, k)
-        values.scatter_(2, index, v)
-        return keys, values
-
-
-def attention_masks(positions: Tensor, window: int | None, cache: Cache | None) -> Masks:
-    """The keys that a query sees in a full and in a windowed layer, bool [B or 1, 1, T, S].
-
-    None: all keys up to its own position, with S = T.
-    """
-    T, device = positions.shape[1], positions.device
-    if cache is not None and T == 1:  # one new token: `is_causal` would show it slot 0 alone
-        age = positions[:, None, :, None] - torch.arange(cache.keys.shape[3], device=device)
-        return age >= 0, (age >= 0) & (age < window) if window else None  # (B, 1, 1, S)
-    if window is None or T <= window:
-        return None, None  # the window covers every row
-    order = torch.arange(T, device=device)
-    age = order[:, None] - order  # (T, T)
-    return None, ((age >= 0) & (age < window))[None, None]  # (1, 1, T, T)
 
 
 class Attention(nn.Module):
@@ -111,31 +77,33 @@ class Attention(nn.Module):
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope: Rope, masks: Masks, positions: Tensor, cache: Cache | None
+        self, x: Tensor, rope: Rope, masks: Masks, rows: Rows, cache: Cache | None
     ) -> Tensor:
-        shape = (*x.shape[:2], -1, self.head_dim)  # (B, T, heads, E)
-        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)  # (B, H, T, E)
-        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)  # (B, K, T, E)
-        v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, K, T, E)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        heads = (len(x), -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rope)  # (N, H, E)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope)  # (N, K, E)
+        v = self.v_proj(x).view(heads)  # (N, K, E)
         if k.dtype == torch.float16:
-            # An infinite key can hide behind a zero attention weight; turn its row into NaN.
-            k = k + (0 * k).sum(dim=(1, 2, 3), keepdim=True)
+            # An infinite key can hide behind a zero attention weight: make it NaN, which cannot.
+            k = torch.where(k.abs() > 65504, torch.nan, k)
+        q, k, v, mask = rows.pad(q), rows.pad(k), rows.pad(v), masks[self.windowed]
+        shape = q.shape  # (B, H, T, E)
         if cache is not None:
-            slots = cache.update(self.layer, positions, k, v)
-            if x.shape[1] == 1:
+            slots = cache.update(self.layer, rows.positions, k, v)
+            if rows.shape[1] == 1:  # the heads of a group are as many queries of its one key head
                 k, v = slots  # (B, K, S, E)
-        mask = masks[self.windowed]
+                q = q.reshape(len(k), -1, self.groups, self.head_dim)  # (B, K, H / K, E)
         # The flash kernels read grouped keys as they are, but take no mask. float32 has no such
         # kernel on CUDA, and the CPU's is slower.
-        grouped = x.is_cuda and x.dtype != torch.float32 and mask is None
-        if self.groups > 1 and not grouped:
-            k = k.repeat_interleave(self.groups, dim=1)  # (B, H, S, E)
-            v = v.repeat_interleave(self.groups, dim=1)  # (B, H, S, E)
+        if q.shape[1] > k.shape[1] and (
+            not x.is_cuda or x.dtype == torch.float32 or mask is not None
+        ):
+            k = k.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
+            v = v.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped and self.groups > 1
-        )  # (B, H, T, E)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
+        )
+        return self.o_proj(rows.flat(y.reshape(shape)))
 
 
 class MLP(nn.Module):
@@ -163,7 +131,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        """context: rope, masks, positions and cache, as attention takes them."""
+        """x: (N, D). context: rope, masks, rows and cache, as attention takes them."""
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -179,12 +147,12 @@ class Body(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids [B, T] to final-norm hidden states [B, T, D]; `lm_head` maps those to logits.
+    """Token ids to final-norm hidden states; `lm_head` maps those to logits.
 
     The caller applies the head, so that logits are built only where a loss or a next token needs
-    them. Rows are padded on the right: under causal attention a real token never sees what is to
-    its right, so there is no padding mask. A mask exists only in decoding and where a row is longer
-    than a sliding window.
+    them. Rows are packed: all but attention runs on the tokens one behind the other. Attention pads
+    rows on the right; a real token never sees what is to its right, so there is no padding mask. A
+    mask exists only in decoding and where a row is longer than a sliding window.
     """
 
     def __init__(self, config: Config):
@@ -208,23 +176,27 @@ class Transformer(nn.Module):
         return self.model.norm.weight.dtype
 
     def forward(
-        self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        bounds: Tensor | None = None,
     ) -> Tensor:
-        """ids: int64 [B, T]. positions: int64 [B, T], default 0..T-1.
+        """Hidden states [B, T, D] of ids [B, T], int64; or [N, D] of packed ids [N].
 
-        cache: for generation. The first call holds the whole prompts, later ones one token per row.
+        bounds: int64 [B + 1] on the CPU; row i of the packed ids is bounds[i]:bounds[i + 1].
+        positions: int64 [B, T], default 0..T-1. cache: for generation, with ids [B, T]. The first
+        call holds the whole prompts, later ones one token per row.
         """
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
-        angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)
-        rope = angles.cos(), angles.sin()  # (B or 1, 1, T, E/2)
-        masks = attention_masks(positions, self.config.sliding_window, cache)
-        context = rope, masks, positions, cache
-        x = self.model.embed_tokens(ids).float()  # (B, T, D)
+        rows = Rows(ids, positions, bounds)
+        angles = rows.positions[:, None, None] * rope_frequencies(self.config, ids.device)
+        rope = angles.cos(), angles.sin()  # (N, 1, E/2)
+        context = rope, rows.masks(self.config.sliding_window, cache), rows, cache
+        x = self.model.embed_tokens(ids.flatten()).float()  # (N, D)
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 options = {"use_reentrant": False, "preserve_rng_state": False}
                 x = checkpoint(layer, x, *context, **options)
             else:
                 x = layer(x, *context)
-        return self.model.norm(x)
+        return self.model.norm(x).view(*ids.shape, -1)

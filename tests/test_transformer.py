@@ -31,7 +31,7 @@ from model.generate import generate, main
 from model.hub import resolve
 from model.io import NotFinite
 from model.lora import new_adapter, use
-from model.transformer import attention_masks
+from model.packed import Rows
 
 BOUND = 1e-4
 loaded = cache(lambda name: load_checkpoint(GOLDENS / name))
@@ -76,9 +76,9 @@ def test_older_spellings_of_config_json_mean_the_same(file, tmp_path):
 
 
 def test_a_mask_exists_only_where_a_row_is_longer_than_the_window():
-    at = lambda length: torch.arange(length)[None]
-    assert attention_masks(at(8), 8, None) == attention_masks(at(99), None, None) == (None, None)
-    full, windowed = attention_masks(at(9), 8, None)
+    masks = lambda length, window: Rows(torch.zeros(1, length)).masks(window, None)
+    assert masks(8, 8) == masks(99, None) == (None, None)
+    full, windowed = masks(9, 8)
     seen = [[0 <= query - key < 8 for key in range(9)] for query in range(9)]
     assert full is None and windowed[0, 0].tolist() == seen
 

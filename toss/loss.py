@@ -27,8 +27,9 @@ def token_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     Logits are built for one chunk of wanted positions at a time; in training each chunk is
     recomputed in the backward pass.
     """
-    hidden = model(batch.ids).flatten(0, 1)[batch.before]  # (n, D)
-    size = max(1, LOGITS // model.lm_head.out_features)
+    hidden = model(batch.ids, bounds=batch.bounds)[batch.before]  # (n, D)
+    size = LOGITS // model.lm_head.out_features
+    size = max(1, size // 256 * 256 or size)  # a GPU's products work on tiles of 128 or 256 rows
     if len(hidden) <= size:
         return head_log_probs(model.lm_head, hidden, batch.targets), hidden
     parts = []

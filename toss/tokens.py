@@ -1,4 +1,4 @@
-"""Rows tokenised once into flat arrays, and padded batches of them.
+"""Rows tokenised once into flat arrays, and batches of them in the same form.
 
 Every stage reads the same ids, so that a score, a mask and a training loss mean the same token: the
 one at their place in these arrays.
@@ -129,27 +129,25 @@ def encode(
 
 @dataclass
 class Batch:
-    """Rows side by side, padded on the right, and the n tokens in them whose loss is wanted."""
+    """Rows one behind the other, and the n tokens in them whose loss is wanted."""
 
-    ids: Tensor  # int64 [B, T]
-    before: Tensor  # int64 [n]: index into the B * T positions of the token before each wanted one
+    ids: Tensor  # int64 [N]
+    before: Tensor  # int64 [n]: index into the N of the token before each wanted one
     targets: Tensor  # int64 [n]: the wanted tokens
-    places: Tensor  # int64 [n]: their places in the flat arrays
+    places: Tensor  # int64 [n]: their places in the flat arrays of the dataset
+    bounds: Tensor  # int64 [rows + 1], on the CPU: row i is bounds[i]:bounds[i + 1]
 
 
 def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Split rows into batches of at most `budget` tokens, padding included (a longer row alone).
+    """Split rows into batches of at most `budget` tokens (a longer row alone).
 
-    Longest first, so that little is padding and running out of memory shows at once. A batch with a
-    quarter of the budget, enough for fast products, ends before a row that is a tenth padding.
+    The padding inside attention counts. Longest first, so that there is little of it and running
+    out of memory shows at once.
     """
-    groups, width = [], 0
+    groups = []
     for i in sorted(rows, key=lambda i: -lengths[i]):
-        full = groups and (len(groups[-1]) + 1) * width > budget
-        enough = groups and len(groups[-1]) * width >= budget / 4
-        if not groups or full or enough and lengths[i] < 0.9 * width:
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
-            width = lengths[i]
         groups[-1].append(i)
     return groups
 
@@ -164,17 +162,14 @@ def halve_budget(budget: int, longest: int, advice: str, remark: Callable[[dict]
 
 
 def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device) -> Batch:
-    """Put rows into one padded batch. wanted: bool [N], the places where a loss is asked for.
+    """Pack rows into a batch. wanted: bool [N], the places where a loss is asked for.
 
     All index arithmetic is done on the CPU, so that the device never has to wait for a count.
     """
-    places, lengths = tokens.places(rows), torch.tensor([tokens.lengths[i] for i in rows])
-    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T), False in the padding
-    ids = torch.zeros(real.shape, dtype=torch.int64)
-    ids[real] = tokens.input_ids[places].long()
-    chosen = wanted[places]
-    at = real.flatten().nonzero()[chosen, 0]  # of the wanted tokens; a prompt comes before them
-    parts = (ids, at - 1, ids.flatten()[at], places[chosen])
+    places, own = tokens.places(rows), tokens.take(rows)
+    ids = own.input_ids.long()
+    at = wanted[places].nonzero()[:, 0]  # a prompt comes before them
+    parts = (ids, at - 1, ids[at], places[at])
     if device.type == "cuda":
         parts = (part.pin_memory().to(device, non_blocking=True) for part in parts)
-    return Batch(*parts)
+    return Batch(*parts, own.offsets)

@@ -81,7 +81,7 @@ def divergences(
     ):
         batch, hidden = collate(tokens, group, wanted, model.device), {}
         for name, adapter in models.items():
-            states = use(model, adapter)(batch.ids).flatten(0, 1)[batch.before]  # (n, D)
+            states = use(model, adapter)(batch.ids, bounds=batch.bounds)[batch.before]  # (n, D)
             hidden[name] = states.split(size)
 
         def log_p(name: str, k: int) -> Tensor:

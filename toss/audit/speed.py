@@ -76,23 +76,33 @@ def theirs(model: Transformer, raw: dict) -> nn.Module:
     return made.requires_grad_(False).eval()
 
 
+def padded(tokens: Tokens, rows: list[int], device: torch.device) -> list[Tensor]:
+    """Rows padded on the right: ids [B, T]; where they are real, [B, T]; `before` among the B * T
+    positions and `targets` as in a Batch."""
+    batch = collate(tokens, rows, tokens.response, torch.device("cpu"))
+    lengths = batch.bounds.diff()
+    ids = nn.utils.rnn.pad_sequence(batch.ids.split(lengths.tolist()), batch_first=True)
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    parts = [ids, real.long(), real.flatten().nonzero()[batch.before, 0], batch.targets]
+    if device.type == "cuda":  # as in collate
+        parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
+    return parts
+
+
 def published_losses(hf: nn.Module, tokens: Tokens, rows: list[int], n: int) -> Iterator[Tensor]:
     """The losses of the response tokens, n rows at a time, from logits of every position."""
     for group in (rows[i : i + n] for i in range(0, len(rows), n)):
-        batch = collate(tokens, group, tokens.response, hf.device)
-        lengths = torch.tensor([[tokens.lengths[i]] for i in group])
-        real = (torch.arange(batch.ids.shape[1]) < lengths).long().to(hf.device)
-        logits = hf(input_ids=batch.ids, attention_mask=real).logits.flatten(0, 1).float()
-        following = batch.ids.roll(-1, 1).flatten()
-        yield F.cross_entropy(logits, following, reduction="none")[batch.before]
+        ids, real, before, _ = padded(tokens, group, hf.device)
+        logits = hf(input_ids=ids, attention_mask=real).logits.flatten(0, 1).float()
+        yield F.cross_entropy(logits, ids.roll(-1, 1).flatten(), reduction="none")[before]
 
 
 def sorted_losses(hf: nn.Module, tokens: Tokens, rows: list[int], n: int) -> Iterator[Tensor]:
     """The same in batches of at most n tokens, from logits of their positions only."""
     for group in batches(rows, tokens.lengths, n):
-        batch = collate(tokens, group, tokens.response, hf.device)
-        hidden = hf.model(input_ids=batch.ids).last_hidden_state.flatten(0, 1)[batch.before]
-        yield F.cross_entropy(hf.lm_head(hidden).float(), batch.targets, reduction="none")
+        ids, _, before, targets = padded(tokens, group, hf.device)
+        hidden = hf.model(input_ids=ids).last_hidden_state.flatten(0, 1)[before]
+        yield F.cross_entropy(hf.lm_head(hidden).float(), targets, reduction="none")
 
 
 def scoring(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig) -> Arms:
