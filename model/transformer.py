@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from model.config import Config
 from model.lora import LoRALinear
 from model.packed import Cache, Rows
+from model.products import attention
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine of each position's angles, [N, 1, E/2] each
 Masks = tuple[Tensor | None, Tensor | None]  # for full and windowed layers: see Rows.masks
@@ -100,9 +101,8 @@ class Attention(nn.Module):
         ):
             k = k.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
             v = v.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
-        )
+        how = {"is_causal": mask is None, "enable_gqa": q.shape[1] > k.shape[1]}
+        y = attention(q, k, v, attn_mask=mask, **how)
         return self.o_proj(rows.flat(y.reshape(shape)))
 
 
@@ -162,6 +162,7 @@ class Transformer(nn.Module):
         self.base_sha256 = None  # base_hash(source), computed when first needed
         self.name = ""  # what an adapter calls its base: a hub id, else "" for the folder's path
         self.gradient_checkpointing = False  # recompute each block in the backward pass
+        self.onednn = True  # float32 products on the CPU are oneDNN's, see products.py
         self.model = Body(config)
         self.lm_head = LoRALinear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:

@@ -182,17 +182,12 @@ def test_batches_hold_each_row_once_within_the_budget_longest_first():
     assert all(len(group) * max(lengths[i] for i in group) <= 100 for group in groups[1:])
 
 
-def test_a_batch_that_is_large_enough_ends_before_a_row_that_would_be_padding():
-    lengths = [50, 46, 45, 44, 30, 20, 10, 3]
-    assert batches(range(8), lengths, 400) == [[0, 1, 2], [3, 4, 5], [6, 7]]  # 44 < 0.9 * 50
-    assert batches(range(8), lengths, 4000) == [[*range(8)]]  # a quarter of the budget comes first
-
-
 def test_a_batch_taken_and_joined_rows_hold_the_same_tokens(tokenizer):
     rows = [{"prompt": "a " * n, "response": "yes " * (5 - n)} for n in range(1, 5)]
     tokens = tokens_of(rows, tokenizer)
     batch = collate(tokens, [3, 0, 2], tokens.response, torch.device("cpu"))
-    assert torch.equal(batch.ids.flatten()[batch.before + 1], batch.targets)
+    assert torch.equal(batch.ids[batch.before + 1], batch.targets)
+    assert batch.bounds.diff().tolist() == [tokens.lengths[i] for i in (3, 0, 2)]
     assert torch.equal(tokens.input_ids[batch.places].long(), batch.targets)
     assert tokens.row_of(batch.places).unique().tolist() == [0, 2, 3]
     both = tokens + tokens.take([2, 0])

@@ -121,7 +121,7 @@ def test_a_refined_degraded_model_and_its_ranking_come_with_its_mask(small):
     for t, shift in ((2, 0), (10, 1)):  # the last round counts, by its number
         folder = small.path(f"methods/toss-pro/round-{t}")
         folder.mkdir()
-        again = {**losses, "degraded": losses["degraded"] + shift}
+        again = {**losses, "degraded": losses["degraded"] + shift * tokens.response}
         made = {"inputs": {}, "settings": {}, "dtype": "float32"}
         write_scores(folder / "scores.safetensors", tokens, again, made)
     last = (mask := mask_of(small, "toss-pro")).row(1)[-1]

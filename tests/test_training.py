@@ -14,7 +14,7 @@ from conftest import edit_tensors, make_base, tree
 from helpers import call, random_adapter, refused, said, tokens_of
 from safetensors.torch import load_file
 
-from model import InputError, load_checkpoint
+from model import InputError, load_checkpoint, products
 from model.io import DoesNotFit, NotFinite, made_from, save_tensors
 from model.lora import active, new_adapter, use
 from toss.config import TrainConfig
@@ -188,6 +188,80 @@ def test_gradient_checkpointing_gives_the_same_and_keeps_less(model, tokens, tra
     assert kept[1] < kept[0] / 2 and torch.allclose(*adapters, rtol=1e-3, atol=1e-5)
     run = open_run(trained, gradient_checkpointing=True)
     assert run.base("train").gradient_checkpointing
+
+
+@pytest.fixture
+def wide(tmp_path, monkeypatch):
+    """A base that is large enough for oneDNN's products, which are taken to be exact."""
+    monkeypatch.setattr(products, "exact", lambda: True)
+    return make_base(tmp_path / "wide", hidden_size=products.SMALLEST)
+
+
+def test_products_are_onednns_in_train_and_score_alone(wide, model, tokens):
+    large, before, seen = load_checkpoint(wide), products.chosen(), []
+
+    def used(work):
+        seen.clear()
+        work()
+        assert products.chosen() == before
+        return set(seen)
+
+    for one in (large, model):
+        one.model.norm.register_forward_hook(lambda *_: seen.append(products.chosen()))
+    works = [lambda m: score(m, tokens), lambda m: fit(m, tokens, epochs=1)]
+    for work in works:
+        assert used(lambda: work(large)) == {products.ONEDNN}
+        assert used(lambda: work(model)) == {before}  # tiny
+    large.onednn = False
+    assert used(lambda: works[0](large)) == {before}
+    large.onednn = True
+    with pytest.raises(ZeroDivisionError):
+        fit(large, tokens, lambda *_: 1 / 0)
+    assert products.chosen() == before
+
+
+def test_onednn_changes_results_by_rounding_and_equally_each_time(wide, tokens):
+    model, found = load_checkpoint(wide), []
+    for model.onednn, model.gradient_checkpointing in ((0, 0), (1, 0), (1, 0), (1, 1)):
+        adapter = fit(model, tokens, start=random_adapter(model), lr=1e-3)[0]
+        found.append((adapter, score(model, tokens)))
+    for default, fast in zip(found[0], found[1]):
+        assert torch.allclose(default, fast, rtol=1e-3, atol=1e-4)
+    assert all(map(torch.equal, found[1], found[2])) and torch.allclose(found[1][0], found[3][0])
+
+
+def test_inside_attention_short_rows_take_the_default_forward_and_backward(monkeypatch):
+    seen, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        products, "choose", lambda kind, set=products.choose: (seen.append(kind), set(kind))[1]
+    )
+    for T, kinds in ((8, [products.DEFAULT, products.ONEDNN] * 2), (products.LONG, [])):
+        q = torch.randn(1, 2, T, 8, requires_grad=True)
+        with products.products(products.ONEDNN):
+            seen.clear()
+            y = products.attention(q, q, q, is_causal=True)
+            gradient = torch.autograd.grad(y.sum(), q)[0]
+            assert seen == kinds and products.chosen() == products.ONEDNN
+        expected = torch.autograd.grad(real(q, q, q, is_causal=True).sum(), q)[0]
+        assert torch.allclose(gradient, expected, atol=1e-4)
+
+
+def test_onednn_is_refused_where_it_rounds_to_bfloat16(monkeypatch):
+    real, half = torch.Tensor.__matmul__, torch.Tensor.bfloat16
+
+    def rounded(x, y):
+        rounds = products.chosen() == products.ONEDNN and x.dtype == torch.float32
+        return real(half(x), half(y)).float() if rounds else real(x, y)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not products.exact.__wrapped__()  # past the cache
+
+
+def test_a_script_says_once_that_products_are_onednns(wide, tmp_path, files, capsys):
+    line = f"train.py --model {wide} --harmful {files['harmful']} --utility {files['utility']}"
+    for flag, times in (("", 1), ("--no-onednn", 0)):
+        said_once = said(capsys, f"{line} --run {tmp_path / f'run{flag}'} {flag}")
+        assert said_once.count("oneDNN") == times
 
 
 def test_a_loss_that_is_not_finite_names_the_row(model, tokens):

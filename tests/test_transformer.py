@@ -21,6 +21,7 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import pytest
 import torch
+import torch.nn.functional as F
 from agreement import ADAPTERS, GOLDENS, MODELS, REAL, apart, golden, logits_of, losses_of
 from conftest import damage, edit_tensors, make_base, script, with_one
 from safetensors.torch import load_file
@@ -93,6 +94,21 @@ def test_right_padding_leaves_the_real_positions_alone(name):
         padded = model(batch)
         for i, n in enumerate(lengths):
             torch.testing.assert_close(padded[i, :n], model(row[None, :n])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "llama3-rope", "mistral-window", "qwen3-bias-windows"])
+def test_packed_rows_are_the_rows_by_themselves(name):
+    model, rows = loaded(name), golden(name)["input_ids"]
+    lengths = torch.tensor([5, 0, 24, 1, 17])  # an empty row, as that of a skipped prompt
+    ids = torch.cat([row[:n] for row, n in zip(rows[torch.arange(5) % len(rows)], lengths)])
+    with torch.no_grad():
+        packed = model(ids, bounds=F.pad(lengths.cumsum(0), (1, 0)))
+        assert packed.shape == (len(ids), model.config.hidden_size)
+        for part, row in zip(packed.split(lengths.tolist()), ids.split(lengths.tolist())):
+            if len(row):
+                torch.testing.assert_close(part, model(row[None])[0], atol=1e-5, rtol=0)
+        bounds = torch.arange(len(rows) + 1) * rows.shape[1]  # rows of one length: to the bit
+        assert torch.equal(model(rows.flatten(), bounds=bounds), model(rows).flatten(0, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

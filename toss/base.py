@@ -14,6 +14,7 @@ from model.config import Config
 from model.hub import resolve
 from model.io import DoesNotFit, InputError, NotFinite, read_json
 from model.lora import Adapter, use
+from model.products import pays
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from toss.parallel import size
@@ -95,6 +96,9 @@ class Base:
             kind = DTYPES.get(dtype, torch.float32)
             self.model = load_checkpoint(self.checkpoint, self.device, kind)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
+            self.model.onednn = not self.args.no_onednn
+            if pays(self.model):
+                print("float32 products are oneDNN's (--no-onednn: PyTorch's default)")
             self.model.name = self.args.model if self.args.revision else ""
             self.model.base_sha256 = self.identity["base_sha256"]
         return use(self.model, adapter)

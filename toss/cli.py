@@ -28,6 +28,7 @@ INPUTS = ("model", "harmful", "utility", "custom")
 FORM = ("template", "date", "max_length")  # how text becomes ids
 INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
 FORMAT = 3  # of run.json
+DEVICE = ("device", "dtype", "threads", "batch_tokens", "wait", "no_onednn")  # add_device_flags
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 UNSET = object()
 # The types of what run.json holds; "*" stands for any other key.
@@ -121,7 +122,7 @@ def parser(prog: str, doc: str, **inputs: str) -> Parser:
 
 
 def add_device_flags(made: Parser, dtype: bool = True) -> None:
-    """--device, --dtype (if the arithmetic is the user's to choose), --threads, --batch-tokens."""
+    """The flags in DEVICE; --dtype only if the arithmetic is the user's to choose."""
     add = made.add_argument
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     if dtype:
@@ -129,9 +130,11 @@ def add_device_flags(made: Parser, dtype: bool = True) -> None:
         add("--dtype", default="auto", choices=DTYPES, help=text)
     add("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     text = "tokens per forward pass, padding included; changes memory and speed, not the result "
-    text += "(default: 8192 on CUDA, 2048 on the CPU)"
+    text += "(default: 8192 on CUDA, 1024 on the CPU)"
     add("--batch-tokens", type=count, metavar="N", help=text)
     add("--wait", action="store_true", help="wait for a process that is at work on the same result")
+    text = "leave the CPU's float32 products to PyTorch's default, MKL: slower on AMD's processors"
+    add("--no-onednn", action="store_true", help=text)
 
 
 def add_run_flags(made: Parser, dtype: bool = True) -> None:

@@ -430,7 +430,7 @@ class Run(Base):
 
 
 def open_run(folder: str | Path, **settings: Any) -> Run:
-    """A run that exists, as its run.json has it. settings: device, dtype, threads, batch_tokens."""
+    """A run that exists, as its run.json has it. settings: see cli.DEVICE."""
     if not (Path(folder) / "run.json").exists():
         raise InputError(f"{folder} has no run.json: it is not a run directory")
     flags = Parser("audit", "")

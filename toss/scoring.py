@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from model.io import NotFinite
+from model.products import fast
 from model.transformer import Transformer
 from toss.loss import token_log_probs
 from toss.parallel import any_process, rank, share, sum_over_processes
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate, halve_budget
 
 
+@fast
 @torch.inference_mode()
 def score(
     model: Transformer,

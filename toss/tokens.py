@@ -18,7 +18,7 @@ from model.tokenizer import Tokenizer, overlaps
 from toss.rows import Row
 
 CHUNK = 1024  # rows that go to the tokenizer's threads together
-BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}  # per batch, where no number is given
+BATCH_TOKENS = {"cuda": 8192, "cpu": 1024}  # per batch, where no number is given
 PROMPT, RESPONSE, HARMFUL = 0, 1, 2  # kinds of tokens; a harmful one is of a response too
 
 

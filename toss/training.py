@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.io import InputError
 from model.lora import Adapter, active, new_adapter, use
+from model.products import fast
 from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_log_probs, token_loss
@@ -21,6 +22,7 @@ Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 Resume = Callable[[torch.optim.Optimizer], tuple[int, int | None]]
 
 
+@fast
 def train(
     model: Transformer,
     tokens: Tokens,

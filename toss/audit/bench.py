@@ -40,9 +40,9 @@ tokens/s: real tokens, prompt and response, without padding. FLOP per token, by 
 score, 4 N to train LoRA on a frozen base (forward, and backward through the activations), with
 N = {n:,} parameters, all but the input embedding. Attention's own products are not counted, and it
 is not subtracted that the head runs on response positions only. Ceiling: the fastest sustained
-product of two square matrices of that type, in this run. Peak memory: on CUDA what is allocated, on
-the CPU the process's, libraries included. Seconds: the median of {repeats} turns, [least, most].
-Rates, shares and ratios are by {clock}.
+product of two square matrices of that type, in this run (on the CPU the better of PyTorch's default
+and oneDNN's). Peak memory: on CUDA what is allocated, on the CPU the process's, libraries included.
+Seconds: the median of {repeats} turns, [least, most]. Rates, shares and ratios are by {clock}.
 
 ### Selection
 

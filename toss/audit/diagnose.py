@@ -124,9 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     from toss.audit.movement import FEWEST, kl_table
     from toss.run import open_run
 
-    how = {
-        name: getattr(args, name) for name in ("device", "dtype", "threads", "batch_tokens", "wait")
-    }
+    how = {name: getattr(args, name) for name in cli.DEVICE}
     run = open_run(args.run, **how)
     methods = args.methods.split(",") if args.methods else methods_of(run)
     reads = ["degraded", "utility", "scores", *(f"methods/{method}" for method in methods)]

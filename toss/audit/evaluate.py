@@ -162,9 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("give at least one of --harmful, --benign and --utility")
     from toss.run import open_run
 
-    how = {
-        name: getattr(args, name) for name in ("device", "dtype", "threads", "batch_tokens", "wait")
-    }
+    how = {name: getattr(args, name) for name in cli.DEVICE}
     run = open_run(args.run, **how)
     methods = args.methods.split(",") if args.methods else ["base", *methods_of(run)]
     words = read_text(args.words).split("\n") if args.words else []

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from model.io import NotFinite
 from model.lora import Adapter, use
+from model.products import fast
 from model.transformer import Transformer
 from toss.audit.command import evenly, markdown
 from toss.audit.discards import per_row, response_positions, shown
@@ -56,6 +57,7 @@ def groups_of_run(run: Run, tokens: Tokens, most: int) -> dict[str, Group]:
     return groups
 
 
+@fast
 @torch.inference_mode()
 def divergences(
     model: Transformer,

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from toss.run import open_run
 
-    how = {name: getattr(args, name) for name in ("device", "threads", "batch_tokens")}
+    how = {name: getattr(args, name) for name in cli.DEVICE if name != "dtype"}
     found = noise(open_run(args.run, **how), args.rows, args.discard, args.dtype)
     print(
         "rounding noise of S under {dtype}: {noise:.4f} nats rms on {rows} rows, beside a standard "
