@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x, which is on the CPU, on the device, without waiting for what that still has to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 class Cache:
     """Keys and values of the tokens seen so far, for generation; one slot per position and row."""
 
@@ -45,9 +50,7 @@ class Rows:
         self.shape = B, T = len(lengths), int(lengths.max())
         row = torch.arange(B).repeat_interleave(lengths)  # (N,)
         order = torch.arange(len(row)) - bounds[row]
-        index = torch.stack((order, row * T + order))
-        if ids.is_cuda:
-            index = index.pin_memory().to(ids.device, non_blocking=True)
+        index = send(torch.stack((order, row * T + order)), ids.device)
         self.positions = index[0]  # int64 [N], of each token in its row
         self.slots = index[1] if len(row) < B * T else None
 

@@ -1,8 +1,10 @@
 """The one loss that scoring and training share, and the place where a fork puts another one."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
@@ -28,21 +30,11 @@ def token_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     recomputed in the backward pass.
     """
     hidden = model(batch.ids, bounds=batch.bounds)[batch.before]  # (n, D)
-    few = not (hidden.is_cuda or hidden.requires_grad)  # 16 MiB stay in the CPU's caches
-    size = (LOGITS // 16 if few else LOGITS) // model.lm_head.out_features
+    training, head = torch.is_grad_enabled(), model.lm_head
+    few = not (training or hidden.is_cuda)  # 16 MiB stay in the CPU's caches
+    size = (LOGITS // 16 if few else LOGITS) // head.out_features
     size = max(1, size // 256 * 256 or size)  # a GPU's products work on tiles of 128 or 256 rows
-    if len(hidden) <= size:
-        return head_log_probs(model.lm_head, hidden, batch.targets), hidden
-    parts = []
-    for h, target in zip(hidden.split(size), batch.targets.split(size)):
-        arguments = (head_log_probs, model.lm_head, h, target)
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(head_log_probs(*arguments[1:]))
-    return torch.cat(parts), hidden
-
-
-def head_log_probs(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target under the head's logits, computed in float32, [n]."""
-    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    log_p = lambda h, target: -F.cross_entropy(head(h).float(), target, reduction="none")
+    if training and len(hidden) > size:
+        log_p = partial(checkpoint, log_p, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat(list(map(log_p, hidden.split(size), batch.targets.split(size)))), hidden

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.io import DoesNotFit, InputError
+from model.packed import send
 from model.template import LEFT_OUT, left_out
 from model.tokenizer import Tokenizer, overlaps
 from toss.rows import Row
@@ -51,8 +52,7 @@ class Tokens:
 
     def places(self, rows: Iterable[int]) -> Tensor:
         """The places of these rows' tokens in the flat arrays, row after row, int64 [n]."""
-        places = (torch.arange(self.offsets[i], self.offsets[i + 1]) for i in rows)
-        return torch.cat([torch.arange(0), *places])
+        return torch.cat([torch.arange(0), *(torch.arange(*self.offsets[i : i + 2]) for i in rows)])
 
     def take(self, rows: list[int]) -> "Tokens":
         """These rows as a dataset of their own."""
@@ -141,8 +141,7 @@ class Batch:
 def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[int]]:
     """Split rows into batches of at most `budget` tokens (a longer row alone).
 
-    The padding inside attention counts. Longest first, so that there is little of it and running
-    out of memory shows at once.
+    Padding inside attention counts. Longest first: running out of memory shows at once.
     """
     groups = []
     for i in sorted(rows, key=lambda i: -lengths[i]):
@@ -170,6 +169,4 @@ def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.devic
     ids = own.input_ids.long()
     at = wanted[places].nonzero()[:, 0]  # a prompt comes before them
     parts = (ids, at - 1, ids[at], places[at])
-    if device.type == "cuda":
-        parts = (part.pin_memory().to(device, non_blocking=True) for part in parts)
-    return Batch(*parts, own.offsets)
+    return Batch(*(send(part, device) for part in parts), own.offsets)

@@ -25,6 +25,7 @@ from model import load_checkpoint
 from model.config import Config
 from model.io import DoesNotFit
 from model.lora import new_adapter, use
+from model.packed import send
 from model.products import DEFAULT, ONEDNN, chosen, exact, products
 from model.transformer import Transformer
 from toss.config import TrainConfig
@@ -85,10 +86,8 @@ def padded(tokens: Tokens, rows: list[int], device: torch.device) -> list[Tensor
     lengths = batch.bounds.diff()
     ids = nn.utils.rnn.pad_sequence(batch.ids.split(lengths.tolist()), batch_first=True)
     real = torch.arange(ids.shape[1]) < lengths[:, None]
-    parts = [ids, real.long(), real.flatten().nonzero()[batch.before, 0], batch.targets]
-    if device.type == "cuda":  # as in collate
-        parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
-    return parts
+    parts = ids, real.long(), real.flatten().nonzero()[batch.before, 0], batch.targets
+    return [send(part, device) for part in parts]
 
 
 def published_losses(hf: nn.Module, tokens: Tokens, rows: list[int], n: int) -> Iterator[Tensor]:
