@@ -1,9 +1,14 @@
-"""Errors, JSON, hashes, safetensors headers and atomic writes. Imports no torch."""
+"""Errors, JSON, hashes, safetensors headers and atomic writes. Imports no torch.
+
+A result is on the disk before the rename that publishes it. A process that dies leaves the old
+result or the new one, never a mixture.
+"""
 
 import fcntl
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -11,10 +16,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError, safe_open
-
-LINE = 2**26  # bytes of a line at most: a small .gz may hold gigabytes without a line break
 
 
 class InputError(ValueError):
@@ -29,36 +33,38 @@ class DoesNotFit(InputError):
     """The device has too little memory even for the smallest batch."""
 
 
-def printable(text: str, limit: int = 1000) -> str:
-    """The text on one line of about `limit` characters, with nothing that a terminal obeys."""
-    half = (limit - 5) // 2
-    cut = lambda text: text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
-    line = " ".join(cut(text).splitlines())
-    return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+@contextmanager
+def as_input_error(said: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn an error of these kinds (any Exception by default) into InputError("said (error)").
+
+    An InputError stays as it is. The panic of a library in Rust, which is no Exception, counts too.
+    """
+    try:
+        yield
+    except BaseException as error:
+        known = isinstance(error, kinds or Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, InputError) or not known:
+            raise
+        raise InputError(f"{said} ({' '.join(str(error).split())})") from None
 
 
 def regular(path: str | Path) -> Path:
     """The path, if it is a file's; InputError for a pipe or a device, which may never end."""
     if not Path(path).is_file():
-        why = "not a regular file" if Path(path).exists() else "no such file"
-        raise InputError(f"{path}: {why}")
+        raise InputError(f"{path}: no such file (a folder, a pipe or a device is none)")
     return Path(path)
 
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file; InputError naming the file if it is missing or not text."""
-    try:
+    with as_input_error(f"{path}: cannot be read as text", OSError, UnicodeDecodeError):
         return regular(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from None
 
 
 def json_object(text: str, where: str) -> dict:
     """Parse one JSON object; InputError starting with `where` (file, or file:line) otherwise."""
-    try:
+    with as_input_error(f"{where}: not JSON", ValueError, RecursionError):
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a JSON object")
     return value
@@ -71,22 +77,20 @@ def read_json(path: str | Path) -> dict:
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
     """(file:line, text) of each line that is not blank. Reads .gz; skips a byte order mark."""
-    path, number = regular(path), 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            pieces = iter(lambda: lines.readline(LINE + 1), b"")
-            for number, line in enumerate(pieces, start=1):
-                if len(line) > LINE:
-                    raise InputError(f"{path}:{number}: the line is longer than 64 MiB")
+    path, damage = regular(path), (UnicodeDecodeError, EOFError, zlib.error)
+    readable = as_input_error(f"{path}: cannot be read", OSError)
+    with readable, (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+        for number in itertools.count(1):
+            where = f"{path}:{number}"
+            with as_input_error(f"{where}: damaged, or not UTF-8 text", *damage):
+                line = lines.readline(2**26 + 1)  # a small .gz may hold gigabytes without an end
+                if len(line) > 2**26:
+                    raise InputError(f"{where}: the line is longer than 64 MiB")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield f"{path}:{number}", text
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text ({error})") from None
-    except (EOFError, zlib.error) as error:
-        raise InputError(f"{path}:{number + 1}: the gzip file is damaged here ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+            if not line:
+                return
+            if text.strip():
+                yield where, text
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -107,19 +111,13 @@ def file_hash(path: str | Path) -> str:
 @contextmanager
 def opened(file: str | Path, framework: str = "pt", device: object = "cpu"):
     """A safetensors file open for reading; InputError naming it when it cannot be read."""
-    try:
-        with safe_open(regular(file), framework, device=str(device)) as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: cannot be read as safetensors ({error})") from None
+    readable = as_input_error(f"{file}: cannot be read as safetensors", SafetensorError, OSError)
+    with readable, safe_open(regular(file), framework, device=str(device)) as tensors:
+        yield tensors
 
 
 def load_tensors(file: str | Path) -> dict:
-    """All tensors of a safetensors file, on the CPU.
-
-    Raises InputError naming the file when it is unreadable, and naming the tensor when its bytes
-    are not those that save_tensors wrote.
-    """
+    """All tensors of a safetensors file, on the CPU; InputError if one is not as it was saved."""
     with opened(file) as tensors:
         found = {name: tensors.get_tensor(name) for name in tensors.keys()}
     hashes = made_from(file).get("sha256")
@@ -135,16 +133,12 @@ def bytes_hash(tensor) -> str:
 
 
 def save_tensors(tensors: dict, file: str | Path, made_from: dict) -> None:
-    """Write a safetensors file whose header says what it was made from, and each tensor's sha256.
-
-    tensors: on the CPU. made_from is one sorted JSON string: equal results have equal bytes.
-    """
+    """Write tensors of the CPU, with what they were made from and each one's sha256 as header."""
     from safetensors.torch import save_file  # imports torch
 
     hashes = {name: bytes_hash(tensor) for name, tensor in tensors.items()}
     header = {"made_from": json.dumps({**made_from, "sha256": hashes}, sort_keys=True)}
-    with writing(file):
-        save_file(tensors, file, header)
+    save_file(tensors, file, header)  # one sorted string: equal results have equal bytes
 
 
 def made_from(file: str | Path) -> dict:
@@ -162,10 +156,6 @@ def write_record(folder: Path, made_from: dict) -> None:
     (folder / "record.json").write_text(text, encoding="utf-8")
 
 
-# Writing. A result is complete and on the disk before the rename that publishes it. A process that
-# dies leaves the old result or the new one, never a mixture.
-
-
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Turn a failure to write into an InputError that names the path and the space that is left."""
@@ -174,42 +164,34 @@ def writing(path: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         there = next(p for p in Path(path).absolute().parents if p.is_dir())
         free = shutil.disk_usage(there).free / 1e6
-        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
-            f"{path}: cannot be written ({reason}; {free:,.0f} MB are free there); nothing of it "
-            "was kept: make room, or choose another place, and run the command again"
+            f"{path}: cannot be written ({error}; {free:,.0f} MB are free there); nothing of it "
+            "was kept: make room, and run the command again"
         ) from None
 
 
-def flush(path: Path, deep: bool = True) -> None:
-    """Wait until a file, or a folder, with all that is in it if `deep`, is on the disk."""
-    for part in [*(path.rglob("*") if deep else ()), path]:
-        handle = os.open(part, os.O_RDONLY)
+def flush(*paths: Path) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
 
 @contextmanager
 def partial(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` to write into, removed at the end.
-
-    It is locked while its process lives, so that what a dead one left can be told and is removed.
-    """
-    folder = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
+    """A path to write to, in a folder beside `path` that is locked, and removed at the end."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, glob.escape(path.name))
-        folder.mkdir()
-        with locked(folder, must=False):
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        beside = TemporaryDirectory(".partial", f".{path.name}.", path.parent, True)
+        with beside as folder, locked(Path(folder), must=False):
+            yield Path(folder, path.name)
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what dead processes left of files and folders that they wrote here."""
-    for left in folder.glob(f".{name}.*-*.partial"):
+    """Remove what dead processes, which hold no lock, left of what they were writing here."""
+    for left in folder.glob(f".{name}.*.partial"):
         with suppress(OSError), locked(left):
             shutil.rmtree(left)
 
@@ -230,47 +212,39 @@ def locked(folder: Path, flags: int = fcntl.LOCK_NB, must: bool = True) -> Itera
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A file to write beside `path`: put in its place on success, removed on failure."""
     path = Path(path)
-    with partial(path) as folder:
-        yield folder / path.name
-        flush(folder / path.name)
-        os.replace(folder / path.name, path)
-        flush(path.parent, deep=False)
+    with partial(path) as new:
+        yield new
+        flush(new)
+        os.replace(new, path)
+        flush(path.parent)
 
 
 @contextmanager
 def atomic_dir(path: str | Path, replace: bool = True) -> Iterator[Path]:
-    """A folder to write beside `path`: put in its place on success, removed on failure.
-
-    replace: False keeps what an existing folder holds besides.
-    """
+    """The same for a folder. replace: False keeps what an existing folder holds besides."""
     path = Path(path)
-    with partial(path) as folder:
-        new = folder / path.name
+    with partial(path) as new:
         new.mkdir()
         yield new
         for other in path.iterdir() if path.is_dir() and not replace else ():
             if not (new / other.name).exists():
                 (shutil.copytree if other.is_dir() else shutil.copy2)(other, new / other.name)
-        flush(new)
-        restore(path)
+        flush(*new.rglob("*"), new)
+        old = restore(path)
         try:
             if os.path.lexists(path):
-                path.rename(aside(path))
+                path.rename(old)
             new.rename(path)
-            flush(path.parent, deep=False)
+            flush(path.parent)
         finally:
             restore(path)
 
 
-def aside(path: Path) -> Path:
-    """Where a folder stands while another one takes its place."""
-    return path.with_name(f".{path.name}.old")
-
-
-def restore(path: Path) -> None:
-    """Bring to an end what was begun by a process that died while it replaced a folder."""
-    old = aside(path)
-    if not os.path.lexists(path) and old.exists():
+def restore(path: Path) -> Path:
+    """Finish what a dead process began. Returns where a folder stands while it is replaced."""
+    old = path.with_name(f".{path.name}.old")
+    if os.path.lexists(old) and not os.path.lexists(path):
         old.rename(path)
     elif os.path.lexists(old):
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    return old

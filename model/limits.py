@@ -1,17 +1,14 @@
 """Bounds on what a stranger's program may take: a chat template, a regular expression."""
 
+import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from model.io import InputError
-
-STATM = "/proc/self/statm"  # its first number is the size of this process, in pages
-if MEMORY := Path(STATM).exists():  # Linux
-    import resource
 
 
 class TimeIsUp(BaseException):
@@ -22,23 +19,20 @@ class TimeIsUp(BaseException):
 def limited(what: str, seconds: float = 10, gib: float = 1) -> Iterator[None]:
     """Run the body for at most `seconds`, taking at most `gib` more memory; else InputError.
 
-    The time is bounded in the main thread of a system with SIGALRM only, the memory on Linux only.
-    An alarm that was set before is set again, and rings late rather than never.
+    The time is bounded in the main thread only, the memory on Linux only. An alarm that was set
+    before is set again, and rings late rather than never.
     """
 
     def ring(*_) -> None:
         raise TimeIsUp
 
-    begun, main = time.monotonic(), threading.current_thread() is threading.main_thread()
-    if timed := main and hasattr(signal, "setitimer"):
+    begun, (soft, hard) = time.monotonic(), resource.getrlimit(resource.RLIMIT_AS)
+    if main := threading.current_thread() is threading.main_thread():
         handler = signal.signal(signal.SIGALRM, ring)
         left, again = signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, if it was lost
-    if MEMORY:
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        if MEMORY:
-            with open(STATM, "rb", buffering=0) as file:
-                pages = int(file.read().split()[0])
+        with suppress(FileNotFoundError):  # statm, of Linux, begins with the size in pages
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
             most = pages * resource.getpagesize() + int(gib * 2**30)
             most = most if soft == resource.RLIM_INFINITY else min(soft, most)
             resource.setrlimit(resource.RLIMIT_AS, (most, hard))
@@ -48,9 +42,8 @@ def limited(what: str, seconds: float = 10, gib: float = 1) -> Iterator[None]:
     except MemoryError:
         raise InputError(f"{what} takes more than {gib} GiB of memory") from None
     finally:
-        if MEMORY:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if timed:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if main:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
             if left:

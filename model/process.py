@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import socket
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from model.io import InputError, printable
+from model.io import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -42,39 +43,39 @@ class Stop:
 stop = Stop()
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Let `stop` handle the signals that this process does not ignore; main thread only."""
-    mine = threading.current_thread() is threading.main_thread()
-    heard = [n for n in SIGNALS if mine and signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    stop.__init__()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def printable(text: str, limit: int = 1000) -> str:
+    """The text on one line of about `limit` characters, with nothing that a terminal obeys."""
+    half = (limit - 5) // 2
+    cut = lambda text: text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+    line = " ".join(cut(text).splitlines())
+    return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 def reported(work: Callable[[], int | None]) -> int:
-    """Run a command and report an expected error in one line on stderr; return the exit status."""
+    """Run a command and report an expected error in one line on stderr; return the exit status.
+
+    In the main thread, `stop` handles the signals that this process does not ignore.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    heard = [n for n in SIGNALS if main and signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    stop.__init__()
     try:
-        with stoppable():
-            return work() or 0
+        return work() or 0
     except Stopped as stopped:
         number, kept = stopped.args
         print(f"error: stopped by {signal.Signals(number).name}; {kept}", file=sys.stderr)
         return 128 + number
     except Exception as error:
         said = printable(str(error))
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            said = f"out of memory on the device ({said})"
-        elif isinstance(error, MemoryError) or "can't allocate memory" in said:
-            said = f"out of memory ({said})"
-        elif not isinstance(error, (InputError, OSError)):
+        full = isinstance(error, MemoryError) or re.search("(out of|allocate) memory", said)
+        if not full and not isinstance(error, (InputError, OSError)):
             raise
         print(f"error: {said}", file=sys.stderr)
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_with_parent() -> None:
@@ -93,7 +94,8 @@ def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]
     handle = None
     try:
         while handle is None or not os.fstat(handle.fileno()).st_nlink:  # removed while we waited
-            handle = take(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+            with suppress(FileNotFoundError):  # another process has just removed the empty folder
+                handle = take(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
     except OSError as error:
         print(f"warning: {file} cannot be locked ({error}); do not start two commands at once")
         handle = None
@@ -109,11 +111,8 @@ def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]
 
 def take(file: Path, kind: int, wait: bool):
     """Open a lock file and lock it; its text says who holds it."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(file, "a+", encoding="utf-8")
-    except FileNotFoundError:  # another process has just removed the empty folder
-        return take(file, kind, wait)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = open(file, "a+", encoding="utf-8")
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
