@@ -11,7 +11,7 @@ import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.io import InputError, read_json, read_text
+from model.io import InputError, as_input_error, read_json, read_text
 from model.limits import limited
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
@@ -40,7 +40,8 @@ def find_template(folder: Path, config: dict) -> str | None:
     found = found or config.get("chat_template")
     if not found and legacy.exists():
         found = read_json(legacy).get("chat_template")
-    try:
+    said = f"{folder}: the chat template is not a text, or a list of named texts"
+    with as_input_error(said, KeyError, TypeError):
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}
         if isinstance(found, dict) and found and "default" not in found:
@@ -49,10 +50,8 @@ def find_template(folder: Path, config: dict) -> str | None:
                 "the one to use into chat_template.jinja, or use --template human"
             )
         source = found.get("default") if isinstance(found, dict) else found
-    except (KeyError, TypeError):
-        source = False
-    if source is not None and not isinstance(source, str):
-        raise InputError(f"{folder}: the chat template is not a text, or a list of named texts")
+        if not isinstance(source or "", str):
+            raise TypeError(f"it is a {type(source).__name__}")
     return source or None
 
 
@@ -86,13 +85,11 @@ class Template:
         environment.globals["raise_exception"] = raise_exception
         # Jinja's own tojson writes <, > and & as HTML escapes.
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        try:
-            with limited("compiling it"):
-                source.encode()  # fails on half a character
-                self.compiled = environment.from_string(source)
-                names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        except Exception as error:  # constants are computed here, and nesting may be too deep
-            raise InputError(f"{where}: the chat template is not valid jinja ({error})") from None
+        valid = as_input_error(f"{where}: the chat template is not valid jinja")
+        with valid, limited(f"{where}: compiling the chat template"):  # computes its constants
+            source.encode()  # fails on half a character
+            self.compiled = environment.from_string(source)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         self.source, self.special, self.where = source, special, where
         self.date = date if "strftime_now" in names else None
         # The clock of the templates stands still, so that ids do not change during the day.
@@ -100,19 +97,17 @@ class Template:
 
     def render(self, messages: Messages, generate: bool) -> str:
         """The conversation's text; with `generate` it ends where the next response begins."""
-        try:
-            given = {**self.special, "tools": None, "documents": None, "messages": messages}
-            given |= {"add_generation_prompt": generate, "strftime_now": self.clock.strftime}
-            with limited("rendering it"):
-                text = self.compiled.render(given)
-                text.encode()  # fails on half a character
-            if len(text) > MOST + 10 * sum(len(message["content"]) for message in messages):
-                raise InputError(f"it makes a text of {len(text)} characters of it")
-            return text
-        except Exception as error:  # a template is a program and can raise nearly anything
+        given = {**self.special, "tools": None, "documents": None, "messages": messages}
+        given |= {"add_generation_prompt": generate, "strftime_now": self.clock.strftime}
+        accepted = as_input_error(f"{self.where}: the chat template refuses this conversation")
+        with accepted, limited(f"{self.where}: rendering the chat template"):
+            text = self.compiled.render(given)
+            text.encode()  # fails on half a character
+        if len(text) > MOST + 10 * sum(len(message["content"]) for message in messages):
             raise InputError(
-                f"{self.where}: the chat template refuses this conversation ({error})"
-            ) from None
+                f"{self.where}: the chat template makes {len(text)} characters of this"
+            )
+        return text
 
 
 def left_out(messages: Messages, segments: list[tuple[str, bool]]) -> bool:

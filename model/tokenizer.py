@@ -8,30 +8,17 @@ response, whose first token is then the one that the model would write.
 
 import datetime
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as RawTokenizer
 
 from model.hub import resolve
-from model.io import InputError, file_hash, read_json
+from model.io import InputError, as_input_error, file_hash, read_json
 from model.template import HUMAN, LEFT_OUT, Messages, Template, find_template, left_out
 
 Segment = tuple[str, bool]  # text, and whether it is a response
 Spans = list[tuple[int, int]]  # [start, end) characters of each token
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Whatever the tokenizers library raises about `file`, a panic too, as an InputError."""
-    try:
-        yield
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic is no Exception, and the others are plain ones
-        raise InputError(f"{file}: cannot be used as a tokenizer ({error})") from None
 
 
 class Tokenizer:
@@ -47,12 +34,13 @@ class Tokenizer:
         self.file_sha256 = file_hash(where / "tokenizer.json")
         self.chat = Template(template or HUMAN, special, date, str(where))
         self.date = self.chat.date
-        if "eos_token" not in special:
-            raise InputError(f"{where}: tokenizer_config.json names no eos_token")
-        self.eos = special["eos_token"]
+        self.eos = special.get("eos_token", "")
         self.eos_id = raw.token_to_id(self.eos)
         if self.eos_id is None:
-            raise InputError(f"{where}: the eos_token {self.eos!r} is not in tokenizer.json")
+            raise InputError(
+                f"{where}: the eos_token {self.eos!r} of tokenizer_config.json is not in "
+                "tokenizer.json"
+            )
         # Metaspace tokenizers (Llama-2) add a word's space; byte-level ones take it from the text.
         first = raw.encode("a", add_special_tokens=False).tokens[:1]
         self.adds_space = bool(first) and first[0].startswith("▁")
@@ -75,8 +63,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with no special token added around it."""
-        with reading(self.where / "tokenizer.json"):
-            return self.raw.encode(text, add_special_tokens=False).ids
+        return self.raw.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -118,10 +105,8 @@ class Tokenizer:
             if not text.startswith(before) or not rest.startswith(response.strip()):
                 raise InputError(
                     f"{self.where}: the chat template rewrites earlier turns once there are {turn} "
-                    "messages (it moves the system message, or leaves out part of an earlier "
-                    "response), so this row cannot be cut into prompts and responses: put the "
-                    "system message into the first user's text and leave thinking out, or give one "
-                    "row per turn"
+                    "messages: put the system message into the first user's text and leave "
+                    "thinking out, or give one row per turn"
                 )
             rest = rest[len(response.strip()) :]
             if pieces and rest.lstrip().startswith(self.turn_end):  # the caller adds the EOS
@@ -156,9 +141,9 @@ class Tokenizer:
                 lead = (newline if after_newline else nothing) if is_response else eos
                 leads.append(lead if k else nothing)
         texts = [text for row in rows for text, _ in row]
-        whole = [before + text for (before, _), text in zip(leads, texts)]
-        with reading(self.where / "tokenizer.json"):
-            encodings = self.raw.encode_batch(whole, add_special_tokens=False)
+        behind = [before + text for (before, _), text in zip(leads, texts)]
+        with as_input_error(f"{self.where}/tokenizer.json: cannot encode this text"):
+            encodings = self.raw.encode_batch(behind, add_special_tokens=False)
             pieces = map(self.cut, encodings, leads, texts)
             return [[next(pieces) for _ in row] for row in rows]
 
@@ -203,11 +188,8 @@ def special_tokens(folder: Path, config: dict) -> dict[str, str]:
     named = {key: value for key, value in table.items() if key.endswith("_token")}
     extra = table.get("extra_special_tokens")
     named |= extra if isinstance(extra, dict) else {}
-    named = {key: x.get("content") if isinstance(x, dict) else x for key, x in named.items()}
-    texts = {key: text for key, text in named.items() if isinstance(text, str)}
-    with reading(folder / "tokenizer_config.json"):
-        "".join(texts.values()).encode()  # fails on half a character
-    return texts
+    texts = {key: x.get("content") if isinstance(x, dict) else x for key, x in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def load_tokenizer(
@@ -225,25 +207,22 @@ def load_tokenizer(
     folder = resolve(path, revision, weights=False)
     if template not in (None, "human", "chat"):
         raise InputError(f"the template {template!r} is unknown: choose human or chat")
-    try:
+    with as_input_error(f"the date {date!r} does not have the form YYYY-MM-DD", ValueError):
         day = datetime.date.today() if date is None else datetime.date.fromisoformat(date)
-    except ValueError:
-        raise InputError(f"the date {date!r} does not have the form YYYY-MM-DD") from None
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(
             f"{file}: no such file; transformers makes it from a slow tokenizer's files: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    with reading(file):
-        raw = RawTokenizer.from_file(str(file))
-    if getattr(raw.model, "dropout", None):
-        raise InputError(f"{file}: its dropout draws tokens by chance: set it to null")
-    raw.no_truncation()
-    raw.no_padding()
     config = read_json(folder / "tokenizer_config.json")
     source = None if template == "human" else find_template(folder, config)
     if template == "chat" and source is None:
         raise InputError(f"{folder}: the checkpoint has no chat template; use --template human")
-    with reading(file):
+    with as_input_error(f"{folder}: tokenizer.json or tokenizer_config.json cannot be used"):
+        raw = RawTokenizer.from_file(str(file))
+        if getattr(raw.model, "dropout", None):
+            raise InputError(f"{file}: its dropout draws tokens by chance: set it to null")
+        raw.no_truncation()
+        raw.no_padding()
         return Tokenizer(raw, special_tokens(folder, config), source, day, folder)
