@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from model.hub import INDEX, TOKENIZER_FILES, WEIGHTS, resolve
 from model.io import (
     InputError,
     NotFinite,
+    as_input_error,
     atomic_dir,
     file_hash,
     opened,
@@ -28,22 +30,18 @@ from model.transformer import Transformer
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, each known to exist."""
+    """The safetensors files of a checkpoint folder."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     index = folder / INDEX
     if not index.exists():
         raise InputError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
-    table = read_json(index).get("weight_map")
-    names = list(table.values()) if isinstance(table, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{index}: weight_map is not a table from tensors to files")
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"{index}: the shard {name!r} lies outside the checkpoint's folder")
-        if not (folder / name).is_file():
-            raise InputError(f"{index}: the shard {name} is missing")
-    return [folder / name for name in sorted(set(names))]
+    with as_input_error(f"{index}: weight_map is not a table from tensors to files"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    if outside or not names:
+        raise InputError(f"{index}: names no shard, or some outside the folder: {outside}")
+    return [folder / name for name in names]
 
 
 def base_hash(folder: Path, hash: Callable[[Path], str] = file_hash) -> str:
@@ -59,44 +57,35 @@ def skeleton(folder: Path) -> Transformer:
     """The model that config.json describes, on the meta device: without memory for the weights."""
     file = folder / "config.json"
     config = Config.from_dict(read_json(file), str(file))
-    try:
-        with torch.device("meta"):
-            return Transformer(config)
-    except (RuntimeError, OverflowError, TypeError) as error:  # absurd sizes
-        said = str(error).splitlines()[0]
-        raise InputError(f"{file}: such a model cannot be laid out ({said})") from None
+    with as_input_error(f"{file}: such a model cannot be laid out"), torch.device("meta"):
+        return Transformer(config)
 
 
-def layout(folder: Path, model: Transformer) -> dict[Path, list[str]]:
-    """The tensors to read from each weight file, which are exactly those of `model`.
+def layout(folder: Path, model: Transformer) -> dict[str, Path]:
+    """The tensors to read, which are exactly those of `model`, file by file.
 
     Reads the files' headers alone, so a checkpoint that does not fit is refused before any weight
     is read. Raises InputError naming file and tensor; for the exceptions see load_checkpoint.
     """
     wanted = {name: list(weight.shape) for name, weight in model.named_parameters()}
-    found: dict[Path, list[str]] = {}
-    holder: dict[str, Path] = {}
+    ignored = "rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_word_embeddings
+    found: dict[str, Path] = {}
     for file in weight_files(folder):
         with opened(file) as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}
-            facts = {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
-        if model.config.tie_word_embeddings:
-            facts.pop("lm_head.weight", None)
-        found[file] = [name for name in facts if not name.endswith("rotary_emb.inv_freq")]
-        for name in found[file]:
-            shape, dtype = facts[name]
-            if name not in wanted:
-                raise InputError(f"{file}: the tensor {name} is not part of this architecture")
-            if shape != wanted[name]:
-                raise InputError(
-                    f"{file}: the tensor {name} has the shape {shape}, but config.json asks for "
-                    f"{wanted[name]}"
-                )
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                raise InputError(f"{file}: the tensor {name} has the dtype {dtype}, not a float's")
-            if holder.setdefault(name, file) != file:
-                raise InputError(f"{file}: the tensor {name} is in {holder[name]} too")
-    if missing := sorted(wanted.keys() - set().union(*found.values())):
+            for name in tensors.keys():
+                if name.endswith(ignored):
+                    continue
+                part, this = tensors.get_slice(name), f"{file}: the tensor {name}"
+                shape, dtype = part.get_shape(), part.get_dtype()
+                if name not in wanted:
+                    raise InputError(f"{this} is not part of this architecture")
+                if shape != wanted[name]:
+                    raise InputError(f"{this} has the shape {shape}, not {wanted[name]}")
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise InputError(f"{this} has the dtype {dtype}, not a float's")
+                if found.setdefault(name, file) != file:
+                    raise InputError(f"{this} is in {found[name]} too")
+    if missing := sorted(wanted.keys() - found.keys()):
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return found
 
@@ -117,21 +106,18 @@ def load_checkpoint(
     and the old `rotary_emb.inv_freq` tables.
     """
     folder = resolve(path, revision)
-    try:
+    with as_input_error(f"the device {device} cannot be used here"):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        said = str(error).splitlines()[0]
-        raise InputError(f"the device {device} cannot be used here ({said})") from None
     model, state = skeleton(folder), {}
-    for file, names in layout(folder, model).items():
+    found = layout(folder, model)
+    for file, names in groupby(found, found.get):
         with opened(file, device=device) as tensors:
             for name in names:
                 state[name] = tensors.get_tensor(name).to(dtype)
                 if not state[name].isfinite().all():
                     raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
-    if tied := model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
+    tied = model.config.tie_word_embeddings
+    model.load_state_dict(state, strict=not tied, assign=True)  # layout was strict
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.source, model.name = folder.absolute(), "" if Path(path).is_dir() else str(path)

@@ -16,7 +16,8 @@ FAMILIES = {
 SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers
     num_attention_heads""".split()
 LAYERS = 1024  # more than any known model has; a billion would take hours to lay out
-KINDS = ("full_attention", "sliding_attention")
+WINDOWS = ("full_attention", "sliding_attention")
+FIELDS = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}
 # The rope types, each with the numbers that its scaling needs.
 SCALING = {
     "default": (),
@@ -58,35 +59,33 @@ class Config:
         raw = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **FAMILIES[family], **raw}
         act = raw.get("hidden_act", "silu")
         refuse(act not in ("silu", "swish"), f"{where}: hidden_act {act!r}", ["silu"])
-        refuse(not flag(raw, "is_causal", where, True), f"{where}: is_causal false")
-        for field in ("quantization_config", "compression_config"):
-            refuse(raw.get(field), f"{where}: {field} (quantised weights)")
-        sizes = {name: positive(raw, name, where, int) for name in SIZES}
+        refuse(not field(raw, "is_causal", where, bool, True), f"{where}: is_causal false")
+        for name in ("quantization_config", "compression_config"):
+            refuse(raw.get(name), f"{where}: {name} (quantised weights)")
+        sizes = {name: field(raw, name, where, int) for name in SIZES}
         layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
         refuse(layers > LAYERS, f"{where}: num_hidden_layers above {LAYERS}")
-        groups = positive(raw, "num_key_value_heads", where, int, heads)
-        head_dim = positive(raw, "head_dim", where, int, sizes["hidden_size"] // heads)
-        if heads % groups or head_dim % 2:
-            raise InputError(
-                f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
-                f"({groups}), and head_dim ({head_dim}) even"
-            )
+        groups = field(raw, "num_key_value_heads", where, int, heads)
+        head_dim = field(raw, "head_dim", where, int, sizes["hidden_size"] // heads)
+        refuse(heads % groups, f"{where}: num_key_value_heads {groups} for {heads} heads")
+        refuse(head_dim % 2, f"{where}: an odd head_dim ({head_dim})")
         rope, windowed = rope_settings(raw, where), windowed_layers(raw, layers, where)
-        bias, mlp_bias = (flag(raw, name, where) for name in ("attention_bias", "mlp_bias"))
+        flags = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+        bias, mlp_bias, tied = (field(raw, name, where, bool, False) for name in flags)
         return cls(
             **sizes,
             num_key_value_heads=groups,
             head_dim=head_dim,
-            rms_norm_eps=positive(raw, "rms_norm_eps", where),
+            rms_norm_eps=field(raw, "rms_norm_eps", where, float),
             rope_theta=rope["rope_theta"],
             rope_scaling=None if rope["rope_type"] == "default" else rope,
             attention_bias=family == "qwen2" or (bias and family != "mistral"),
             output_bias=bias and family in ("llama", "qwen3"),
             mlp_bias=family == "llama" and mlp_bias,
             qk_norm=family == "qwen3",
-            sliding_window=positive(raw, "sliding_window", where, int) if windowed else None,
+            sliding_window=field(raw, "sliding_window", where, int) if windowed else None,
             windowed_layers=windowed,
-            tie_word_embeddings=flag(raw, "tie_word_embeddings", where),
+            tie_word_embeddings=tied,
         )
 
 
@@ -98,20 +97,12 @@ def refuse(condition: object, what: str, known: Iterable[str] = ()) -> None:
         )
 
 
-def flag(raw: dict, name: str, where: str, default: bool = False) -> bool:
-    """A truth value; `default` where it is absent or null. The text "false" would count as true."""
+def field(raw: dict, name: str, where: str, kind: type, default: int | None = None):
+    """A truth value, or a positive number in float32's range; `default` where absent or null."""
     value = default if raw.get(name) is None else raw[name]
-    if not isinstance(value, bool):
-        raise InputError(f"{where}: {name!r} must be true or false, not {value!r}")
-    return value
-
-
-def positive(raw: dict, name: str, where: str, kind=(int, float), default: int | None = None):
-    """A positive number in float32's range, of type `kind`; `default` where absent or null."""
-    value = default if raw.get(name) is None else raw[name]
-    if isinstance(value, bool) or not isinstance(value, kind) or not 1.2e-38 < value < 3.4e38:
-        what = "a whole number" if kind is int else "a number"
-        raise InputError(f"{where}: {name!r} must be {what} above 0, not {value!r}")
+    fits = type(value) is kind or kind is float and type(value) is int
+    if not fits or kind is not bool and not 1.2e-38 < value < 3.4e38:
+        raise InputError(f"{where}: {name!r} must be {FIELDS[kind]}, not {value!r}")
     return value
 
 
@@ -126,22 +117,22 @@ def rope_settings(raw: dict, where: str) -> dict:
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     refuse(partial not in (None, 1.0), f"{where}: partial_rotary_factor")
     fields, where = {"rope_theta": raw["rope_theta"], **rope}, f"{where}: rope type {kind}"
-    numbers = {name: positive(fields, name, where) for name in ("rope_theta", *SCALING[kind])}
+    numbers = {name: field(fields, name, where, float) for name in ("rope_theta", *SCALING[kind])}
     return {"rope_type": kind, **numbers}
 
 
 def windowed_layers(raw: dict, layers: int, where: str) -> frozenset[int]:
     """The layers with a sliding window: all of Mistral's; of Qwen's those named or counted."""
     family, first = raw["model_type"], raw.get("max_window_layers", 0)
-    asked = flag(raw, "use_sliding_window", where) and family != "llama" or family == "mistral"
-    if not asked or raw.get("sliding_window") is None:
+    asked = field(raw, "use_sliding_window", where, bool, False) and family != "llama"
+    if not (asked or family == "mistral") or raw.get("sliding_window") is None:
         first = layers
     if type(first) is not int or first < 0:
         raise InputError(f"{where}: 'max_window_layers' must be a whole number, not {first!r}")
-    counted = [KINDS[i >= first] for i in range(layers)]
+    counted = [WINDOWS[i >= first] for i in range(layers)]
     kinds = counted if raw.get("layer_types") is None else raw["layer_types"]
-    fits = isinstance(kinds, list) and len(kinds) == layers and all(k in KINDS for k in kinds)
-    refuse(not fits, f"{where}: layer_types {kinds!r} for {layers} layers", KINDS)
+    fits = isinstance(kinds, list) and len(kinds) == layers and all(k in WINDOWS for k in kinds)
+    refuse(not fits, f"{where}: layer_types {kinds!r} for {layers} layers", WINDOWS)
     if kinds != counted and (first == layers or family == "mistral"):
         raise InputError(f"{where}: layer_types contradicts the other sliding window fields")
-    return frozenset(i for i, kind in enumerate(kinds) if kind == KINDS[1])
+    return frozenset(i for i, kind in enumerate(kinds) if kind == WINDOWS[1])

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash
-from model.io import InputError, atomic_dir, load_tensors, made_from, read_json, save_tensors
+from model.io import (
+    InputError,
+    as_input_error,
+    atomic_dir,
+    load_tensors,
+    made_from,
+    read_json,
+    save_tensors,
+)
 from model.limits import limited
 from model.lora import Adapter, active, lora_layers, use
 from model.transformer import Transformer
@@ -47,9 +55,6 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
     file, layers = Path(path) / WEIGHTS, lora_layers(model)
     plan, tensors = planned(Path(path) / CONFIG, list(layers)), load_tensors(file)
     adapter = Adapter({}, {}, {})
-    for key, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise InputError(f"{file}: the tensor {key} has the dtype {tensor.dtype}")
 
     def take(name: str, part: str, *shape: int) -> Tensor:
         key = f"{PREFIX}{name}.lora_{part}.weight"
@@ -61,10 +66,11 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
                 f"{file}: {key} has the shape {tuple(tensor.shape)}, but this model needs {shape}: "
                 "the adapter was made for another base"
             )
-        tensor = tensor.float()
-        if not tensor.isfinite().all():
-            raise InputError(f"{file}: the tensor {key} is not finite")
-        return tensor
+        if tensor.dtype not in FLOATS or not tensor.float().isfinite().all():
+            raise InputError(
+                f"{file}: {key} is not finite, or has no float's dtype ({tensor.dtype})"
+            )
+        return tensor.float()
 
     for name, (rank, scale) in plan.items():
         adapter.A[name] = take(name, "A", rank, layers[name].in_features)
@@ -94,19 +100,10 @@ def planned(file: Path, layers: list[str]) -> dict[str, tuple[int, float]]:
         refused.append(f"init_lora_weights={init!r} (let PEFT convert the adapter to plain LoRA)")
     if refused:
         raise InputError(f"{file}: {refused[0]} is not implemented")
-    if not isinstance(config.get("target_modules"), (list, str)):
-        raise InputError(f"{file}: target_modules is not a list of layers or a regular expression")
-    plan = {}
-    try:
-        with limited("matching the patterns"):
-            for layer in layers:
-                if is_target(config, layer):
-                    plan[layer] = rank_and_scale(config, layer)
-    except Exception as error:  # nearly any, from another program's patterns
-        raise InputError(
-            f"{file}: target_modules, what narrows it, a rank or a pattern is malformed ({error})"
-        ) from None
-    return plan
+    said = f"{file}: target_modules, what narrows it, a rank or a pattern is malformed"
+    with as_input_error(said), limited(f"{file}: matching the patterns"):
+        chosen = [layer for layer in layers if is_target(config, layer)]
+        return {layer: rank_and_scale(config, layer) for layer in chosen}
 
 
 def rank_and_scale(config: dict, layer: str) -> tuple[int, float]:

@@ -37,10 +37,8 @@ class Tokenizer:
         self.eos = special.get("eos_token", "")
         self.eos_id = raw.token_to_id(self.eos)
         if self.eos_id is None:
-            raise InputError(
-                f"{where}: the eos_token {self.eos!r} of tokenizer_config.json is not in "
-                "tokenizer.json"
-            )
+            what = f"the eos_token {self.eos!r} of tokenizer_config.json"
+            raise InputError(f"{where}: {what} is not in tokenizer.json")
         # Metaspace tokenizers (Llama-2) add a word's space; byte-level ones take it from the text.
         first = raw.encode("a", add_special_tokens=False).tokens[:1]
         self.adds_space = bool(first) and first[0].startswith("▁")
@@ -212,8 +210,7 @@ def load_tokenizer(
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(
-            f"{file}: no such file; transformers makes it from a slow tokenizer's files: "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"{file}: no such file; AutoTokenizer.from_pretrained(...).save_pretrained() makes it"
         )
     config = read_json(folder / "tokenizer_config.json")
     source = None if template == "human" else find_template(folder, config)
