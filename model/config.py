@@ -92,9 +92,8 @@ class Config:
 def refuse(condition: object, what: str, known: Iterable[str] = ()) -> None:
     """InputError if `condition` holds, in which `what` is not implemented; known: what is."""
     if condition:
-        raise InputError(
-            f"{what} is not implemented" + f" (known: {', '.join(known)})" * bool(known)
-        )
+        among = f" (known: {', '.join(known)})" if known else ""
+        raise InputError(f"{what} is not implemented{among}")
 
 
 def field(raw: dict, name: str, where: str, kind: type, default: int | None = None):
@@ -127,12 +126,11 @@ def windowed_layers(raw: dict, layers: int, where: str) -> frozenset[int]:
     asked = field(raw, "use_sliding_window", where, bool, False) and family != "llama"
     if not (asked or family == "mistral") or raw.get("sliding_window") is None:
         first = layers
-    if type(first) is not int or first < 0:
-        raise InputError(f"{where}: 'max_window_layers' must be a whole number, not {first!r}")
+    refuse(type(first) is not int or first < 0, f"{where}: max_window_layers {first!r}")
     counted = [WINDOWS[i >= first] for i in range(layers)]
     kinds = counted if raw.get("layer_types") is None else raw["layer_types"]
     fits = isinstance(kinds, list) and len(kinds) == layers and all(k in WINDOWS for k in kinds)
     refuse(not fits, f"{where}: layer_types {kinds!r} for {layers} layers", WINDOWS)
-    if kinds != counted and (first == layers or family == "mistral"):
-        raise InputError(f"{where}: layer_types contradicts the other sliding window fields")
+    unlike = kinds != counted and (first == layers or family == "mistral")
+    refuse(unlike, f"{where}: layer_types that contradicts the other sliding window fields")
     return frozenset(i for i, kind in enumerate(kinds) if kind == WINDOWS[1])

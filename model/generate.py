@@ -7,8 +7,6 @@ from collections.abc import Callable
 from model.io import InputError, NotFinite
 from model.process import reported
 
-LONGEST = 2**20  # new tokens
-
 
 def generate(
     model,
@@ -22,16 +20,16 @@ def generate(
 
     Prompts may differ in length. A batch holds at most `batch_tokens` slots of the key-value cache
     (rows x longest). progress: called after each batch with its number of prompts. Raises
-    InputError for a limit below 0 or above LONGEST, or an id that the model does not have, and
-    NotFinite where the logits do not say which token comes next.
+    InputError for a limit out of range, or an id that the model does not have, and NotFinite where
+    the logits do not say which token comes next.
     """
-    if not 0 <= max_new_tokens <= LONGEST:
-        raise InputError(f"the number of new tokens is 0 to {LONGEST}, not {max_new_tokens}")
+    if not 0 <= max_new_tokens <= 2**20:
+        raise InputError(f"the number of new tokens is 0 to {2**20}, not {max_new_tokens}")
     highest, size = max(map(max, prompts), default=0), model.config.vocab_size
     if highest >= size:
         raise InputError(f"a prompt holds the id {highest}, but the model has {size} embeddings")
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
         rows = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
         batch, order = order[:rows], order[rows:]

@@ -59,17 +59,11 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
     def take(name: str, part: str, *shape: int) -> Tensor:
         key = f"{PREFIX}{name}.lora_{part}.weight"
         tensor = tensors.pop(key, None)
-        if tensor is None:
-            raise InputError(f"{file}: target_modules asks for {key}, which is missing")
-        if tensor.shape != shape:
-            raise InputError(
-                f"{file}: {key} has the shape {tuple(tensor.shape)}, but this model needs {shape}: "
-                "the adapter was made for another base"
-            )
+        if tensor is None or tensor.shape != shape:
+            has = "missing" if tensor is None else f"of another base's shape {tuple(tensor.shape)}"
+            raise InputError(f"{file}: {key}, of the shape {shape} in this model, is {has}")
         if tensor.dtype not in FLOATS or not tensor.float().isfinite().all():
-            raise InputError(
-                f"{file}: {key} is not finite, or has no float's dtype ({tensor.dtype})"
-            )
+            raise InputError(f"{file}: {key} is not finite, or of a strange dtype ({tensor.dtype})")
         return tensor.float()
 
     for name, (rank, scale) in plan.items():
@@ -82,10 +76,8 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
         raise InputError(f"{file}: target_modules names no linear layer of this model")
     recorded = made_from(file).get("base_sha256")
     if recorded and own_base_hash(model) not in (None, recorded):
-        raise InputError(
-            f"{file}: the adapter was trained on other base weights (sha256 {recorded!s:.12}...) "
-            f"than those in {model.source}"
-        )
+        which = f"other base weights (sha256 {recorded!s:.12}...) than those in {model.source}"
+        raise InputError(f"{file}: the adapter was trained on {which}")
     return adapter
 
 
@@ -156,13 +148,12 @@ def check_copy(model: Transformer, key: str, tensor: Tensor, file: Path) -> None
     """
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     if name not in ("lm_head.weight", "model.embed_tokens.weight"):
-        raise InputError(
-            f"{file}: the tensor {key} is no LoRA tensor that target_modules asks for on a linear "
-            "layer of this model: the adapter was made for another base, or is not plain LoRA"
-        )
+        what = f"target_modules does not ask for {key} on a linear layer of this model"
+        raise InputError(f"{file}: {what}: made for another base, or not plain LoRA")
     own = model.get_parameter(name).detach()
-    same = tensor.shape == own.shape
-    if same and not own.is_meta:  # a model without memory has no values to compare
+    if own.is_meta:  # a model without memory has no values to compare
+        same = tensor.shape == own.shape
+    else:
         own = own.cpu()
         same = torch.equal(tensor, own.to(tensor.dtype)) or torch.equal(tensor.to(own.dtype), own)
     if not same:

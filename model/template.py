@@ -90,7 +90,7 @@ class Template:
             source.encode()  # fails on half a character
             self.compiled = environment.from_string(source)
             names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        self.source, self.special, self.where = source, special, where
+        self.special, self.where = special, where
         self.date = date if "strftime_now" in names else None
         # The clock of the templates stands still, so that ids do not change during the day.
         self.clock = datetime.datetime.combine(date, datetime.time())
