@@ -158,16 +158,12 @@ def write_record(folder: Path, made_from: dict) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn a failure to write into an InputError that names the path and the space that is left."""
-    try:
+    """Turn a failure to write into an InputError that names the path and the space there was."""
+    there = next(p for p in Path(path).absolute().parents if p.is_dir())
+    free = f"{shutil.disk_usage(there).free / 1e6:,.0f} MB were free"
+    said = f"{path}: cannot be written, and nothing of it was kept ({free}): make room, try again"
+    with as_input_error(said, OSError, SafetensorError):
         yield
-    except (OSError, SafetensorError) as error:
-        there = next(p for p in Path(path).absolute().parents if p.is_dir())
-        free = shutil.disk_usage(there).free / 1e6
-        raise InputError(
-            f"{path}: cannot be written ({error}; {free:,.0f} MB are free there); nothing of it "
-            "was kept: make room, and run the command again"
-        ) from None
 
 
 def flush(*paths: Path) -> None:

@@ -16,11 +16,11 @@ class TimeIsUp(BaseException):
 
 
 @contextmanager
-def limited(what: str, seconds: float = 10, gib: float = 1) -> Iterator[None]:
+def limited(what: str, seconds: float = 10, gib: float = 1, *, said: str = "") -> Iterator[None]:
     """Run the body for at most `seconds`, taking at most `gib` more memory; else InputError.
 
     The time is bounded in the main thread only, the memory on Linux only. An alarm that was set
-    before is set again, and rings late rather than never.
+    before is set again, and rings late rather than never. said: what any other exception means.
     """
 
     def ring(*_) -> None:
@@ -41,6 +41,8 @@ def limited(what: str, seconds: float = 10, gib: float = 1) -> Iterator[None]:
         raise InputError(f"{what} takes more than {seconds} seconds") from None
     except MemoryError:
         raise InputError(f"{what} takes more than {gib} GiB of memory") from None
+    except Exception as error:
+        raise InputError(f"{said or what} ({error})") from None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if main:

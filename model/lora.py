@@ -64,10 +64,8 @@ def new_adapter(
     last = {name: name.rpartition(".")[2] for name in lora_layers(model)}
     missing = set(targets) - set(last.values())
     if missing or not targets:
-        raise InputError(
-            f"LoRA targets {sorted(missing)} are not layers of this model; it has "
-            f"{', '.join(sorted(set(last.values())))}"
-        )
+        known = ", ".join(sorted(set(last.values())))
+        raise InputError(f"LoRA targets {sorted(missing)}: this model has only {known}")
     adapter, generator = Adapter({}, {}, {}), torch.Generator().manual_seed(seed)
     for name, layer in lora_layers(model).items():
         if last[name] in targets:

@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash
-from model.io import (
-    InputError,
-    as_input_error,
-    atomic_dir,
-    load_tensors,
-    made_from,
-    read_json,
-    save_tensors,
-)
+from model.io import InputError, atomic_dir, load_tensors, made_from, read_json, save_tensors
 from model.limits import limited
 from model.lora import Adapter, active, lora_layers, use
 from model.transformer import Transformer
@@ -93,7 +85,7 @@ def planned(file: Path, layers: list[str]) -> dict[str, tuple[int, float]]:
     if refused:
         raise InputError(f"{file}: {refused[0]} is not implemented")
     said = f"{file}: target_modules, what narrows it, a rank or a pattern is malformed"
-    with as_input_error(said), limited(f"{file}: matching the patterns"):
+    with limited(f"{file}: matching the patterns", said=said):
         chosen = [layer for layer in layers if is_target(config, layer)]
         return {layer: rank_and_scale(config, layer) for layer in chosen}
 

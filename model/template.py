@@ -85,8 +85,8 @@ class Template:
         environment.globals["raise_exception"] = raise_exception
         # Jinja's own tojson writes <, > and & as HTML escapes.
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        valid = as_input_error(f"{where}: the chat template is not valid jinja")
-        with valid, limited(f"{where}: compiling the chat template"):  # computes its constants
+        said = f"{where}: the chat template is not valid jinja"
+        with limited(f"{where}: compiling the chat template", said=said):  # computes its constants
             source.encode()  # fails on half a character
             self.compiled = environment.from_string(source)
             names = jinja2.meta.find_undeclared_variables(environment.parse(source))
@@ -99,8 +99,8 @@ class Template:
         """The conversation's text; with `generate` it ends where the next response begins."""
         given = {**self.special, "tools": None, "documents": None, "messages": messages}
         given |= {"add_generation_prompt": generate, "strftime_now": self.clock.strftime}
-        accepted = as_input_error(f"{self.where}: the chat template refuses this conversation")
-        with accepted, limited(f"{self.where}: rendering the chat template"):
+        said = f"{self.where}: the chat template refuses this conversation"
+        with limited(f"{self.where}: rendering the chat template", said=said):
             text = self.compiled.render(given)
             text.encode()  # fails on half a character
         if len(text) > MOST + 10 * sum(len(message["content"]) for message in messages):
