@@ -68,12 +68,12 @@ def layout(folder: Path, model: Transformer) -> dict[str, Path]:
     is read. Raises InputError naming file and tensor; for the exceptions see load_checkpoint.
     """
     wanted = {name: list(weight.shape) for name, weight in model.named_parameters()}
-    ignored = "rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_word_embeddings
+    copies = ["lm_head.weight"] if model.config.tie_word_embeddings else []
     found: dict[str, Path] = {}
     for file in weight_files(folder):
         with opened(file) as tensors:
             for name in tensors.keys():
-                if name.endswith(ignored):
+                if name in copies or name.endswith("rotary_emb.inv_freq"):
                     continue
                 part, this = tensors.get_slice(name), f"{file}: the tensor {name}"
                 shape, dtype = part.get_shape(), part.get_dtype()

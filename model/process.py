@@ -94,8 +94,7 @@ def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]
     handle = None
     try:
         while handle is None or not os.fstat(handle.fileno()).st_nlink:  # removed while we waited
-            with suppress(FileNotFoundError):  # another process has just removed the empty folder
-                handle = take(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+            handle = take(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
     except OSError as error:
         print(f"warning: {file} cannot be locked ({error}); do not start two commands at once")
         handle = None
@@ -111,8 +110,11 @@ def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]
 
 def take(file: Path, kind: int, wait: bool):
     """Open a lock file and lock it; its text says who holds it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = open(file, "a+", encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(file, "a+", encoding="utf-8")
+    except FileNotFoundError:  # another process has just removed the empty folder
+        return take(file, kind, wait)
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -122,8 +124,7 @@ def take(file: Path, kind: int, wait: bool):
             raise InputError(f"{holder}; give --wait to wait for it") from None
         print(f"{holder}: waiting for it", flush=True)
         fcntl.flock(handle, kind)
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
     handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
     handle.flush()
     return handle

@@ -178,11 +178,8 @@ def special_tokens(folder: Path, config: dict) -> dict[str, str]:
     the last word; otherwise the map only supplies a missing EOS, without which nothing works.
     """
     file = folder / "special_tokens_map.json"
-    table = read_json(file) if file.exists() else {}
-    if "added_tokens_decoder" in config:
-        table = {"eos_token": table.get("eos_token"), **config}
-    else:
-        table = {**config, **table}
+    table, newer = read_json(file) if file.exists() else {}, "added_tokens_decoder" in config
+    table = {"eos_token": table.get("eos_token"), **config} if newer else {**config, **table}
     named = {key: value for key, value in table.items() if key.endswith("_token")}
     extra = table.get("extra_special_tokens")
     named |= extra if isinstance(extra, dict) else {}
