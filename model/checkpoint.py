@@ -40,7 +40,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     if outside or not names:
-        raise InputError(f"{index}: names no shard, or some outside the folder: {outside}")
+        raise InputError(f"{index}: names no shard, or some outside the folder: {outside[:3]}")
     return [folder / name for name in names]
 
 

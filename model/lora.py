@@ -62,8 +62,7 @@ def new_adapter(
     means the same on every device. B = 0, so it does not change the model's output yet.
     """
     last = {name: name.rpartition(".")[2] for name in lora_layers(model)}
-    missing = set(targets) - set(last.values())
-    if missing or not targets:
+    if (missing := set(targets) - set(last.values())) or not targets:
         known = ", ".join(sorted(set(last.values())))
         raise InputError(f"LoRA targets {sorted(missing)}: this model has only {known}")
     adapter, generator = Adapter({}, {}, {}), torch.Generator().manual_seed(seed)

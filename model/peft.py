@@ -40,9 +40,8 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
     """Read a PEFT LoRA adapter from folder `path` for `model`, which stays unchanged.
 
     Honours rsLoRA, rank and alpha patterns, and every way of naming the layers. Raises InputError
-    for what is not plain LoRA on linear layers (DoRA, biases, saved modules, embeddings), for a
-    tensor that is missing, extra, not finite or misshapen, and for an adapter of ours trained on
-    other weights (by their recorded hash; a base's name proves nothing and is not looked at).
+    for what is not plain LoRA on linear layers, for a tensor that is missing, extra, not finite or
+    misshapen, and for an adapter of ours trained on other weights, by their recorded hash.
     """
     file, layers = Path(path) / WEIGHTS, lora_layers(model)
     plan, tensors = planned(Path(path) / CONFIG, list(layers)), load_tensors(file)

@@ -12,35 +12,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 from model.io import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+stop = SimpleNamespace(signal=0, deferred=False)  # see on_signal
 
 
 class Stopped(BaseException):
     """A signal asks the process to end. Its arguments: the signal, and what became of the work."""
 
 
-class Stop:
+def on_signal(number: int, frame: object) -> None:
     """The first signal stops the work, a second one ends the process at once.
 
-    The work stops where it is, or, while `deferred`, where it next looks at `signal`: after a step,
-    whose state it can save.
+    The work stops where it is, or, while `stop.deferred`, where it next looks at `stop.signal`:
+    after a step, whose state it can save.
     """
-
-    def __init__(self):
-        self.signal, self.deferred = 0, False
-
-    def __call__(self, number: int, frame: object) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        self.signal = number
-        if not self.deferred:
-            raise Stopped(number, "what was not finished was not written")
-
-
-stop = Stop()
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    stop.signal = number
+    if not stop.deferred:
+        raise Stopped(number, "what was not finished was not written")
 
 
 def printable(text: str, limit: int = 1000) -> str:
@@ -54,12 +48,12 @@ def printable(text: str, limit: int = 1000) -> str:
 def reported(work: Callable[[], int | None]) -> int:
     """Run a command and report an expected error in one line on stderr; return the exit status.
 
-    In the main thread, `stop` handles the signals that this process does not ignore.
+    In the main thread, on_signal handles the signals that this process does not ignore.
     """
     main = threading.current_thread() is threading.main_thread()
     heard = [n for n in SIGNALS if main and signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    stop.__init__()
+    before = {number: signal.signal(number, on_signal) for number in heard}
+    stop.signal, stop.deferred = 0, False
     try:
         return work() or 0
     except Stopped as stopped:

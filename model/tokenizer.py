@@ -68,10 +68,9 @@ class Tokenizer:
         return self.raw.decode(list(ids), skip_special_tokens=True)
 
     def around_response(self) -> tuple[str, str]:
-        """The space before a response, which belongs to it, and the special token after it.
+        """The space that the template puts before a response, and the special token after it.
 
-        The space is what the template puts there; a tokenizer that adds a word's space itself needs
-        no other. The token should be the EOS.
+        A tokenizer that adds a word's space itself needs no other. The token should be the EOS.
         """
         asked = [{"role": "user", "content": "a"}]
         answered = [*asked, {"role": "assistant", "content": "b"}]
