@@ -28,17 +28,16 @@ def generate(
     highest, size = max(map(max, prompts), default=0), model.config.vocab_size
     if highest >= size:
         raise InputError(f"a prompt holds the id {highest}, but the model has {size} embeddings")
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
         rows = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
         batch, order = order[:rows], order[rows:]
         found = generate_batch(model, [prompts[i] for i in batch], max_new_tokens, eos_id)
-        for i, answer in zip(batch, found):
-            answers[i] = answer
+        answers |= zip(batch, found)
         if progress is not None:
             progress(len(batch))
-    return answers
+    return [answers[i] for i in range(len(prompts))]
 
 
 def generate_batch(

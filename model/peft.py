@@ -193,10 +193,9 @@ def write_adapter(
 def settings_of(adapter: Adapter, model: Transformer) -> dict:
     """The adapter_config.json of an adapter."""
     ranks = {name: a.shape[0] for name, a in adapter.A.items()}
-    alphas = {name: adapter.scale[name] * rank for name, rank in ranks.items()}
-    for name, alpha in alphas.items():  # undo the rounding of alpha / rank * rank
-        if math.isclose(alpha, round(alpha), rel_tol=1e-12):
-            alphas[name] = round(alpha)
+    # Undo the rounding of alpha / rank * rank.
+    whole = lambda x: round(x) if math.isclose(x, round(x), rel_tol=1e-12) else x
+    alphas = {name: whole(adapter.scale[name] * rank) for name, rank in ranks.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     targets = {name.rpartition(".")[2] for name in ranks}
     if any(n not in ranks and n.rpartition(".")[2] in targets for n in lora_layers(model)):

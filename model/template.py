@@ -66,11 +66,6 @@ class GenerationTag(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=line)
 
 
-def raise_exception(message: str) -> None:
-    """For templates, to refuse a conversation."""
-    raise jinja2.TemplateError(message)
-
-
 class Template:
     """A chat template, compiled in a sandbox, since it is a program from the checkpoint's maker.
 
@@ -79,6 +74,10 @@ class Template:
     """
 
     def __init__(self, source: str, special: dict[str, str], date: datetime.date, where: str):
+
+        def raise_exception(message: str) -> None:  # for templates, to refuse a conversation
+            raise jinja2.TemplateError(message)
+
         tags = [GenerationTag, "jinja2.ext.loopcontrols"]
         form = {"trim_blocks": True, "lstrip_blocks": True}  # as transformers has it
         environment = ImmutableSandboxedEnvironment(**form, extensions=tags)
