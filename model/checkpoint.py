@@ -99,11 +99,9 @@ def load_checkpoint(
     """Read a checkpoint folder (or hub id, at `revision`) into a frozen Transformer in eval mode.
 
     Tensors are read one by one straight to `device` and cast there: the peak is the model plus one
-    tensor. Needs no tokenizer files.
-
-    Raises InputError naming the file and the tensor when one is missing, extra, misshapen, or not
-    finite in `dtype` (NotFinite). Two exceptions: `lm_head.weight` of a model whose head is tied,
-    and the old `rotary_emb.inv_freq` tables.
+    tensor. Raises InputError naming the file and the tensor when one is missing, extra, misshapen,
+    or not finite in `dtype` (NotFinite). Two exceptions: `lm_head.weight` of a model whose head is
+    tied, and the old `rotary_emb.inv_freq` tables.
     """
     folder = resolve(path, revision)
     with as_input_error(f"the device {device} cannot be used here"):

@@ -50,10 +50,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw: dict, where: str) -> "Config":
-        """Read the dictionary of a `config.json` of any version; `where` names the file in errors.
-
-        Raises InputError for anything that changes the computation and is not implemented here.
-        """
+        """Read a config.json of any version; InputError, naming `where`, if not implemented."""
         family = raw.get("model_type")
         refuse(str(family) not in FAMILIES, f"{where}: model_type {family!r}", FAMILIES)
         raw = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **FAMILIES[family], **raw}

@@ -17,8 +17,7 @@ def resolve(path: str | Path, revision: str | None = None, weights: bool = True)
     """A local folder as it is, or the snapshot of a hub id (`org/name`) in huggingface_hub's cache.
 
     revision: a branch, tag or commit of a hub id (default: main); the folder's name is the commit.
-    weights: False to leave the weights out. Without a network the cache is used if it is complete.
-    Raises InputError.
+    weights: False to leave them out. Without a network a complete cache is used, else InputError.
     """
     path = Path(path)
     if path.is_dir():

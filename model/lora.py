@@ -30,8 +30,7 @@ class LoRALinear(nn.Linear):
     """A linear layer that may carry an adapter; without one it is exactly `nn.Linear`.
 
     A and B are not registered, so the model's parameters are the base's weights alone. They are
-    float32 and cast to the activations' dtype for the product: the optimizer works in float32 under
-    a base of any dtype.
+    float32, for the optimizer, and cast to the activations' dtype for the product.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):

@@ -133,10 +133,7 @@ def matched(patterns: dict | None, layer: str, default: float) -> float:
 
 
 def check_copy(model: Transformer, key: str, tensor: Tensor, file: Path) -> None:
-    """Accept a tensor besides LoRA's only if it is the base's own embedding or head.
-
-    PEFT adds them where the head is a target, rounded to the dtype that it held the base in.
-    """
+    """Accept the base's own embedding and head, which PEFT may add, rounded to its dtype."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     if name not in ("lm_head.weight", "model.embed_tokens.weight"):
         what = f"target_modules does not ask for {key} on a linear layer of this model"

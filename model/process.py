@@ -46,10 +46,7 @@ def printable(text: str, limit: int = 1000) -> str:
 
 
 def reported(work: Callable[[], int | None]) -> int:
-    """Run a command and report an expected error in one line on stderr; return the exit status.
-
-    In the main thread, on_signal handles the signals that this process does not ignore.
-    """
+    """Run a command; one line on stderr for a signal or expected error; return the exit status."""
     main = threading.current_thread() is threading.main_thread()
     heard = [n for n in SIGNALS if main and signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in heard}
