@@ -103,9 +103,7 @@ class Template:
             text = self.compiled.render(given)
             text.encode()  # fails on half a character
         if len(text) > MOST + 10 * sum(len(message["content"]) for message in messages):
-            raise InputError(
-                f"{self.where}: the chat template makes {len(text)} characters of this"
-            )
+            raise InputError(f"{self.where}: the template makes {len(text)} characters of this")
         return text
 
 
