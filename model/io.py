@@ -229,8 +229,8 @@ def atomic_dir(path: str | Path, replace: bool = True) -> Iterator[Path]:
         old = restore(path)
         try:
             if os.path.lexists(path):
-                path.rename(old)
-            new.rename(path)
+                os.rename(path, old)
+            os.rename(new, path)
             flush(path.parent)
         finally:
             restore(path)
@@ -240,7 +240,7 @@ def restore(path: Path) -> Path:
     """Finish what a dead process began. Returns where a folder stands while it is replaced."""
     old = path.with_name(f".{path.name}.old")
     if os.path.lexists(old) and not os.path.lexists(path):
-        old.rename(path)
+        os.rename(old, path)
     elif os.path.lexists(old):
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     return old
