@@ -6,6 +6,8 @@ is then run again and must leave the bytes of an undisturbed run, and nothing be
 takes a sample of the places; with TOSS_TORTURE=1 (`make torture`) all of them are tried.
 """
 
+import errno
+import fcntl
 import os
 import re
 import resource
@@ -238,6 +240,16 @@ def test_one_process_at_a_time_works_on_a_result(prepared, capsys):
             assert cli.run(lambda: main(argv)) == 1
             name = held.rpartition("/")[2]
             assert f"error: {name} is in use" in capsys.readouterr().err
+
+
+def test_where_there_are_no_locks_a_warning_says_so(prepared, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    run, line = begin(prepared, "score")
+    assert "cannot be locked" in said(capsys, line)
+    assert results(run) == prepared[2]["score"]
 
 
 def test_two_at_once_lose_nothing(prepared):

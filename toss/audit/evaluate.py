@@ -105,6 +105,11 @@ def write_tables(run, methods: Sequence[str]) -> Table:
     if others:
         why = "evaluated on other files or in another way, or trained again since"
         print(f"{run.folder}/metrics.json leaves out {', '.join(others)}: {why}")
+    stages = [stages.get(f"methods/{method}", {}) for method in every]
+    made = {(x["torch"], x["threads"]) for x in stages if {"torch", "threads"} <= x.keys()}
+    if len(made) > 1:
+        found = "; ".join(f"torch {torch}, {threads} threads" for torch, threads in sorted(made))
+        print(f"note: the methods were made in different ways, so last bits differ ({found})")
     write_metrics(run.folder / "metrics.json", every)
     for method in set(methods) - {"base"}:
         write_metrics(run.path(f"methods/{method}") / "metrics.json", {method: every[method]})
