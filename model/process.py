@@ -89,6 +89,8 @@ def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]
     except OSError as error:
         print(f"warning: {file} cannot be locked ({error}); do not start two commands at once")
         handle = None
+        with suppress(OSError):
+            file.unlink()
     try:
         yield
     finally:
