@@ -55,47 +55,42 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
 def row_of(raw: dict, where: str, responses: bool = True) -> Row:
     """One JSON object as a Row; see read_rows."""
     try:
-        messages = [turn(*pair, where) for pair in conversation(raw, responses)]
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{where}: the row is malformed ({reason})") from None
-    replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    if not messages and not (responses and {"prompt", "instruction"} & raw.keys()):
-        raise InputError(f"{where}: the row has none of the known forms ({FORMS})")
-    if responses and not replies:
-        raise InputError(f"{where}: the row has no response")
-    messages = messages[: replies[-1] + 1] if responses else messages
-    if messages[0]["role"] == "assistant" or all(m["role"] != "user" for m in messages):
-        raise InputError(f"{where}: the row has no prompt before its first response")
-    if not all(messages[k]["content"].strip() for k in replies):
-        raise InputError(f"{where}: the row has an empty response")
-    end = len(messages[replies[0]]["content"]) if len(replies) == 1 else 0
-    spans = raw.get("harmful") or []
-    try:
-        fit = all(type(a) is type(b) is int and 0 <= a < b <= end for a, b in spans)
-    except (TypeError, ValueError):
-        fit = False
-    if not fit:
-        what = "`harmful` must list [start, end) character spans of the row's one response"
-        raise InputError(f"{where}: {what}")
-    notes = {key: raw[key] for key in ("source", "answer") if raw.get(key) is not None}
-    plain = {key: str(x) for key, x in notes.items() if type(x) in (str, int, float)}
-    if not responses and (len(plain) < len(notes) or HALF.search("".join(plain.values()))):
-        raise InputError(f"{where}: `source` and `answer` must be whole texts or numbers")
-    return Row(messages, where, spans, plain.get("source", ""), plain.get("answer"))
+        messages = [turn(*pair) for pair in conversation(raw, responses)]
+        replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        if not messages and not (responses and {"prompt", "instruction"} & raw.keys()):
+            raise InputError(f"the row has none of the known forms ({FORMS})")
+        if responses and not replies:
+            raise InputError("the row has no response")
+        messages = messages[: replies[-1] + 1] if responses else messages
+        if messages[0]["role"] == "assistant" or all(m["role"] != "user" for m in messages):
+            raise InputError("the row has no prompt before its first response")
+        if not all(messages[k]["content"].strip() for k in replies):
+            raise InputError("the row has an empty response")
+        end = len(messages[replies[0]]["content"]) if len(replies) == 1 else 0
+        spans = raw.get("harmful") or []
+        if not all(type(a) is type(b) is int and 0 <= a < b <= end for a, b in spans):
+            raise InputError("`harmful` must list [start, end) character spans of the one response")
+        notes = {key: raw[key] for key in ("source", "answer") if raw.get(key) is not None}
+        plain = {key: str(x) for key, x in notes.items() if type(x) in (str, int, float)}
+        if not responses and (len(plain) < len(notes) or HALF.search("".join(plain.values()))):
+            raise InputError("`source` and `answer` must be whole texts or numbers")
+        return Row(messages, where, spans, plain.get("source", ""), plain.get("answer"))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{where}: malformed ({type(error).__name__}: {error})") from None
 
 
-def turn(role: str, text: str | list, where: str) -> dict[str, str]:
+def turn(role: str, text: str | list) -> dict[str, str]:
     """One message. text: a string, or a list of {"type": "text", "text": ...} parts."""
     if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{where}: unknown role {role!r} (known: {', '.join(ROLES)})")
+        raise InputError(f"unknown role {role!r} (known: {', '.join(ROLES)})")
     if isinstance(text, list) and text:
         text = "".join(part["text"] for part in text)
     if not isinstance(text, str):
-        said = json.dumps(text)[:60]
-        raise InputError(f"{where}: the text of a turn of {role!r} is not a string but {said}")
+        raise InputError(f"the text of {role!r} is not a string but {json.dumps(text)[:60]}")
     if HALF.search(text):
-        raise InputError(f"{where}: the text of a turn of {role!r} holds half a character")
+        raise InputError(f"the text of {role!r} holds half a character")
     return {"role": ROLES[role], "content": text}
 
 
