@@ -25,13 +25,11 @@ def score(
     """-log P(y_ij | x_i, y_i,<j) of every response token under the model, float32 [N] on the CPU.
 
     Entry t belongs to token t of the flat arrays, and is 0 where that is no response token.
-    batch_tokens: tokens per batch, padding included; halved when memory runs out. on_batch gets
-    {"step", "steps", "tokens"} after each batch, with the losses so far as "work", and {"remark":
-    text}. start: puts the losses of an interrupted call into the tensor that it is given. Of
-    several processes each runs its share of the batches; all hold the result. Raises NotFinite
+    batch_tokens: per batch, padding included; halved when memory runs out. on_batch gets {"step",
+    "steps", "tokens"} after each batch, with the losses so far as "work", and {"remark": text}.
+    start: puts the losses of an interrupted call into the tensor that it is given. Raises NotFinite
     naming the row for a NaN or an infinity. An overflow of float16 is always seen: an infinity in
-    the residual stream becomes NaN in the next norm, and reaches all later positions of the row
-    through the keys.
+    the residual stream is NaN behind the next norm, and reaches all later positions by the keys.
     """
     budget = batch_tokens or BATCH_TOKENS[model.device.type]
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
@@ -51,9 +49,8 @@ def score(
             batch = collate(tokens, groups[done], tokens.response, model.device)
             losses[batch.places] = -token_log_probs(model, batch)[0]
         except torch.OutOfMemoryError:
-            longest = tokens.lengths[groups[done][0]]
-            budget = halve_budget(budget, longest, "lower --max-length", on_batch)
-            left = [i for group in groups[done:] for i in group]
+            budget = halve_budget(budget, tokens.lengths[groups[done][0]], on_batch)
+            left = (i for group in groups[done:] for i in group)
             groups[done:] = batches(left, tokens.lengths, budget)
             continue
         done += 1
@@ -63,11 +60,8 @@ def score(
         on_batch({"step": done, "steps": len(groups), "tokens": seen, "work": losses})
     sum_over_processes([losses])  # each entry was filled by one of them
     losses = losses.cpu()
-    if not losses.isfinite().all():
-        place = (~losses.isfinite()).nonzero()[0]
+    for place in (~losses.isfinite()).nonzero()[:1, 0]:
         row = int(tokens.row_of(place))
-        raise NotFinite(
-            f"{tokens.name}: the loss of token {int(place - tokens.offsets[row])} of row {row} "
-            f"(both counted from 0) is not finite in {model.dtype}"
-        )
+        where = f"token {place - tokens.offsets[row]} of row {row} (both counted from 0)"
+        raise NotFinite(f"{tokens.name}: the loss of {where} is not finite in {model.dtype}")
     return losses

@@ -75,30 +75,28 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
     too long is cut on the right and then gets no EOS. Raises InputError when no row is left, or
     when the chat template leaves the text of a message out.
     """
-    arrays, lengths, cut, lost = ([], []), [0], 0, []
+    parts, cut, lost = [], 0, []
     for start in range(0, len(rows), CHUNK):
         for ids, kinds in encode(rows[start : start + CHUNK], tokenizer, max_length, lost):
-            length = len(ids)
-            if length > max_length:  # up to its last response token: what follows is of no use
-                length = int(kinds[:max_length].nonzero()[0].max(initial=-1)) + 1
-                cut += length > 0
-            arrays[0].append(ids[:length])
-            arrays[1].append(kinds[:length])
-            lengths.append(length)
+            end = len(ids)
+            if end > max_length:  # up to its last response token: what follows is of no use
+                end = int(kinds[:max_length].nonzero()[0].max(initial=-1)) + 1
+                cut += end > 0
+            parts.append((ids[:end], kinds[:end]))
+    lengths = [len(ids) for ids, _ in parts]
     if lost:
         raise InputError(f"{lost[0]}: {LEFT_OUT} (first of {len(lost)} rows); use another template")
     if not any(lengths):
-        what = f"every prompt is longer than --max-length {max_length}; no row is left"
-        raise InputError(f"{name}: {what}")
-    ids, kinds = (torch.from_numpy(np.concatenate(parts)) for parts in arrays)
-    offsets, skipped = torch.tensor(lengths).cumsum(0), lengths.count(0) - 1
-    return Tokens(ids, offsets, kinds > 0, kinds == HARMFUL, name, skipped, cut)
+        raise InputError(f"{name}: every prompt is longer than --max-length {max_length}")
+    ids, kinds = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return Tokens(ids, offsets, kinds > 0, kinds == HARMFUL, name, lengths.count(0), cut)
 
 
 def encode(
     rows: list[Row], tokenizer: Tokenizer, max_length: int, lost: list[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each row whole, or as much as can be of use: its ids, int32, and each token's kind, uint8.
+    """Of each row, as much as can be of use: its ids, int32, and each token's kind, uint8.
 
     lost: gets the file:line of every row of which the chat template leaves something out.
     """
@@ -117,13 +115,11 @@ def encode(
         for (text, is_response), (piece, spans) in zip(texts, pieces):
             shift = len(text) - len(row.messages[-1]["content"])  # the space before a response
             marks = [(a + shift, b + shift) for a, b in row.harmful if is_response]
-            harm = overlaps(spans, marks) if marks else []
-            ids += [*piece, tokenizer.eos_id] if is_response else piece
-            kinds += [is_response + h for h in harm] or [int(is_response)] * len(piece)
-            kinds += [RESPONSE] * is_response  # EOS
+            harm = overlaps(spans, marks) if marks else [False] * len(piece)
+            ids += piece + [tokenizer.eos_id] * is_response
+            kinds += [is_response + h for h in harm] + [RESPONSE] * is_response
         if kinds[0]:
-            what = "the prompt is empty, so nothing predicts the first response token"
-            raise InputError(f"{row.where}: {what}")
+            raise InputError(f"{row.where}: the prompt is empty, so nothing predicts the response")
         yield np.array(ids, np.int32), np.array(kinds, np.uint8)
 
 
@@ -151,9 +147,10 @@ def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[i
     return groups
 
 
-def halve_budget(budget: int, longest: int, advice: str, remark: Callable[[dict], None]) -> int:
+def halve_budget(budget: int, longest: int, remark: Callable[[dict], None]) -> int:
     """Halve the tokens per batch after running out of memory; DoesNotFit if a batch is one row."""
     if budget <= longest:
+        advice = "lower --max-length, or train with --gradient-checkpointing"
         raise DoesNotFit(f"out of memory on a single row of at most {longest} tokens; {advice}")
     next = f"continuing with {budget // 2} (--batch-tokens)"
     remark({"remark": f"out of memory with {budget} tokens per batch; {next}"})
@@ -161,12 +158,8 @@ def halve_budget(budget: int, longest: int, advice: str, remark: Callable[[dict]
 
 
 def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device) -> Batch:
-    """Pack rows into a batch. wanted: bool [N], the places where a loss is asked for.
-
-    All index arithmetic is done on the CPU, so that the device never has to wait for a count.
-    """
+    """Pack rows into a batch, on the CPU. wanted: bool [N], where a loss is asked for."""
     places, own = tokens.places(rows), tokens.take(rows)
-    ids = own.input_ids.long()
-    at = wanted[places].nonzero()[:, 0]  # a prompt comes before them
-    parts = (ids, at - 1, ids[at], places[at])
+    ids, at = own.input_ids.long(), wanted[places].nonzero()[:, 0]
+    parts = (ids, at - 1, ids[at], places[at])  # a prompt comes before the first
     return Batch(*(send(part, device) for part in parts), own.offsets)

@@ -38,23 +38,19 @@ def train(
 
         (1 / sum_i L_i) * sum_i sum_j  w_ij * -log P(y_ij | x_i, y_i,<j)
 
-    L_i counts all response tokens of row i, those of weight 0 too. Gradients are of one sum over
-    one count, so how a step is cut into micro-batches changes nothing beyond rounding. A token of
-    weight 0 stays in the input.
+    L_i counts all response tokens of row i, also those of weight 0, which stay in the input. How a
+    step is cut into micro-batches changes nothing beyond rounding.
 
-    weights: float32 [N], w over the flat arrays; only response tokens count. objective: what takes
-    the place of the sum, see loss.token_loss. start: an adapter to continue from, or a function
-    that brings the optimizer to the state of an interrupted call and returns its step and tokens
-    per batch. on_step gets {"step", "steps", "loss", "grad_norm", "lr", "tokens"} after each step,
-    with the optimizer as "work" and "tokens_per_batch", and {"remark": text} when memory runs out
-    and batches are halved. Raises InputError naming the row when a loss is not finite, and
-    DoesNotFit when a single row does not fit.
+    weights: float32 [N], w over the flat arrays; only response tokens count. objective: takes the
+    place of the sum, see loss.token_loss. start: an adapter to continue from, or a function that
+    brings the optimizer to the state of an interrupted call and returns its step and tokens per
+    batch. on_step gets {"step", "steps", "loss", "grad_norm", "lr", "tokens"} after each step, with
+    the optimizer as "work" and "tokens_per_batch", and {"remark": text} when batches are halved.
+    Raises InputError naming the row when a loss is not finite, DoesNotFit for a row too long.
     """
-    if weights.shape != tokens.response.shape:
-        raise InputError(f"{len(weights)} weights for {len(tokens.response)} tokens")
     if not any(tokens.lengths):
         raise InputError(f"{tokens.name}: there are no rows to train on")
-    targets = [name.strip() for name in config.targets.split(",") if name.strip()]
+    targets = config.targets.replace(",", " ").split()
     fresh = lambda: new_adapter(model, config.rank, config.alpha, targets, config.seed)
     given = deepcopy(start) if isinstance(start, Adapter) else fresh()
     adapter = active(use(model, given))  # on the model's device
@@ -70,17 +66,15 @@ def train(
         factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))
         optimizer.param_groups[0]["lr"] = lr = config.lr * factor
         while (loss := step.gradients(rows, budget)) is None:  # out of memory
-            longest, advice = tokens.lengths[step.own_rows(rows)[0]], "--gradient-checkpointing"
-            budget = halve_budget(budget, longest, f"give {advice}, or lower --max-length", on_step)
+            budget = halve_budget(budget, tokens.lengths[step.own_rows(rows)[0]], on_step)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         if not math.isfinite(loss + norm):
             bad = f"{tokens.name}: {step.find_bad_row(rows)} at step {n}"
             raise InputError(f"{bad}; lower --lr, or use --dtype float32")
         optimizer.step()
         seen = sum(tokens.lengths[i] for i in rows)
-        progress = {"step": n, "steps": steps, "tokens": seen, "loss": loss, "lr": lr}
-        state = {"work": optimizer, "tokens_per_batch": budget}
-        on_step({**progress, "grad_norm": norm, **state})
+        event = {"step": n, "steps": steps, "tokens": seen, "loss": loss, "grad_norm": norm}
+        on_step({**event, "lr": lr, "work": optimizer, "tokens_per_batch": budget})
     for parameter in parameters:
         parameter.requires_grad_(False).grad = None
         if not parameter.isfinite().all():
@@ -129,8 +123,7 @@ class Step:
 
     def own_rows(self, rows: list[int]) -> list[int]:
         """This process's share of the rows that add to the sum, longest first."""
-        bounds = self.tokens.offsets
-        live = [i for i in rows if self.wanted[bounds[i] : bounds[i + 1]].any()]
+        live = [i for i in rows if self.wanted[self.tokens.places([i])].any()]
         return share(sorted(live, key=lambda i: -self.tokens.lengths[i]))
 
     def find_bad_row(self, rows: list[int]) -> str:
