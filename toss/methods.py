@@ -6,7 +6,6 @@ float [n] or None. To add one, put it into METHODS below, and its name into toss
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,23 +27,16 @@ class Candidates:
     d: float  # share to discard
     seed: int = 0
 
-    @cached_property
-    def row(self) -> Tensor:
-        """The row of each, int64 [n]."""
-        return self.tokens.row_of(self.ranked)
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """How many there are in each row, int64 [rows]."""
-        return torch.bincount(self.row, minlength=self.tokens.rows)
+    def __post_init__(self):
+        self.row = self.tokens.row_of(self.ranked)  # int64 [n]
+        self.sizes = torch.bincount(self.row, minlength=self.tokens.rows)  # int64 [rows]
 
     def loss(self, model: str) -> Tensor:
         """Losses of the ranked tokens under "utility", "degraded" or "base", float32 [n]."""
-        if model in self.losses:
-            return self.losses[model][self.ranked]
-        flags = " --base --overwrite" if model == "base" else ""
-        what = f"scores.safetensors has no losses under the {model} model"
-        raise InputError(f"{what}: run score.py{flags} on this run")
+        if model not in self.losses:
+            flags = " --base --overwrite" if model == "base" else ""
+            raise InputError(f"there are no losses under the {model} model: run score.py{flags}")
+        return self.losses[model][self.ranked]
 
     def S(self) -> Tensor:
         """The paper's score L^u - L^h."""
@@ -115,7 +107,7 @@ METHODS = {
 }
 
 
-def choose(method: str, c: Candidates) -> tuple[Tensor, Tensor | None]:
+def choose(method: str, c: Candidates) -> Choice:
     """A method's mask over the flat arrays, bool [N], and its scores, float [N] or None."""
     keep = torch.ones(len(c.tokens.input_ids), dtype=torch.bool)
     keep[c.ranked], scores = METHODS[method](c)
