@@ -19,14 +19,12 @@ import sys
 if __name__ == "select":
     # This file hides the standard library's `select` from every program that runs in this folder:
     # subprocess and asyncio import it. They get the real module, found on the rest of the path.
-    import os
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
+    from os.path import dirname, realpath
 
-    _here = os.path.dirname(os.path.realpath(__file__))
-    _rest = [path for path in sys.path if os.path.realpath(path or os.curdir) != _here]
-    if (_spec := PathFinder.find_spec("select", _rest)) is None:
-        raise ImportError("the standard library's select module was not found behind this folder")
+    _rest = [path for path in sys.path if realpath(path or ".") != dirname(realpath(__file__))]
+    _spec = PathFinder.find_spec("select", _rest)
     sys.modules["select"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])
 else:
@@ -75,15 +73,14 @@ def main(argv=None):
 
         added = []  # TOSS-Pro: the riskiest rows of D^cus join D^h, and theta^h starts anew
         for t in range(args.pro):
-            S = L["utility"] - L["degraded"]
-            rows = D_cus.row_of(ranked)
-            found = riskiest_rows(S[ranked], rows, skip=added, k=args.pro_samples)
+            S, name = L["utility"] - L["degraded"], f"{args.name}-round-{t + 1}"
+            found = riskiest_rows(S[ranked], D_cus.row_of(ranked), skip=added, k=args.pro_samples)
             added += [row for row, _ in found]
             w_cus = D_cus.response.float()  # theta^h learns the added rows whole,
             if args.pro_train == "top":  # or only their riskiest tokens (not the paper's)
                 risky = ranked[~select_tokens(S[ranked], args.discard)]
                 w_cus = torch.zeros_like(w_cus).index_fill(0, risky, 1)
-            D_h, name = run.tokens(args.harmful), f"{args.name}-round-{t + 1}"
+            D_h = run.tokens(args.harmful)
             w_h = torch.cat((D_h.response.float(), w_cus[D_cus.places(added)]))
             D_h, how, log = D_h + D_cus.take(added), run.reference_config(), run.log(name)
             theta_h = train(run.base("train"), D_h, w_h, how, start=log.resume, on_step=log)
