@@ -22,11 +22,7 @@ def size() -> int:
 
 
 def share(items: list) -> list:
-    """This process's part of a list sorted by cost: every size-th item, so that parts cost alike.
-
-    >>> share([5, 4, 3, 2, 1])  # a single process takes all
-    [5, 4, 3, 2, 1]
-    """
+    """This process's part of a list sorted by cost: every size-th item, so all parts cost alike."""
     return items[rank() :: size()]
 
 
