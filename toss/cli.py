@@ -27,15 +27,18 @@ DEMO = ROOT / "data" / "demo.json"
 INPUTS = ("model", "harmful", "utility", "custom")
 FORM = ("template", "date", "max_length")  # how text becomes ids
 INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
+# What a command has where it has no such flag.
+DEFAULTS = dict.fromkeys((*INHERITED, "mask")) | {"max_length": 2048, "dtype": "auto"}
+DEFAULTS |= {"save_every": 5.0, "overwrite": False, "gradient_checkpointing": False}
 FORMAT = 3  # of run.json
 DEVICE = ("device", "dtype", "threads", "batch_tokens", "wait", "no_onednn")  # add_device_flags
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 UNSET = object()
 # The types of what run.json holds; "*" stands for any other key.
-NUMBER, TEXT, NOTHING = (int, float), (str, type(None)), type(None)
+NUMBER, TEXT = (int, float), (str, type(None))
 COST = dict.fromkeys(("seconds", "peak_memory_gib", "last_loss"), NUMBER) | {"tokens": int}
-METRICS = {"*": {"n": NUMBER, "*": (*NUMBER, NOTHING)}}
-RECIPE = {"inputs": {"*": str}, "settings": {"method": str, "base": bool, "*": object}}
+METRICS = {"*": {"n": NUMBER, "*": (*NUMBER, type(None))}}
+RECIPE = {"inputs": {"*": str}, "settings": {"method": str, "base": bool}}
 STAGE = {"recipe": RECIPE, **COST, "rows": int, "parts": {"*": COST}, "metrics": METRICS}
 RUN = {"settings": dict.fromkeys((*INPUTS, "revision", "template", "date"), TEXT)}
 RUN["settings"]["max_length"] = int
@@ -47,11 +50,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """The description as it is written, and each flag's default after its help."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        value = action.default
-        said = value in (None, [], argparse.SUPPRESS) or value is False or action.required
-        return action.help + (
-            "" if said or "(default" in action.help else " (default: %(default)s)"
-        )
+        said = "(default" in action.help or action.dest == "help"
+        shown = type(action.default) in (str, int, float) and not said
+        return action.help + " (default: %(default)s)" * shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,13 +75,10 @@ def number(kind: type, allowed: Callable, words: str) -> Callable[[str], float]:
     """An argparse type: a number for which `allowed` holds; `words` describe it."""
 
     def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not allowed(value):
-            raise ArgumentTypeError(f"{text!r} is not {words}")
-        return value
+        with suppress(ValueError):
+            if allowed(value := kind(text)):
+                return value
+        raise ArgumentTypeError(f"{text!r} is not {words}")
 
     return convert
 
@@ -92,31 +90,27 @@ natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 -
 share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
 rate = number(float, lambda x: 0 < x < 1e37, "a number above 0 (below 1e37)")
 positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+path = os.path.abspath
+base = lambda text: path(text) if os.path.isdir(text) else text  # or a hub id
 
 
 def parser(prog: str, doc: str, **inputs: str) -> Parser:
     """A script's parser, with the flags that all three have. inputs: its files, {flag: help}."""
-    made = Parser(
-        prog,
-        doc,
-        epilog="The defaults are the paper's. Without inputs (--model, --harmful, --utility, "
-        "--custom) the values in data/demo.json are used.",
-    )
+    text = "The defaults are the paper's. Without inputs, the values in data/demo.json are used."
+    made = Parser(prog, doc, epilog=text)
     add = made.add_argument
     add("--run", type=folder, default="runs/demo", help="folder of the run")
-    add("--model", help="base checkpoint: a Hugging Face folder or a hub id")
+    add("--model", type=base, help="base checkpoint: a Hugging Face folder or a hub id")
     add("--revision", help="branch, tag or commit of a hub id (default: main; the run keeps it)")
     for flag, text in inputs.items():
-        add(f"--{flag}", metavar="FILE", help=text)
+        add(f"--{flag}", type=path, metavar="FILE", help=text)
     add("--template", choices=["chat", "human"], help="prompt form (default: chat if possible)")
     add("--date", help="YYYY-MM-DD, for a chat template that asks for it (default: today)")
     text = "tokens per row; longer rows are cut on the right"
     add("--max-length", type=count, default=2048, metavar="N", help=text)
     add_device_flags(made)
     add("--overwrite", action="store_true", help="replace a result with other settings or inputs")
-    text = (
-        "minutes between two saved states of unfinished work, from which the same command goes on"
-    )
+    text = "minutes between saved states of unfinished work, from which the same command goes on"
     add("--save-every", type=positive, default=5.0, metavar="MINUTES", help=text)
     return made
 
@@ -161,8 +155,7 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     """
     given, training = made.given(argv), made.prog == "train.py"
     folder = Path(given.get("run", "runs/demo"))
-    file = folder / "run.json"
-    inputs = [name for name in INPUTS if name in given]
+    file, inputs = folder / "run.json", [name for name in INPUTS if name in given]
     missing = [f"--{name}" for name in INPUTS[:3] if name not in given]
     if training and inputs and missing:
         need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
@@ -171,8 +164,8 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     try:
         record = read_run(file)
     except InputError as error:
-        advice = "name the inputs again: what is finished is skipped, and the file is made anew"
         if not inputs:
+            advice = "name the inputs again: what is finished is skipped, and the file is made anew"
             raise InputError(f"{error}; {advice}") from None
         print(f"warning: {error}; it is now {file}.damaged")
         with suppress(FileNotFoundError):  # another process of this command was faster
@@ -184,23 +177,15 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     if given.get("model", begun.get("model")) != begun.get("model"):
         begun.pop("revision", None)  # of the hub id that the base had
     demo = not inputs and record.get("demo", True)
-    known = {action.dest for action in made._actions}
-    needed = dict.fromkeys((*INHERITED, "gradient_checkpointing", "overwrite", "dtype", "mask"))
-    needed |= {"max_length": 2048, "dtype": "auto", "save_every": 5.0}  # flag or not
-    layers = {name: value for name, value in needed.items() if name not in known}
-    layers |= demo_values(training) if demo else {}
-    made.set_defaults(**{**layers, **begun})
+    made.set_defaults(**{**DEFAULTS, **(demo_values(training) if demo else {}), **begun})
     args = made.parse_args(argv)
-    for name in (*INPUTS, "mask"):
-        value = given.get(name)
-        if value is not None and (name != "model" or Path(value).is_dir()):
-            setattr(args, name, os.path.abspath(value))
     for name in FORM:
-        if name in given and begun.get(name, getattr(args, name)) != getattr(args, name):
+        if name in given and begun.get(name, given[name]) != given[name]:
             flag = f"--{name.replace('_', '-')} {begun[name]}, not {given[name]}"
             advice = "leave the flag out, or choose another --run"
             raise InputError(f"{folder} was begun with {flag}: {advice}")
-    taken = [f"{n} = {v}" for n, v in begun.items() if n not in given and n in known]
+    open = {action.dest for action in made._actions} - given.keys()
+    taken = [f"{name} = {value}" for name, value in begun.items() if name in open]
     if taken and not demo:
         print(f"from {file}: {', '.join(taken)}")
     if args.model is None:
@@ -211,8 +196,8 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
 
 def read_run(file: Path) -> dict[str, Any]:
     """What is in a run.json; {} if it does not exist. Raises InputError if it is damaged."""
-    record = read_json(file) if file.exists() else {}
-    if record and record.get("format") != FORMAT:
+    record = read_json(file) if file.exists() else {"format": FORMAT}
+    if record.get("format") != FORMAT:
         raise InputError(f"{file} was written by another version: choose another --run")
     whole = lambda stage: {"inputs", "settings"} <= stage.get("recipe", {}).keys()
     if not like(record, RUN) or not all(map(whole, record.get("stages", {}).values())):
@@ -249,8 +234,7 @@ def check_method(args: Namespace) -> Namespace:
     args.method = "mask" if args.mask else args.method
     usual = {"base": "base-reference"}.get(args.method, args.method)
     args.name = args.name or ("toss-pro" if args.pro else usual)
-    reserved = args.name in ("base", "degraded", "utility")
-    if reserved or not re.fullmatch(r"[\w=+-][\w.=+-]*", args.name):
+    if not re.fullmatch(r"(?!(base|degraded|utility)$)[\w=+-][\w.=+-]*", args.name):
         reason = "letters, digits and . _ = + - can; base, degraded and utility are other models"
         raise InputError(f"--name {args.name!r} cannot name a folder under methods/ ({reason})")
     return args
@@ -258,17 +242,12 @@ def check_method(args: Namespace) -> Namespace:
 
 def choice(args: Namespace, config: TrainConfig) -> dict[str, Any]:
     """What decides the result of select.py: {"inputs": keys, "settings": {name: value}}."""
-    names, inputs = ["method"], ["--custom"]
-    if args.method not in ("sft", "mask"):
-        names += ["discard", "keep_eos"]
-    if args.method not in UNSCORED:
-        inputs += ["utility", "degraded", "scores"]
-    if args.pro:
-        names += ["pro", "pro_samples", "pro_train"]
-        inputs += ["--harmful"]
-    inputs += ["--mask"] if args.mask else []
-    settings = {name: getattr(args, name) for name in names}
-    return {"inputs": inputs, "settings": {**config.recipe(), **settings}}
+    names = ["method"] + ["discard", "keep_eos"] * (args.method not in ("sft", "mask"))
+    names += ["pro", "pro_samples", "pro_train"] * bool(args.pro)
+    inputs = ["--custom"] + ["utility", "degraded", "scores"] * (args.method not in UNSCORED)
+    inputs += ["--harmful"] * bool(args.pro) + ["--mask"] * bool(args.mask)
+    settings = {**config.recipe(), **{name: getattr(args, name) for name in names}}
+    return {"inputs": inputs, "settings": settings}
 
 
 def run(main: Callable[[], int | None]) -> int:
