@@ -70,12 +70,12 @@ class Progress:
         record, tensors = read_state(self.state(work), self.recipe) if self.states else ({}, {})
         step, steps = record.get("at", (0, None))
         if record:
-            if isinstance(work, Optimizer):
+            if isinstance(work, Tensor):
+                work.copy_(tensors["losses"])
+            else:
                 put_state(work, tensors, step)
                 if rank() == 0:
                     keep_lines(self.log, step)
-            else:
-                work.copy_(tensors["losses"])
             self.cost = record["cost"]
             self.clock.start -= self.cost["seconds"]
             print(f"{self.name}: goes on after step {step} of {steps}{changed(record)}")
@@ -112,13 +112,11 @@ class Progress:
         step, steps = at = event["step"], event["steps"]
         if step == steps or stop.signal or time.monotonic() - self.saved >= 60 * self.minutes:
             work, self.saved = event["work"], time.monotonic()
-            training = isinstance(work, Optimizer)
-            tensors = state_of(work) if training else {"losses": work.cpu()}
             record = {"recipe": self.recipe, "at": at, "cost": {**self.cost, **self.clock.read()}}
             record |= {"tokens_per_batch": event.get("tokens_per_batch"), **arithmetic()}
-            if not training or rank() == 0:
+            if isinstance(work, Tensor) or rank() == 0:
                 with atomic_file(self.state(work)) as file:
-                    save_tensors(tensors, file, record)
+                    save_tensors(state_of(work), file, record)
         if stop.signal:
             saved = f"{self.name} is saved after step {step} of {steps}"
             raise Stopped(stop.signal, f"{saved}: the same command goes on from there")
@@ -126,22 +124,23 @@ class Progress:
 
     def state(self, work: Optimizer | Tensor) -> Path:
         """The file for a state."""
-        process = 0 if isinstance(work, Optimizer) else rank()
+        process = rank() if isinstance(work, Tensor) else 0
         return self.states / f"{self.name}-{process}.safetensors"
 
 
-def state_of(optimizer: Optimizer) -> dict[str, Tensor]:
-    """AdamW's parameters and both moments of each, by their place and name."""
+def state_of(work: Optimizer | Tensor) -> dict[str, Tensor]:
+    """The losses; or AdamW's parameters, and the moments of each, by their place and name."""
+    if isinstance(work, Tensor):
+        return {"losses": work.cpu()}
     tensors = {}
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        moments = optimizer.state[parameter]
-        parts = {"": parameter.detach(), **{name: moments[name] for name in MOMENTS}}
+    for i, parameter in enumerate(work.param_groups[0]["params"]):
+        parts = {"": parameter.detach(), **work.state[parameter]}
         tensors |= {f"{i}{name}": tensor.cpu() for name, tensor in parts.items()}
     return tensors
 
 
 def put_state(optimizer: Optimizer, tensors: dict[str, Tensor], step: int) -> None:
-    """The opposite of state_of."""
+    """Bring AdamW to a state."""
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         parameter.data.copy_(tensors[f"{i}"])
         moments = {name: tensors[f"{i}{name}"].to(parameter.device) for name in MOMENTS}
