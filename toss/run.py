@@ -8,6 +8,7 @@ and cost. One process at a time works on a result; what it reads, nobody changes
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 from argparse import Namespace
@@ -60,25 +61,25 @@ class Run(Base):
         self.folder = Path(args.run)
         self.file = self.folder / "run.json"
         self.hidden = self.folder / ".state"  # locks, and the states of unfinished stages
+        self.record = self.indexed()
         for old in [*self.folder.glob(".*.old"), *self.folder.glob("methods/.*.old")]:
-            stage = str(old.relative_to(self.folder).with_name(old.name[1 : -len(".old")]))
+            stage = str(old.relative_to(self.folder)).replace(".", "", 1).removesuffix(".old")
             with suppress(InputError), self.holding(reads=[stage]):
                 pass  # puts it back
-        self.record = self.indexed(read_run(self.file))
         self.hashes: dict[str, list] = dict(self.record.get("hashes", {}))
         # Of the stage at work: its recipe, its parts, and TOSS-Pro's rounds.
         self.making: dict[str, Any] = {}
         self.parts: dict[str, Progress] = {}
         self.rounds: list[tuple] = []
 
-    def indexed(self, record: dict[str, Any]) -> dict[str, Any]:
+    def indexed(self) -> dict[str, Any]:
         """What is in run.json, and the results that it does not know, by their own records."""
+        record = read_run(self.file)
         stages = record.setdefault("stages", {})
-        found = [self.folder / name for name in ("degraded", "utility", "scores.safetensors")]
-        for path in [*found, *self.folder.glob("methods/[!.]*")]:
-            stage = str(path.relative_to(self.folder)).removesuffix(".safetensors")
+        methods = (f"methods/{path.name}" for path in self.folder.glob("methods/[!.]*"))
+        for stage in ("degraded", "utility", "scores", *methods):
             with suppress(InputError):  # a damaged one is made again
-                if stage not in stages and (made := record_of(path)):
+                if stage not in stages and (made := record_of(self.path(stage))):
                     stages[stage] = {"recipe": made}
                     record.setdefault("identity", {key: made.get(key) for key in IDENTITY})
         return record
@@ -98,7 +99,7 @@ class Run(Base):
                     locks.enter_context(lock(file, stage not in makes, self.args.wait))
                     restore(self.folder / stage)
                 sweep(self.folder)
-                self.record = self.indexed(read_run(self.file))  # others may have changed it
+                self.record = self.indexed()  # others may have changed it
                 yield
         finally:
             folders = (".state/methods", ".state/evaluation", ".state", "methods")
@@ -120,19 +121,15 @@ class Run(Base):
             "max_length": self.args.max_length,
         }
         begun = {} if self.args.anew else self.record.get("identity", {})
-        if differs := [
-            name for name in identity if begun.get(name, identity[name]) != identity[name]
-        ]:
+        if differs := [key for key, now in identity.items() if begun.get(key, now) != now]:
             what = f"another base or prompt form than {self.args.model} ({', '.join(differs)})"
-            advice = "give --model, or choose another --run"
-            raise InputError(f"{self.folder} was begun with {what}: {advice}")
+            raise InputError(f"{self.folder} was begun with {what}: give --model or another --run")
         return identity
 
     def log(self, name: str) -> Progress:
         """The callback of a piece of work: bar, log, cost; of a stage, the state to go on from."""
-        saving = None
+        recipe, saving = {**self.making, "dtypes": self.dtypes}, None
         if self.making:
-            recipe = {**self.making, "dtypes": self.dtypes}
             saving = self.hidden / recipe["stage"], recipe, self.args.save_every
         self.parts[name] = Progress(name, self.device, self.folder, saving)
         return self.parts[name]
@@ -141,9 +138,7 @@ class Run(Base):
 
     def path(self, stage: str) -> Path:
         """The folder or file of a result: "degraded", "utility", "scores" or "methods/NAME"."""
-        if any(
-            part.startswith(".") or not part for part in stage.removeprefix("methods/").split("/")
-        ):
+        if re.search(r"(^|/)([./]|$)", stage.removeprefix("methods/")):
             raise InputError(f"{stage} is not the name of a result")
         return self.folder / ("scores.safetensors" if stage == "scores" else stage)
 
@@ -162,13 +157,13 @@ class Run(Base):
         path = Path(path).absolute()
         if not path.is_file():
             raise InputError(f"{path}: no such file")
-        stat, known = path.stat(), self.hashes.get(str(path))
+        stat, known = path.stat(), self.hashes.get(str(path), [])
         now = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        if not isinstance(known, list) or known[:-1] != now:
-            before, known = known, [*now, file_hash(path)]
-            if str(path) in self.datasets and before and before[-1] != known[-1]:
+        if known[:-1] != now:
+            value = file_hash(path)
+            if str(path) in self.datasets and known and known[-1] != value:
                 raise InputError(f"{path} was changed after it was read: run the command again")
-            self.hashes[str(path)] = known
+            self.hashes[str(path)] = known = [*now, value]
         return known[-1]
 
     def stale(self, stage: str) -> list[str]:
@@ -237,14 +232,10 @@ class Run(Base):
         path = Path(self.args.mask)
         record = record_of(path)
         if record.get("tokens_sha256") != fingerprint(tokens):
-            here = {**self.identity, "--custom": self.hash(self.args.custom), "base_sha256": 0}
-            there = {**record, **record.get("inputs", {}), "base_sha256": 0}
-            differs = [key for key, value in here.items() if there.get(key) != value]
-            raise InputError(
-                f"{path} is not a mask over this run's token ids (different: {', '.join(differs)});"
-                " both runs need the same --custom, prompt form and --max-length, and models of one"
-                " tokenizer"
-            )
+            here = {**self.identity, "--custom": self.hash(self.args.custom)}
+            there = {**record, **record.get("inputs", {}), "base_sha256": here["base_sha256"]}
+            differs = ", ".join(key for key in here if there.get(key) != here[key])
+            raise InputError(f"{path} is a mask over other token ids (different: {differs})")
         found = load_selection(path, tokens)
         if "weight" in found:
             raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
@@ -275,36 +266,32 @@ class Run(Base):
                 self.check(key)
             dtype = self.dtypes["score" if stage == "scores" else "train"]
             recipe = self.recipe(inputs, {**settings, "dtype": dtype})
-            if self.is_done(stage, recipe):
-                self.catch_up(stage, recipe)
-            else:
-                result = self.make(stage, build, recipe)
-                if rank() == 0:
-                    self.publish(stage, result, recipe, str(self.source(inputs[0])))
+            done = self.is_done(stage, recipe)
+            result = None if done else self.make(stage, build, recipe)
             if rank() == 0:
+                if done:
+                    self.catch_up(stage, recipe)
+                else:
+                    self.publish(stage, result, recipe, str(self.source(inputs[0])))
                 shutil.rmtree(self.hidden / stage, ignore_errors=True)
 
     def make(self, stage: str, build: Callable, recipe: dict[str, Any]) -> Any:
         """What build() returns, scored in another dtype if it must be; see once."""
-        self.making = {"stage": stage, **recipe}
+        self.making, self.parts, self.rounds = {"stage": stage, **recipe}, {}, []
         try:
-            while True:
-                self.parts, self.rounds = {}, []
-                try:
-                    return build()
-                except (InputError, torch.OutOfMemoryError) as error:
-                    if not self.lower_scoring(error):
-                        raise
+            return build()
+        except (InputError, torch.OutOfMemoryError) as error:
+            if not self.lower_scoring(error):
+                raise
         finally:
             self.making, stop.deferred = {}, False
+        return self.make(stage, build, recipe)
 
     def catch_up(self, stage: str, recipe: dict[str, Any]) -> None:
         """Let run.json know a result that is there, and where its inputs are now."""
-        record = read_run(self.file)
-        known, settings = record.get("stages", {}).get(stage, {}), record.get("settings", {})
-        given = {name: getattr(self.args, name) for name in INPUTS}
-        moved = any(settings.get(n) != value for n, value in given.items() if value)
-        if rank() == 0 and (moved or not known):
+        known, settings = self.record["stages"][stage], self.record.get("settings", {})
+        moved = any(getattr(self.args, name) not in (None, settings.get(name)) for name in INPUTS)
+        if moved or known.keys() == {"recipe"}:
             self.finish(stage, **{**known, "recipe": recipe})
 
     def publish(self, stage: str, result: Any, recipe: dict[str, Any], rows: str) -> None:
@@ -338,7 +325,12 @@ class Run(Base):
         record |= {"discarded": int((~keep).sum()), "ranked": ranked}
         record["tokens_sha256"] = fingerprint(tokens)
         for t, added, theta_h, losses in self.rounds:
-            self.write_round(out / f"round-{t}", tokens, added, theta_h, losses)
+            folder, rows = out / f"round-{t}", {"added_rows": [row for row, _, _ in added]}
+            made = {"stage": folder.name, **self.recipe(("--custom", "--harmful"), rows)}
+            files.write_added(folder / "added.jsonl", tokens, added, self.tokenizer)
+            files.write_model(folder / "degraded", theta_h, self.model, made)
+            made["dtype"] = self.dtypes["score"]
+            files.write_scores(folder / "scores.safetensors", tokens, losses, made)
         files.write_model(out, adapter, self.model, record, selection)
         gone = f"{record['discarded']} of {ranked} response tokens discarded"
         return [f"{gone}, {lost_rows(tokens, keep)} rows lost all their tokens"]
@@ -350,17 +342,6 @@ class Run(Base):
         """
         print(f"TOSS-Pro round {t}: {len(added)} rows added to the harmful reference set")
         self.rounds.append((t, added, theta_h, dict(L)))
-
-    def write_round(
-        self, out: Path, tokens: Tokens, added: list, theta_h: Adapter, L: dict[str, Tensor]
-    ) -> None:
-        """Write a round; see save_round."""
-        rows = {"added_rows": [row for row, _, _ in added]}
-        record = {"stage": out.name, **self.recipe(("--custom", "--harmful"), rows)}
-        files.write_added(out / "added.jsonl", tokens, added, self.tokenizer)
-        files.write_model(out / "degraded", theta_h, self.model, record)
-        record["dtype"] = self.dtypes["score"]
-        files.write_scores(out / "scores.safetensors", tokens, L, record)
 
     def merge(self, stage: str) -> None:
         """Write the merged checkpoint of a method, in process 0.
@@ -392,39 +373,37 @@ class Run(Base):
             wrong = files.damaged(path, known, self.hash)
         except InputError as error:
             known, wrong = recipe, [str(error)]
-        if not (differs := differences(known, recipe)):
-            if not wrong:
-                made = changed(self.record["stages"].get(stage, {}))
-                print(f"{stage}: {path} exists with equal settings and inputs, skipped{made}")
-                return True
+        if differs := differences(known, recipe):
+            if self.args.overwrite:
+                return False
+            what = f"different: {', '.join(differs)}" if known else "it has no record"
+            advice = (
+                f"give --overwrite to replace it, or another --{'name' if '/' in stage else 'run'}"
+            )
+            raise InputError(f"{path} exists with other settings or inputs ({what}): {advice}")
+        if wrong:
             print(f"{stage}: {path} is damaged or incomplete ({wrong[0]}), so it is made again")
             return False
-        if self.args.overwrite:
-            return False
-        what = f"different: {', '.join(differs)}" if known else "it has no record"
-        other = "another --name" if "/" in stage else "another --run"
-        raise InputError(
-            f"{path} exists with other settings or inputs ({what}); give --overwrite to replace "
-            f"it, or choose {other}"
-        )
+        made = changed(self.record["stages"].get(stage, {}))
+        print(f"{stage}: {path} exists with equal settings and inputs, skipped{made}")
+        return True
 
     def finish(self, stage: str, recipe: dict[str, Any], **facts: Any) -> None:
         """Put a stage into run.json: its recipe, and what else is known of it."""
         own, commit = f"{self.folder.absolute()}/", git_commit()
         used = {p: known[-1] for p, known in self.hashes.items() if not p.startswith(own)}
-        settings = {k: v for k, v in vars(self.args).items() if k not in HIDDEN}
-        settings = settings if stage.split("/")[0] in RESULTS else {}  # not an audit's
-        settings = {k: v for k, v in settings.items() if v is not None or k not in INPUTS}
-        facts = {**facts, "recipe": recipe}
+        settings = vars(self.args) if stage.split("/")[0] in RESULTS else {}  # not an audit's
+        lacking = {name for name in INPUTS if getattr(self.args, name) is None}
+        settings = {k: v for k, v in settings.items() if k not in lacking.union(HIDDEN)}
         identity = self.identity
         with locked(self.folder, flags=0, must=False):  # waits
-            self.record = record = self.indexed(read_run(self.file))
+            self.record = record = self.indexed()
             record |= {"format": FORMAT, "demo": self.args.demo, "identity": identity}
             record["settings"] = {**record.get("settings", {}), **settings}
             record["inputs"] = {**record.get("inputs", {}), **used}
             record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
             record["commit"], record["hashes"] = commit, self.hashes
-            record["stages"][stage] = facts
+            record["stages"][stage] = {**facts, "recipe": recipe}
             with atomic_file(self.file) as file:
                 file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
