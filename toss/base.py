@@ -52,11 +52,8 @@ class Base:
         """The base's tokenizer in the run's prompt form; settles `template` and `date`."""
         tokenizer = load_tokenizer(self.checkpoint, self.args.template, self.args.date)
         if tokenizer.turn_end != tokenizer.eos:
-            print(
-                f"note: the chat template ends a turn with {tokenizer.turn_end}, but responses end "
-                f"with the tokenizer's eos_token {tokenizer.eos}; instruction-tuned models usually "
-                "have one token for both"
-            )
+            ends = f"ends a turn with {tokenizer.turn_end}, but responses end with {tokenizer.eos}"
+            print(f"note: the chat template {ends}, the eos_token; they are usually the same")
         self.args.template = "human" if tokenizer.template is None else "chat"
         self.args.date = None if tokenizer.date is None else str(tokenizer.date)
         return tokenizer
@@ -70,13 +67,9 @@ class Base:
     @cached_property
     def dtypes(self) -> dict[str, str]:
         """The dtype to "train" and to "score" in."""
-        if self.args.dtype != "auto":
-            return {"train": self.args.dtype, "score": self.args.dtype}
-        cuda = self.device.type == "cuda"
-        return {
-            "train": "bfloat16" if cuda else "float32",
-            "score": "float16" if cuda else "float32",
-        }
+        if self.args.dtype == "auto" and self.device.type == "cuda":
+            return {"train": "bfloat16", "score": "float16"}
+        return dict.fromkeys(("train", "score"), self.args.dtype.replace("auto", "float32"))
 
     @property
     def batch_tokens(self) -> int:
@@ -127,14 +120,14 @@ class Base:
         if path is None:
             what = "was begun without reference sets: give --model, --harmful and --utility"
             raise InputError(f"{self.args.run} {what}")
-        if rows is None:
+        if whole := rows is None:
             self.hash(path)  # of what is read now
-        chosen = read_rows(path) if rows is None else rows
-        self.warn_shared(path, chosen)
-        tokens = tokenise(chosen, self.tokenizer, self.args.max_length, str(path))
+            rows = read_rows(path)
+        self.warn_shared(path, rows)
+        tokens = tokenise(rows, self.tokenizer, self.args.max_length, str(path))
         self.check_ids(tokens)
         print(f"{path}: {tokens.rows} rows, {tokens.skipped} skipped, {tokens.cut} cut")
-        self.datasets |= {path: tokens} if rows is None else {}
+        self.datasets |= {path: tokens} if whole else {}
         return tokens
 
     def check_ids(self, tokens: Tokens) -> None:
@@ -142,8 +135,8 @@ class Base:
         highest, file = int(tokens.input_ids.max()), self.checkpoint / "config.json"
         there = Config.from_dict(read_json(file), str(file)).vocab_size
         if highest >= there:
-            what = f"{tokens.name} has the id {highest}, but the model has {there} embeddings"
-            raise InputError(f"{self.checkpoint}: {what}")
+            what = f"has the id {highest}, but {self.checkpoint} has {there} embeddings"
+            raise InputError(f"{tokens.name} {what}")
 
     def warn_shared(self, path: str, rows: list[Row], prompts_only: bool = False) -> None:
         """Warn when rows of a file are also in a data file that the run used before it."""
