@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.io import (
-    InputError,
-    load_tensors,
-    made_from,
-    read_json,
-    save_tensors,
-    write_record,
-)
+from model.io import InputError, load_tensors, made_from, read_json, save_tensors, write_record
 from model.lora import Adapter
 from model.peft import write_adapter
 from model.tokenizer import Tokenizer
@@ -33,13 +26,11 @@ publish it."""
 
 def record_of(path: Path) -> dict[str, Any]:
     """What a result was made from, by a file's header or a folder's record.json; {} if unknown."""
-    if path.is_file():
-        record = made_from(path)
-    else:
-        file = path / "record.json"
-        record = read_json(file) if file.exists() else {}
-    tables = ("inputs", "settings")
-    return record if all(isinstance(record.get(name), dict) for name in tables) else {}
+    if not path.is_file() and not (path / "record.json").exists():
+        return {}
+    record = made_from(path) if path.is_file() else read_json(path / "record.json")
+    whole = all(isinstance(record.get(name), dict) for name in ("inputs", "settings"))
+    return record if whole else {}
 
 
 def damaged(path: Path, record: dict, hash: Callable[[Path], str]) -> list[str]:
@@ -49,10 +40,8 @@ def damaged(path: Path, record: dict, hash: Callable[[Path], str]) -> list[str]:
     """
     if path.is_file():
         load_tensors(path)
-        return []
-    known = record.get("files") or {}
-    there = {name: hash(path / name) for name in known if (path / name).is_file()}
-    return [name for name, value in known.items() if there.get(name) != value]
+    same = lambda file, known: file.is_file() and hash(file) == known
+    return [name for name, known in record.get("files", {}).items() if not same(path / name, known)]
 
 
 def is_merged(folder: Path, made: dict, hash: Callable[[Path], str]) -> bool:
@@ -129,8 +118,8 @@ def load_selection(path: Path, tokens: Tokens) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a selection.safetensors (it has no tensor `keep`)")
     for key, tensor in found.items():
         if tensor.shape != tokens.response.shape:
-            expected = tuple(tokens.response.shape)
-            raise InputError(f"{path}: {key} has the shape {tuple(tensor.shape)}, not {expected}")
+            there, here = tuple(tensor.shape), tuple(tokens.response.shape)
+            raise InputError(f"{path}: {key} has the shape {there}, not {here}")
     keep, score = found["keep"], found.get("score", torch.zeros(0))
     if keep.dtype not in (torch.bool, torch.uint8) or keep.max() > 1:
         raise InputError(f"{path}: keep has the dtype {keep.dtype} or other values than 0 and 1")
@@ -162,8 +151,8 @@ def write_added(
     with open(file, "w", encoding="utf-8") as lines:
         for row, place, score in added:
             text = tokenizer.raw.decode([int(tokens.input_ids[place])], skip_special_tokens=False)
-            where = {"row": row, "token": place - int(tokens.offsets[row])}
-            line = {**where, "text": text, "score": round(score, 4)}
+            line = {"row": row, "token": place - int(tokens.offsets[row]), "text": text}
+            line["score"] = round(score, 4)
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -171,20 +160,17 @@ def describe_scores(tokens: Tokens, losses: dict[str, Tensor]) -> list[str]:
     """How S is spread, in words, and what to do if it is too narrow."""
     S = (losses["utility"] - losses["degraded"])[tokens.response].sort().values
     quantiles = ", ".join(f"{q} % {S[int(q / 100 * (len(S) - 1))]:.2f}" for q in (1, 50, 90, 99))
-    deviation = S.std(correction=0)
-    narrow = (
-        "note: the references hardly differ, so S ranks almost nothing: train them at a higher "
-        "--lr, or for more steps (--epochs, a smaller --batch-size)"
-    )
-    return [
-        f"S = L^u - L^h over {len(S)} response tokens, in nats: mean {S.mean():.3f}, standard "
-        f"deviation {deviation:.3f}, quantiles {quantiles}",
-        *([narrow] if deviation < 0.01 else []),
+    spread = f"mean {S.mean():.3f}, standard deviation {S.std(correction=0):.3f}"
+    said = [
+        f"S = L^u - L^h over {len(S)} response tokens, in nats: {spread}, quantiles {quantiles}"
     ]
+    if S.std(correction=0) < 0.01:
+        advice = "train them at a higher --lr, or for more steps (--epochs, a smaller --batch-size)"
+        said.append(f"note: the references hardly differ, so S ranks almost nothing: {advice}")
+    return said
 
 
 def lost_rows(tokens: Tokens, keep: Tensor) -> int:
     """How many rows have response tokens, but none that is kept."""
-    rows = (tokens.row_of(at.nonzero()[:, 0]) for at in (tokens.response, tokens.response & keep))
-    there, kept = (len(row.unique()) for row in rows)
-    return there - kept
+    rows = lambda flags: len(tokens.row_of(flags.nonzero()[:, 0]).unique())
+    return rows(tokens.response) - rows(tokens.response & keep)
