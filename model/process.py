@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,10 +70,41 @@ def reported(work: Callable[[], int | None]) -> int:
             signal.signal(number, handler)
 
 
-def end_with_parent() -> None:
-    """Linux: kill this process when its parent dies, so that torchrun leaves no orphans."""
-    with suppress(OSError, AttributeError):
+patient = None  # torchrun's processes as a group in which they wait for a day
+
+
+def joined(main: Callable[[], int | None]) -> None:
+    """Run a command as one of the processes that torchrun started.
+
+    Only process 0 prints and hears signals. When a process fails, torchrun ends the others.
+    """
+    global patient
+    with suppress(OSError, AttributeError):  # Linux: die with the parent, so as to leave no orphans
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.environ["RANK"] != "0":  # it ends with process 0, which can save its work
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    import torch
+    import torch.distributed as dist
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    try:
+        main()
+    except InputError as error:
+        where = f"process {dist.get_rank()} of {dist.get_world_size()}"
+        raise InputError(f"{where}: {error}") from None
+    dist.destroy_process_group()  # not after an error: others may wait for this process
+
+
+def meet() -> None:
+    """Wait until every process is here, as long as it takes: work of one alone may come before."""
+    if patient is not None:
+        import torch.distributed as dist
+
+        dist.barrier(group=patient)
 
 
 @contextmanager

@@ -8,18 +8,16 @@ import argparse
 import math
 import os
 import re
-import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from model.io import InputError, read_json
-from model.process import SIGNALS, end_with_parent, reported
+from model.process import joined, reported
 from toss.config import UNSCORED, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,35 +249,8 @@ def choice(args: Namespace, config: TrainConfig) -> dict[str, Any]:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Run a command and report its errors; returns the exit status.
-
-    Joins the processes that torchrun started, if any. Only process 0 prints and hears signals. When
-    a process fails, torchrun ends the others.
-    """
+    """Run a command, also as one of torchrun's, and report its errors; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal may lack a name's characters
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
-        return reported(main)
-
-    def work() -> None:
-        end_with_parent()
-        if os.environ["RANK"] != "0":  # it ends with process 0, which can save its work
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-        import torch
-        import torch.distributed as dist
-
-        from toss import parallel
-
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-        parallel.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        try:
-            main()
-        except InputError as error:
-            where = f"process {dist.get_rank()} of {dist.get_world_size()}"
-            raise InputError(f"{where}: {error}") from None
-        dist.destroy_process_group()  # not after an error: others may wait for this process
-
-    return reported(work)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ
+    return reported(main if alone else lambda: joined(main))

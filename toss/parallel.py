@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-patient = None  # the group of all processes in which they wait for a day; see cli.run
-
 
 def rank() -> int:
     """Index of this process, from 0."""
@@ -24,12 +22,6 @@ def size() -> int:
 def share(items: list) -> list:
     """This process's part of a list sorted by cost: every size-th item, so all parts cost alike."""
     return items[rank() :: size()]
-
-
-def meet() -> None:
-    """Wait until every process is here, as long as it takes: work of one alone may come before."""
-    if size() > 1:
-        dist.barrier(group=patient)
 
 
 def any_process(busy: bool) -> bool:

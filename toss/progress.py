@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from model.io import InputError, atomic_file, load_tensors, made_from, save_tensors, writing
-from model.process import Stopped, stop
-from toss.parallel import meet, rank
+from model.process import Stopped, meet, stop
+from toss.parallel import rank
 
 
 class Clock:

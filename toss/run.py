@@ -35,13 +35,13 @@ from model.io import (
 )
 from model.lora import Adapter, merge
 from model.peft import WEIGHTS, read_adapter
-from model.process import lock, stop
+from model.process import lock, meet, stop
 from toss import files
 from toss.base import Base
 from toss.cli import FORMAT, INPUTS, NUMBER, ROOT, Parser, add_run_flags, like, parse, read_run
 from toss.config import TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
-from toss.parallel import meet, rank
+from toss.parallel import rank
 from toss.progress import Progress, arithmetic, changed, cost_of
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
