@@ -151,7 +151,7 @@ def read_state(file: Path, recipe: dict | None) -> tuple[dict[str, Any], dict[st
     """The record and the tensors of a state; empty if there is none of this recipe."""
     with suppress(InputError):
         record = made_from(file)
-        if record.get("recipe") == json.loads(json.dumps(recipe)):
+        if record.get("recipe") == recipe:
             return record, load_tensors(file)
     return {}, {}
 
@@ -177,12 +177,12 @@ def arithmetic() -> dict[str, Any]:
 
 def cost_of(parts: dict[str, Progress]) -> dict[str, Any]:
     """What a stage's parts took together, and each of them: tokens, seconds, peak memory."""
-    costs = {name: part.cost for name, part in parts.items()}
-    last = [cost["last_loss"] for cost in costs.values() if "last_loss" in cost][-1:]
+    costs = [part.cost for part in parts.values()]
+    last = [cost["last_loss"] for cost in costs if "last_loss" in cost][-1:]
     return {
-        "tokens": sum(cost["tokens"] for cost in costs.values()),
-        "seconds": round(sum(cost.get("seconds", 0) for cost in costs.values()), 2),
-        "peak_memory_gib": max((c.get("peak_memory_gib", 0) for c in costs.values()), default=0),
+        "tokens": sum(cost["tokens"] for cost in costs),
+        "seconds": round(sum(cost["seconds"] for cost in costs), 2),
+        "peak_memory_gib": max(cost["peak_memory_gib"] for cost in costs),
         **({"last_loss": last[0]} if last else {}),
-        "parts": costs,
+        "parts": {name: part.cost for name, part in parts.items()},
     }
