@@ -93,9 +93,14 @@ def joined(main: Callable[[], int | None]) -> None:
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     try:
         main()
-    except InputError as error:
+    except (InputError, RuntimeError) as error:
+        said = str(error)
+        if re.search("gloo|NCCL", said):
+            said = f"another process has ended, or hangs ({said})"
+        elif not isinstance(error, InputError):
+            raise
         where = f"process {dist.get_rank()} of {dist.get_world_size()}"
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {said}") from None
     dist.destroy_process_group()  # not after an error: others may wait for this process
 
 

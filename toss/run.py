@@ -128,7 +128,8 @@ class Run(Base):
 
     def log(self, name: str) -> Progress:
         """The callback of a piece of work: bar, log, cost; of a stage, the state to go on from."""
-        recipe, saving = {**self.making, "dtypes": self.dtypes}, None
+        arithmetic = {"dtypes": self.dtypes, "no_onednn": self.args.no_onednn}
+        recipe, saving = {**self.making, **arithmetic}, None
         if self.making:
             saving = self.hidden / recipe["stage"], recipe, self.args.save_every
         self.parts[name] = Progress(name, self.device, self.folder, saving)
