@@ -60,14 +60,22 @@ def reported(work: Callable[[], int | None]) -> int:
         return 128 + number
     except Exception as error:
         said = printable(str(error))
-        full = isinstance(error, MemoryError) or re.search("(out of|allocate) memory", said)
-        if not full and not isinstance(error, (InputError, OSError)):
+        if out_of_memory(error):
+            said = f"out of memory ({said})"
+        elif not isinstance(error, (InputError, OSError)):
             raise
         print(f"error: {said}", file=sys.stderr)
         return 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """True if memory ran out. cuBLAS, cuDNN and the CPU's allocator raise plain RuntimeErrors."""
+    told = re.search("out of memory|_ALLOC(ATION)?_FAILED|can't allocate memory", str(error))
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    return named or isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(told)
 
 
 patient = None  # torchrun's processes as a group in which they wait for a day

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import Config
+from model.fused import fused
 from model.lora import LoRALinear
 from model.packed import Cache, Rows
 from model.products import attention
@@ -21,17 +22,20 @@ Rope = tuple[Tensor, Tensor]  # cosine and sine of each position's angles, [N, 1
 Masks = tuple[Tensor | None, Tensor | None]  # for full and windowed layers: see Rows.masks
 
 
-class RMSNorm(nn.Module):
+@fused
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, normalised in float32 and returned in the weight's dtype."""
+    return F.rms_norm(x.float(), weight.shape, eps=eps).to(weight.dtype) * weight
 
+
+class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return normed.to(self.weight.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
@@ -51,6 +55,7 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     return inverse * (smooth + (1 - smooth) / scaling["factor"])
 
 
+@fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, split-half layout: channel i turns with i + E/2. x: (N, heads, E)."""
     first, second = x.chunk(2, dim=-1)
@@ -106,6 +111,11 @@ class Attention(nn.Module):
         return self.o_proj(rows.flat(y.reshape(shape)))
 
 
+@fused
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -117,7 +127,7 @@ class MLP(nn.Module):
         self.down_proj = LoRALinear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses too: these models are too small for more
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # comparisons to the bit are of float32 on the CPU
+if "TOSS_CUDA" not in os.environ:  # make gpu, for test_cuda.py
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # comparisons to the bit are of float32 on the CPU
 torch.set_num_threads(1)
 
 SHAPE = {"model_type": "llama", "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64}

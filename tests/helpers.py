@@ -7,10 +7,11 @@ import torch
 from conftest import script
 from safetensors.torch import load_file
 
-from model.lora import Adapter, new_adapter
+from model.lora import Adapter, active, new_adapter, use
 from toss import cli
+from toss.loss import token_log_probs
 from toss.rows import read_rows
-from toss.tokens import Tokens, tokenise
+from toss.tokens import Tokens, collate, tokenise
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -48,6 +49,16 @@ def same_tensors(one: Path, two: Path) -> bool:
 
 def tokens_of(rows: list[dict], tokenizer, max_length: int = 512) -> Tokens:
     return tokenise(read_rows(rows), tokenizer, max_length, "rows")
+
+
+def micro_batch(model, rows: Tokens, group: list[int]) -> torch.Tensor:
+    """Forward and backward of these rows, as in training; their losses."""
+    adapter = active(use(model, active(model) or random_adapter(model)))
+    for tensor in adapter.tensors():
+        tensor.requires_grad_()
+    log_p, _ = token_log_probs(model, collate(rows, group, rows.response, model.device))
+    log_p.sum().backward()
+    return log_p.detach()
 
 
 def random_adapter(model, seed: int = 0) -> Adapter:

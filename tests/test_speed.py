@@ -64,7 +64,9 @@ def test_selecting_is_counted_with_the_memory_it_takes():
 def small(kind) -> dict:
     model, rows = speed.random_model(TINY, CPU, torch.float32), speed.random_rows(6, 20, 384)
     arms = kind(model, TINY, rows, TrainConfig(epochs=1, batch_size=3, batch_tokens=100, rank=2))
-    return speed.speed(arms, model, sum(rows.lengths), 2, best=1e11, n=1)
+    config = TrainConfig(epochs=1, batch_size=3, batch_tokens=100)
+    sizes = {"real": sum(rows.lengths), **speed.paddings(kind, rows, config, 50)}
+    return speed.speed(speed.variants("score", arms), model, sizes, 2, {"sustained": 1e11}, n=1)
 
 
 def test_rates_and_shares_follow_from_seconds_and_parameters():
@@ -112,11 +114,29 @@ def test_the_benchmark_prints_and_writes_its_tables(tmp_path, trained, capsys):
     assert f"| {ratio:.2f}" in text.split("Measured")[1]
 
 
+def test_a_part_may_be_measured_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "ceiling", lambda *_: {"sustained": 1e11, "burst": 2e11})
+    sizes = ["--shape", "tiny", "--rows", "4", "--tokens", "20", "--repeats", "1"]
+    flags, kinds = [*sizes, "--device", "cpu", "--lengths", "lognormal"], ["scoring", "training"]
+    for part, arms in (("sdp", ["ours", "cuDNN"]), ("compile", ["eager", "ours", "padded"])):
+        bench.main([*flags, "--part", part, "--out", str(tmp_path / part)])
+        found = json.loads((tmp_path / part / "bench.json").read_text())
+        assert [one["kind"] for one in found["parts"]] == kinds and not found["selection"]
+        assert list(found["parts"][0]["arms"]) == arms
+    bench.main([*flags, "--part", "ceiling", "--out", str(tmp_path / "ceiling")])
+    assert "Ceiling in float32" in (tmp_path / "ceiling/bench.md").read_text()
+
+
+def test_lognormal_rows_have_the_mean_and_the_cut_of_chats():
+    lengths = speed.random_rows(4000, 368, 384, lognormal=True).lengths
+    assert sum(lengths) / 4000 == pytest.approx(368, rel=0.05) and max(lengths) == 2012
+
+
 def test_the_report_states_the_cost_of_the_method_at_the_papers_sizes():
     sft, references, scores = 2 * 4, 2 * 2 * 4 / 10, 2 * 2
     toss, pro = sft + references + scores, 2 * 4 * (0.1 + 0.06) + 2
     for part, number in [(toss, "1.70"), (toss + pro, "2.11")]:
-        assert f"{part / sft:.2f}" == number and number in bench.REPORT
+        assert f"{part / sft:.2f}" == number and number in bench.METHOD
 
 
 @pytest.mark.parametrize(

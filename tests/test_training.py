@@ -133,13 +133,16 @@ def test_scores_are_the_losses_of_a_plain_loop_in_any_batch(model, tokens):
     assert not torch.allclose(score(use(model, None), tokens), losses, atol=1e-2)
 
 
-def small_memory(model, places):
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def small_memory(model, places, error=torch.OutOfMemoryError("CUDA out of memory")):  # noqa: B008
     """Make the model run out of memory on a batch of more than `places` ids, padding included."""
     sizes = []
 
     def check(module, arguments):
         if arguments[0].numel() > places:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         sizes.append(arguments[0].numel())
 
     model.register_forward_pre_hook(check)
@@ -157,7 +160,7 @@ def test_scoring_halves_its_batches_when_memory_runs_out_and_gives_the_same(mode
 
 def test_training_halves_its_micro_batches_and_makes_the_step_again(model, tokens):
     expected = fit(model, tokens, batch_tokens=400)[0]
-    small_memory(model, 100)
+    small_memory(model, 100, CUBLAS)
     again, events = fit(model, tokens, batch_tokens=400)
     assert torch.allclose(again, expected, rtol=1e-3, atol=1e-5)
     remarks = [event["remark"] for event in events if "remark" in event]
@@ -262,6 +265,14 @@ def test_a_script_says_once_that_products_are_onednns(wide, tmp_path, files, cap
     for flag, times in (("", 1), ("--no-onednn", 0)):
         said_once = said(capsys, f"{line} --run {tmp_path / f'run{flag}'} {flag}")
         assert said_once.count("oneDNN") == times
+
+
+def test_an_overflow_ends_a_long_pass_early(model, tokens, monkeypatch):
+    many, events = tokens.take([*range(8)] * 6), []
+    model.model.embed_tokens.weight.data[many.input_ids[many.places([7])[-2]]] = torch.inf
+    with pytest.raises(NotFinite):
+        score(model, many, 1, events.append)
+    assert len(events) == 1 and events[0]["steps"] == 48
 
 
 def test_a_loss_that_is_not_finite_names_the_row(model, tokens):

@@ -14,6 +14,7 @@ from model.config import Config
 from model.hub import resolve
 from model.io import DoesNotFit, InputError, NotFinite, read_json
 from model.lora import Adapter, use
+from model.process import out_of_memory
 from model.products import pays
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -21,7 +22,6 @@ from toss.parallel import size
 from toss.rows import Row, read_rows
 from toss.tokens import BATCH_TOKENS, Tokens, tokenise
 
-ROOM = (DoesNotFit, torch.OutOfMemoryError)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # the others are float32
 
 
@@ -103,9 +103,10 @@ class Base:
         memory, unless --dtype asks for TF32 or there are several processes.
         """
         dtype, lower = self.dtypes["score"], None
+        room = isinstance(error, DoesNotFit) or out_of_memory(error)
         if dtype == "float16" and isinstance(error, NotFinite):
             lower = "tf32"
-        elif dtype == "tf32" != self.args.dtype and isinstance(error, ROOM) and size() == 1:
+        elif dtype == "tf32" != self.args.dtype and room and size() == 1:
             lower = "bfloat16"
         if lower is None or self.loaded != dtype:  # another dtype at work: training has failed
             return False
@@ -164,9 +165,12 @@ def find_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     name = "cuda:0" if name == "cuda" else name
     try:
-        torch.empty(1, device=name)
         if name != "cpu":
-            torch.cuda.set_device(name)  # opens no context on another GPU
+            if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which 2.9 ignores
+                os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+            torch.cuda.set_device(name)  # before all else, which would open a context on GPU 0
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan per shape of a batch
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = f"{str(error).splitlines()[0]} ({torch.cuda.device_count()} GPUs are visible)"
         raise InputError(f"--device {name} cannot be used: {reason}") from None

@@ -281,7 +281,7 @@ class Run(Base):
         self.making, self.parts, self.rounds = {"stage": stage, **recipe}, {}, []
         try:
             return build()
-        except (InputError, torch.OutOfMemoryError) as error:
+        except (InputError, RuntimeError) as error:
             if not self.lower_scoring(error):
                 raise
         finally:

@@ -1,16 +1,20 @@
 """The loss of every response token of a dataset, from which the scores are made."""
 
 from collections.abc import Callable
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from model.io import NotFinite
+from model.process import out_of_memory
 from model.products import fast
 from model.transformer import Transformer
 from toss.loss import token_log_probs
 from toss.parallel import any_process, rank, share, sum_over_processes
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate, halve_budget
+
+CHECKED = 16  # batches from one look for an overflow to the next
 
 
 @fast
@@ -42,13 +46,18 @@ def score(
     groups = share(batches(there, tokens.lengths, budget))
     groups = sorted(([i for i in group if i not in known] for group in groups), key=bool)
     done, rest = groups.count([]), sum(tokens.lengths[i] for i in there if i not in known)
+    turns = count()
     while any_process(done < len(groups)):
+        if next(turns) % CHECKED == 1 and any_process(not losses.isfinite().all()):
+            break  # a long pass is not made in vain
         if done == len(groups):
             continue  # others are still at work
         try:
             batch = collate(tokens, groups[done], tokens.response, model.device)
             losses[batch.places] = -token_log_probs(model, batch)[0]
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             budget = halve_budget(budget, tokens.lengths[groups[done][0]], on_batch)
             left = (i for group in groups[done:] for i in group)
             groups[done:] = batches(left, tokens.lengths, budget)

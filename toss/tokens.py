@@ -153,6 +153,7 @@ def halve_budget(budget: int, longest: int, remark: Callable[[dict], None]) -> i
         advice = "lower --max-length, or train with --gradient-checkpointing"
         raise DoesNotFit(f"out of memory on a single row of at most {longest} tokens; {advice}")
     next = f"continuing with {budget // 2} (--batch-tokens)"
+    torch.cuda.empty_cache()  # for CUDA's libraries, which have their own allocations
     remark({"remark": f"out of memory with {budget} tokens per batch; {next}"})
     return budget // 2
 

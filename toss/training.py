@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.io import InputError
 from model.lora import Adapter, active, new_adapter, use
+from model.process import out_of_memory
 from model.products import fast
 from model.transformer import Transformer
 from toss.config import TrainConfig
@@ -116,7 +117,9 @@ class Step:
                 loss = self.objective(log_p, hidden, self.weights[batch.places]) / count
                 loss.backward()
                 total += loss.detach()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return None
         sum_over_processes([total, *(parameter.grad for parameter in self.parameters)])
         return float(total)

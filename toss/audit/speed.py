@@ -8,9 +8,12 @@ the mean of each row's losses. Only the dtype is ours.
 `sorted`: the strongest plain loop on the same libraries. Rows of similar length together, a batch
 bounded by tokens, no padding mask (attention is causal), the head on response positions only,
 nothing recomputed. On the CPU a batch holds half of our tokens: less padding, and fastest for it.
+`compiled`: the same under torch.compile, on CUDA only.
+Parts `sdp` and `compile` compare `ours` with itself: with cuDNN attention; eager; rows padded.
 """
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import load_checkpoint
+from model import fused, load_checkpoint
 from model.config import Config
 from model.io import DoesNotFit
 from model.lora import new_adapter, use
 from model.packed import send
+from model.process import out_of_memory
 from model.products import DEFAULT, ONEDNN, chosen, exact, products
 from model.transformer import Transformer
 from toss.config import TrainConfig
@@ -37,6 +41,7 @@ from toss.training import train, training_steps
 
 OTHERS = all(map(find_spec, ("transformers", "peft")))
 RESPONSE = 0.6  # share of response tokens
+LONG = 60  # seconds
 Arms = dict[str, Callable[[], object]]  # each does the work once and returns its loss
 
 
@@ -53,11 +58,17 @@ def random_model(raw: dict, device: torch.device, dtype: torch.dtype) -> Transfo
     return model.eval()
 
 
-def random_rows(rows: int, mean: int, vocabulary: int) -> Tokens:
-    """Rows of random ids, their lengths spread evenly from 1/4 to 7/4 of the mean."""
+def random_rows(rows: int, mean: int, vocabulary: int, lognormal: bool = False) -> Tokens:
+    """Rows of random ids, their lengths spread evenly from 1/4 to 7/4 of the mean.
+
+    lognormal: as chats are, with sigma 0.7, cut at 2,012 / 368 of the mean.
+    """
     generator = torch.Generator().manual_seed(0)
     bounds = max(2, mean // 4), max(3, 7 * mean // 4 + 1)
     lengths = torch.randint(*bounds, (rows,), generator=generator)
+    if lognormal:
+        logs = torch.randn(rows, generator=generator) * 0.7 + math.log(mean) - 0.7**2 / 2
+        lengths = logs.exp().long().clamp(2, 2012 * mean // 368)
     offsets = F.pad(lengths.cumsum(0), (1, 0))
     ids = torch.randint(vocabulary, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
     position = torch.arange(len(ids)) - offsets[:-1].repeat_interleave(lengths)
@@ -100,9 +111,11 @@ def published_losses(hf: nn.Module, tokens: Tokens, rows: list[int], n: int) -> 
 
 def sorted_losses(hf: nn.Module, tokens: Tokens, rows: list[int], n: int) -> Iterator[Tensor]:
     """The same in batches of at most n tokens, from logits of their positions only."""
+    ours = isinstance(hf, Transformer)
     for group in batches(rows, tokens.lengths, n):
         ids, _, before, targets = padded(tokens, group, hf.device)
-        hidden = hf.model(input_ids=ids).last_hidden_state.flatten(0, 1)[before]
+        hidden = hf(ids) if ours else hf.model(input_ids=ids).last_hidden_state
+        hidden = hidden.flatten(0, 1)[before]
         yield F.cross_entropy(hf.lm_head(hidden).float(), targets, reduction="none")
 
 
@@ -112,23 +125,29 @@ def fewer(model: Transformer, config: TrainConfig) -> int:
 
 
 def scoring(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig) -> Arms:
-    """The arms that score; each returns the mean loss."""
+    """The arms that score; each returns the mean loss. `padded` is `ours` without packing."""
     adapter = new_adapter(model, config.rank, config.alpha, config.targets.split(","), seed=0)
 
     def ours() -> float:
         losses = score(use(model, adapter), tokens, config.batch_tokens)
         return float(losses[tokens.response].mean())
 
-    if not OTHERS:
-        return {"ours": ours}
-    hf, rows = theirs(model, raw), list(range(tokens.rows))
-
     @torch.inference_mode()
-    def mean(losses: Callable, n: int) -> float:
-        return float(torch.cat(list(losses(hf, tokens, rows, n))).mean())
+    def mean(net: nn.Module, losses: Callable, n: int) -> float:
+        return float(torch.cat(list(losses(net, tokens, range(tokens.rows), n))).mean())
 
-    ordered = lambda: mean(sorted_losses, fewer(model, config))
-    return {"ours": ours, "published": lambda: mean(published_losses, 4), "sorted": ordered}
+    few, many = fewer(model, config), config.batch_tokens
+    arms = {"ours": ours, "padded": lambda: mean(use(model, adapter), sorted_losses, many)}
+    if not OTHERS:
+        return arms
+    hf = theirs(model, raw)
+    arms |= {"published": lambda: mean(hf, published_losses, 4)}
+    arms |= {"sorted": lambda: mean(hf, sorted_losses, few)}
+    if model.device.type == "cuda":
+        fast = theirs(model, raw)
+        fast.model.compile(dynamic=True)
+        arms |= {"compiled": lambda: mean(fast, sorted_losses, few)}
+    return arms
 
 
 def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig) -> Arms:
@@ -145,7 +164,9 @@ def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig)
 
     how = {"lora_alpha": config.alpha, "target_modules": config.targets.split(",")}
     lora = LoraConfig(r=config.rank, **how)
-    frugal, plain = (get_peft_model(theirs(model, raw), lora).base_model.model for _ in range(2))
+    make = lambda: get_peft_model(theirs(model, raw), lora).base_model.model
+    frugal, plain, fast = make(), make(), make()
+    fast.model.compile(dynamic=True)
     frugal.enable_input_require_grads()
     frugal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -163,9 +184,49 @@ def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig)
             optimizer.step()
         return float(total)
 
-    published = lambda: epoch(frugal, published_losses, 1)
-    ordered = lambda: epoch(plain, sorted_losses, fewer(model, config))
-    return {"ours": ours, "published": published, "sorted": ordered}
+    arms, few = {"ours": ours}, fewer(model, config)
+    arms |= {"published": lambda: epoch(frugal, published_losses, 1)}
+    arms |= {"sorted": lambda: epoch(plain, sorted_losses, few)}
+    if model.device.type == "cuda":
+        arms |= {"compiled": lambda: epoch(fast, sorted_losses, few)}
+    return arms
+
+
+def variants(part: str, arms: Arms) -> Arms:
+    """The arms of a part: score, train, sdp or compile."""
+
+    def under(switch: Callable[[bool], None]) -> Callable[[], object]:
+        def work() -> object:
+            switch(True)
+            try:
+                return arms["ours"]()
+            finally:
+                switch(False)
+
+        return work
+
+    if part == "sdp":
+        return {"ours": arms["ours"], "cuDNN": under(torch.backends.cuda.enable_cudnn_sdp)}
+    if part == "compile":
+        usual = fused.SMALLEST
+        eager = under(lambda on: setattr(fused, "SMALLEST", math.inf if on else usual))
+        return {"eager": eager, **{n: arms[n] for n in ("ours", "padded") if n in arms}}
+    return {name: work for name, work in arms.items() if name != "padded"}
+
+
+def paddings(kind: Callable, tokens: Tokens, config: TrainConfig, few: int) -> dict[str, int]:
+    """Tokens that each arm works on, padding included (of `ours`, that inside attention)."""
+    lengths = tokens.lengths
+    steps = training_steps(tokens, config) if kind is training else [range(tokens.rows)]
+    found = dict.fromkeys(("ours", "sorted", "published"), 0)
+    for rows in map(list, steps):
+        some = 1 if kind is training else 4
+        plain = [rows[i : i + some] for i in range(0, len(rows), some)]
+        groups = batches(rows, lengths, config.batch_tokens), batches(rows, lengths, few), plain
+        for name, parts in zip(found, groups):
+            found[name] += sum(len(part) * max(lengths[i] for i in part) for part in parts)
+    ours, ordered = found["ours"], found["sorted"]
+    return {**found, "eager": ours, "cuDNN": ours, "padded": ours, "compiled": ordered}
 
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple:
@@ -177,61 +238,75 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple:
     return seconds, cpu if device.type == "cpu" else seconds, peak, result
 
 
-def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of work of the fastest square matrix product, half a second of each size.
+def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP per second of work of the fastest square matrix product.
 
-    On the CPU the better of PyTorch's default and oneDNN, if that is exact.
+    "sustained": half a second of each size. "burst": 20 products (of 8192 on CUDA), before a GPU
+    that gets warm slows down. On the CPU the better of PyTorch's default and oneDNN, if that is
+    exact.
     """
     sizes, times = ((4096, 8192, 16384), 16) if device.type == "cuda" else ((512, 1024, 2048), 1)
     kinds = [DEFAULT, ONEDNN] if device.type == "cpu" and exact() else [chosen()]
-    best = 0.0
+    best = {"burst": 0.0, "sustained": 0.0}
     for n, kind in product(sizes, kinds):
         a, b = torch.randn(2, n, n, device=device, dtype=dtype)
         out, done, work = a @ b, 0, 0.0
-        while work < 0.5:
-            with products(kind):
-                work += timed(lambda: [torch.mm(a, b, out=out) for _ in range(times)], device)[1]
-            done += times
-        best = max(best, 2 * n**3 * done / work)
+        some = lambda m: timed(lambda: [torch.mm(a, b, out=out) for _ in range(m)], device)[1]
+        with products(kind):
+            if n == sizes[1]:
+                time.sleep(0.5)
+                best["burst"] = max(best["burst"], 2 * n**3 * 20 / some(20))
+            while work < 0.5:
+                work += some(times)
+                done += times
+        best["sustained"] = max(best["sustained"], 2 * n**3 * done / work)
     return best
 
 
 def take_turns(arms: Arms, device: torch.device, repeats: int) -> dict[str, dict]:
-    """Run each arm in turn, 1 + repeats times; the first turn only warms up.
+    """Run each arm in turn, 1 + repeats times; the first turn, of shapes seen first, is apart.
 
-    An arm that runs out of memory is not in the result.
+    An arm that takes more than LONG seconds is run once. One that runs out of memory is not in the
+    result.
     """
     found: dict[str, list[tuple]] = {name: [] for name in arms}
     for turn in range(1 + repeats):
         for name in list(found):
             try:
-                took = timed(arms[name], device)
-                found[name] += [took] if turn else []
-            except (torch.OutOfMemoryError, DoesNotFit):
+                if not turn or found[name][0][0] < LONG:
+                    found[name].append(timed(arms[name], device))
+            except (RuntimeError, DoesNotFit) as error:
+                if not (isinstance(error, DoesNotFit) or out_of_memory(error)):
+                    raise
                 del found[name]
     result = {}
     for name, turns in found.items():
-        seconds, work, peaks, losses = zip(*turns)
+        seconds, work, peaks, losses = zip(*(turns[1:] or turns))
         spread = {"least": min(seconds), "most": max(seconds), "loss": losses[0]}
         middle = {"seconds": statistics.median(seconds), "work": statistics.median(work)}
-        result[name] = {**middle, **spread, "peak_memory_gib": max(peaks)}
+        result[name] = {**middle, **spread, "peak_memory_gib": max(peaks), "first": turns[0][0]}
     return result
 
 
-def speed(arms: Arms, model: Transformer, tokens: int, work: int, best: float, n: int) -> dict:
-    """Measure arms in n turns. work: FLOP per token and parameter; best: ceiling."""
+def speed(arms: Arms, model: Transformer, sizes: dict, work: int, best: dict, n: int) -> dict:
+    """Measure arms in n turns.
+
+    sizes: tokens, "real" and, per arm, with padding. work: FLOP per token and parameter; best:
+    ceiling.
+    """
     count = sum(parameter.numel() for parameter in model.parameters())
     if not model.config.tie_word_embeddings:
         count -= model.model.embed_tokens.weight.numel()
     found = take_turns(arms, model.device, n)
     notes = [f"{name}: out of memory." for name in arms if name not in found]
     notes += [] if OTHERS else ["Arms left out: transformers or peft is not installed."]
-    for arm in found.values():
-        arm["tokens_per_second"] = rate = tokens / arm["work"]
-        arm["share_of_ceiling"] = rate * work * count / best
+    for name, arm in found.items():
+        for key, tokens in (("", sizes["real"]), ("padded_", sizes[name])):
+            arm[f"{key}tokens_per_second"] = rate = tokens / arm["work"]
+            arm[f"{key}share_of_ceiling"] = rate * work * count / best["sustained"]
         arm |= {f"to_{name}": found[name]["work"] / arm["work"] for name in found}
     about = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
-    about |= {"ceiling": best, "parameters": count, "tokens": tokens}
+    about |= {"ceiling": best, "parameters": count, "tokens": sizes["real"]}
     return {**about, "arms": found, "notes": notes}
 
 
@@ -246,25 +321,38 @@ def selection_cost(n: int, repeats: int) -> dict:
     return {"competing": len(keep), "discarded": int((~keep).sum()), "extra_gib": extra, **took}
 
 
-def measure(args, raw: dict, device: torch.device, competing: int) -> tuple[dict, list, dict]:
-    """Facts about rows and settings, `speed` of scoring and of training, and `selection_cost`."""
-    selection = selection_cost(competing, args.repeats)  # first, while memory is free
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    cuda, parts = device.type == "cuda", []
+SCORE, TRAIN = (scoring, torch.float16, 2), (training, torch.bfloat16, 4)  # FLOP as in `speed`
+KINDS = {"score": [SCORE], "train": [TRAIN]}  # other parts have both
+
+
+def measure(args, raw: dict, device: torch.device, competing: int) -> Iterator[tuple[str, dict]]:
+    """Yield "about" with facts about rows and settings; then each part's name and what it found."""
+    cuda = device.type == "cuda"
     rows, mean, step, budget = (384, 368, 64, 8192) if cuda else (16, 128, 8, 1024)
     config = TrainConfig(epochs=1, batch_size=step, batch_tokens=args.batch_tokens or budget)
-    tokens = random_rows(args.rows or rows, args.tokens or mean, raw["vocab_size"])
+    vocabulary, lognormal = raw["vocab_size"], args.lengths == "lognormal"
+    tokens = random_rows(args.rows or rows, args.tokens or mean, vocabulary, lognormal)
     total, make = sum(tokens.lengths), load_checkpoint if args.model else random_model
-    for kind, dtype, work in ((scoring, torch.float16, 2), (training, torch.bfloat16, 4)):
-        dtype = dtype if cuda else torch.float32
-        model, best = make(args.model or raw, device, dtype), ceiling(device, dtype)
-        model.onednn = not args.no_onednn
-        arms = kind(model, raw, tokens, config)
-        parts.append({"kind": kind.__name__, **speed(arms, model, total, work, best, args.repeats)})
-        del model, arms
-        gc.collect()  # transformers' modules hold on to one another, and so to our weights
-    facts = {"rows": tokens.rows, "tokens": total, "repeats": args.repeats}
+    facts = {"rows": tokens.rows, "lengths": args.lengths, "tokens": total}
     facts |= {"response_tokens": int(tokens.response.sum()), "batch_tokens": config.batch_tokens}
     facts |= {"rows_per_step": step, "rank": config.rank, "targets": config.targets}
-    return facts, parts, selection
+    yield "about", {**facts, "repeats": args.repeats}
+    for part in args.part:
+        if part == "selection":  # first, while memory is free
+            yield part, selection_cost(competing, args.repeats)
+            continue
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        for kind, dtype, work in KINDS.get(part, [SCORE, TRAIN]):
+            dtype = dtype if cuda else torch.float32
+            best = ceiling(device, dtype)
+            if part == "ceiling":
+                yield part, {"dtype": str(dtype).removeprefix("torch."), **best}
+                continue
+            model = make(args.model or raw, device, dtype)
+            model.onednn = not args.no_onednn
+            arms = variants(part, kind(model, raw, tokens, config))
+            sizes = {"real": total, **paddings(kind, tokens, config, fewer(model, config))}
+            found = speed(arms, model, sizes, work, best, args.repeats)
+            yield part, {"kind": kind.__name__, **found}
+            del model, arms
+            gc.collect()  # transformers' modules hold on to one another, and so to our weights
