@@ -180,10 +180,9 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     for name in FORM:
         if name in given and begun.get(name, given[name]) != given[name]:
             flag = f"--{name.replace('_', '-')} {begun[name]}, not {given[name]}"
-            advice = "leave the flag out, or choose another --run"
-            raise InputError(f"{folder} was begun with {flag}: {advice}")
-    open = {action.dest for action in made._actions} - given.keys()
-    taken = [f"{name} = {value}" for name, value in begun.items() if name in open]
+            raise InputError(f"{folder} was begun with {flag}: leave it out, or use another --run")
+    own = {action.dest for action in made._actions} - given.keys()
+    taken = [f"{name} = {value}" for name, value in begun.items() if name in own]
     if taken and not demo:
         print(f"from {file}: {', '.join(taken)}")
     if args.model is None:
