@@ -181,8 +181,8 @@ def cost_of(parts: dict[str, Progress]) -> dict[str, Any]:
     last = [cost["last_loss"] for cost in costs if "last_loss" in cost][-1:]
     return {
         "tokens": sum(cost["tokens"] for cost in costs),
-        "seconds": round(sum(cost["seconds"] for cost in costs), 2),
-        "peak_memory_gib": max(cost["peak_memory_gib"] for cost in costs),
+        "seconds": round(sum(cost.get("seconds", 0) for cost in costs), 2),
+        "peak_memory_gib": max(cost.get("peak_memory_gib", 0) for cost in costs),
         **({"last_loss": last[0]} if last else {}),
         "parts": {name: part.cost for name, part in parts.items()},
     }
