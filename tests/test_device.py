@@ -78,6 +78,7 @@ def test_a_micro_batch_reads_nothing_back_from_the_device(dtype, base, monkeypat
 def test_cuda_is_set_up_before_anything_is_allocated_there(monkeypatch):
     seen, name = [], "PYTORCH_CUDA_ALLOC_CONF"
     note = lambda what: lambda *given, **more: seen.append((what, os.environ.get(name)))
+    monkeypatch.setattr(torch.cuda, "init", note("init"))
     monkeypatch.setattr(torch.cuda, "set_device", note("set"))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", note("cuDNN"))
     monkeypatch.setattr(torch, "empty", note("empty"))
@@ -85,7 +86,7 @@ def test_cuda_is_set_up_before_anything_is_allocated_there(monkeypatch):
         monkeypatch.setenv(name, mine) if mine else monkeypatch.delenv(name, raising=False)
         seen.clear()
         assert find_device("cuda") == torch.device("cuda:0")
-        assert seen == [(what, used) for what in ("set", "cuDNN", "empty")]
+        assert seen == [(what, used) for what in ("init", "set", "cuDNN", "empty")]
 
 
 def test_memory_errors_of_the_libraries_are_known_by_their_text():

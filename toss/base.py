@@ -168,6 +168,7 @@ def find_device(name: str) -> torch.device:
         if name != "cpu":
             if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which 2.9 ignores
                 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+            torch.cuda.init()  # says what is missing
             torch.cuda.set_device(name)  # before all else, which would open a context on GPU 0
             torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan per shape of a batch
         torch.empty(1, device=name)
