@@ -26,6 +26,7 @@ from model.io import (
     write_record,
 )
 from model.lora import active
+from model.sharding import empty_pass, read, spread
 from model.transformer import Transformer
 
 
@@ -95,31 +96,40 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    shard: bool = False,
 ) -> Transformer:
     """Read a checkpoint folder (or hub id, at `revision`) into a frozen Transformer in eval mode.
 
     Tensors are read one by one straight to `device` and cast there: the peak is the model plus one
-    tensor. Raises InputError naming the file and the tensor when one is missing, extra, misshapen,
-    or not finite in `dtype` (NotFinite). Two exceptions: `lm_head.weight` of a model whose head is
-    tied, and the old `rotary_emb.inv_freq` tables.
+    tensor. shard: spread the blocks over the processes, see sharding.py. Raises InputError naming
+    the file and the tensor when one is missing, extra, misshapen, or not finite in `dtype`
+    (NotFinite). Two exceptions: `lm_head.weight` of a model whose head is tied, and the old
+    `rotary_emb.inv_freq` tables.
     """
     folder = resolve(path, revision)
     with as_input_error(f"the device {device} cannot be used here"):
         torch.empty(0, device=device)
     model, state = skeleton(folder), {}
     found = layout(folder, model)
+    if shard:
+        spread(model, device)
+    weights = dict(model.named_parameters())
     for file, names in groupby(found, found.get):
         with opened(file, device=device) as tensors:
             for name in names:
-                state[name] = tensors.get_tensor(name).to(dtype)
-                if not state[name].isfinite().all():
+                state[name], finite = read(tensors, name, weights[name], dtype)
+                if not finite:
                     raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
     tied = model.config.tie_word_embeddings
     model.load_state_dict(state, strict=not tied, assign=True)  # layout was strict
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.source, model.name = folder.absolute(), "" if Path(path).is_dir() else str(path)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if shard:  # makes the tensors that blocks are gathered into: inference mode's cannot train
+        with torch.inference_mode(False), torch.no_grad():
+            empty_pass(model)
+    return model
 
 
 def save_checkpoint(

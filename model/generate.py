@@ -1,11 +1,12 @@
 """Talk to a checkpoint: `python -m model.generate --model M [--adapter A] [--prompt TEXT]`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
 from model.io import InputError, NotFinite
-from model.process import reported
+from model.process import joined, reported
 
 
 def generate(
@@ -80,10 +81,12 @@ def talk(args: argparse.Namespace) -> None:
 
     from model import load_adapter, load_checkpoint, load_tokenizer
 
-    tokenizer = load_tokenizer(args.model, args.template, args.date, args.revision)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.shard and device == "cuda":
+        torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
+    tokenizer = load_tokenizer(args.model, args.template, args.date, args.revision)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = load_checkpoint(args.model, device, dtype, args.revision)
+    model = load_checkpoint(args.model, device, dtype, args.revision, args.shard)
     if args.adapter:
         load_adapter(model, args.adapter)
     sign = "> " if args.prompt is None and sys.stdin.isatty() else ""
@@ -105,8 +108,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--date", help="YYYY-MM-DD for a chat template that asks for the day (default: today)")
     add("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
     add("--device", help="cpu or cuda (default: cuda if available)")
+    text = "with torchrun and --prompt: spread the base over the processes"
+    add("--shard", action="store_true", help=text)
     args = parser.parse_args(argv)
-    return reported(lambda: talk(args))
+    if args.shard and args.prompt is None:
+        parser.error("--shard needs --prompt: processes cannot share standard input")
+    # Sharded, all processes find the same answer, and the first one prints it.
+    return reported(lambda: joined(lambda: talk(args)) if args.shard else talk(args))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Rows:
             order = torch.arange(ids.shape[1], device=ids.device)
             self.positions = (order if positions is None else positions).expand_as(ids).flatten()
             return
+        bounds = bounds.cpu()  # where they are, but for a sharded model, which moves its arguments
         lengths = bounds.diff()  # the arithmetic is the CPU's, so that a GPU waits for no count
         self.shape = B, T = len(lengths), int(lengths.max())
         row = torch.arange(B).repeat_interleave(lengths)  # (N,)

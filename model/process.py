@@ -1,4 +1,4 @@
-"""What a process shares with others: signals, locks, its exit status. Imports no torch."""
+"""What a process shares with others: signals, locks, its exit status. Imports no torch at once."""
 
 import ctypes
 import fcntl
@@ -87,6 +87,8 @@ def joined(main: Callable[[], int | None]) -> None:
     Only process 0 prints and hears signals. When a process fails, torchrun ends the others.
     """
     global patient
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError("several processes are needed: start the command with torchrun")
     with suppress(OSError, AttributeError):  # Linux: die with the parent, so as to leave no orphans
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.environ["RANK"] != "0":  # it ends with process 0, which can save its work

@@ -172,6 +172,7 @@ class Transformer(nn.Module):
         self.base_sha256 = None  # base_hash(source), computed when first needed
         self.name = ""  # what an adapter calls its base: a hub id, else "" for the folder's path
         self.gradient_checkpointing = False  # recompute each block in the backward pass
+        self.sharded = False  # the blocks are spread over several processes, see sharding.py
         self.onednn = True  # float32 products on the CPU are oneDNN's, see products.py
         self.model = Body(config)
         self.lm_head = LoRALinear(config.hidden_size, config.vocab_size)
@@ -210,4 +211,5 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, *context, **options)
             else:
                 x = layer(x, *context)
-        return self.model.norm(x).view(*ids.shape, -1)
+        hidden = self.model.norm(x)
+        return hidden if ids.ndim == 1 else hidden.view(*ids.shape, -1)  # fully_shard minds views

@@ -3,26 +3,57 @@
 Scores are equal to the bit; adapters up to the rounding of one sum; an error is one clear line.
 """
 
+import importlib
 import json
 import re
 
+import pytest
 import torch
-from conftest import ROOT, run, script, tree
+from conftest import ROOT, make_base, run, script, tree
+from helpers import refused
 from safetensors.torch import load_file
+
+NEW = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 # Several commands in one job, since importing torch takes each process longer than they do.
 JOB = """
 import sys
 import torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from conftest import script
+from test_parallel import command
 from toss import cli
 def main():
     for name, *argv in {calls!r}:
-        script(name, *argv)
+        command(name, argv)
         torch.distributed.barrier()  # the next command reads what this one wrote
+{more}
 sys.exit(cli.run(main))
 """
+
+
+def command(name: str, argv: list[str]) -> None:
+    """Run a script, or a module of the audit."""
+    script(name, *argv) if "." not in name else importlib.import_module(name).main(argv)
+
+
+def job(folder, calls: list[list[str]], more: str = ""):
+    """Run commands in two processes, then some more code."""
+    file = folder / "job.py"
+    file.write_text(JOB.format(root=str(ROOT), calls=calls, more=more))
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", file)
+
+
+def same_runs(one, two) -> None:
+    """Assert that two runs hold the same files, and adapters that differ by rounding."""
+    assert tree(one).keys() == tree(two).keys()
+    for name in (name for name in tree(one) if name.endswith(".safetensors")):
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-4, msg=f"{name} {key}")
+    steps = lambda folder: [json.loads(line) for line in open(folder / "log/toss-pro.jsonl")]
+    for a, b in zip(steps(one), steps(two), strict=True):
+        assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4
 
 
 def stages(folder, base, files) -> list[list[str]]:
@@ -47,23 +78,59 @@ def test_two_processes_do_what_one_does(tmp_path, base, files, trained):
     scores.unlink()
     failing = ["score", "--run", str(tmp_path / "new"), "--model", str(base)]
     calls = [*stages(two, base, files), again, [*failing, "--custom", files["custom"]]]
-    (tmp_path / "job.py").write_text(JOB.format(root=str(ROOT), calls=calls))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
-    done = run(*torchrun, tmp_path / "job.py")
+    done = job(tmp_path, calls)
 
     assert done.stdout.count(": wrote ") == 5, done.stderr  # one process speaks
     assert scores.read_bytes() == expected  # under equal adapters, equal to the bit
-    assert tree(one).keys() == tree(two).keys()
-    for name in (name for name in tree(one) if name.endswith(".safetensors")):
-        a, b = load_file(one / name), load_file(two / name)
-        assert a.keys() == b.keys()
-        for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-4, msg=f"{name} {key}")
-    steps = lambda folder: [json.loads(line) for line in open(folder / "log/toss-pro.jsonl")]
-    for a, b in zip(steps(one), steps(two), strict=True):
-        assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4
+    same_runs(one, two)
 
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and errors
     assert all(re.match(r"error: process [01] of 2: .*run train.py", line) for line in errors)
     assert not (tmp_path / "new").exists()
+
+
+HELD = """
+    from model import load_checkpoint
+    sizes = [getattr(p, "to_local", lambda: p)().shape.numel()
+             for p in load_checkpoint({base!r}, shard=True).parameters()]
+    open(f"{out}-{{torch.distributed.get_rank()}}", "w").write(str(sum(sizes)))
+"""
+
+
+@pytest.mark.skipif(not NEW, reason="fully_shard works on the CPU from PyTorch 2.7 on")
+def test_a_base_spread_over_two_processes_does_what_a_whole_one_does(tmp_path, files):
+    # An odd number of channels: parts of unequal size. The head is tied.
+    shape = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3}
+    shape |= {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 251}
+    base, calls = make_base(tmp_path / "base", **shape), {}
+    measured = ["--benign", files["custom"], "--utility", files["utility"], "--max-new-tokens", "5"]
+    for name in ("one", "two"):
+        calls[name] = stages(tmp_path / name, base, files)
+        calls[name][2][-1] = "--gradient-checkpointing"  # in place of --merge
+        audits = ["toss.audit.evaluate", *measured], ["toss.audit.diagnose"]
+        calls[name] += [[*audit, "--run", str(tmp_path / name)] for audit in audits]
+    for name, *argv in calls["one"]:
+        command(name, argv)
+    held = HELD.format(base=str(base), out=tmp_path / "held")
+    done = job(tmp_path, [[*call, "--shard"] for call in calls["two"]], held)
+
+    assert done.returncode == 0, done.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole, spread = (load_file(folder / "scores.safetensors") for folder in (one, two))
+    for name in whole:
+        torch.testing.assert_close(spread[name], whole[name], rtol=0, atol=1e-5)
+    same_runs(one, two)
+    assert (one / "answers/base.jsonl").read_text() == (two / "answers/base.jsonl").read_text()
+    numbers = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+    parts = [int((tmp_path / f"held-{rank}").read_text()) for rank in range(2)]
+    assert sum(parts) == numbers + 384 * 96 + 96  # embedding and last norm are in both
+    assert max(parts) < 0.55 * numbers
+
+
+@pytest.mark.skipif(not NEW, reason="an older PyTorch is another error")
+@pytest.mark.parametrize(("flags", "what"), [("", "torchrun"), ("--merge", "without --shard")])
+def test_what_cannot_be_spread_is_refused_before_any_work(capsys, trained, flags, what):
+    before = tree(trained)
+    assert what in refused(capsys, f"select.py --run {trained} --shard {flags}")
+    assert tree(trained) == before

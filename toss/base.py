@@ -16,6 +16,7 @@ from model.io import DoesNotFit, InputError, NotFinite, read_json
 from model.lora import Adapter, use
 from model.process import out_of_memory
 from model.products import pays
+from model.sharding import check_processes
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from toss.parallel import size
@@ -35,6 +36,8 @@ class Base:
     """
 
     def __init__(self, args: Namespace):
+        if args.shard:
+            check_processes()
         self.args = args
         self.model: Transformer | None = None
         self.loaded = ""  # the dtype of `model`
@@ -87,7 +90,7 @@ class Base:
             if base_hash(self.checkpoint, self.hash) != self.identity["base_sha256"]:
                 raise InputError(f"{self.checkpoint} was changed while the command ran")
             kind = DTYPES.get(dtype, torch.float32)
-            self.model = load_checkpoint(self.checkpoint, self.device, kind)
+            self.model = load_checkpoint(self.checkpoint, self.device, kind, None, self.args.shard)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
             self.model.onednn = not self.args.no_onednn
             if pays(self.model):

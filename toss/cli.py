@@ -27,9 +27,10 @@ FORM = ("template", "date", "max_length")  # how text becomes ids
 INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
 # What a command has where it has no such flag.
 DEFAULTS = dict.fromkeys((*INHERITED, "mask")) | {"max_length": 2048, "dtype": "auto"}
-DEFAULTS |= {"save_every": 5.0, "overwrite": False, "gradient_checkpointing": False}
+DEFAULTS |= {"save_every": 5.0, "overwrite": False, "gradient_checkpointing": False, "shard": False}
 FORMAT = 3  # of run.json
-DEVICE = ("device", "dtype", "threads", "batch_tokens", "wait", "no_onednn")  # add_device_flags
+# Of add_device_flags:
+DEVICE = ("device", "dtype", "threads", "batch_tokens", "wait", "no_onednn", "shard")
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 UNSET = object()
 # The types of what run.json holds; "*" stands for any other key.
@@ -120,6 +121,8 @@ def add_device_flags(made: Parser, dtype: bool = True) -> None:
     if dtype:
         text = "the base's dtype (auto: float32; on CUDA bfloat16 to train and float16 to score)"
         add("--dtype", default="auto", choices=DTYPES, help=text)
+        text = "with torchrun: spread the base over the processes, each of which holds a part"
+        add("--shard", action="store_true", help=text)
     add("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     text = "tokens per forward pass, padding included; changes memory and speed, not the result "
     text += "(default: 8192 on CUDA, 1024 on the CPU)"
@@ -228,6 +231,9 @@ def check_method(args: Namespace) -> Namespace:
         raise InputError("--pro is an option of --method toss")
     if not args.pro and {"pro_samples", "pro_train"} & args.given:
         raise InputError("--pro-samples and --pro-train need --pro T")
+    if args.shard and args.merge:
+        how = "first run this without --merge, then with it but without --shard and torchrun"
+        raise InputError(f"--merge needs the base whole in one process: {how}")
     args.method = "mask" if args.mask else args.method
     usual = {"base": "base-reference"}.get(args.method, args.method)
     args.name = args.name or ("toss-pro" if args.pro else usual)

@@ -26,16 +26,11 @@ def share(items: list) -> list:
 
 def any_process(busy: bool) -> bool:
     """True if `busy` holds in any process. They meet here: one that hangs ends the others."""
-    if size() > 1:
-        busy = torch.tensor(int(busy))
-        dist.all_reduce(busy)
+    sum_over_processes([busy := torch.tensor(int(busy))])
     return bool(busy)
 
 
 def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Sum each tensor over all processes, in place, in one exchange; one dtype, one device."""
-    if size() > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
+    """Sum each tensor over all processes, in place."""
+    for tensor in tensors if size() > 1 else ():
+        dist.all_reduce(tensor)

@@ -9,6 +9,7 @@ from torch import Tensor
 from model.io import NotFinite
 from model.process import out_of_memory
 from model.products import fast
+from model.sharding import empty_pass
 from model.transformer import Transformer
 from toss.loss import token_log_probs
 from toss.parallel import any_process, rank, share, sum_over_processes
@@ -50,13 +51,15 @@ def score(
     while any_process(done < len(groups)):
         if next(turns) % CHECKED == 1 and any_process(not losses.isfinite().all()):
             break  # a long pass is not made in vain
-        if done == len(groups):
-            continue  # others are still at work
+        if done == len(groups):  # others are still at work
+            if model.sharded:
+                empty_pass(model)
+            continue
         try:
             batch = collate(tokens, groups[done], tokens.response, model.device)
             losses[batch.places] = -token_log_probs(model, batch)[0]
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if model.sharded or not out_of_memory(error):
                 raise
             budget = halve_budget(budget, tokens.lengths[groups[done][0]], on_batch)
             left = (i for group in groups[done:] for i in group)

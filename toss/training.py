@@ -13,6 +13,7 @@ from model.io import InputError
 from model.lora import Adapter, active, new_adapter, use
 from model.process import out_of_memory
 from model.products import fast
+from model.sharding import empty_pass, missing
 from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_log_probs, token_loss
@@ -111,14 +112,18 @@ class Step:
         tokens, total = self.tokens, torch.zeros((), device=self.model.device)
         count = int(tokens.response[tokens.places(rows)].sum())  # sum_i L_i
         try:
-            for group in batches(self.own_rows(rows), tokens.lengths, budget):
+            groups = batches(self.own_rows(rows), tokens.lengths, budget)
+            more = missing(self.model, len(groups))
+            for group in groups:
                 batch = collate(tokens, group, self.wanted, self.model.device)
                 log_p, hidden = token_log_probs(self.model, batch)
                 loss = self.objective(log_p, hidden, self.weights[batch.places]) / count
                 loss.backward()
                 total += loss.detach()
+            for _ in range(more):
+                empty_pass(self.model)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if self.model.sharded or not out_of_memory(error):
                 raise
             return None
         sum_over_processes([total, *(parameter.grad for parameter in self.parameters)])

@@ -53,6 +53,7 @@ def diagnose_run(
     from toss.audit.discards import discard_statistics, response_positions
     from toss.audit.movement import divergences, group_of_file, groups_of_run, means
     from toss.files import load_selection
+    from toss.parallel import rank
 
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
@@ -75,9 +76,10 @@ def diagnose_run(
             print(f"warning: the discards of {method} are left out: {error}")
     discards = discard_statistics(custom, keeps, run.tokenizer)
     origins = {name: origin for name, (_, origin) in groups.items()}
-    write(run.folder / "diagnosis", origins, lines, discards)
     inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
-    run.finish("diagnosis", run.recipe(inputs, {"rows": origins, "positions": positions}))
+    if rank() == 0:
+        write(run.folder / "diagnosis", origins, lines, discards)
+        run.finish("diagnosis", run.recipe(inputs, {"rows": origins, "positions": positions}))
     return {"kl": lines, "discards": discards, "groups": origins}
 
 

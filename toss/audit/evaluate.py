@@ -51,7 +51,9 @@ def evaluate_run(
     responses to begin answers with. A method that was evaluated in the same way before is skipped.
     """
     from model.lora import use
+    from model.process import meet
     from toss.audit.judges import measure, prefilled, selection_metrics
+    from toss.parallel import rank
     from toss.rows import read_rows
 
     sets = {name: read_rows(path, responses=False) for name, path in files.items()}
@@ -72,6 +74,7 @@ def evaluate_run(
     for method in methods:
         stage, path = f"evaluation/{method}", run.folder / "answers" / f"{method}.jsonl"
         with run.holding(stage, reads=inputs[method]):
+            meet()  # before any of several processes looks at what is there
             recipe = run.recipe(inputs[method], how)
             known = run.record["stages"].get(stage, {})
             if path.exists() and known.get("recipe") == recipe:
@@ -80,10 +83,14 @@ def evaluate_run(
             model = use(run.base("train"), None if method == "base" else run.adapter(method))
             metrics, said = measure(run, model, sets, how)
             metrics |= selection_metrics(run, method)
+            if rank() > 0:
+                continue
             with atomic_file(path) as file:
                 lines = (json.dumps(line, ensure_ascii=False) for line in ({"note": NOTE}, *said))
                 file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             run.finish(stage, recipe, metrics=metrics, answers_sha256=run.hash(path))
+    if rank() > 0:
+        return {}
     with run.holding("metrics", reads=sum(inputs.values(), ())):
         return write_tables(run, methods)
 

@@ -18,6 +18,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from toss.audit import measures
 from toss.files import fingerprint, load_selection, read_scores, record_of
+from toss.parallel import rank
 from toss.rows import Row
 from toss.run import Run
 from toss.scoring import score
@@ -45,7 +46,8 @@ def measure(
         """Greedy answers to the rows' prompts, after the ids that each starts with, if given."""
         begun = starts or [[]] * len(rows)
         prompts = [tokenizer.prompt_ids(row.prompt) + start for row, start in zip(rows, begun)]
-        with tqdm(total=len(rows), desc=kind, unit="prompt", leave=False, disable=None) as bar:
+        look = {"desc": kind, "unit": "prompt", "leave": False, "disable": rank() > 0 or None}
+        with tqdm(total=len(rows), **look) as bar:
             new = generate(model, prompts, length, tokenizer.eos_id, progress=bar.update)
         replies = [tokenizer.decode(ids).strip() for ids in new]
         for row, start, reply in zip(rows, begun, replies):

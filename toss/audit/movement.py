@@ -13,6 +13,7 @@ from model.transformer import Transformer
 from toss.audit.command import evenly, markdown
 from toss.audit.discards import per_row, response_positions, shown
 from toss.loss import LOGITS
+from toss.parallel import rank
 from toss.rows import read_rows
 from toss.run import Run
 from toss.tokens import Tokens, batches, collate
@@ -78,9 +79,8 @@ def divergences(
     results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
     size = max(1, logits // (TENSORS * model.lm_head.out_features))
     rows = [i for i, length in enumerate(tokens.lengths) if length]
-    for group in tqdm(
-        batches(rows, tokens.lengths, budget), "diagnosis", leave=False, disable=None
-    ):
+    groups, quiet = batches(rows, tokens.lengths, budget), rank() > 0 or None
+    for group in tqdm(groups, "diagnosis", leave=False, disable=quiet):
         batch, hidden = collate(tokens, group, wanted, model.device), {}
         for name, adapter in models.items():
             states = use(model, adapter)(batch.ids, bounds=batch.bounds)[batch.before]  # (n, D)

@@ -1,0 +1,72 @@
+"""A base that is too large for one GPU: its blocks are spread over the processes of a job.
+
+PyTorch's fully_shard gathers a block where it is at work and drops it afterwards, so all processes
+must make equally many passes. The embedding, the last norm and the head stay whole in each: the
+head runs in chunks of tokens, as many as a process happens to have.
+"""
+
+import gc
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.io import InputError
+
+
+def check_processes() -> None:
+    """Raise InputError where a base cannot be spread."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        raise InputError(f"--shard needs PyTorch 2.7 or newer, and this is {torch.__version__}")
+    if not dist.is_initialized():
+        raise InputError("--shard spreads the base over several processes: start it with torchrun")
+
+
+def spread(model: nn.Module, device: str | torch.device) -> None:
+    """Spread the blocks of a model without memory (see checkpoint.skeleton) over all processes."""
+    check_processes()
+    from torch.distributed.fsdp import fully_shard
+
+    gc.collect()  # an earlier model, which its hooks hold in cycles
+    mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    whole = {model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight}
+    for layer in model.requires_grad_(False).model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=whole)  # holds nothing; gathers a block ahead
+    model.sharded = True
+
+
+def read(tensors, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """A tensor of an open safetensors file in the form of `weight`, and whether it is finite.
+
+    Of a weight that is spread each process reads its own rows alone. As fully_shard has it, all
+    have equally many, and the last ones fewer or none.
+    """
+    if not hasattr(weight, "device_mesh"):
+        tensor = tensors.get_tensor(name).to(dtype)
+        return tensor, bool(tensor.isfinite().all())
+    from torch.distributed.tensor import DTensor
+
+    rows, each = weight.shape[0], -(-weight.shape[0] // dist.get_world_size())
+    start, end = (min(i * each, rows) for i in (dist.get_rank(), dist.get_rank() + 1))
+    own = tensors.get_slice(name)[start:end].to(dtype)
+    finite = own.isfinite().all().cpu().int()
+    dist.all_reduce(finite, dist.ReduceOp.MIN)  # so that all raise the same error
+    form = {"shape": weight.shape, "stride": weight.stride()}
+    return DTensor.from_local(own, weight.device_mesh, weight.placements, **form), bool(finite)
+
+
+def missing(model: nn.Module, passes: int) -> int:
+    """How many empty passes this process must add to its own; 0 unless the base is spread."""
+    most = torch.tensor(passes)
+    if model.sharded:
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most) - passes
+
+
+def empty_pass(model: nn.Module) -> None:
+    """Run a token through the model, in training also back, for the others' sake; adds 0."""
+    token, bounds = torch.zeros(1, dtype=torch.int64, device=model.device), torch.tensor([0, 1])
+    zero = 0 * model(token, bounds=bounds).sum()
+    if zero.requires_grad:
+        zero.backward()
