@@ -26,7 +26,7 @@ from model.io import (
     write_record,
 )
 from model.lora import active
-from model.sharding import empty_pass, read, spread
+from model.sharding import keep_up, read, spread
 from model.transformer import Transformer
 
 
@@ -128,7 +128,7 @@ def load_checkpoint(
     model.requires_grad_(False).eval()
     if shard:  # makes the tensors that blocks are gathered into: inference mode's cannot train
         with torch.inference_mode(False), torch.no_grad():
-            empty_pass(model)
+            keep_up(model)
     return model
 
 

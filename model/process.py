@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-from model.io import InputError
+from model.io import DoesNotFit, InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 stop = SimpleNamespace(signal=0, deferred=False)  # see on_signal
@@ -76,6 +76,19 @@ def out_of_memory(error: Exception) -> bool:
     told = re.search("out of memory|_ALLOC(ATION)?_FAILED|can't allocate memory", str(error))
     named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
     return named or isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(told)
+
+
+def halve_budget(budget: int, longest: int, remark: Callable[[dict], None]) -> int:
+    """Halve the tokens per batch after running out of memory; DoesNotFit if a batch is one row."""
+    if budget <= longest:
+        advice = "lower --max-length, or train with --gradient-checkpointing"
+        raise DoesNotFit(f"out of memory on a single row of at most {longest} tokens; {advice}")
+    import torch
+
+    next = f"continuing with {budget // 2} (--batch-tokens)"
+    torch.cuda.empty_cache()  # for CUDA's libraries, which have their own allocations
+    remark({"remark": f"out of memory with {budget} tokens per batch; {next}"})
+    return budget // 2
 
 
 patient = None  # torchrun's processes as a group in which they wait for a day

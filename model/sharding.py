@@ -6,6 +6,7 @@ head runs in chunks of tokens, as many as a process happens to have.
 """
 
 import gc
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -56,17 +57,20 @@ def read(tensors, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return DTensor.from_local(own, weight.device_mesh, weight.placements, **form), bool(finite)
 
 
-def missing(model: nn.Module, passes: int) -> int:
-    """How many empty passes this process must add to its own; 0 unless the base is spread."""
-    most = torch.tensor(passes)
+def in_step(model: nn.Module, groups: list) -> Iterator:
+    """A step's batches; if the base is spread, then empty passes until all had equally many."""
+    most = torch.tensor(len(groups))
     if model.sharded:
         dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most) - passes
+    yield from groups
+    for _ in range(int(most) - len(groups)):
+        keep_up(model)
 
 
-def empty_pass(model: nn.Module) -> None:
-    """Run a token through the model, in training also back, for the others' sake; adds 0."""
-    token, bounds = torch.zeros(1, dtype=torch.int64, device=model.device), torch.tensor([0, 1])
-    zero = 0 * model(token, bounds=bounds).sum()
-    if zero.requires_grad:
-        zero.backward()
+def keep_up(model: nn.Module) -> None:
+    """If the base is spread, run a token through it for the others' sake, in training also back."""
+    if model.sharded:
+        token = torch.zeros(1, dtype=torch.int64, device=model.device)
+        zero = 0 * model(token, bounds=torch.tensor([0, 1])).sum()
+        if zero.requires_grad:
+            zero.backward()

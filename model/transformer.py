@@ -90,7 +90,8 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope)  # (N, K, E)
         v = self.v_proj(x).view(heads)  # (N, K, E)
         if k.dtype == torch.float16:
-            # An infinite key can hide behind a zero attention weight: make it NaN, which cannot.
+            # Other infinities are NaN behind the next norm and reach all later positions through
+            # the keys. An infinite key can hide behind a zero attention weight: NaN cannot.
             k = torch.where(k.abs() > 65504, torch.nan, k)
         q, k, v, mask = rows.pad(q), rows.pad(k), rows.pad(v), masks[self.windowed]
         shape = q.shape  # (B, H, T, E)

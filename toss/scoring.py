@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from model.io import NotFinite
-from model.process import out_of_memory
+from model.process import halve_budget, out_of_memory
 from model.products import fast
-from model.sharding import empty_pass
+from model.sharding import keep_up
 from model.transformer import Transformer
 from toss.loss import token_log_probs
 from toss.parallel import any_process, rank, share, sum_over_processes
-from toss.tokens import BATCH_TOKENS, Tokens, batches, collate, halve_budget
+from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
 
 CHECKED = 16  # batches from one look for an overflow to the next
 
@@ -33,8 +33,7 @@ def score(
     batch_tokens: per batch, padding included; halved when memory runs out. on_batch gets {"step",
     "steps", "tokens"} after each batch, with the losses so far as "work", and {"remark": text}.
     start: puts the losses of an interrupted call into the tensor that it is given. Raises NotFinite
-    naming the row for a NaN or an infinity. An overflow of float16 is always seen: an infinity in
-    the residual stream is NaN behind the next norm, and reaches all later positions by the keys.
+    naming the row for a NaN or an infinity; an overflow of float16 ends in one.
     """
     budget = batch_tokens or BATCH_TOKENS[model.device.type]
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
@@ -52,8 +51,7 @@ def score(
         if next(turns) % CHECKED == 1 and any_process(not losses.isfinite().all()):
             break  # a long pass is not made in vain
         if done == len(groups):  # others are still at work
-            if model.sharded:
-                empty_pass(model)
+            keep_up(model)
             continue
         try:
             batch = collate(tokens, groups[done], tokens.response, model.device)

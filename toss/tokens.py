@@ -4,7 +4,7 @@ Every stage reads the same ids, so that a score, a mask and a training loss mean
 one at their place in these arrays.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.io import DoesNotFit, InputError
+from model.io import InputError
 from model.packed import send
 from model.template import LEFT_OUT, left_out
 from model.tokenizer import Tokenizer, overlaps
@@ -145,17 +145,6 @@ def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[i
             groups.append([])
         groups[-1].append(i)
     return groups
-
-
-def halve_budget(budget: int, longest: int, remark: Callable[[dict], None]) -> int:
-    """Halve the tokens per batch after running out of memory; DoesNotFit if a batch is one row."""
-    if budget <= longest:
-        advice = "lower --max-length, or train with --gradient-checkpointing"
-        raise DoesNotFit(f"out of memory on a single row of at most {longest} tokens; {advice}")
-    next = f"continuing with {budget // 2} (--batch-tokens)"
-    torch.cuda.empty_cache()  # for CUDA's libraries, which have their own allocations
-    remark({"remark": f"out of memory with {budget} tokens per batch; {next}"})
-    return budget // 2
 
 
 def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device) -> Batch:

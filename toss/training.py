@@ -11,14 +11,14 @@ from torch import Tensor
 
 from model.io import InputError
 from model.lora import Adapter, active, new_adapter, use
-from model.process import out_of_memory
+from model.process import halve_budget, out_of_memory
 from model.products import fast
-from model.sharding import empty_pass, missing
+from model.sharding import in_step
 from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_log_probs, token_loss
 from toss.parallel import share, sum_over_processes
-from toss.tokens import BATCH_TOKENS, Tokens, batches, collate, halve_budget
+from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 Resume = Callable[[torch.optim.Optimizer], tuple[int, int | None]]
@@ -113,15 +113,12 @@ class Step:
         count = int(tokens.response[tokens.places(rows)].sum())  # sum_i L_i
         try:
             groups = batches(self.own_rows(rows), tokens.lengths, budget)
-            more = missing(self.model, len(groups))
-            for group in groups:
+            for group in in_step(self.model, groups):
                 batch = collate(tokens, group, self.wanted, self.model.device)
                 log_p, hidden = token_log_probs(self.model, batch)
                 loss = self.objective(log_p, hidden, self.weights[batch.places]) / count
                 loss.backward()
                 total += loss.detach()
-            for _ in range(more):
-                empty_pass(self.model)
         except RuntimeError as error:
             if self.model.sharded or not out_of_memory(error):
                 raise
