@@ -34,7 +34,8 @@ else:
 
 def arguments(argv):
     """The command line, with what it inherits. Raises InputError."""
-    parser = cli.parser("select.py", __doc__, custom="custom set D^cus")
+    inputs = {"custom": "custom set D^cus", "harmful": "D^h, which TOSS-Pro adds rows to"}
+    parser = cli.parser("select.py", __doc__, **inputs)
     add = parser.add_argument
     add("--method", choices=METHODS, default="toss", help="which tokens to discard")
     add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")

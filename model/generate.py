@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from model.io import InputError, NotFinite
+from model.io import InputError, NotFinite, json_object
 from model.process import joined, reported
 
 
@@ -84,7 +84,8 @@ def talk(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.shard and device == "cuda":
         torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
-    tokenizer = load_tokenizer(args.model, args.template, args.date, args.revision)
+    more = json_object(args.chat_template_kwargs, "--chat-template-kwargs")
+    tokenizer = load_tokenizer(args.model, args.template, args.date, args.revision, more)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = load_checkpoint(args.model, device, dtype, args.revision, args.shard)
     if args.adapter:
@@ -106,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--prompt", help="answer this and stop (default: read one prompt per line from stdin)")
     add("--template", choices=["chat", "human"], help="prompt form (default: chat if possible)")
     add("--date", help="YYYY-MM-DD for a chat template that asks for the day (default: today)")
+    text = "for the chat template, such as '{\"enable_thinking\": false}'"
+    add("--chat-template-kwargs", default="{}", metavar="JSON", help=text)
     add("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
     add("--device", help="cpu or cuda (default: cuda if available)")
     text = "with torchrun and --prompt: spread the base over the processes"

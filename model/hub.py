@@ -11,6 +11,7 @@ TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja ch
 SMALL_FILES = ["config.json", "additional_chat_templates/*.jinja", *TOKENIZER_FILES]
 # Not *.safetensors: that would also match Mistral's second copy, consolidated.safetensors.
 WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def resolve(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -29,6 +30,12 @@ def resolve(path: str | Path, revision: str | None = None, weights: bool = True)
     return download(str(path), revision, SMALL_FILES + WEIGHT_FILES * weights)
 
 
+def resolve_adapter(path: str | Path) -> Path:
+    """The same for the folder of a PEFT adapter: a local one, or that of a hub id."""
+    known = Path(path).is_dir() or len(Path(path).parts) != 2
+    return Path(path) if known else download(str(path), None, ADAPTER_FILES)
+
+
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Fetch the files that fit `patterns` and are not cached; every failure becomes one line."""
     from huggingface_hub import HfApi, errors, snapshot_download, utils
@@ -39,7 +46,8 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         has = lambda file: (folder / file).is_file()
-        lacks = "" if has("config.json") else "no config.json"
+        config = ADAPTER_FILES[0] if ADAPTER_FILES[0] in patterns else "config.json"
+        lacks = "" if has(config) else f"no {config}"
         if WEIGHTS in patterns and not has(WEIGHTS) and not has(INDEX):
             lacks = lacks or f"neither {WEIGHTS} nor its index"
         if lacks:

@@ -70,10 +70,13 @@ class Template:
     """A chat template, compiled in a sandbox, since it is a program from the checkpoint's maker.
 
     special: the special tokens by name. date: the day for a template that asks for the date;
-    None afterwards if it does not ask. where: names the checkpoint in errors.
+    None afterwards if it does not ask. where: names the checkpoint in errors. more: variables that
+    the template has besides, such as enable_thinking.
     """
 
-    def __init__(self, source: str, special: dict[str, str], date: datetime.date, where: str):
+    def __init__(
+        self, source: str, special: dict[str, str], date: datetime.date, where: str, more: dict
+    ):
 
         def raise_exception(message: str) -> None:  # for templates, to refuse a conversation
             raise jinja2.TemplateError(message)
@@ -89,14 +92,17 @@ class Template:
             source.encode()  # fails on half a character
             self.compiled = environment.from_string(source)
             names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        self.special, self.where = special, where
+        if strange := more.keys() - names:
+            had = ", ".join(sorted(names))
+            raise InputError(f"{where}: the chat template has no {min(strange)} (it has {had})")
+        self.given, self.where = {**more, **special}, where
         self.date = date if "strftime_now" in names else None
         # The clock of the templates stands still, so that ids do not change during the day.
         self.clock = datetime.datetime.combine(date, datetime.time())
 
     def render(self, messages: Messages, generate: bool) -> str:
         """The conversation's text; with `generate` it ends where the next response begins."""
-        given = {**self.special, "tools": None, "documents": None, "messages": messages}
+        given = {**self.given, "tools": None, "documents": None, "messages": messages}
         given |= {"add_generation_prompt": generate, "strftime_now": self.clock.strftime}
         said = f"{self.where}: the chat template refuses this conversation"
         with limited(f"{self.where}: rendering the chat template", said=said):

@@ -26,13 +26,13 @@ class Tokenizer:
 
     special: the special tokens by name, `eos_token` among them. template: the source of the chat
     template; None for the human form, `Human: {}\\nAssistant:`. date: the day that a template may
-    ask for; as an attribute None if it does not ask. where: the folder.
+    ask for; as an attribute None if it does not ask. where: the folder. more: see Template.
     """
 
-    def __init__(self, raw: RawTokenizer, special: dict, template: str | None, date, where: Path):
+    def __init__(self, raw: RawTokenizer, special: dict, template: str | None, date, where, more):
         self.raw, self.special, self.template, self.where = raw, special, template, where
-        self.file_sha256 = file_hash(where / "tokenizer.json")
-        self.chat = Template(template or HUMAN, special, date, str(where))
+        self.file_sha256, self.more = file_hash(where / "tokenizer.json"), more
+        self.chat = Template(template or HUMAN, special, date, str(where), more)
         self.date = self.chat.date
         self.eos = special.get("eos_token", "")
         self.eos_id = raw.token_to_id(self.eos)
@@ -53,10 +53,11 @@ class Tokenizer:
         self.space, self.turn_end = self.around_response()
 
     def fingerprint(self) -> str:
-        """sha256 of what decides a text's ids: tokenizer.json, template, special tokens, date."""
+        """sha256 of what decides a text's ids: tokenizer.json, template and what it is given."""
         parts = [self.file_sha256, self.template or "human"]
         parts += [str(item) for item in sorted(self.special.items())]
         parts += [self.date.isoformat()] if self.date else []
+        parts += [str(item) for item in sorted(self.more.items())]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -191,12 +192,14 @@ def load_tokenizer(
     template: str | None = None,
     date: str | None = None,
     revision: str | None = None,
+    template_kwargs: dict | None = None,
 ) -> Tokenizer:
     """Read the tokenizer of a checkpoint folder or hub id (at `revision`).
 
     template: "human" for the human form, "chat" to insist on the checkpoint's chat template, None
     for the chat template if there is one, else the human form. date: YYYY-MM-DD, for a template
-    that asks for the day (default: today). Raises InputError.
+    that asks for the day (default: today). template_kwargs: for the chat template, such as
+    {"enable_thinking": False}. Raises InputError.
     """
     folder = resolve(path, revision, weights=False)
     if template not in (None, "human", "chat"):
@@ -218,4 +221,5 @@ def load_tokenizer(
             raise InputError(f"{file}: its dropout draws tokens by chance: set it to null")
         raw.no_truncation()
         raw.no_padding()
-        return Tokenizer(raw, special_tokens(folder, config), source, day, folder)
+        special, more = special_tokens(folder, config), template_kwargs or {}
+        return Tokenizer(raw, special, source, day, folder, more)

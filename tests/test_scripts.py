@@ -330,9 +330,8 @@ def settings(line: str):
     return cli.parse(parser, argv)
 
 
-def test_the_defaults_are_the_papers(trained):
-    """Also in a run that was begun with inputs, however its references were trained."""
-    made = settings(f"select.py --run {trained}")
+def test_the_defaults_are_the_papers(tmp_path):
+    made = settings(f"select.py --run {tmp_path}/new --model m --custom c.jsonl")
     assert TrainConfig.of(made) == TrainConfig()
     assert (made.lr, made.epochs, made.batch_size, made.discard) == (1e-5, 2, 64, 0.1)
     assert (made.rank, made.alpha, made.targets) == (16, 16, "q_proj,v_proj")
@@ -352,13 +351,14 @@ def test_without_inputs_the_demos_settings_apply_under_the_command_line(tmp_path
     assert given.lr == 1e-5 and not given.demo  # any input: no demo
 
 
-def test_the_run_comes_between_the_demo_and_the_command_line(trained, tmp_path, capsys):
+def test_the_run_comes_between_the_demo_and_the_command_line(trained, files, tmp_path, capsys):
     assert "max_length = 2048" in said(capsys, f"score.py --run {trained}")
-    stored = {"model": "/m", "harmful": "/h", "custom": "/c", "template": "human", "max_length": 77}
+    stored = {"model": "/gone", "custom": files["custom"], "template": "human", "max_length": 77}
     record = {"format": cli.FORMAT, "demo": True, "settings": {**stored, "lr": 9.0}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     demo = settings(f"select.py --run {tmp_path}")
-    assert (demo.model, demo.custom, demo.template, demo.max_length) == ("/m", "/c", "human", 77)
+    assert (demo.custom, demo.template, demo.max_length) == (files["custom"], "human", 77)
+    assert demo.model == str(ROOT / "data/base")  # that of the demo moved with the checkout
     assert demo.lr == read_json(cli.DEMO)["finetune"]["lr"]  # training settings: each stage's own
     given = settings(f"select.py --run {tmp_path} --custom /d")
     assert (given.custom, given.max_length, given.lr) == ("/d", 77, 1e-5)

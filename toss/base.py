@@ -46,14 +46,20 @@ class Base:
     @cached_property
     def checkpoint(self) -> Path:
         """The base's folder. A hub id is fetched; `revision` becomes its commit."""
-        folder = resolve(self.args.model, self.args.revision)
+        moved = "if it was moved, name it once, as in score.py --run RUN --model PATH"
+        try:
+            folder = resolve(self.args.model, self.args.revision)
+        except InputError as error:
+            said = f"{error}" if "model" in self.args.given else f"{error}; {moved}"
+            raise InputError(said) from None
         self.args.revision = None if Path(self.args.model).is_dir() else folder.name
         return folder
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The base's tokenizer in the run's prompt form; settles `template` and `date`."""
-        tokenizer = load_tokenizer(self.checkpoint, self.args.template, self.args.date)
+        form, date, more = self.args.template, self.args.date, self.args.chat_template_kwargs
+        tokenizer = load_tokenizer(self.checkpoint, form, date, None, json.loads(more or "{}"))
         if tokenizer.turn_end != tokenizer.eos:
             ends = f"ends a turn with {tokenizer.turn_end}, but responses end with {tokenizer.eos}"
             print(f"note: the chat template {ends}, the eos_token; they are usually the same")
@@ -130,7 +136,9 @@ class Base:
         self.warn_shared(path, rows)
         tokens = tokenise(rows, self.tokenizer, self.args.max_length, str(path))
         self.check_ids(tokens)
-        print(f"{path}: {tokens.rows} rows, {tokens.skipped} skipped, {tokens.cut} cut")
+        counts = f"{len(tokens.input_ids):,} tokens, {tokens.response.sum():,} of responses"
+        lost = f"{tokens.skipped} rows skipped, {tokens.cut} cut"
+        print(f"{path}: {tokens.rows} rows, {counts}; {lost} (--max-length {self.args.max_length})")
         self.datasets |= {path: tokens} if whole else {}
         return tokens
 

@@ -1,10 +1,13 @@
 """What all commands share: flags and where their values come from, errors, several processes.
 
 The value of a setting is, first match: the command line; what the run was begun with (run.json);
-data/demo.json, for a run begun without inputs; the default, which is the paper's.
+data/demo.json, for a run begun without inputs; the default, which is the paper's. select.py trains
+as the run's first method was trained, else as demo.json has it, else as the references were.
 """
 
 import argparse
+import difflib
+import json
 import math
 import os
 import re
@@ -23,24 +26,27 @@ from toss.config import UNSCORED, TrainConfig
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "data" / "demo.json"
 INPUTS = ("model", "harmful", "utility", "custom")
-FORM = ("template", "date", "max_length")  # how text becomes ids
+FORM = ("template", "date", "max_length", "chat_template_kwargs")  # how text becomes ids
 INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
 # What a command has where it has no such flag.
 DEFAULTS = dict.fromkeys((*INHERITED, "mask")) | {"max_length": 2048, "dtype": "auto"}
-DEFAULTS |= {"save_every": 5.0, "overwrite": False, "gradient_checkpointing": False, "shard": False}
+DEFAULTS |= {"save_every": 5.0}
+DEFAULTS |= dict.fromkeys(("overwrite", "gradient_checkpointing", "shard", "dry_run"), False)
 FORMAT = 3  # of run.json
 # Of add_device_flags:
 DEVICE = ("device", "dtype", "threads", "batch_tokens", "wait", "no_onednn", "shard")
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 UNSET = object()
+NAME = r"(?!(base|degraded|utility)$)[\w=+-][\w.=+-]*"  # of a method
+IN_NAMES = "letters, digits and . _ = + - can; base, degraded and utility are other models"
 # The types of what run.json holds; "*" stands for any other key.
 NUMBER, TEXT = (int, float), (str, type(None))
+KINDS = {f.name: NUMBER if f.type is float else f.type for f in fields(TrainConfig) if f.metadata}
 COST = dict.fromkeys(("seconds", "peak_memory_gib", "last_loss"), NUMBER) | {"tokens": int}
 METRICS = {"*": {"n": NUMBER, "*": (*NUMBER, type(None))}}
-RECIPE = {"inputs": {"*": str}, "settings": {"method": str, "base": bool}}
+RECIPE = {"inputs": {"*": str}, "settings": {**KINDS, "method": str, "base": bool}}
 STAGE = {"recipe": RECIPE, **COST, "rows": int, "parts": {"*": COST}, "metrics": METRICS}
-RUN = {"settings": dict.fromkeys((*INPUTS, "revision", "template", "date"), TEXT)}
-RUN["settings"]["max_length"] = int
+RUN = {"settings": {**dict.fromkeys(INHERITED, TEXT), "max_length": int}}
 RUN |= {"stages": {"*": STAGE}, "demo": bool, "inputs": {"*": str}, "hashes": {"*": list}}
 RUN |= {"identity": {"*": (str, int)}, "versions": {"*": str}, "commit": TEXT}
 
@@ -61,6 +67,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=doc, formatter_class=Help, allow_abbrev=False, **more)
 
     def error(self, message: str) -> NoReturn:
+        known = [flag for action in self._actions for flag in action.option_strings]
+        strange = message.partition("unrecognized arguments: ")[2].partition(" ")[0].split("=")[0]
+        near = difflib.get_close_matches(strange, known, 1)
+        message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def given(self, argv: list[str] | None) -> dict[str, Any]:
@@ -80,6 +90,14 @@ def number(kind: type, allowed: Callable, words: str) -> Callable[[str], float]:
         raise ArgumentTypeError(f"{text!r} is not {words}")
 
     return convert
+
+
+def json_text(text: str) -> str:
+    """An argparse type: a JSON object, in one spelling."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text), dict):
+            return json.dumps(value, sort_keys=True)
+    raise ArgumentTypeError(f"{text!r} is not a JSON object")
 
 
 count = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1 (below 2^31)")
@@ -105,10 +123,13 @@ def parser(prog: str, doc: str, **inputs: str) -> Parser:
         add(f"--{flag}", type=path, metavar="FILE", help=text)
     add("--template", choices=["chat", "human"], help="prompt form (default: chat if possible)")
     add("--date", help="YYYY-MM-DD, for a chat template that asks for it (default: today)")
+    text = "for the chat template, as vLLM takes it: '{\"enable_thinking\": false}'"
+    add("--chat-template-kwargs", type=json_text, metavar="JSON", help=text)
     text = "tokens per row; longer rows are cut on the right"
     add("--max-length", type=count, default=2048, metavar="N", help=text)
     add_device_flags(made)
     add("--overwrite", action="store_true", help="replace a result with other settings or inputs")
+    add("--dry-run", action="store_true", help="say what would be done, up to the first step")
     text = "minutes between saved states of unfinished work, from which the same command goes on"
     add("--save-every", type=positive, default=5.0, metavar="MINUTES", help=text)
     return made
@@ -130,6 +151,22 @@ def add_device_flags(made: Parser, dtype: bool = True) -> None:
     add("--wait", action="store_true", help="wait for a process that is at work on the same result")
     text = "leave the CPU's float32 products to PyTorch's default, MKL: slower on AMD's processors"
     add("--no-onednn", action="store_true", help=text)
+
+
+def named(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=PATH, of an adapter."""
+    name, _, place = text.partition("=")
+    if not place or not re.fullmatch(NAME, name):
+        raise ArgumentTypeError(f"{text!r} is not NAME=PATH ({IN_NAMES})")
+    return name, base(place)
+
+
+def add_adapter_flag(made: Parser) -> None:
+    """--adapter, for commands that look at methods."""
+    text = "an adapter made elsewhere, as if it were a method: PEFT folder or hub id; repeatable"
+    made.add_argument(
+        "--adapter", type=named, action="append", default=[], metavar="NAME=PATH", help=text
+    )
 
 
 def add_run_flags(made: Parser, dtype: bool = True) -> None:
@@ -178,7 +215,12 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     if given.get("model", begun.get("model")) != begun.get("model"):
         begun.pop("revision", None)  # of the hub id that the base had
     demo = not inputs and record.get("demo", True)
-    made.set_defaults(**{**DEFAULTS, **(demo_values(training) if demo else {}), **begun})
+    if demo:  # this checkout's files, which may have moved
+        gone = [name for name in INPUTS if not os.path.exists(begun.get(name, ""))]
+        begun = {name: value for name, value in begun.items() if name not in gone}
+    defaults = {**DEFAULTS, **(demo_values(training) if demo else {}), **begun}
+    like_whom, trained = trained_before(made.prog, record, demo)
+    made.set_defaults(**{**defaults, **trained})
     args = made.parse_args(argv)
     for name in FORM:
         if name in given and begun.get(name, given[name]) != given[name]:
@@ -188,10 +230,27 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     taken = [f"{name} = {value}" for name, value in begun.items() if name in own]
     if taken and not demo:
         print(f"from {file}: {', '.join(taken)}")
+    if open_ones := [f"{name} = {getattr(args, name)}" for name in KINDS if name in own]:
+        print(f"training settings {like_whom}: {', '.join(open_ones)}")
     if args.model is None:
         raise InputError(f"{file} does not exist: run train.py --run {folder}, or give --model")
     args.demo, args.anew, args.given = record.get("demo", demo), anew, set(given)
     return args
+
+
+def trained_before(prog: str, record: dict[str, Any], demo: bool) -> tuple[str, dict[str, Any]]:
+    """The training settings that a script takes over from a run's record, and whose they are.
+
+    train.py: the references' own. select.py: those of the first method, so that methods can be
+    compared; where there is none, outside the demo, those of the references.
+    """
+    stages, references = record.get("stages", {}), ["degraded", "utility"]
+    methods = [stage for stage in stages if stage.startswith("methods/")]
+    for stage in references if prog == "train.py" else methods + references * (not demo):
+        settings = stages.get(stage, {}).get("recipe", {}).get("settings", {})
+        if found := {name: settings[name] for name in KINDS if name in settings}:
+            return f"as for {stage}", found
+    return f"in {DEMO.name}" if demo else "by default", {}
 
 
 def read_run(file: Path) -> dict[str, Any]:
@@ -237,9 +296,8 @@ def check_method(args: Namespace) -> Namespace:
     args.method = "mask" if args.mask else args.method
     usual = {"base": "base-reference"}.get(args.method, args.method)
     args.name = args.name or ("toss-pro" if args.pro else usual)
-    if not re.fullmatch(r"(?!(base|degraded|utility)$)[\w=+-][\w.=+-]*", args.name):
-        reason = "letters, digits and . _ = + - can; base, degraded and utility are other models"
-        raise InputError(f"--name {args.name!r} cannot name a folder under methods/ ({reason})")
+    if not re.fullmatch(NAME, args.name):
+        raise InputError(f"--name {args.name!r} cannot name a folder under methods/ ({IN_NAMES})")
     return args
 
 
@@ -256,6 +314,7 @@ def choice(args: Namespace, config: TrainConfig) -> dict[str, Any]:
 def run(main: Callable[[], int | None]) -> int:
     """Run a command, also as one of torchrun's, and report its errors; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal may lack a name's characters
+        # A terminal may lack a name's characters; a pipe would keep lines back.
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     alone = os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ
     return reported(main if alone else lambda: joined(main))

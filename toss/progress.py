@@ -42,6 +42,10 @@ class Clock:
         return {"seconds": round(seconds, 2), "peak_memory_gib": round(peak / 2**30, 3)}
 
 
+class Planned(Exception):
+    """A dry run has come to where the work begins."""
+
+
 Saving = tuple[Path, dict, float]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -51,22 +55,29 @@ class Progress:
 
     folder: of the run, for log/NAME.jsonl, a line per step of training. saving: where the state to
     go on from is kept, the recipe of the stage that it belongs to, and the minutes between two; it
-    is also written at the end, and when a signal asks the process to stop. None: no state.
+    is also written at the end, and when a signal asks the process to stop. None: no state. dry:
+    raise Planned in place of the first step.
     """
 
-    def __init__(self, name: str, device: torch.device, folder: Path, saving: Saving | None = None):
+    def __init__(
+        self, name: str, device: torch.device, folder: Path, saving: Saving | None, dry: bool
+    ):
         self.name, self.log, self.clock = name, folder / "log" / f"{name}.jsonl", Clock(device)
         self.states, self.recipe, self.minutes = saving or (None, {}, 0)
+        self.dry, self.first, self.due = dry, 0, 5.0  # seconds until the time left is told
         self.bar = tqdm(desc=name, unit="step", leave=False, disable=rank() > 0 or None)
         self.cost: dict[str, Any] = {"tokens": 0}
-        self.saved = time.monotonic()
+        self.saved = self.began = time.monotonic()
 
-    def resume(self, work: Optimizer | Tensor) -> tuple[int, int | None]:
-        """Bring an optimizer, or a tensor of losses, to where an interrupted call left them.
+    def resume(self, work: Optimizer | Tensor, plan: str) -> tuple[int, int | None]:
+        """Say the plan, and bring an optimizer, or a tensor of losses, to where they were left.
 
         Returns the steps that are done and the tokens per batch; (0, None) where there is no state.
         Of several processes the first saves the optimizer, and each one the losses it computed.
         """
+        print(f"{self.name}: {plan}")
+        if self.dry:
+            raise Planned
         record, tensors = read_state(self.state(work), self.recipe) if self.states else ({}, {})
         step, steps = record.get("at", (0, None))
         if record:
@@ -78,9 +89,11 @@ class Progress:
                     keep_lines(self.log, step)
             self.cost = record["cost"]
             self.clock.start -= self.cost["seconds"]
+            self.first = step
             print(f"{self.name}: goes on after step {step} of {steps}{changed(record)}")
         meet()  # nobody works, and changes the files, before all have read them
         stop.deferred = self.states is not None and step != steps
+        self.began = time.monotonic()
         return step, record.get("tokens_per_batch")
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -91,6 +104,8 @@ class Progress:
         self.cost["tokens"] += event["tokens"]
         self.bar.total = steps
         self.bar.update()
+        if self.bar.disable and step < steps:
+            self.tell(step, steps, event)
         if "loss" in event:
             self.bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
             self.cost["last_loss"] = event["loss"]
@@ -106,6 +121,15 @@ class Progress:
             self.cost |= self.clock.read()
         if self.states:
             self.keep(event)
+
+    def tell(self, step: int, steps: int, event: dict[str, Any]) -> None:
+        """Without a terminal, which has a bar: a line every half minute, the first one sooner."""
+        spent = time.monotonic() - self.began
+        if spent >= self.due:
+            left = spent / (step - self.first) * (steps - step)
+            loss = f", loss {event['loss']:.3f}" if "loss" in event else ""
+            print(f"{self.name}: step {step} of {steps}{loss}, {left / 60:.1f} minutes left")
+            self.due = spent + 30
 
     def keep(self, event: dict[str, Any]) -> None:
         """Save the state if it is time, or the end; end the process if a signal asks for it."""

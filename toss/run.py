@@ -14,7 +14,6 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash, save_checkpoint
+from model.hub import resolve_adapter
 from model.io import (
     InputError,
     atomic_dir,
@@ -38,19 +38,18 @@ from model.peft import WEIGHTS, read_adapter
 from model.process import lock, meet, stop
 from toss import files
 from toss.base import Base
-from toss.cli import FORMAT, INPUTS, NUMBER, ROOT, Parser, add_run_flags, like, parse, read_run
+from toss.cli import FORMAT, INPUTS, KINDS, ROOT, Parser, add_run_flags, like, parse, read_run
 from toss.config import TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
 from toss.parallel import rank
-from toss.progress import Progress, arithmetic, changed, cost_of
+from toss.progress import Planned, Progress, arithmetic, changed, cost_of
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
 
 RESULTS = ("degraded", "utility", "scores", "methods")  # what the scripts make
 IDENTITY = ("base_sha256", "tokenizer_sha256", "template", "max_length")
-KINDS = {f.name: NUMBER if f.type is float else f.type for f in fields(TrainConfig) if f.metadata}
 # Settings that are not a run's.
-HIDDEN = ("run", "overwrite", "given", "demo", "anew", "wait", "save_every")
+HIDDEN = ("run", "overwrite", "given", "demo", "anew", "wait", "save_every", "dry_run")
 
 
 class Run(Base):
@@ -67,6 +66,7 @@ class Run(Base):
             with suppress(InputError), self.holding(reads=[stage]):
                 pass  # puts it back
         self.hashes: dict[str, list] = dict(self.record.get("hashes", {}))
+        self.elsewhere: dict[str, Path] = {}  # adapters that stand for results: their folders
         # Of the stage at work: its recipe, its parts, and TOSS-Pro's rounds.
         self.making: dict[str, Any] = {}
         self.parts: dict[str, Progress] = {}
@@ -132,7 +132,8 @@ class Run(Base):
         recipe, saving = {**self.making, **arithmetic}, None
         if self.making:
             saving = self.hidden / recipe["stage"], recipe, self.args.save_every
-        self.parts[name] = Progress(name, self.device, self.folder, saving)
+        dry = self.args.dry_run
+        self.parts[name] = Progress(name, self.device, self.folder, saving, dry)
         return self.parts[name]
 
     # Results of earlier stages
@@ -145,8 +146,10 @@ class Run(Base):
 
     def source(self, key: str) -> Path:
         """The file behind an input: a flag ("--custom"), or what stands for an earlier result."""
+        if key in self.elsewhere:
+            return self.elsewhere[key] / WEIGHTS
         if key.startswith("--"):
-            return Path(getattr(self.args, key[2:]) or key)
+            return Path(getattr(self.args, key[2:], None) or key)
         path = self.path(key)
         return path if key == "scores" else path / ("model" if "/" in key else "") / WEIGHTS
 
@@ -204,11 +207,16 @@ class Run(Base):
 
     def reference_config(self) -> TrainConfig:
         """How theta^h was trained, so that TOSS-Pro can train it again."""
-        if record := self.check("degraded"):
-            if not like(record["settings"], KINDS):
-                raise InputError(f"{self.path('degraded')}: a setting in its record is damaged")
-            return TrainConfig.of({**record["settings"], "batch_tokens": self.args.batch_tokens})
-        raise InputError(f"{self.path('degraded')} has no record, so TOSS-Pro cannot retrain it")
+        if not (record := self.check("degraded")):
+            raise InputError(
+                f"{self.path('degraded')} has no record, so TOSS-Pro cannot retrain it"
+            )
+        if not like(record["settings"], KINDS):
+            raise InputError(f"{self.path('degraded')}: a setting in its record is damaged")
+        if "--degraded-adapter" in record["inputs"]:
+            print("theta^h was made elsewhere: it is trained again with this command's settings")
+            return TrainConfig.of(self.args)
+        return TrainConfig.of({**record["settings"], "batch_tokens": self.args.batch_tokens})
 
     def scored(self, needed: bool = True) -> tuple[Tokens, dict[str, Tensor]]:
         """The custom set's tokens, and their losses under each model, from scores.safetensors.
@@ -242,13 +250,25 @@ class Run(Base):
             raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
         return found["keep"], found.get("score")
 
+    def adopt(self, role: str, adapter: str | None) -> None:
+        """Take a PEFT adapter that was made elsewhere, a folder or hub id, as a reference."""
+        if adapter is not None:
+            flag = f"--{role}-adapter"
+            self.elsewhere[flag] = folder = resolve_adapter(adapter)
+            if self.args.dry_run:
+                self.elsewhere[role] = folder  # it is not copied
+            else:
+                self.once(role, lambda: read_adapter(self.base("score"), folder), [flag], {})
+
     # Making a result
 
     def recipe(self, inputs: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides a result: settings, hashes of its inputs, base and tokenizer."""
         for key in inputs:
-            if key.startswith("--") and getattr(self.args, key[2:]) is None:
+            if key[2:] in INPUTS and getattr(self.args, key[2:]) is None:
                 raise InputError(f"{key} must be given: {self.folder} was begun without it")
+            if key.startswith("--") and not (file := self.source(key)).is_file():
+                raise InputError(f"{file}: no such file; {key} says where it is now")
         hashes = {key: self.hash(self.source(key)) for key in inputs}
         return {"settings": settings, "inputs": hashes, **self.identity}
 
@@ -268,7 +288,11 @@ class Run(Base):
             dtype = self.dtypes["score" if stage == "scores" else "train"]
             recipe = self.recipe(inputs, {**settings, "dtype": dtype})
             done = self.is_done(stage, recipe)
-            result = None if done else self.make(stage, build, recipe)
+            try:
+                result = None if done else self.make(stage, build, recipe)
+            except Planned:
+                print(f"{stage}: a dry run ends here, nothing was written")
+                return
             if rank() == 0:
                 if done:
                     self.catch_up(stage, recipe)
@@ -299,11 +323,14 @@ class Run(Base):
         """Write a result, put it in its place, and say so. rows: the file that it is about."""
         with (atomic_file if stage == "scores" else atomic_dir)(self.path(stage)) as out:
             remarks = self.write(stage, result, out, {"stage": stage, **recipe})
-        data = self.datasets[rows]
-        counts = {name: getattr(data, name) for name in ("rows", "skipped", "cut")}
-        cost = {**counts, **cost_of(self.parts), **arithmetic()}
+        cost, took = {}, ""
+        if self.parts:  # else it was made elsewhere
+            data = self.datasets[rows]
+            counts = {name: getattr(data, name) for name in ("rows", "skipped", "cut")}
+            cost = {**counts, **cost_of(self.parts), **arithmetic()}
+            took = f"\n    {describe_cost(cost)}"
         self.finish(stage, recipe, **cost)
-        print(f"{stage}: wrote {self.path(stage)}\n    {describe_cost(cost)}")
+        print(f"{stage}: wrote {self.path(stage)}{took}")
         for remark in remarks:
             print(f"{stage}: {remark}")
 
@@ -349,7 +376,7 @@ class Run(Base):
 
         In the dtype of the stored base, unless --dtype asks for another one.
         """
-        if rank() > 0:
+        if rank() > 0 or self.args.dry_run:
             return
         folder, config = self.path(stage) / "model", read_json(self.checkpoint / "config.json")
         stored = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -409,15 +436,25 @@ class Run(Base):
                 file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def open_run(folder: str | Path, **settings: Any) -> Run:
-    """A run that exists, as its run.json has it. settings: see cli.DEVICE."""
+def open_run(folder: str | Path, adapter: Sequence = (), **settings: Any) -> Run:
+    """A run that exists, as its run.json has it. settings: see cli.DEVICE.
+
+    adapter: (name, folder or hub id) of adapters from elsewhere that are taken for methods.
+    """
     if not (Path(folder) / "run.json").exists():
         raise InputError(f"{folder} has no run.json: it is not a run directory")
     flags = Parser("audit", "")
     add_run_flags(flags)
     args = parse(flags, ["--run", str(folder)])
     vars(args).update({name: value for name, value in settings.items() if value is not None})
-    return Run(args)
+    run = Run(args)
+    for name, place in adapter:
+        if run.path(f"methods/{name}").exists():
+            raise InputError(
+                f"--adapter {name}: {folder} has a method of this name: choose another"
+            )
+        run.elsewhere[f"methods/{name}"] = resolve_adapter(place)
+    return run
 
 
 def differences(known: dict, wanted: dict) -> list[str]:

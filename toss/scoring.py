@@ -25,24 +25,25 @@ def score(
     tokens: Tokens,
     batch_tokens: int | None = None,
     on_batch: Callable[[dict], None] = lambda event: None,
-    start: Callable[[Tensor], object] = lambda losses: None,
+    start: Callable[[Tensor, str], object] = lambda losses, plan: None,
 ) -> Tensor:
     """-log P(y_ij | x_i, y_i,<j) of every response token under the model, float32 [N] on the CPU.
 
     Entry t belongs to token t of the flat arrays, and is 0 where that is no response token.
     batch_tokens: per batch, padding included; halved when memory runs out. on_batch gets {"step",
     "steps", "tokens"} after each batch, with the losses so far as "work", and {"remark": text}.
-    start: puts the losses of an interrupted call into the tensor that it is given. Raises NotFinite
-    naming the row for a NaN or an infinity; an overflow of float16 ends in one.
+    start: is given the plan, a text, and puts the losses of an interrupted call into the tensor
+    that it is given. Raises NotFinite naming the row for a NaN or an infinity; an overflow of
+    float16 ends in one.
     """
     budget = batch_tokens or BATCH_TOKENS[model.device.type]
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
-    start(losses)
+    there = [i for i, length in enumerate(tokens.lengths) if length]
+    start(losses, f"rows: {len(there)}, tokens: {len(losses)}, the longest rows first")
     sum_over_processes([losses])
     known = set(tokens.row_of(losses.cpu().nonzero()[:, 0]).tolist())
     if rank() > 0:
         losses.zero_()  # each entry is held by one process
-    there = [i for i, length in enumerate(tokens.lengths) if length]
     groups = share(batches(there, tokens.lengths, budget))
     groups = sorted(([i for i in group if i not in known] for group in groups), key=bool)
     done, rest = groups.count([]), sum(tokens.lengths[i] for i in there if i not in known)

@@ -21,7 +21,7 @@ from toss.parallel import share, sum_over_processes
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-Resume = Callable[[torch.optim.Optimizer], tuple[int, int | None]]
+Resume = Callable[[torch.optim.Optimizer, str], tuple[int, int | None]]
 
 
 @fast
@@ -46,8 +46,9 @@ def train(
     weights: float32 [N], w over the flat arrays; only response tokens count. objective: takes the
     place of the sum, see loss.token_loss. start: an adapter to continue from, or a function that
     brings the optimizer to the state of an interrupted call and returns its step and tokens per
-    batch. on_step gets {"step", "steps", "loss", "grad_norm", "lr", "tokens"} after each step, with
-    the optimizer as "work" and "tokens_per_batch", and {"remark": text} when batches are halved.
+    batch; it is also given the plan, a text. on_step gets {"step", "steps", "loss", "grad_norm",
+    "lr", "tokens"} after each step, with the optimizer as "work" and "tokens_per_batch", and
+    {"remark": text} when batches are halved.
     Raises InputError naming the row when a loss is not finite, DoesNotFit for a row too long.
     """
     if not any(tokens.lengths):
@@ -60,9 +61,11 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     wanted = tokens.response & (weights != 0)
     step = Step(model, parameters, tokens, wanted, weights.to(model.device), objective)
-    done, budget = start(optimizer) if callable(start) else (0, None)
+    there = sum(map(bool, tokens.lengths))
+    steps = config.epochs * math.ceil(there / config.batch_size)
+    plan = f"optimizer steps: {steps} (rows: {there}, epochs: {config.epochs})"
+    done, budget = start(optimizer, plan) if callable(start) else (0, None)
     budget = budget or config.batch_tokens or BATCH_TOKENS[model.device.type]
-    steps = config.epochs * math.ceil(sum(map(bool, tokens.lengths)) / config.batch_size)
     for n, rows in islice(enumerate(training_steps(tokens, config), start=1), done, None):
         half_turn = math.pi * (n - 1) / steps
         factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))

@@ -2,10 +2,39 @@
 
 from collections.abc import Sequence
 
+from toss.cli import KINDS
+
 
 def methods_of(run) -> list[str]:
     """Names of a Run's methods that have a model, in alphabetical order."""
     return sorted(path.parent.name for path in (run.folder / "methods").glob("[!.]*/model"))
+
+
+def cautions(stages: dict, table: dict[str, dict[str, dict]]) -> list[str]:
+    """What forbids conclusions from a table of metrics, a sentence each: methods that were trained
+    otherwise than plain fine-tuning, and a plain fine-tuning that did no harm.
+
+    stages: of run.json. table: {method: {metric: {"value", "low", "high"}}}.
+    """
+    made = {m: stages.get(f"methods/{m}", {}).get("recipe", {}).get("settings", {}) for m in table}
+    how = {m: {key: made[m].get(key) for key in (*KINDS, "dtype")} for m in table if made[m]}
+    first, said = "sft" if "sft" in how else next(iter(how), ""), []
+    for m in table.keys() - how.keys() - {"base"}:
+        said.append(f"note: {m} was made elsewhere; how it was trained is not known here")
+    for m in how:
+        pairs = {key: (value, how[first][key]) for key, value in how[m].items()}
+        if differs := [f"{key} {a}, not {b}" for key, (a, b) in pairs.items() if a != b]:
+            what = f"{m} was trained otherwise than {first} ({', '.join(differs)})"
+            said.append(f"warning: {what}: this is no comparison of the two methods")
+    name = "forbidden" if "forbidden" in table.get("sft", {}) else "not_refused"
+    base, sft = (table.get(method, {}).get(name, {}) for method in ("base", "sft"))
+    if None not in (sft.get("low"), base.get("high")) and sft["low"] <= base["high"]:
+        what = f"{name} {sft['value']:.2f}, base {base['value']:.2f}: the intervals overlap"
+        said.append(
+            f"warning: plain fine-tuning (sft) did not clearly lose the base's safety ({what}), so "
+            "nothing can be concluded about what protects it"
+        )
+    return said
 
 
 def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:

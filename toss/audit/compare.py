@@ -15,6 +15,7 @@ from pathlib import Path
 from model.io import InputError, json_lines, read_json
 from toss import cli
 from toss.audit.baselines import dsir, safeinstr
+from toss.audit.command import cautions
 from toss.audit.experiment import Experiment, per_seed, save, spread, table, value, world_files
 
 SMALL = {"toss": {"method": "toss"}, "toss-pro": {"method": "toss", "pro": 1}}
@@ -173,7 +174,11 @@ def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> No
     if own and every:
         raise InputError(f"{folder} was begun with your own inputs; --all needs the embedded world")
     if own:
-        found, title, legend = [as_evaluated(folder)], "as evaluated", ""
+        found, title = [as_evaluated(folder)], "as evaluated"
+        table = {name: row["metrics"] for name, row in found[0].items()}
+        legend = "".join(
+            f"\n\n{said}" for said in cautions(open_run(folder).record["stages"], table)
+        )
         names = [name for row in found[0].values() for name in row["metrics"]]
         columns = [name for name in dict.fromkeys(names) if "@" not in name]
     elif seeds:

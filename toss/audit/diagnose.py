@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     flag = parser.add_argument
     flag("--rows", nargs="+", metavar="FILE", help="rows with responses, one group per file")
     flag("--methods", help="comma-separated (default: all of the run)")
+    cli.add_adapter_flag(parser)
     flag("--max-rows", type=cli.count, default=64, help="rows per group (default: 64)")
     flag("--positions", type=cli.count, default=48, help="response positions (default: 48)")
     args = parser.parse_args(argv)
@@ -127,8 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     from toss.run import open_run
 
     how = {name: getattr(args, name) for name in cli.DEVICE}
-    run = open_run(args.run, **how)
+    run = open_run(args.run, args.adapter, **how)
     methods = args.methods.split(",") if args.methods else methods_of(run)
+    methods += [name for name, _ in args.adapter if name not in methods]
     reads = ["degraded", "utility", "scores", *(f"methods/{method}" for method in methods)]
     with run.holding("diagnosis", reads=reads):
         found = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)

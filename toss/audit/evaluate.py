@@ -26,7 +26,7 @@ from pathlib import Path
 
 from model.io import InputError, atomic_file, read_json, read_text
 from toss import cli
-from toss.audit.command import markdown, methods_of
+from toss.audit.command import cautions, markdown, methods_of
 
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
 SETS = {
@@ -119,7 +119,8 @@ def write_tables(run, methods: Sequence[str]) -> Table:
         print(f"note: the methods were made in different ways, so last bits differ ({found})")
     write_metrics(run.folder / "metrics.json", every)
     for method in set(methods) - {"base"}:
-        write_metrics(run.path(f"methods/{method}") / "metrics.json", {method: every[method]})
+        if (folder := run.path(f"methods/{method}")).exists():  # not made elsewhere
+            write_metrics(folder / "metrics.json", {method: every[method]})
     return {method: every[method] for method in methods}
 
 
@@ -162,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--methods", help="comma-separated, may include base (default: base and all of the run)")
     for name, text in SETS.items():
         flag(f"--{name}", metavar="FILE", help=text)
+    cli.add_adapter_flag(parser)
     text = "text file with one forbidden word per line (the demo has its own)"
     flag("--words", metavar="FILE", help=text)
     text = "ask again after the first K tokens of the harmful row's response (usual: 0,1,3,5,10)"
@@ -175,13 +177,15 @@ def main(argv: list[str] | None = None) -> None:
     from toss.run import open_run
 
     how = {name: getattr(args, name) for name in cli.DEVICE}
-    run = open_run(args.run, **how)
+    run = open_run(args.run, args.adapter, **how)
     methods = args.methods.split(",") if args.methods else ["base", *methods_of(run)]
+    methods += [name for name, _ in args.adapter if name not in methods]
     words = read_text(args.words).split("\n") if args.words else []
     words = [word.strip() for word in words if word.strip()]
     if not args.words and run.record.get("demo"):
         words = read_json(cli.DEMO)["forbidden_words"]
-    print(format_table(evaluate_run(run, methods, files, words, args.max_new_tokens, args.prefill)))
+    table = evaluate_run(run, methods, files, words, args.max_new_tokens, args.prefill)
+    print(format_table(table), *cautions(run.record["stages"], table), sep="\n")
 
 
 if __name__ == "__main__":
