@@ -14,6 +14,7 @@ than others, because theta^h was trained on them.
 
 import math
 import sys
+from pathlib import Path
 
 from model.io import InputError
 from toss import cli
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "method with TOSS-Pro's rounds, whose last degraded model is used (default: toss)"
     flag("--method", default="toss", metavar="NAME", help=text)
     args = cli.parse(parser, argv)
+    from toss.files import record_of
     from toss.run import Run
 
     found = calibrate(Run(args), args.held_out, args.quantile, args.method)
@@ -99,8 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{found['threshold']:.4f} nats is the {args.quantile} quantile of S on held-out rows")
     print(f"{found['above']} of {found['held_out']} held-out tokens are above it")
     print(f"{found['discard']:.4f} of {found['ranked']} custom tokens are above it{truth}")
-    name = f"--name {args.method}-calibrated" + (" --pro 1" if args.method != "toss" else "")
-    print(f"\nselect.py --run {args.run} --discard {found['discard']:.6f} {name}")
+    flags, known = f"--discard {found['discard']:.6f} --name {args.method}-calibrated", {}
+    if args.method != "toss":
+        known = record_of(Path(args.run) / "methods" / args.method)["settings"]
+    for name in ("pro", "pro_samples", "pro_train"):
+        flags += f" --{name.replace('_', '-')} {known[name]}" if name in known else ""
+    print(f"\n{sys.executable} select.py --run {args.run} {flags}")
 
 
 if __name__ == "__main__":
