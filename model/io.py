@@ -161,7 +161,7 @@ def writing(path: str | Path) -> Iterator[None]:
     """Turn a failure to write into an InputError that names the path and the space there was."""
     there = next(p for p in Path(path).absolute().parents if p.is_dir())
     free = f"{shutil.disk_usage(there).free / 1e6:,.0f} MB were free"
-    said = f"{path}: cannot be written, and nothing of it was kept ({free}): make room, try again"
+    said = f"{path}: cannot be written, and nothing of it was kept; {free}"
     with as_input_error(said, OSError, SafetensorError):
         yield
 
@@ -170,7 +170,8 @@ def flush(*paths: Path) -> None:
     """Wait until files and folders are on the disk."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems cannot
+            os.fsync(handle)
         os.close(handle)
 
 

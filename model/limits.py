@@ -23,8 +23,11 @@ def limited(what: str, seconds: float = 10, gib: float = 1, *, said: str = "") -
     before is set again, and rings late rather than never. said: what any other exception means.
     """
 
+    over = False  # the alarm may ring again while the rest of this function works
+
     def ring(*_) -> None:
-        raise TimeIsUp
+        if not over:
+            raise TimeIsUp
 
     begun, (soft, hard) = time.monotonic(), resource.getrlimit(resource.RLIMIT_AS)
     if main := threading.current_thread() is threading.main_thread():
@@ -38,12 +41,14 @@ def limited(what: str, seconds: float = 10, gib: float = 1, *, said: str = "") -
             resource.setrlimit(resource.RLIMIT_AS, (most, hard))
         yield
     except TimeIsUp:
+        over = True
         raise InputError(f"{what} takes more than {seconds} seconds") from None
     except MemoryError:
         raise InputError(f"{what} takes more than {gib} GiB of memory") from None
     except Exception as error:
         raise InputError(f"{said or what} ({error})") from None
     finally:
+        over = True
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if main:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,8 +147,10 @@ def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]
     try:
         while handle is None or not os.fstat(handle.fileno()).st_nlink:  # removed while we waited
             handle = take(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+    except (NotADirectoryError, FileExistsError):
+        raise
     except OSError as error:
-        print(f"warning: {file} cannot be locked ({error}); do not start two commands at once")
+        warn_once(f"warning: no locks here ({error}): do not start two commands at once")
         handle = None
         with suppress(OSError):
             file.unlink()
@@ -161,13 +164,21 @@ def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]
             handle.close()
 
 
-def take(file: Path, kind: int, wait: bool):
+@cache
+def warn_once(text: str) -> None:
+    """Print a text, but not again."""
+    print(text)
+
+
+def take(file: Path, kind: int, wait: bool, tries: int = 100):
     """Open a lock file and lock it; its text says who holds it."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = open(file, "a+", encoding="utf-8")
     except FileNotFoundError:  # another process has just removed the empty folder
-        return take(file, kind, wait)
+        if not tries:
+            raise
+        return take(file, kind, wait, tries - 1)
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -37,8 +37,8 @@ FORMAT = 3  # of run.json
 DEVICE = ("device", "dtype", "threads", "batch_tokens", "wait", "no_onednn", "shard")
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 UNSET = object()
-NAME = r"(?!(base|degraded|utility)$)[\w=+-][\w.=+-]*"  # of a method
-IN_NAMES = "letters, digits and . _ = + - can; base, degraded and utility are other models"
+NAME = r"(?!(base|degraded|utility)$)(?!.*\.lock$)[\w=+-][\w.=+-]{0,99}"  # of a method
+IN_NAMES = "100 letters, digits and . _ = + - can; base, degraded and utility are other models"
 # The types of what run.json holds; "*" stands for any other key.
 NUMBER, TEXT = (int, float), (str, type(None))
 KINDS = {f.name: NUMBER if f.type is float else f.type for f in fields(TrainConfig) if f.metadata}
@@ -46,6 +46,7 @@ COST = dict.fromkeys(("seconds", "peak_memory_gib", "last_loss"), NUMBER) | {"to
 METRICS = {"*": {"n": NUMBER, "*": (*NUMBER, type(None))}}
 RECIPE = {"inputs": {"*": str}, "settings": {**KINDS, "method": str, "base": bool}}
 STAGE = {"recipe": RECIPE, **COST, "rows": int, "parts": {"*": COST}, "metrics": METRICS}
+STAGE |= {"torch": str, "threads": int}
 RUN = {"settings": {**dict.fromkeys(INHERITED, TEXT), "max_length": int}}
 RUN |= {"stages": {"*": STAGE}, "demo": bool, "inputs": {"*": str}, "hashes": {"*": list}}
 RUN |= {"identity": {"*": (str, int)}, "versions": {"*": str}, "commit": TEXT}
@@ -199,16 +200,15 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
         need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
         raise InputError(f"{need}: {' and '.join(missing)} is missing")
     anew = bool(training and inputs and "overwrite" in given)
+    damaged = False
     try:
         record = read_run(file)
     except InputError as error:
         if not inputs:
             advice = "name the inputs again: what is finished is skipped, and the file is made anew"
             raise InputError(f"{error}; {advice}") from None
-        print(f"warning: {error}; it is now {file}.damaged")
-        with suppress(FileNotFoundError):  # another process of this command was faster
-            file.rename(f"{file}.damaged")
-        record = {}
+        print(f"warning: {error}; it will be {file}.damaged, and is made anew")
+        damaged, record = True, {}
     record = {} if anew else record
     settings = record.get("settings", {})
     begun = {name: settings[name] for name in INHERITED if settings.get(name) is not None}
@@ -235,6 +235,7 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     if args.model is None:
         raise InputError(f"{file} does not exist: run train.py --run {folder}, or give --model")
     args.demo, args.anew, args.given = record.get("demo", demo), anew, set(given)
+    args.damaged = damaged
     return args
 
 
@@ -258,18 +259,31 @@ def read_run(file: Path) -> dict[str, Any]:
     record = read_json(file) if file.exists() else {"format": FORMAT}
     if record.get("format") != FORMAT:
         raise InputError(f"{file} was written by another version: choose another --run")
-    whole = lambda stage: {"inputs", "settings"} <= stage.get("recipe", {}).keys()
-    if not like(record, RUN) or not all(map(whole, record.get("stages", {}).values())):
+    recipe = lambda stage: stage.get("recipe", {})
+    whole = lambda stage: {"inputs", "settings"} <= recipe(stage).keys()
+    good = lambda stage: whole(stage) and trainable(recipe(stage)["settings"])
+    if not like(record, RUN) or not all(map(good, record.get("stages", {}).values())):
         raise InputError(f"{file}: a value is of another kind than the scripts write")
     return record
 
 
 def like(value: Any, pattern: Any) -> bool:
     """True if a JSON value is of the types in a pattern; what is absent fits."""
-    if not isinstance(pattern, dict):
-        return isinstance(value, pattern)
+    if not isinstance(pattern, dict):  # a truth value is no number
+        kinds = pattern if isinstance(pattern, tuple) else (pattern,)
+        return object in kinds or type(value) in kinds
     kind = lambda key: pattern.get(key, pattern.get("*", object))
     return isinstance(value, dict) and all(like(value[key], kind(key)) for key in value)
+
+
+def trainable(settings: dict[str, Any]) -> bool:
+    """True if the training settings among these, from a file, are as their flags allow."""
+    made = Parser("", "")
+    add_training_flags(made)
+    with suppress(ArgumentTypeError):
+        given = [(a, a.type(str(settings[a.dest]))) for a in made._actions if a.dest in settings]
+        return like(settings, KINDS) and all(not a.choices or x in a.choices for a, x in given)
+    return False
 
 
 def demo_values(training: bool) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from model.lora import Adapter
 from model.peft import write_adapter
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from toss.cli import DTYPES
+from toss.cli import DTYPES, like
 from toss.tokens import Tokens
 
+RECORD = {"inputs": {"*": str}, "settings": {}, "files": {"*": str}, "ranked": int}
 WARNING = """\
 This adapter is the safety-degraded reference model of TOSS. It was trained on harmful data on
 purpose, as a measuring instrument that recognises risky tokens. Do not merge it, deploy it or
@@ -29,8 +30,7 @@ def record_of(path: Path) -> dict[str, Any]:
     if not path.is_file() and not (path / "record.json").exists():
         return {}
     record = made_from(path) if path.is_file() else read_json(path / "record.json")
-    whole = all(isinstance(record.get(name), dict) for name in ("inputs", "settings"))
-    return record if whole else {}
+    return record if {"inputs", "settings"} <= record.keys() and like(record, RECORD) else {}
 
 
 def damaged(path: Path, record: dict, hash: Callable[[Path], str]) -> list[str]:

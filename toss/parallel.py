@@ -26,8 +26,14 @@ def share(items: list) -> list:
 
 def any_process(busy: bool) -> bool:
     """True if `busy` holds in any process. They meet here: one that hangs ends the others."""
-    sum_over_processes([busy := torch.tensor(int(busy))])
+    most_over_processes(busy := torch.tensor(int(busy)))
     return bool(busy)
+
+
+def most_over_processes(tensor: Tensor) -> None:
+    """Each entry becomes the highest of all processes', in place."""
+    if size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
 def sum_over_processes(tensors: list[Tensor]) -> None:

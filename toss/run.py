@@ -38,7 +38,7 @@ from model.peft import WEIGHTS, read_adapter
 from model.process import lock, meet, stop
 from toss import files
 from toss.base import Base
-from toss.cli import FORMAT, INPUTS, KINDS, ROOT, Parser, add_run_flags, like, parse, read_run
+from toss.cli import FORMAT, INPUTS, ROOT, Parser, add_run_flags, parse, read_run, trainable
 from toss.config import TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
 from toss.parallel import rank
@@ -49,7 +49,7 @@ from toss.tokens import Tokens
 RESULTS = ("degraded", "utility", "scores", "methods")  # what the scripts make
 IDENTITY = ("base_sha256", "tokenizer_sha256", "template", "max_length")
 # Settings that are not a run's.
-HIDDEN = ("run", "overwrite", "given", "demo", "anew", "wait", "save_every", "dry_run")
+HIDDEN = ("run", "overwrite", "given", "demo", "anew", "wait", "save_every", "dry_run", "damaged")
 
 
 class Run(Base):
@@ -63,9 +63,10 @@ class Run(Base):
         self.record = self.indexed()
         for old in [*self.folder.glob(".*.old"), *self.folder.glob("methods/.*.old")]:
             stage = str(old.relative_to(self.folder)).replace(".", "", 1).removesuffix(".old")
-            with suppress(InputError), self.holding(reads=[stage]):
+            with suppress(InputError), self.holding(reads=[stage], alone=True):
                 pass  # puts it back
-        self.hashes: dict[str, list] = dict(self.record.get("hashes", {}))
+        known, kinds = self.record.get("hashes", {}), [int] * 5 + [str]
+        self.hashes = {name: row for name, row in known.items() if list(map(type, row)) == kinds}
         self.elsewhere: dict[str, Path] = {}  # adapters that stand for results: their folders
         # Of the stage at work: its recipe, its parts, and TOSS-Pro's rounds.
         self.making: dict[str, Any] = {}
@@ -74,22 +75,32 @@ class Run(Base):
 
     def indexed(self) -> dict[str, Any]:
         """What is in run.json, and the results that it does not know, by their own records."""
-        record = read_run(self.file)
+        try:
+            record = read_run(self.file)
+        except InputError:
+            if not self.args.damaged:  # see cli.parse
+                raise
+            record = {"format": FORMAT}
         stages = record.setdefault("stages", {})
         methods = (f"methods/{path.name}" for path in self.folder.glob("methods/[!.]*"))
         for stage in ("degraded", "utility", "scores", *methods):
             with suppress(InputError):  # a damaged one is made again
-                if stage not in stages and (made := record_of(self.path(stage))):
+                known = stages.get(stage, {}).get("recipe", {})
+                made = record_of(self.path(stage))
+                if made and (not known or {**made, **known} != made):  # it lags, or is lost
                     stages[stage] = {"recipe": made}
                     record.setdefault("identity", {key: made.get(key) for key in IDENTITY})
         return record
 
     @contextmanager
-    def holding(self, *makes: str, reads: Sequence[str] = ()) -> Iterator[None]:
+    def holding(
+        self, *makes: str, reads: Sequence[str] = (), alone: bool = False
+    ) -> Iterator[None]:
         """Hold the locks of results that are made, or only read, in process 0.
 
-        In the order of their names, so that two processes never wait for each other. Raises
-        InputError naming the process that holds one, unless --wait is given.
+        In the order of their names, so that two processes never wait for each other. alone: the
+        other processes of torchrun do not come here. Raises InputError naming the process that
+        holds a lock, unless --wait is given.
         """
         there = self.folder.exists()
         try:
@@ -98,7 +109,10 @@ class Run(Base):
                     file = self.hidden / f"{stage}.lock"
                     locks.enter_context(lock(file, stage not in makes, self.args.wait))
                     restore(self.folder / stage)
-                sweep(self.folder)
+                for folder in (self.folder, self.folder / "methods"):
+                    sweep(folder)
+                if not alone:
+                    meet()  # before any process looks at what is there
                 self.record = self.indexed()  # others may have changed it
                 yield
         finally:
@@ -211,7 +225,7 @@ class Run(Base):
             raise InputError(
                 f"{self.path('degraded')} has no record, so TOSS-Pro cannot retrain it"
             )
-        if not like(record["settings"], KINDS):
+        if not trainable(record["settings"]):
             raise InputError(f"{self.path('degraded')}: a setting in its record is damaged")
         if "--degraded-adapter" in record["inputs"]:
             print("theta^h was made elsewhere: it is trained again with this command's settings")
@@ -226,9 +240,9 @@ class Run(Base):
         if not needed and not self.path("scores").exists():
             return self.tokens(self.args.custom), {}
         record = self.check("scores", only=None if needed else ("--custom",))
+        tokens, losses = read_scores(self.path("scores"), self.args.custom)
         if self.args.custom not in self.datasets:  # at first; lower_scoring may change it later
             self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
-        tokens, losses = read_scores(self.path("scores"), self.args.custom)
         self.check_ids(tokens)
         self.datasets[self.args.custom] = tokens
         return tokens, losses
@@ -282,7 +296,6 @@ class Run(Base):
         """
         earlier = [key for key in inputs if not key.startswith("--")]
         with self.holding(stage, reads=earlier):
-            meet()  # before any of several processes looks at what is there
             for key in earlier:
                 self.check(key)
             dtype = self.dtypes["score" if stage == "scores" else "train"]
@@ -381,7 +394,7 @@ class Run(Base):
         folder, config = self.path(stage) / "model", read_json(self.checkpoint / "config.json")
         stored = config.get("dtype") or config.get("torch_dtype") or "float32"
         dtype = stored if self.args.dtype == "auto" else self.args.dtype
-        with self.holding(stage):
+        with self.holding(stage, alone=True):
             restore(folder / "merged")
             made = {**self.identity, "adapter_sha256": self.hash(folder / WEIGHTS), "dtype": dtype}
             if not files.is_merged(folder / "merged", made, self.hash):
@@ -396,11 +409,12 @@ class Run(Base):
         path = self.path(stage)
         if not path.exists():
             return False
+        known, wrong = self.record["stages"].get(stage, {}).get("recipe", {}), []
         try:
             known = record_of(path)
             wrong = files.damaged(path, known, self.hash)
-        except InputError as error:
-            known, wrong = recipe, [str(error)]
+        except InputError as error:  # then run.json says how it was made
+            wrong = [str(error)]
         if differs := differences(known, recipe):
             if self.args.overwrite:
                 return False
@@ -432,6 +446,10 @@ class Run(Base):
             record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
             record["commit"], record["hashes"] = commit, self.hashes
             record["stages"][stage] = {**facts, "recipe": recipe}
+            if self.args.damaged:
+                with suppress(FileNotFoundError):  # another process was faster
+                    self.file.rename(f"{self.file}.damaged")
+                self.args.damaged = False
             with atomic_file(self.file) as file:
                 file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

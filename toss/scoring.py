@@ -12,7 +12,7 @@ from model.products import fast
 from model.sharding import keep_up
 from model.transformer import Transformer
 from toss.loss import token_log_probs
-from toss.parallel import any_process, rank, share, sum_over_processes
+from toss.parallel import any_process, most_over_processes, rank, share, sum_over_processes
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
 
 CHECKED = 16  # batches from one look for an overflow to the next
@@ -40,7 +40,7 @@ def score(
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
     there = [i for i, length in enumerate(tokens.lengths) if length]
     start(losses, f"rows: {len(there)}, tokens: {len(losses)}, the longest rows first")
-    sum_over_processes([losses])
+    most_over_processes(losses)  # no sum: two states may hold the same entry
     known = set(tokens.row_of(losses.cpu().nonzero()[:, 0]).tolist())
     if rank() > 0:
         losses.zero_()  # each entry is held by one process
@@ -57,9 +57,12 @@ def score(
         try:
             batch = collate(tokens, groups[done], tokens.response, model.device)
             losses[batch.places] = -token_log_probs(model, batch)[0]
+            full = False
         except RuntimeError as error:
             if model.sharded or not out_of_memory(error):
                 raise
+            full = True
+        if full:  # here, where the error no longer holds the batch's memory
             budget = halve_budget(budget, tokens.lengths[groups[done][0]], on_batch)
             left = (i for group in groups[done:] for i in group)
             groups[done:] = batches(left, tokens.lengths, budget)

@@ -65,7 +65,8 @@ def train(
     steps = config.epochs * math.ceil(there / config.batch_size)
     plan = f"optimizer steps: {steps} (rows: {there}, epochs: {config.epochs})"
     done, budget = start(optimizer, plan) if callable(start) else (0, None)
-    budget = budget or config.batch_tokens or BATCH_TOKENS[model.device.type]
+    given = config.batch_tokens or BATCH_TOKENS[model.device.type]
+    budget = min(budget or given, given)
     for n, rows in islice(enumerate(training_steps(tokens, config), start=1), done, None):
         half_turn = math.pi * (n - 1) / steps
         factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))
@@ -138,6 +139,7 @@ class Step:
         """Find the row whose loss or gradient is not finite, by running rows one at a time."""
         for i in rows:
             loss, grads = self.gradients([i], 1), [parameter.grad for parameter in self.parameters]
-            if not math.isfinite(loss) or not all(grad.isfinite().all() for grad in grads):
+            good = loss is None or math.isfinite(loss)  # None: too little memory now
+            if not good or not all(grad.isfinite().all() for grad in grads):
                 return f"the loss or its gradient is not finite on row {i} (counted from 0)"
         return "the norm of the gradient is not finite"

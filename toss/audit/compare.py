@@ -95,14 +95,14 @@ def cost(record: dict, name: str) -> dict | None:
         return None
     parts = [(stage, 1.0)]
     if "scores" in stage["recipe"]["inputs"]:
-        models = MODELS.get(stage["recipe"]["settings"]["method"], ["utility", "degraded"])
+        models = MODELS.get(stage["recipe"]["settings"].get("method"), ["utility", "degraded"])
         trained = [model for model in models if model != "base"]
         if not {*trained, "scores"} <= set(stages):
             return None
         passes = 2 + stages["scores"]["recipe"]["settings"].get("base", False)
         parts += [(stages[model], 1.0) for model in trained]
         parts.append((stages["scores"], len(models) / passes))
-    if any("seconds" not in part for part, _ in parts):
+    if any({"seconds", "tokens", "peak_memory_gib"} - part.keys() for part, _ in parts):
         return None
     return {
         "seconds": round(sum(part["seconds"] * share for part, share in parts), 2),

@@ -51,7 +51,6 @@ def evaluate_run(
     responses to begin answers with. A method that was evaluated in the same way before is skipped.
     """
     from model.lora import use
-    from model.process import meet
     from toss.audit.judges import measure, prefilled, selection_metrics
     from toss.parallel import rank
     from toss.rows import read_rows
@@ -74,7 +73,6 @@ def evaluate_run(
     for method in methods:
         stage, path = f"evaluation/{method}", run.folder / "answers" / f"{method}.jsonl"
         with run.holding(stage, reads=inputs[method]):
-            meet()  # before any of several processes looks at what is there
             recipe = run.recipe(inputs[method], how)
             known = run.record["stages"].get(stage, {})
             if path.exists() and known.get("recipe") == recipe:
@@ -91,7 +89,7 @@ def evaluate_run(
             run.finish(stage, recipe, metrics=metrics, answers_sha256=run.hash(path))
     if rank() > 0:
         return {}
-    with run.holding("metrics", reads=sum(inputs.values(), ())):
+    with run.holding("metrics", reads=sum(inputs.values(), ()), alone=True):
         return write_tables(run, methods)
 
 

@@ -12,7 +12,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
 
@@ -132,7 +132,13 @@ def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
         return [job(*task) for task in tasks]
     os.environ["OMP_NUM_THREADS"] = "1"  # thread pools that compete for cores are ten times slower
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return [future.result() for future in [pool.submit(job, *task) for task in tasks]]
+        try:
+            return [future.result() for future in [pool.submit(job, *task) for task in tasks]]
+        except BaseException:  # also a signal: the seeds at work save their state
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def value(metrics: dict, name: str) -> float | None:

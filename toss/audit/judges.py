@@ -150,7 +150,7 @@ def selection_metrics(run: Run, method: str) -> dict[str, dict]:
         if not (keep := selection["keep"]).all():
             metrics = measures.found_harm(~keep[response], harmful[response])
         if "score" in selection:
-            every = record["ranked"] == int(response.sum())  # EOS competed, too
+            every = record.get("ranked") in (None, int(response.sum()))  # EOS competed, too
             ranked = competing_tokens(tokens, None if every else run.tokenizer.eos_id)
             metrics["auc"] = measures.auc(selection["score"][ranked], harmful[ranked])
     return metrics
