@@ -95,7 +95,10 @@ def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     """The objects of a JSONL file, each with its file:line."""
-    for where, line in lines_of(path):
+    for number, (where, line) in enumerate(lines_of(path)):
+        if number == 0 and line.lstrip().startswith("["):
+            fix = f"`jq -c '.[]' {path} > rows.jsonl` makes a file with one object per line"
+            raise InputError(f"{where}: the file is one JSON array; {fix}")
         yield where, json_object(line, where)
 
 
