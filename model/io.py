@@ -112,10 +112,10 @@ def file_hash(path: str | Path) -> str:
 
 
 @contextmanager
-def opened(file: str | Path, framework: str = "pt", device: object = "cpu"):
+def opened(file: str | Path, device: object = "cpu"):
     """A safetensors file open for reading; InputError naming it when it cannot be read."""
     readable = as_input_error(f"{file}: cannot be read as safetensors", SafetensorError, OSError)
-    with readable, safe_open(regular(file), framework, device=str(device)) as tensors:
+    with readable, safe_open(regular(file), "pt", device=str(device)) as tensors:
         yield tensors
 
 
@@ -146,7 +146,7 @@ def save_tensors(tensors: dict, file: str | Path, made_from: dict) -> None:
 
 def made_from(file: str | Path) -> dict:
     """What save_tensors wrote into the header; {} if the file was made by another program."""
-    with opened(file, "numpy") as tensors:
+    with opened(file) as tensors:
         header = tensors.metadata() or {}
     return json_object(header.get("made_from", "{}"), f"{file}: made_from in the header")
 
