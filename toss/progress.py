@@ -141,7 +141,7 @@ def state_of(work: Optimizer | Tensor) -> dict[str, Tensor]:
     return tensors
 
 
-def read_state(file: Path, recipe: dict | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_state(file: Path, recipe: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record and the tensors of a state; empty if there is none of this recipe."""
     with suppress(InputError):
         record = made_from(file)
