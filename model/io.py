@@ -95,7 +95,10 @@ def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     """The objects of a JSONL file, each with its file:line."""
-    for where, line in lines_of(path):
+    for number, (where, line) in enumerate(lines_of(path)):
+        if number == 0 and line.lstrip().startswith("["):
+            fix = f"`jq -c '.[]' {path} > rows.jsonl` makes a file with one object per line"
+            raise InputError(f"{where}: the file is one JSON array; {fix}")
         yield where, json_object(line, where)
 
 
@@ -109,10 +112,10 @@ def file_hash(path: str | Path) -> str:
 
 
 @contextmanager
-def opened(file: str | Path, framework: str = "pt", device: object = "cpu"):
+def opened(file: str | Path, device: object = "cpu"):
     """A safetensors file open for reading; InputError naming it when it cannot be read."""
     readable = as_input_error(f"{file}: cannot be read as safetensors", SafetensorError, OSError)
-    with readable, safe_open(regular(file), framework, device=str(device)) as tensors:
+    with readable, safe_open(regular(file), "pt", device=str(device)) as tensors:
         yield tensors
 
 
@@ -143,7 +146,7 @@ def save_tensors(tensors: dict, file: str | Path, made_from: dict) -> None:
 
 def made_from(file: str | Path) -> dict:
     """What save_tensors wrote into the header; {} if the file was made by another program."""
-    with opened(file, "numpy") as tensors:
+    with opened(file) as tensors:
         header = tensors.metadata() or {}
     return json_object(header.get("made_from", "{}"), f"{file}: made_from in the header")
 

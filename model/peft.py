@@ -155,11 +155,11 @@ def own_base_hash(model: Transformer) -> str | None:
     return model.base_sha256
 
 
-def save_adapter(model: Transformer, path: str | Path, made_from: dict | None = None) -> None:
+def save_adapter(model: Transformer, path: str | Path) -> None:
     """Write the active adapter to folder `path`; see write_adapter."""
     if (adapter := active(model)) is None:
         raise InputError("the model carries no adapter to save")
-    write_adapter(adapter, model, path, made_from)
+    write_adapter(adapter, model, path)
 
 
 def write_adapter(

@@ -19,6 +19,8 @@ from toss.cli import DTYPES, like
 from toss.tokens import Tokens
 
 RECORD = {"inputs": {"*": str}, "settings": {}, "files": {"*": str}, "ranked": int}
+ARRAYS = {"input_ids": torch.int32, "offsets": torch.int64}  # of Tokens, as they are written
+ARRAYS |= {"response": torch.bool, "harmful": torch.bool}
 WARNING = """\
 This adapter is the safety-degraded reference model of TOSS. It was trained on harmful data on
 purpose, as a measuring instrument that recognises risky tokens. Do not merge it, deploy it or
@@ -62,7 +64,7 @@ def fingerprint(tokens: Tokens) -> str:
 
 def write_scores(file: Path, tokens: Tokens, losses: dict[str, Tensor], record: dict) -> None:
     """Flat arrays over all rows: ids, row bounds, response flags, ground truth, and losses."""
-    arrays = {n: getattr(tokens, n) for n in ("input_ids", "offsets", "response", "harmful")}
+    arrays = {name: getattr(tokens, name) for name in ARRAYS}
     arrays |= {f"loss_{model}": loss for model, loss in losses.items()}
     facts = {"tokens_sha256": fingerprint(tokens), "skipped": tokens.skipped, "cut": tokens.cut}
     save_tensors(arrays, file, {**record, **facts})
@@ -74,15 +76,13 @@ def read_scores(path: Path, name: str) -> tuple[Tokens, dict[str, Tensor]]:
     name: the custom file, for messages. Raises InputError naming the file and the tensor.
     """
     tensors, record = load_tensors(path), record_of(path)
-    wanted = {"input_ids": torch.int32, "offsets": torch.int64}
-    wanted |= dict.fromkeys(("response", "harmful"), torch.bool)
-    wanted |= dict.fromkeys(("loss_utility", "loss_degraded"), torch.float32)
+    wanted = ARRAYS | dict.fromkeys(("loss_utility", "loss_degraded"), torch.float32)
     counts = [record.get(name, 0) for name in ("skipped", "cut")]
     if not all(type(count) is int for count in counts) or record.get("dtype") not in DTYPES:
         raise InputError(f"{path}: its header is not as score.py writes it: it was changed")
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise InputError(f"{path}: the tensor {missing[0]} is missing")
-    ids, offsets, response, harmful = (tensors[key] for key in list(wanted)[:4])
+    ids, offsets, response, harmful = (tensors[key] for key in ARRAYS)
     sizes = dict.fromkeys(tensors, (ids.numel(),)) | {"offsets": (offsets.numel(),)}
     for key, tensor in tensors.items():
         if tensor.shape != sizes[key]:
@@ -94,7 +94,7 @@ def read_scores(path: Path, name: str) -> tuple[Tokens, dict[str, Tensor]]:
     tokens = Tokens(ids, offsets, response, harmful, name, *counts)
     if record.get("tokens_sha256") != fingerprint(tokens):
         raise InputError(f"{path}: its tokens are not those that its header names: it was changed")
-    losses = {k[len("loss_") :]: tensor for k, tensor in tensors.items() if k.startswith("loss_")}
+    losses = {k.removeprefix("loss_"): v for k, v in tensors.items() if k.startswith("loss_")}
     for model, loss in losses.items():
         wrong = ~loss.isfinite() | (loss < 0) | (loss != 0) & ~response
         if wrong.any():
@@ -161,9 +161,8 @@ def describe_scores(tokens: Tokens, losses: dict[str, Tensor]) -> list[str]:
     S = (losses["utility"] - losses["degraded"])[tokens.response].sort().values
     quantiles = ", ".join(f"{q} % {S[int(q / 100 * (len(S) - 1))]:.2f}" for q in (1, 50, 90, 99))
     spread = f"mean {S.mean():.3f}, standard deviation {S.std(correction=0):.3f}"
-    said = [
-        f"S = L^u - L^h over {len(S)} response tokens, in nats: {spread}, quantiles {quantiles}"
-    ]
+    what = f"S = L^u - L^h over {len(S)} response tokens, in nats"
+    said = [f"{what}: {spread}, quantiles {quantiles}"]
     if S.std(correction=0) < 0.01:
         advice = "train them at a higher --lr, or for more steps (--epochs, a smaller --batch-size)"
         said.append(f"note: the references hardly differ, so S ranks almost nothing: {advice}")

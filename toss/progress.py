@@ -81,12 +81,10 @@ class Progress:
         record, tensors = read_state(self.state(work), self.recipe) if self.states else ({}, {})
         step, steps = record.get("at", (0, None))
         if record:
-            if isinstance(work, Tensor):
-                work.copy_(tensors["losses"])
-            else:
-                put_state(work, tensors, step)
-                if rank() == 0:
-                    keep_lines(self.log, step)
+            for name, tensor in state_of(work).items():
+                tensor.copy_(tensors[name])
+            if rank() == 0 and self.log.exists():
+                keep_lines(self.log, step)
             self.cost = record["cost"]
             self.clock.start -= self.cost["seconds"]
             self.first = step
@@ -140,7 +138,8 @@ class Progress:
             record |= {"tokens_per_batch": event.get("tokens_per_batch"), **arithmetic()}
             if isinstance(work, Tensor) or rank() == 0:
                 with atomic_file(self.state(work)) as file:
-                    save_tensors(state_of(work), file, record)
+                    tensors = {name: tensor.cpu() for name, tensor in state_of(work).items()}
+                    save_tensors(tensors, file, record)
         if stop.signal:
             saved = f"{self.name} is saved after step {step} of {steps}"
             raise Stopped(stop.signal, f"{saved}: the same command goes on from there")
@@ -153,25 +152,20 @@ class Progress:
 
 
 def state_of(work: Optimizer | Tensor) -> dict[str, Tensor]:
-    """The losses; or AdamW's parameters, and the moments of each, by their place and name."""
+    """What is saved and filled again: the losses, or AdamW's parameters and the moments of each."""
     if isinstance(work, Tensor):
-        return {"losses": work.cpu()}
+        return {"losses": work}
     tensors = {}
     for i, parameter in enumerate(work.param_groups[0]["params"]):
+        if not work.state[parameter]:  # before the first step
+            moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            work.state[parameter] = {"step": torch.tensor(0.0), **moments}
         parts = {"": parameter.detach(), **work.state[parameter]}
-        tensors |= {f"{i}{name}": tensor.cpu() for name, tensor in parts.items()}
+        tensors |= {f"{i}{name}": tensor for name, tensor in parts.items()}
     return tensors
 
 
-def put_state(optimizer: Optimizer, tensors: dict[str, Tensor], step: int) -> None:
-    """Bring AdamW to a state."""
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        parameter.data.copy_(tensors[f"{i}"])
-        moments = {name: tensors[f"{i}{name}"].to(parameter.device) for name in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-
-
-def read_state(file: Path, recipe: dict | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_state(file: Path, recipe: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record and the tensors of a state; empty if there is none of this recipe."""
     with suppress(InputError):
         record = made_from(file)
@@ -182,7 +176,7 @@ def read_state(file: Path, recipe: dict | None) -> tuple[dict[str, Any], dict[st
 
 def keep_lines(log: Path, count: int) -> None:
     """Cut a log off after its first lines: the steps behind them are made again."""
-    lines = log.read_bytes().splitlines(keepends=True)[:count] if log.exists() else []
+    lines = log.read_bytes().splitlines(keepends=True)[:count]
     with atomic_file(log) as file:
         file.write_bytes(b"".join(line for line in lines if line.endswith(b"\n")))
 

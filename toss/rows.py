@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.io import InputError, json_object, lines_of
+from model.io import InputError, json_lines
 
 ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
@@ -41,12 +41,7 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
     """
     if not isinstance(source, str | Path):
         return [row_of(raw, f"row {i} (from 0)", responses) for i, raw in enumerate(source)]
-    rows: list[Row] = []
-    for where, line in lines_of(source):
-        if not rows and line.lstrip().startswith("["):
-            fix = f"`jq -c '.[]' {source} > rows.jsonl` makes a file with one object per line"
-            raise InputError(f"{where}: the file is one JSON array; {fix}")
-        rows.append(row_of(json_object(line, where), where, responses))
+    rows = [row_of(raw, where, responses) for where, raw in json_lines(source)]
     if not rows:
         raise InputError(f"{source}: the file has no rows")
     return rows
