@@ -139,16 +139,28 @@ def save_tensors(tensors: dict, file: str | Path, made_from: dict) -> None:
     """Write tensors of the CPU, with what they were made from and each one's sha256 as header."""
     from safetensors.torch import save_file  # imports torch
 
-    hashes = {name: bytes_hash(tensor) for name, tensor in tensors.items()}
-    header = {"made_from": json.dumps({**made_from, "sha256": hashes}, sort_keys=True)}
+    made_from = {**made_from, "sha256": {name: bytes_hash(x) for name, x in tensors.items()}}
+    made_from["header_sha256"] = text_hash(made_from)
+    header = {"made_from": json.dumps(made_from, sort_keys=True)}
     save_file(tensors, file, header)  # one sorted string: equal results have equal bytes
 
 
+def text_hash(record: dict) -> str:
+    """sha256 of a JSON object, in hex."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def made_from(file: str | Path) -> dict:
-    """What save_tensors wrote into the header; {} if the file was made by another program."""
+    """What save_tensors wrote into the header; {} if the file was made by another program.
+
+    Raises InputError if the header is not as it was written.
+    """
     with opened(file) as tensors:
         header = tensors.metadata() or {}
-    return json_object(header.get("made_from", "{}"), f"{file}: made_from in the header")
+    record = json_object(header.get("made_from", "{}"), f"{file}: made_from in the header")
+    if (known := record.pop("header_sha256", None)) and text_hash(record) != known:
+        raise InputError(f"{file}: the header is not as it was written; the file was changed")
+    return record
 
 
 def write_record(folder: Path, made_from: dict) -> None:
@@ -184,7 +196,8 @@ def partial(path: Path) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, glob.escape(path.name))
-        beside = TemporaryDirectory(".partial", f".{path.name}.", path.parent, True)
+        name = f".{path.name}.{os.getpid()}."
+        beside = TemporaryDirectory(".partial", name, path.parent, ignore_cleanup_errors=True)
         with beside as folder, locked(Path(folder), must=False):
             yield Path(folder, path.name)
 
@@ -192,14 +205,20 @@ def partial(path: Path) -> Iterator[Path]:
 def sweep(folder: Path, name: str = "*") -> None:
     """Remove what dead processes, which hold no lock, left of what they were writing here."""
     for left in folder.glob(f".{name}.*.partial"):
-        with suppress(OSError), locked(left):
-            shutil.rmtree(left)
+        try:
+            os.kill(int(left.name.split(".")[-3]), 0)  # one that has just begun has no lock yet
+        except (ValueError, IndexError, OverflowError, OSError):
+            with suppress(OSError), locked(left):
+                shutil.rmtree(left)
 
 
 @contextmanager
 def locked(folder: Path, flags: int = fcntl.LOCK_NB, must: bool = True) -> Iterator[None]:
-    """Lock a folder. must: raise OSError if that cannot be had, else go on without."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Lock a folder. must: raise OSError if that cannot be had, else go on without.
+
+    By a file in it, since a folder's own lock holds on one host alone (NFS).
+    """
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         with nullcontext() if must else suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | flags)
@@ -243,8 +262,9 @@ def atomic_dir(path: str | Path, replace: bool = True) -> Iterator[Path]:
 def restore(path: Path) -> Path:
     """Finish what a dead process began. Returns where a folder stands while it is replaced."""
     old = path.with_name(f".{path.name}.old")
-    if os.path.lexists(old) and not os.path.lexists(path):
-        os.rename(old, path)
-    elif os.path.lexists(old):
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    with suppress(FileNotFoundError):  # another process does the same
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.rename(old, path)
+        elif os.path.lexists(old):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     return old

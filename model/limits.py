@@ -1,7 +1,9 @@
 """Bounds on what a stranger's program may take: a chat template, a regular expression."""
 
+import faulthandler
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ def limited(what: str, seconds: float = 10, gib: float = 1, *, said: str = "") -
     """Run the body for at most `seconds`, taking at most `gib` more memory; else InputError.
 
     The time is bounded in the main thread only, the memory on Linux only. An alarm that was set
-    before is set again, and rings late rather than never. said: what any other exception means.
+    before is set again, and rings late rather than never. A single call into C hears no alarm: one
+    that takes twice the time ends the process. said: what any other exception means.
     """
 
     over = False  # the alarm may ring again while the rest of this function works
@@ -33,6 +36,7 @@ def limited(what: str, seconds: float = 10, gib: float = 1, *, said: str = "") -
     if main := threading.current_thread() is threading.main_thread():
         handler = signal.signal(signal.SIGALRM, ring)
         left, again = signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, if it was lost
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
     try:
         with suppress(FileNotFoundError):  # statm, of Linux, begins with the size in pages
             pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -49,6 +53,7 @@ def limited(what: str, seconds: float = 10, gib: float = 1, *, said: str = "") -
         raise InputError(f"{said or what} ({error})") from None
     finally:
         over = True
+        faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if main:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -33,7 +33,7 @@ def on_signal(number: int, frame: object) -> None:
     after a step, whose state it can save.
     """
     for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+        signal.signal(each, lambda number, _: os._exit(128 + number))
     stop.signal = number
     if not stop.deferred:
         raise Stopped(number, "what was not finished was not written")
@@ -152,8 +152,6 @@ def lock(file: Path, shared: bool = False, wait: bool = False) -> Iterator[None]
     except OSError as error:
         warn_once(f"warning: no locks here ({error}): do not start two commands at once")
         handle = None
-        with suppress(OSError):
-            file.unlink()
     try:
         yield
     finally:
@@ -175,7 +173,7 @@ def take(file: Path, kind: int, wait: bool, tries: int = 100):
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = open(file, "a+", encoding="utf-8")
-    except FileNotFoundError:  # another process has just removed the empty folder
+    except (FileNotFoundError, FileExistsError):  # another process has just removed the folder
         if not tries:
             raise
         return take(file, kind, wait, tries - 1)
@@ -188,7 +186,11 @@ def take(file: Path, kind: int, wait: bool, tries: int = 100):
             raise InputError(f"{holder}; give --wait to wait for it") from None
         print(f"{holder}: waiting for it", flush=True)
         fcntl.flock(handle, kind)
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-    handle.flush()
+    except OSError:  # this file system has no locks
+        file.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # the disk may be full
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+        handle.flush()
     return handle

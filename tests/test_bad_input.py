@@ -160,8 +160,8 @@ TABLE = [
     # Stages that are missing, changed or out of order
     ("score.py --run {tmp}/new --model {base} --custom {custom}", None, "run train.py"),
     ("score.py --run {tmp}/new --custom {custom}", None, "run train.py"),
-    ("train.py --run {tmp}/new --model {base} --harmful {harmful}", None, "--utility is missing"),
-    ("train.py --run {tmp}/new --utility {utility}", None, "--model and --harmful is missing"),
+    ("train.py --run {tmp}/new --model {base} --harmful {harmful}", None, "but not: --utility"),
+    ("train.py --run {tmp}/new --utility {utility}", None, "but not: --model and --harmful"),
     ("select.py --run {tmp}/new --method sft --model {base}", None, "--custom"),
     (SELECT, gone("scores.safetensors"), "run score.py --run .*/run"),
     (SELECT, gone("degraded"), "run train.py --run .*/run"),

@@ -93,10 +93,10 @@ class Base:
         if self.model is None or self.loaded != dtype:
             self.model, self.loaded = None, dtype  # free the old one first
             torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-            if base_hash(self.checkpoint, self.hash) != self.identity["base_sha256"]:
-                raise InputError(f"{self.checkpoint} was changed while the command ran")
-            kind = DTYPES.get(dtype, torch.float32)
+            known, kind = self.identity["base_sha256"], DTYPES.get(dtype, torch.float32)
             self.model = load_checkpoint(self.checkpoint, self.device, kind, None, self.args.shard)
+            if base_hash(self.checkpoint, self.hash) != known:  # of what was read
+                raise InputError(f"{self.checkpoint} was changed while the command ran")
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
             self.model.onednn = not self.args.no_onednn
             if pays(self.model):

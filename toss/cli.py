@@ -49,7 +49,7 @@ STAGE = {"recipe": RECIPE, **COST, "rows": int, "parts": {"*": COST}, "metrics":
 STAGE |= {"torch": str, "threads": int}
 RUN = {"settings": {**dict.fromkeys(INHERITED, TEXT), "max_length": int}}
 RUN |= {"stages": {"*": STAGE}, "demo": bool, "inputs": {"*": str}, "hashes": {"*": list}}
-RUN |= {"identity": {"*": (str, int)}, "versions": {"*": str}, "commit": TEXT}
+RUN |= {"identity": {"*": (str, int, type(None))}, "versions": {"*": str}, "commit": TEXT}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -198,7 +198,7 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     missing = [f"--{name}" for name in INPUTS[:3] if name not in given]
     if training and inputs and missing:
         need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
-        raise InputError(f"{need}: {' and '.join(missing)} is missing")
+        raise InputError(f"{need}, but not: {' and '.join(missing)}")
     anew = bool(training and inputs and "overwrite" in given)
     damaged = False
     try:

@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Planned(Exception):
     """A dry run has come to where the work begins."""
 
 
-Saving = tuple[Path, dict, float]
+Saving = tuple[Path, dict, float, Callable[[], None]]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -54,16 +55,16 @@ class Progress:
     """The callback that `train` and `score` report to.
 
     folder: of the run, for log/NAME.jsonl, a line per step of training. saving: where the state to
-    go on from is kept, the recipe of the stage that it belongs to, and the minutes between two; it
-    is also written at the end, and when a signal asks the process to stop. None: no state. dry:
-    raise Planned in place of the first step.
+    go on from is kept, the recipe of the stage that it belongs to, the minutes between two, and
+    what is called after each; it is also written at the end, and when a signal asks the process to
+    stop. None: no state. dry: raise Planned in place of the first step.
     """
 
     def __init__(
         self, name: str, device: torch.device, folder: Path, saving: Saving | None, dry: bool
     ):
         self.name, self.log, self.clock = name, folder / "log" / f"{name}.jsonl", Clock(device)
-        self.states, self.recipe, self.minutes = saving or (None, {}, 0)
+        self.states, self.recipe, self.minutes, self.saved_one = saving or (None, {}, 0, None)
         self.dry, self.first, self.due = dry, 0, 5.0  # seconds until the time left is told
         self.bar = tqdm(desc=name, unit="step", leave=False, disable=rank() > 0 or None)
         self.cost: dict[str, Any] = {"tokens": 0}
@@ -83,7 +84,7 @@ class Progress:
         if record:
             for name, tensor in state_of(work).items():
                 tensor.copy_(tensors[name])
-            if rank() == 0 and self.log.exists():
+            if rank() == 0 and self.log.is_file():
                 keep_lines(self.log, step)
             self.cost = record["cost"]
             self.clock.start -= self.cost["seconds"]
@@ -140,6 +141,8 @@ class Progress:
                 with atomic_file(self.state(work)) as file:
                     tensors = {name: tensor.cpu() for name, tensor in state_of(work).items()}
                     save_tensors(tensors, file, record)
+            if rank() == 0:
+                self.saved_one()
         if stop.signal:
             saved = f"{self.name} is saved after step {step} of {steps}"
             raise Stopped(stop.signal, f"{saved}: the same command goes on from there")

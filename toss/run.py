@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from model.io import (
     atomic_dir,
     atomic_file,
     file_hash,
-    locked,
     read_json,
     restore,
     sweep,
@@ -47,7 +46,7 @@ from toss.selection import competing_tokens
 from toss.tokens import Tokens
 
 RESULTS = ("degraded", "utility", "scores", "methods")  # what the scripts make
-IDENTITY = ("base_sha256", "tokenizer_sha256", "template", "max_length")
+IDENTITY = ("base_sha256", "tokenizer_sha256", "template", "max_length", "date")
 # Settings that are not a run's.
 HIDDEN = ("run", "overwrite", "given", "demo", "anew", "wait", "save_every", "dry_run", "damaged")
 
@@ -113,7 +112,10 @@ class Run(Base):
                     sweep(folder)
                 if not alone:
                     meet()  # before any process looks at what is there
-                self.record = self.indexed()  # others may have changed it
+                with (
+                    lock(self.hidden / "run.json.lock", wait=True) if rank() == 0 else nullcontext()
+                ):
+                    self.record = self.indexed()  # others may have changed it
                 yield
         finally:
             folders = (".state/methods", ".state/evaluation", ".state", "methods")
@@ -133,11 +135,13 @@ class Run(Base):
             "tokenizer_sha256": self.tokenizer.fingerprint(),
             "template": self.args.template,
             "max_length": self.args.max_length,
+            "date": self.args.date,
         }
         begun = {} if self.args.anew else self.record.get("identity", {})
-        if differs := [key for key, now in identity.items() if begun.get(key, now) != now]:
-            what = f"another base or prompt form than {self.args.model} ({', '.join(differs)})"
-            raise InputError(f"{self.folder} was begun with {what}: give --model or another --run")
+        if differs := differences({**identity, **begun}, identity):
+            what = f"another base or prompt form ({'; '.join(differs)})"
+            advice = "give --model, --template or --date as then, or another --run"
+            raise InputError(f"{self.folder} was begun with {what}: {advice}")
         return identity
 
     def log(self, name: str) -> Progress:
@@ -145,7 +149,8 @@ class Run(Base):
         arithmetic = {"dtypes": self.dtypes, "no_onednn": self.args.no_onednn}
         recipe, saving = {**self.making, **arithmetic}, None
         if self.making:
-            saving = self.hidden / recipe["stage"], recipe, self.args.save_every
+            begin = lambda: self.file.exists() or self.finish(recipe["stage"])
+            saving = self.hidden / recipe["stage"], recipe, self.args.save_every, begin
         dry = self.args.dry_run
         self.parts[name] = Progress(name, self.device, self.folder, saving, dry)
         return self.parts[name]
@@ -260,6 +265,8 @@ class Run(Base):
             differs = ", ".join(key for key in here if there.get(key) != here[key])
             raise InputError(f"{path} is a mask over other token ids (different: {differs})")
         found = load_selection(path, tokens)
+        if self.hash(path) != self.making["inputs"]["--mask"]:
+            raise InputError(f"{path} was changed while the command ran")
         if "weight" in found:
             raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
         return found["keep"], found.get("score")
@@ -396,6 +403,7 @@ class Run(Base):
         dtype = stored if self.args.dtype == "auto" else self.args.dtype
         with self.holding(stage, alone=True):
             restore(folder / "merged")
+            sweep(folder)
             made = {**self.identity, "adapter_sha256": self.hash(folder / WEIGHTS), "dtype": dtype}
             if not files.is_merged(folder / "merged", made, self.hash):
                 model = self.base(dtype)
@@ -430,22 +438,25 @@ class Run(Base):
         print(f"{stage}: {path} exists with equal settings and inputs, skipped{made}")
         return True
 
-    def finish(self, stage: str, recipe: dict[str, Any], **facts: Any) -> None:
-        """Put a stage into run.json: its recipe, and what else is known of it."""
+    def finish(self, stage: str, recipe: dict[str, Any] | None = None, **facts: Any) -> None:
+        """Put a stage into run.json: its recipe, and what else is known of it.
+
+        Without a recipe only what the run was begun with, for an unfinished stage to go on.
+        """
         own, commit = f"{self.folder.absolute()}/", git_commit()
         used = {p: known[-1] for p, known in self.hashes.items() if not p.startswith(own)}
         settings = vars(self.args) if stage.split("/")[0] in RESULTS else {}  # not an audit's
         lacking = {name for name in INPUTS if getattr(self.args, name) is None}
         settings = {k: v for k, v in settings.items() if k not in lacking.union(HIDDEN)}
         identity = self.identity
-        with locked(self.folder, flags=0, must=False):  # waits
+        with lock(self.hidden / "run.json.lock", wait=True):
             self.record = record = self.indexed()
             record |= {"format": FORMAT, "demo": self.args.demo, "identity": identity}
             record["settings"] = {**record.get("settings", {}), **settings}
             record["inputs"] = {**record.get("inputs", {}), **used}
             record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
             record["commit"], record["hashes"] = commit, self.hashes
-            record["stages"][stage] = {**facts, "recipe": recipe}
+            record["stages"] |= {stage: {**facts, "recipe": recipe}} if recipe else {}
             if self.args.damaged:
                 with suppress(FileNotFoundError):  # another process was faster
                     self.file.rename(f"{self.file}.damaged")

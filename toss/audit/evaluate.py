@@ -55,8 +55,10 @@ def evaluate_run(
     from toss.parallel import rank
     from toss.rows import read_rows
 
-    sets = {name: read_rows(path, responses=False) for name, path in files.items()}
     how = {f"{name}_sha256": run.hash(path) for name, path in files.items()}
+    sets = {name: read_rows(path, responses=False) for name, path in files.items()}
+    if changed := [path for name, path in files.items() if run.hash(path) != how[f"{name}_sha256"]]:
+        raise InputError(f"{changed[0]} was changed while it was read: run the command again")
     how |= dict(words=sorted(words), max_new_tokens=max_new_tokens, prefill=sorted(set(prefill)))
     how["dtype"] = run.dtypes["train"]
     begun = prefilled(sets.get("harmful", []), run.tokenizer) if how["prefill"] else []
