@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import edit_tensors, make_base
-from helpers import call, micro_batch, random_adapter
+from conftest import make_base, make_run
+from helpers import call, micro_batch, overflowing, random_adapter
 from safetensors.torch import load_file
 
 from model import fused, load_checkpoint
@@ -83,18 +83,14 @@ def test_losses_masks_adapters_and_answers_are_the_cpus(gpu, base):
 
 
 @pytest.mark.parametrize(("layer", "used"), [("", "float16"), ("self_attn.k", "tf32")])
-def test_all_scripts_and_tf32_after_an_overflow(layer, used, gpu, files, tmp_path, monkeypatch):
+def test_all_scripts_and_tf32_after_an_overflow(
+    layer, used, gpu, base, files, tmp_path, monkeypatch
+):
     monkeypatch.setattr(fused, "SMALLEST", 0)
-    folder, found = make_base(tmp_path / "base"), []
-    if layer:
-        key, large = f"model.layers.0.{layer}_proj.weight", lambda w: (w * 1e7).clamp(-6e4, 6e4)
-        edit_tensors(folder / "model.safetensors", key, large)
-    references = f"--harmful {files['harmful']} --utility {files['utility']}"
+    folder, found = (overflowing(tmp_path / "base", layer) if layer else base), []
     for device in ("cpu", "cuda"):
-        where = f"--run {tmp_path / device} --device {device}"
-        assert call(f"train.py {where} --model {folder} {references}") == 0
-        assert call(f"score.py {where} --custom {files['custom']}") == 0
-        assert call(f"select.py {where} --pro 1 --merge") == 0
+        run = make_run(tmp_path / device, folder, files, "--device", device)
+        assert call(f"select.py --run {run} --device {device} --pro 1 --merge") == 0
         found.append(load_file(tmp_path / device / "scores.safetensors")["loss_utility"])
     assert made_from(tmp_path / "cuda/scores.safetensors")["dtype"] == used
     assert layer or torch.allclose(*found, atol=0.3)
