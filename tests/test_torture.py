@@ -50,6 +50,8 @@ def child(work) -> tuple[int, str]:
     read, write = os.pipe()
     if (pid := os.fork()) == 0:
         status = 1
+        for number in process.SIGNALS:  # a suite in the background may ignore some
+            signal.signal(number, signal.SIG_DFL)
         try:
             os.close(read)
             sys.stdout = sys.stderr = open(write, "w")
@@ -248,18 +250,19 @@ def test_where_there_are_no_locks_a_warning_says_so(prepared, monkeypatch, capsy
 
 def test_two_at_once_lose_nothing(prepared):
     """Real processes: the same command twice, and two ways of fine-tuning side by side."""
+
+    def at_once(*lines):
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        both = [subprocess.Popen([sys.executable, *line.split()], **how) for line in lines]
+        said = [process.communicate(timeout=300)[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+        return said
+
     run, line = begin(prepared, "score")
-    start = lambda words: subprocess.Popen(
-        [sys.executable, *words.split()], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    twice = [start(line + " --wait") for _ in range(2)]
-    said = [p.communicate()[0].decode() for p in twice]
-    assert [p.returncode for p in twice] == [0, 0], said
+    said = at_once(*[line + " --wait"] * 2)
     assert sorted("inputs, skipped" in text for text in said) == [False, True], said
     assert results(run) == prepared[2]["score"]
-    sides = [start(f"select.py --run {run} --method {name} --lr 1e-3") for name in ("toss", "sft")]
-    said = [p.communicate()[0].decode() for p in sides]
-    assert [p.returncode for p in sides] == [0, 0], said
+    at_once(*(f"select.py --run {run} --method {name} --lr 1e-3" for name in ("toss", "sft")))
     assert {"methods/toss", "methods/sft"} <= read_json(run / "run.json")["stages"].keys()
 
 
