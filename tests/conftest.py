@@ -34,10 +34,7 @@ def run(*command, **environment: str) -> subprocess.CompletedProcess:
 
 
 def script(name: str, *argv, fast: bool = True) -> int | None:
-    """Call main(argv) of train.py, score.py or select.py, or of a module such as toss.audit.show.
-
-    `fast` puts small settings first where something is trained.
-    """
+    """Call main(argv) of a script or a module, "train" or "toss.audit.show"; `fast`: after FAST."""
     from toss.audit import experiment
 
     settings = FAST if fast and name in ("train", "select") else []

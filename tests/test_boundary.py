@@ -98,15 +98,6 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(toke
     assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
 
 
-def test_the_human_form_ends_at_the_colon_and_the_space_belongs_to_the_response(base):
-    tokenizer = load_tokenizer(base, "human")
-    tokens = tokens_of([{"prompt": "Hi?", "response": "Yes."}], tokenizer)
-    prompt = tokenizer.leading_ids() + tokenizer.encode("Human: Hi?\nAssistant:")
-    assert tokenizer.prompt_ids(talk("Hi?")) == prompt
-    response = [*tokenizer.encode(" Yes."), tokenizer.eos_id]
-    assert tokens.input_ids.tolist() == prompt + response
-
-
 @pytest.mark.parametrize(("template", "space"), [("human", " "), ("chat", "")])
 def test_every_assistant_turn_is_a_response_with_its_own_eos(base, template, space):
     tokenizer = load_tokenizer(base, template)

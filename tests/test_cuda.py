@@ -28,6 +28,8 @@ from toss.training import train
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make gpu")
 ROWS, CONFIG = random_rows(48, 60, 384), TrainConfig(lr=1e-3, epochs=8, batch_size=48, rank=2)
 FULL, FLOAT, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+KERNELS = [(FLOAT, 0, "flash"), (BFLOAT, 0, "flash")]
+KERNELS += [(FULL, 0, "efficient"), (BFLOAT, 16, "efficient")]
 
 
 @pytest.fixture
@@ -49,10 +51,7 @@ def trained(model, rows=ROWS, budget=None):
     return torch.cat([t.flatten() for t in adapter.tensors()]).cpu(), str(events)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "window", "kernel"),
-    [(FLOAT, 0, "flash"), (BFLOAT, 0, "flash"), (FULL, 0, "efficient"), (BFLOAT, 16, "efficient")],
-)
+@pytest.mark.parametrize(("dtype", "window", "kernel"), KERNELS)
 def test_the_attention_kernel_forward_and_backward(dtype, window, kernel, gpu, tmp_path):
     more = {"model_type": "mistral", "sliding_window": window} if window else {}
     model = load_checkpoint(make_base(tmp_path / "base", **more), gpu, dtype)

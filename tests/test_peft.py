@@ -250,9 +250,8 @@ DAMAGES += [(WEIGHTS, *row) for row in TENSORS] + [(CONFIG, *row) for row in SET
 
 
 @pytest.mark.parametrize(("file", "words", "change"), DAMAGES)
-def test_what_is_not_plain_lora_is_refused_and_changes_nothing(
-    model, folder, file, words, change, hurried
-):
+@pytest.mark.usefixtures("hurried")
+def test_what_is_not_plain_lora_is_refused_and_changes_nothing(model, folder, file, words, change):
     load_adapter(model, GOLDENS / "adapters/all")
     before = state(model)
     damage(folder, {file: change})

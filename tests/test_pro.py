@@ -51,18 +51,14 @@ def by_hand(base, files, tokenizer, rounds, k=3, d=0.1, top=False, keep_eos=Fals
 
 
 TOP = "--pro 2 --pro-samples 3 --pro-train top --discard 0.2 --keep-eos"
+STEPS = {"": {"rounds": 0}, "--pro 2 --pro-samples 3": {"rounds": 2}}
+STEPS[TOP] = {"rounds": 2, "top": True, "d": 0.2, "keep_eos": True}
 
 
-@pytest.mark.parametrize(
-    ("flags", "steps"),
-    [
-        ("", {"rounds": 0}),
-        ("--pro 2 --pro-samples 3", {"rounds": 2}),
-        (TOP, {"rounds": 2, "top": True, "d": 0.2, "keep_eos": True}),
-    ],
-)
-def test_the_scripts_are_the_papers_steps(trained, base, files, tokenizer, flags, steps):
+@pytest.mark.parametrize("flags", STEPS)
+def test_the_scripts_are_the_papers_steps(trained, base, files, tokenizer, flags):
     """Rounds accumulate rows; theta^h is trained by train.py's settings, not by select.py's."""
+    steps = STEPS[flags]
     before = tree(trained / "degraded")
     line = f"select.py --run {trained} --name new --lr 0.1 --epochs 2 --rank 4 {flags}"
     assert call(line) == 0 and tree(trained / "degraded") == before

@@ -122,7 +122,9 @@ def test_plain_fine_tuning_needs_no_references_or_scores(tmp_path, base, files, 
     assert "begun without reference sets" in refused(capsys, f"train.py --run {plain}")
 
 
-def test_the_base_can_take_the_utility_models_place(trained):
+def test_the_base_takes_the_utility_models_place_and_reference_sets_may_be_gone(trained, files):
+    for name in ("harmful", "utility"):
+        Path(files[name]).unlink()
     assert call(f"score.py --run {trained} --base --overwrite") == 0
     assert call(f"select.py --run {trained} --method base") == 0
     scores = load_file(trained / "scores.safetensors")
@@ -246,13 +248,6 @@ def test_what_moved_is_found_by_its_flags(name, trained, tmp_path, base, files, 
     assert call(f"select.py --run {moved}") == 0
 
 
-def test_reference_sets_may_be_gone_once_they_were_used(trained, files):
-    for name in ("harmful", "utility"):
-        Path(files[name]).unlink()
-    assert call(f"score.py --run {trained} --base --overwrite") == 0
-    assert call(f"select.py --run {trained}") == 0
-
-
 def test_rows_in_two_sets_are_warned_of(trained, tmp_path, files, capsys):
     copy = shutil.copyfile(files["harmful"], tmp_path / "copy.jsonl")
     out = said(capsys, f"score.py --run {trained} --custom {copy} --overwrite")
@@ -374,9 +369,8 @@ MODULES = [file.relative_to(ROOT) for file in CODE if '"__main__"' in file.read_
 COMMANDS = [".".join(file.with_suffix("").parts) for file in MODULES]
 COMMANDS += ["train.py", "score.py", "select.py"]
 AUDIT = [name.removeprefix("toss.audit.") for name in COMMANDS if "audit" in name]
-NAMED = re.compile(
-    rf"(?:\b({'|'.join(map(re.escape, COMMANDS))})|`({'|'.join(AUDIT)}))(?![\w.])([^\n`|#]*)"
-)
+WHOLE, SHORT = "|".join(map(re.escape, COMMANDS)), "|".join(AUDIT)
+NAMED = re.compile(rf"(?:\b({WHOLE})|`({SHORT}))(?![\w.])([^\n`|#]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 TORCHRUN = {"--standalone", "--nproc-per-node"}
 

@@ -24,9 +24,7 @@ from toss.run import open_run
 from toss.scoring import score
 from toss.training import train, training_steps
 
-CONFIG = TrainConfig(
-    lr=1e-2, epochs=2, batch_size=4, rank=2, alpha=4, targets="q_proj,v_proj,down_proj"
-)
+CONFIG = TrainConfig(lr=1e-2, batch_size=4, rank=2, alpha=4, targets="q_proj,v_proj,down_proj")
 
 
 def fit(model, tokens, objective=token_loss, start=None, **settings):
