@@ -223,7 +223,7 @@ def test_a_json_array_is_read_row_by_row_in_any_layout_and_a_damaged_one_is_refu
         file.write_text(layout, encoding="utf-8", newline="")
         assert [json.loads(text) for _, text in paper.records(file)] == rows
     # An object that never ends is read again at every brace, so it must not be followed for long.
-    endless = "".join(json.dumps(bad(i), indent=1) + ",\n" for i in range(20_000))
+    endless = "".join(json.dumps(bad(i), indent=1) + ",\n" for i in range(60_000))
     start = time.process_time()
     for damaged in (indented[:-20], '[\n{"a":' + "[" * 100_000 + "\n}", '[{"a": [\n' + endless):
         file.write_text(damaged)
