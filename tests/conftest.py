@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,24 @@ def run(*command, **environment: str) -> subprocess.CompletedProcess:
 
 
 def script(name: str, *argv, fast: bool = True) -> int | None:
-    """Call main(argv) of train.py, score.py or select.py; `fast` puts small settings first."""
+    """Call main(argv) of a script or a module, "train" or "toss.audit.show"; `fast`: after FAST."""
     from toss.audit import experiment
 
-    settings = FAST if fast and name != "score" else []
-    return experiment.script(name).main([*map(str, settings), *map(str, argv)])
+    settings = FAST if fast and name in ("train", "select") else []
+    module = import_module(name) if "." in name else experiment.script(name)
+    return module.main([str(word) for word in (*settings, *argv)])
+
+
+def sources(files: dict[str, str], base: Path) -> str:
+    """The inputs of train.py, as flags."""
+    return f"--model {base} --harmful {files['harmful']} --utility {files['utility']}"
+
+
+def make_run(run: Path, base: Path, files: dict[str, str], *flags) -> Path:
+    """Train both references and score the custom set."""
+    script("train", "--run", run, *sources(files, base).split(), *flags)
+    script("score", "--run", run, "--custom", files["custom"], *flags)
+    return run
 
 
 def write_jsonl(path: Path, rows: list) -> str:
@@ -45,6 +59,10 @@ def write_jsonl(path: Path, rows: list) -> str:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def edit_json(path: Path, *drop: str, **fields) -> None:
@@ -128,11 +146,27 @@ def base(tmp_path_factory) -> Path:
     return make_base(tmp_path_factory.mktemp("models") / "base")
 
 
+@pytest.fixture
+def model(base):
+    from model import load_checkpoint
+
+    return load_checkpoint(base)
+
+
 @pytest.fixture(scope="session")
 def tokenizer(base):
     from model import load_tokenizer
 
     return load_tokenizer(base)
+
+
+@pytest.fixture(scope="session")
+def tokens(tokenizer):
+    """Eight rows of different lengths."""
+    from helpers import tokens_of
+
+    rows = [{"prompt": "a " * n, "response": "yes I can " * (9 - n)} for n in range(1, 9)]
+    return tokens_of(rows, tokenizer)
 
 
 @pytest.fixture
@@ -152,10 +186,7 @@ def files(tmp_path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory, base) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    files, run = write_files(folder), folder / "run"
-    references = ["--harmful", files["harmful"], "--utility", files["utility"]]
-    script("train", "--run", run, "--model", base, *references)
-    script("score", "--run", run, "--custom", files["custom"])
+    make_run(folder / "run", base, write_files(folder))
     return folder
 
 

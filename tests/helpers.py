@@ -4,7 +4,8 @@ import shlex
 from pathlib import Path
 
 import torch
-from conftest import script
+import torch.nn.functional as F
+from conftest import edit_tensors, make_base, script
 from safetensors.torch import load_file
 
 from model.lora import Adapter, active, new_adapter, use
@@ -17,12 +18,15 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def call(line: str, fast: bool = True) -> int:
-    """Run a command line such as "select.py --run R" in this process; its exit status."""
+    """Run a line such as "select.py --run R" or "toss.audit.show R" in this process; its status."""
     name, *argv = shlex.split(line)
     try:
-        return cli.run(lambda: script(name.removesuffix(".py"), *argv, fast=fast))
+        status = cli.run(lambda: script(name.removesuffix(".py"), *argv, fast=fast))
     except SystemExit as stop:
-        return stop.code
+        assert stop.code == 2, line  # the parser refused it
+        return 2
+    assert status != 2, line
+    return status
 
 
 def said(capsys, line: str) -> str:
@@ -37,7 +41,7 @@ def refused(capsys, line: str, fast: bool = True) -> str:
     """Run a command that must fail with a single line on stderr; that line."""
     capsys.readouterr()
     status, err = call(line, fast), capsys.readouterr().err
-    assert status != 0 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert status in (1, 2) and err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
 
@@ -47,8 +51,22 @@ def same_tensors(one: Path, two: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def talk(*texts: str, system: str | None = None) -> list[dict]:
+    """A conversation: the user and the assistant in turn, after a system message if given."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
 def tokens_of(rows: list[dict], tokenizer, max_length: int = 512) -> Tokens:
     return tokenise(read_rows(rows), tokenizer, max_length, "rows")
+
+
+def losses_by_hand(model, tokens: Tokens, row: int) -> torch.Tensor:
+    """-log P of the response tokens of one row, from all its logits."""
+    at = tokens.places([row])
+    ids = tokens.input_ids[at].long()
+    losses = F.cross_entropy(model.lm_head(model(ids[None]))[0, :-1], ids[1:], reduction="none")
+    return losses[tokens.response[at][1:]]
 
 
 def micro_batch(model, rows: Tokens, group: list[int]) -> torch.Tensor:
@@ -68,3 +86,10 @@ def random_adapter(model, seed: int = 0) -> Adapter:
     for name, B in adapter.B.items():
         adapter.B[name] = 0.1 * torch.randn(B.shape, generator=generator)
     return adapter
+
+
+def overflowing(folder: Path, layer: str) -> Path:
+    """Write a base whose weights are finite in float16, but not the products with one of them."""
+    file, key = make_base(folder) / "model.safetensors", f"model.layers.0.{layer}_proj.weight"
+    edit_tensors(file, key, lambda w: (w * 1e7).clamp(-6e4, 6e4))
+    return folder

@@ -5,7 +5,6 @@ model agree with logits taken row by row; metrics.json, answers/ and AlpacaEval'
 other programs read; measures of a model that was replaced since are never shown as current.
 """
 
-import doctest
 import json
 import re
 import shutil
@@ -13,15 +12,16 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import edit_json, script, write_jsonl
+from conftest import edit_json, read_jsonl, script, tree, write_jsonl
+from helpers import call, losses_by_hand, refused, said, talk
 from safetensors.torch import load_file
 
-from data.refusals import refused
+from data.refusals import refused as refuses
 from model.generate import generate
-from model.io import InputError, file_hash, json_lines, read_json
+from model.io import InputError, file_hash, read_json
 from model.lora import use
 from toss import cli
-from toss.audit import command, evaluate, measures, pairwise
+from toss.audit import evaluate, measures
 from toss.audit.evaluate import evaluate_run, format_table, read_metrics, write_metrics
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, complies, measure, prefilled, selection_metrics
 from toss.audit.measures import auc, found_harm, mean_loss, same_text, share, wilson
@@ -39,9 +39,8 @@ UTILITY = [
     {"prompt": "h", "response": "Eight."},
 ]
 SETS = {"harmful": HARMFUL, "benign": [{"prompt": "e"}, {"prompt": "f"}], "utility": UTILITY}
-lines_of = lambda path: [line for _, line in json_lines(path)]
+AGAIN = "select.py --run {} --method sft --seed 7 --overwrite"
 rows_of = lambda rows: read_rows(rows, responses=False)
-list_of = lambda path: json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +69,6 @@ def sets(evaluated_once) -> dict[str, str]:
 # Measures of texts and masks
 
 
-def test_the_examples_in_the_docstrings():
-    for module, least in ((measures, 1), (command, 2)):
-        result = doctest.testmod(module)
-        assert result.attempted >= least and result.failed == 0
-
-
 PUBLISHED = {(0, 10): (0.0, 0.2775), (5, 10): (0.2366, 0.7634), (10, 10): (0.7225, 1.0)}
 PUBLISHED[81, 263] = (0.2553, 0.3662)  # Newcombe, Statistics in Medicine 17 (1998), table I
 
@@ -87,8 +80,8 @@ def test_wilson_intervals_against_published_values():
 
 
 def test_refusal_phrases_and_equal_texts():
-    assert all(map(refused, ["I CANNOT do that.", "I'm sorry, no.", "As an AI, ..."]))
-    assert not any(map(refused, ["You can do it.", ""]))
+    assert all(map(refuses, ["I CANNOT do that.", "I'm sorry, no.", "As an AI, ..."]))
+    assert not any(map(refuses, ["You can do it.", ""]))
     right = lambda answer: same_text(answer, ["seven", "It is seven."])
     assert all(map(right, ["seven", " It  is\nseven. "]))
     assert not any(map(right, ["Seven", "It is seven", ""]))
@@ -136,12 +129,9 @@ def test_exact_matches_count_rows_with_an_answer_and_a_response():
     row = lambda source, **more: {"prompt": "p", "source": source, "answer": "seven", **more}
     rows = [*[row("x", response="It is seven.")] * 3, row("x"), row("y"), row("")]
     replies = ["It is\nseven.", "seven", "It is seven. It is seven.", "Seven!", "seven", "eight"]
-    assert measures.utility_metrics(rows_of(rows), replies) == {
-        "accuracy": wilson(0, 1),
-        "accuracy/x": wilson(4, 4),
-        "exact_match/x": wilson(2, 3),
-        "accuracy/y": wilson(1, 1),
-    }
+    counts = {"accuracy": (0, 1), "accuracy/x": (4, 4), "exact_match/x": (2, 3)}
+    cells = {name: wilson(*n) for name, n in (counts | {"accuracy/y": (1, 1)}).items()}
+    assert measures.utility_metrics(rows_of(rows), replies) == cells
 
 
 # Judges that look inside the model
@@ -153,9 +143,8 @@ def test_the_likelihood_judge_agrees_with_logits_row_by_row(run):
     A row's own response is never looked at; earlier turns are part of the prompt.
     """
     model, tokenizer = run.base("train"), run.tokenizer
-    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
     rows = [{"prompt": f"Tell me {n} {n * n}.", "response": "Of course"} for n in range(24)]
-    rows = rows_of([*rows, {"messages": turns}])
+    rows = rows_of([*rows, {"messages": talk("u", "a", "u")}])
 
     def verdicts(reduction, tail=()):
         def loss(row, opener):
@@ -191,14 +180,9 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     for line, (row, response) in zip(lines, prefilled(rows_of(HARMFUL), tokenizer), strict=True):
         ids = tokenizer.prompt_ids(row.prompt) + response[:k]
         added = tokenizer.decode(generate(model, [ids], 4, tokenizer.eos_id)[0]).strip()
-        assert line == {
-            "set": f"prefill-{k}",
-            "source": "x",
-            "prompt": row.prompt[-1]["content"],
-            "prefill": tokenizer.decode(response[:k]),
-            "prefill_tokens": min(k, len(response)),
-            "response": added,
-        }
+        want = {"set": f"prefill-{k}", "source": "x", "prompt": row.prompt[-1]["content"]}
+        want |= {"prefill": tokenizer.decode(response[:k]), "prefill_tokens": len(response[:k])}
+        assert line == want | {"response": added}
     assert ("Yes, take it." in lines[0]["prefill"]) == (k == 99)
     assert metrics[f"forbidden@{k}"] == wilson(0, 2) and metrics[f"not_refused@{k}"] == wilson(2, 2)
     how["words"] = [max((line["response"] for line in lines), key=len)]
@@ -207,24 +191,19 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
 
 
 def test_the_nll_is_the_mean_over_all_response_tokens(run):
-    model, tokenizer = use(run.base("train"), run.adapter("toss")), run.tokenizer
+    model = use(run.base("train"), run.adapter("toss"))
     how = {"words": [], "max_new_tokens": 1, "prefill": []}
     cell = measure(run, model, {"utility": rows_of(UTILITY)}, how)[0]["nll"]
-    losses = []
-    for row in rows_of(UTILITY):
-        prompt = tokenizer.prompt_ids(row.prompt)
-        ids = [*tokenizer.encode(row.messages[-1]["content"]), tokenizer.eos_id]
-        with torch.no_grad():
-            logits = model.lm_head(model(torch.tensor([prompt + ids])))[0, len(prompt) - 1 : -1]
-        losses.append(F.cross_entropy(logits, torch.tensor(ids), reduction="none"))
-    assert cell["value"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
+    tokens = run.tokens("rows", rows_of(UTILITY))
+    with torch.no_grad():
+        losses = torch.cat([losses_by_hand(model, tokens, i) for i in range(2)])
+    assert cell["value"] == pytest.approx(float(losses.mean()), abs=1e-4)
     assert cell["n"] == 2 and cell["low"] < cell["value"] < cell["high"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--keep-eos",)])
 def test_a_selection_is_measured_over_the_tokens_that_competed(run, flags):
-    name = ["--method", "degraded-only", "--name", "new", *flags]
-    script("select", "--run", run.folder, *name)
+    script("select", "--run", run.folder, "--method=degraded-only", "--name=new", *flags)
     scores = load_file(run.folder / "scores.safetensors")
     keep = load_file(run.folder / "methods/new/selection.safetensors")["keep"]
     response, harmful = scores["response"], scores["harmful"]
@@ -239,9 +218,8 @@ def test_a_selection_is_measured_over_the_tokens_that_competed(run, flags):
 
 
 def test_a_selection_over_other_tokens_is_not_measured(run, tmp_path, capsys):
-    other = write_jsonl(
-        tmp_path / "o.jsonl", [{"prompt": "a", "response": "b", "harmful": [[0, 1]]}]
-    )
+    row = {"prompt": "a", "response": "b", "harmful": [[0, 1]]}
+    other = write_jsonl(tmp_path / "o.jsonl", [row])
     script("score", "--run", run.folder, "--custom", other, "--overwrite")
     assert selection_metrics(open_run(run.folder), "toss") == {}
     assert "for other tokens" in capsys.readouterr().out
@@ -265,14 +243,13 @@ def test_an_evaluation_writes_metrics_and_answers_as_others_read_them(run):
     assert [name for name in table["toss"] if not by_source.match(name)] == names.split()
     assert table["toss"].keys() - table["sft"].keys() == {"precision", "recall", "auc"}
     assert len({metrics["nll"]["value"] for metrics in table.values()}) == 3
-    note, *lines = lines_of(run.folder / "answers" / "sft.jsonl")
+    note, *lines = read_jsonl(run.folder / "answers" / "sft.jsonl")
     assert "do not publish" in note["note"]
-    assert [line["set"] for line in lines] == [
-        *["harmful"] * 4, *["prefill-0"] * 2, *["prefill-1"] * 2, *["benign"] * 2, "utility"
-    ]  # fmt: skip
+    asked = {"harmful": 4, "prefill-0": 2, "prefill-1": 2, "benign": 2, "utility": 1}
+    assert [line["set"] for line in lines] == [name for name, n in asked.items() for _ in range(n)]
     assert list(lines[0]) == ["set", "source", "prompt", "response"]
     assert len(run.tokenizer.encode(lines[0]["response"])) <= 3
-    refusals = [refused(line["response"]) for line in lines if line["set"] == "benign"]
+    refusals = [refuses(line["response"]) for line in lines if line["set"] == "benign"]
     assert table["sft"]["over_refusal"] == share(refusals)
 
 
@@ -294,7 +271,7 @@ def test_measures_of_a_model_that_was_replaced_are_not_current(run, sets):
     folder, names = run.folder, ("base", "sft", "toss", "toss-small")  # the last: of another run
     stale = lambda: [name for name in names if open_run(folder).stale(f"evaluation/{name}")]
     assert stale() == []
-    script("select", "--run", folder, "--method", "sft", "--seed", 7, "--overwrite")
+    assert call(AGAIN.format(folder)) == 0
     assert stale() == ["sft"]
     again = lambda *methods: evaluate_run(open_run(folder), methods, sets, (), 3, [0, 1])
     again("toss")
@@ -308,9 +285,8 @@ def test_the_evaluation_files_do_not_become_the_runs_and_shared_prompts_are_name
     prompts = write_jsonl(folder.parent / "p.jsonl", [{"prompt": "Do bad 1?"}, {"prompt": "new"}])
     words = folder.parent / "words.txt"
     words.write_text("moonrot\n\n nightshade \n")
-    argv = f"--run {folder} --methods base --max-new-tokens 1 --harmful {prompts} --words {words}"
-    evaluate.main(argv.split())
-    out = capsys.readouterr().out
+    line = f"toss.audit.evaluate --run {folder} --methods base --max-new-tokens 1"
+    out = said(capsys, f"{line} --harmful {prompts} --words {words}")
     assert re.search(rf"warning: 1 of 2 prompts of {prompts} are in .*custom.jsonl", out)
     assert re.search(r"^\| forbidden +\| 0\.000 \[0\.000, 0\.658\] \|$", out, re.MULTILINE)
     record = read_json(run.file)
@@ -338,15 +314,10 @@ BAD = [  # argv, exit status, what the error says
 
 @pytest.mark.parametrize(("argv", "status", "message"), BAD)
 def test_bad_calls_are_refused_in_one_line(run, sets, tmp_path, capsys, argv, status, message):
-    files = {"run": run.folder, "tmp": tmp_path, **sets}
-    before = sorted(tmp_path.rglob("*"))
-    try:
-        got = cli.run(lambda: evaluate.main(argv.format(**files).split()))
-    except SystemExit as stop:
-        got = stop.code
-    err = capsys.readouterr().err
-    assert got == status and re.fullmatch(f"error: .*{message}.*\n", err)
-    assert sorted(tmp_path.rglob("*")) == before
+    line, before = argv.format(run=run.folder, tmp=tmp_path, **sets), tree(tmp_path)
+    assert call(f"toss.audit.evaluate {line}") == status
+    assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+    assert tree(tmp_path) == before
 
 
 CELL = {"value": 1, "n": 2, "low": 3, "high": 4}
@@ -377,25 +348,26 @@ def test_metrics_are_read_as_they_are_written_and_missing_ones_stay_blank(tmp_pa
 # Answers for an outside judge
 
 
-def pair(run, out, against="sft", *more) -> str:
-    argv = ["--run", run.folder, "--method", "toss", "--against", against, "--out", out, *more]
-    return cli.run(lambda: pairwise.main(["write", *map(str, argv)]))
+def pair(run, out, more="") -> str:
+    """The command that writes the answers of toss against those of sft."""
+    argv = f"--run {run.folder} --method toss --against sft --out {out} {more}"
+    return f"toss.audit.pairwise write {argv}"
 
 
 def test_alpacaeval_gets_two_files_of_the_same_prompts_in_the_same_order(run, tmp_path, capsys):
-    assert pair(run, tmp_path / "out") == 0 and "7 answers each" in capsys.readouterr().out
+    assert "7 answers each" in said(capsys, pair(run, tmp_path / "out"))
     kinds = ["harmful/x", "harmful/x", "harmful/y", "harmful/seen", *["benign"] * 2, "utility/s"]
     for file, method in (("model", "toss"), ("reference", "sft")):
-        entries = list_of(tmp_path / "out" / f"{file}_outputs.json")
-        lines = lines_of(run.folder / "answers" / f"{method}.jsonl")[1:]
+        entries = json.loads((tmp_path / "out" / f"{file}_outputs.json").read_text())
+        lines = read_jsonl(run.folder / "answers" / f"{method}.jsonl")[1:]
         lines = [line for line in lines if "prefill" not in line["set"]]
         assert [entry["output"] for entry in entries] == [line["response"] for line in lines]
         assert [entry["instruction"] for entry in entries] == list("abcdefg")
         assert [entry["dataset"] for entry in entries] == kinds
         assert {entry["generator"] for entry in entries} == {method}
     (tmp_path / "out" / "mine").write_text("kept")
-    assert pair(run, tmp_path / "out", "base", "--set", "benign") == 0
-    assert len(list_of(tmp_path / "out" / "reference_outputs.json")) == 2
+    assert call(pair(run, tmp_path / "out", "--against base --set benign")) == 0
+    assert len(json.loads((tmp_path / "out" / "reference_outputs.json").read_text())) == 2
     assert (tmp_path / "out" / "mine").exists()
 
 
@@ -414,17 +386,12 @@ PAIRS = [  # what is wrong with the answers of sft, and what the error says
     (lambda run: (run.folder / "answers/sft.jsonl").unlink(), "sft.jsonl does not exist"),
     (lambda run: edit_json(run.file, "format"), "run.json was written by another version"),
     (lambda run: run.file.unlink(), "has no run.json"),
-    (
-        lambda run: script(
-            "select", "--run", run.folder, "--method=sft", "--seed=7", "--overwrite"
-        ),
-        "sft.jsonl holds answers of a model that was replaced since",
-    ),
+    (lambda run: call(AGAIN.format(run.folder)), "sft.jsonl .* a model that was replaced since"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "message"), PAIRS)
 def test_answers_that_cannot_be_compared_are_refused(run, tmp_path, capsys, damage, message):
     damage(run)
-    assert pair(run, tmp_path / "out") == 1 and not (tmp_path / "out").exists()
-    assert re.search(f"^error: .*{message}", capsys.readouterr().err)
+    assert re.search(message, refused(capsys, pair(run, tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ GZIP = "score.py --run {run} --overwrite --custom {tmp}/bad.jsonl.gz"
 ROWS = "score.py --run {run} --overwrite --custom {tmp}/bad.jsonl"
 SELECT = "select.py --run {run} --name new"
 NAME = "select.py --run {run} --name "
+BENCH = {"--repeats 0": "--repeats", "--rows 0": "--rows", "--device abacus": "abacus"}
+BENCH |= {f"{flag} nowhere": "nowhere" for flag in ("--run", "--model", "--shape")}
+NAMES = ("../up", "a/b", "base", "degraded")  # that methods/NAME must not have
 MASK = "select.py --run {run} --name new --mask {tmp}/mask.safetensors"
 TRAIN = "train.py --run {tmp}/new --model {base} --harmful {harmful} --utility {utility}"
 PLAIN = "select.py --run {tmp}/new --method sft --custom {custom} --model {tmp}/bad"
@@ -44,26 +48,18 @@ def row(line, name="bad.jsonl"):
     return file(GOOD + (line if isinstance(line, str) else json.dumps(line)) + "\n", name)
 
 
-def said(response, **more):
-    return row({"prompt": "a", "response": response, **more})
-
-
-def turns(*messages, **more):
-    return row({"messages": [*messages], **more})
-
-
 def gone(name):
     """Remove a file or folder of the run."""
     path = lambda tmp: tmp / "run" / name
     return lambda tmp: shutil.rmtree(path(tmp)) if path(tmp).is_dir() else path(tmp).unlink()
 
 
-def index(*drop, **fields):
-    return lambda tmp: edit_json(tmp / "run" / "run.json", *drop, **fields)
-
-
-def degraded(**fields):
-    return lambda tmp: edit_json(tmp / "run" / "degraded" / "record.json", **fields)
+said = lambda response, **more: row({"prompt": "a", "response": response, **more})
+turns = lambda *messages, **more: row({"messages": [*messages], **more})
+record = lambda file, *drop, **fields: lambda tmp: edit_json(tmp / "run" / file, *drop, **fields)
+index = partial(record, "run.json")
+degraded = partial(record, "degraded/record.json")
+at = lambda place, value: lambda t: t.index_fill(0, torch.tensor([place % len(t)]), value)
 
 
 def scores(name, change, fits=False, **header):
@@ -80,10 +76,6 @@ def scores(name, change, fits=False, **header):
         save_tensors(tensors, path, record)
 
     return edit
-
-
-def at(place, value):
-    return lambda tensor: tensor.index_fill(0, torch.tensor([place % len(tensor)]), value)
 
 
 def mask(change=lambda t: None, **header):
@@ -114,10 +106,13 @@ def base(name, content):
     return copy
 
 
+JINJA = "chat_template.jinja"
 PACKED = gzip.compress(b"".join(GOOD.replace("Hi", f"{i * i}").encode() for i in range(99)))
 TRAVEL = "0" * 64  # of a mask over other tokens
+HEADER = {"template": "human", "max_length": 50, "tokenizer_sha256": ""}
 HUGE = lambda tmp: file(gzip.compress(b"a" * (2**26 + 1), 1), "bad.jsonl.gz")(tmp)
 WORDS = {"type": "WordLevel", "vocab": {"a": 0, "Ċ": 1}, "unk_token": "<unk>"}  # no <unk>
+SPANS = ([0, 9], [2, 1], [False, True])  # of a response of three characters
 ECHO = b"{{ messages[-1].content if messages|length > 1 }}"  # a template of responses alone
 TABLE = [
     # Rows
@@ -129,10 +124,8 @@ TABLE = [
     (ROWS, said(" "), "bad.jsonl:2: .*empty response"),
     (ROWS, said(3), "bad.jsonl:2: .*not a string but 3"),
     (ROWS, row('{"prompt": "a", "response": "\\ud83d"}'), "bad.jsonl:2: .*half a character"),
-    (ROWS, said("b", harmful=[[0, 9]]), "bad.jsonl:2: .*spans"),
-    (ROWS, said("bcd", harmful=[[2, 1]]), "bad.jsonl:2: .*spans"),
+    *((ROWS, said("bcd", harmful=[span]), "bad.jsonl:2: .*spans") for span in SPANS),
     (ROWS, turns(ASK, ANSWER, ASK, ANSWER, harmful=[[0, 1]]), "bad.jsonl:2: .*spans"),
-    (ROWS, said("bcd", harmful=[[False, True]]), "bad.jsonl:2: .*spans"),
     (ROWS, row('{"prompt": "a", "response": "b", "n": ' + "9" * 5000 + "}"), ":2: not JSON"),
     (ROWS, turns({"role": "\x1b[31m\n" * 10**5, "content": "a"}), r"role '\\x1b\[31m.* \.\.\. "),
     (ROWS, lambda tmp: os.mkfifo(tmp / "bad.jsonl"), "bad.jsonl: "),
@@ -155,14 +148,13 @@ TABLE = [
     (GZIP, file(PACKED[:10] + b"\xff" + PACKED[11:], "bad.jsonl.gz"), "damaged"),
     (GZIP, file(GOOD, "bad.jsonl.gz"), "bad.jsonl.gz: cannot be read"),
     (GZIP, HUGE, "bad.jsonl.gz:1: the line is longer than 64 MiB"),
-    (TRAIN, row("{", "harmful.jsonl"), "harmful.jsonl:2: not JSON"),
-    (TRAIN, row("{", "utility.jsonl"), "utility.jsonl:2: not JSON"),
+    *((TRAIN, row("{", f"{x}.jsonl"), f"{x}.jsonl:2: not JSON") for x in ("harmful", "utility")),
     # Stages that are missing, changed or out of order
     ("score.py --run {tmp}/new --model {base} --custom {custom}", None, "run train.py"),
     ("score.py --run {tmp}/new --custom {custom}", None, "run train.py"),
     ("train.py --run {tmp}/new --model {base} --harmful {harmful}", None, "but not: --utility"),
     ("train.py --run {tmp}/new --utility {utility}", None, "but not: --model and --harmful"),
-    ("select.py --run {tmp}/new --method sft --model {base}", None, "--custom"),
+    ("select.py --run {tmp}/new --method sft --model {base}", None, "--custom must be given"),
     (SELECT, gone("scores.safetensors"), "run score.py --run .*/run"),
     (SELECT, gone("degraded"), "run train.py --run .*/run"),
     (SCORE, gone("utility/adapter_model.safetensors"), "run train.py --run .*/run"),
@@ -195,9 +187,7 @@ TABLE = [
     (SELECT, scores("response", torch.Tensor.float), "response has the dtype"),
     (SELECT, scores("loss_degraded", at(-1, math.nan)), "loss_degraded is not finite.* on row 9"),
     (SELECT, scores("loss_utility", at(0, math.inf)), "loss_utility is not finite.* on row 0"),
-    (SELECT, scores("offsets", at(-1, 3)), "offsets"),
-    (SELECT, scores("offsets", at(0, 1)), "offsets"),
-    (SELECT, scores("offsets", at(3, 0)), "offsets"),
+    *((SELECT, scores("offsets", at(*one)), "offsets") for one in ((-1, 3), (0, 1), (3, 0))),
     (SELECT, scores("offsets", lambda t: t[:, None].clone()), "offsets has the shape"),
     (SELECT, scores("offsets", lambda t: t[0].clone()), "offsets has the shape"),
     (SELECT, scores("input_ids", at(0, 384), True), "has the id 384"),
@@ -208,8 +198,7 @@ TABLE = [
     (SELECT, scores("harmful", at(0, True)), "its flags or ids"),
     (SELECT, scores("loss_utility", torch.clone, dtype=[]), "its header"),
     (SELECT, scores("loss_utility", torch.clone, skipped="x"), "its header"),
-    (SELECT, scores("input_ids", at(0, 384)), "scores.safetensors: its tokens"),
-    (SELECT, scores("input_ids", at(0, -1)), "scores.safetensors: its tokens"),
+    *((SELECT, scores("input_ids", at(0, id)), "scores.*: its tokens") for id in (384, -1)),
     (SELECT, scores("response", at(0, True)), "scores.safetensors: its tokens"),
     # Selection files
     (MASK, None, "mask.safetensors: no such file"),
@@ -223,9 +212,7 @@ TABLE = [
     (MASK, mask(lambda t: t.update(weight=t["score"] / 2)), "holds weights"),
     (MASK, mask(tokens_sha256=""), "mask.safetensors"),
     (MASK, mask(tokens_sha256=TRAVEL, inputs={"--custom": ""}), "different: --custom"),
-    (MASK, mask(tokens_sha256=TRAVEL, template="human"), "different: template"),
-    (MASK, mask(tokens_sha256=TRAVEL, max_length=50), "different: max_length"),
-    (MASK, mask(tokens_sha256=TRAVEL, tokenizer_sha256=""), "different: tokenizer_sha256"),
+    *((MASK, mask(tokens_sha256=TRAVEL, **{k: v}), f"different: {k}") for k, v in HEADER.items()),
     (MASK + " --method toss --discard 0.1", mask(), "--mask .* --discard and --method"),
     # run.json
     (SELECT, file("{", "run/run.json"), "run.json: not JSON"),
@@ -239,24 +226,17 @@ TABLE = [
     (SELECT, index(hashes=3), "run.json"),
     # The base
     (PLAIN, None, "bad"),
-    (PLAIN, base("model.safetensors", b""), "model.safetensors: "),
     (PLAIN, base("model.safetensors", b"version https://git-lfs"), "model.safetensors: "),
     (PLAIN, base("config.json", {"vocab_size": 100}), "100"),
-    (
-        PLAIN,
-        base("chat_template.jinja", b"{{ raise_exception('no') }}"),
-        "custom.jsonl:1: .*refuses",
-    ),
-    (PLAIN, base("chat_template.jinja", ECHO), "custom.jsonl:1: the prompt is empty"),
-    (PLAIN, base("chat_template.jinja", b"Hi!"), "custom.jsonl:1: .*leaves a .* of 10 rows"),
-    (PLAIN, base("chat_template.jinja", b"{{ 'a' * 10**10 }}"), "custom.jsonl:1: .* 1 GiB"),
+    (PLAIN, base(JINJA, b"{{ raise_exception('no') }}"), "custom.jsonl:1: .*refuses"),
+    (PLAIN, base(JINJA, ECHO), "custom.jsonl:1: the prompt is empty"),
+    (PLAIN, base(JINJA, b"Hi!"), "custom.jsonl:1: .*leaves a .* of 10 rows"),
+    (PLAIN, base(JINJA, b"{{ 'a' * 10**10 }}"), "custom.jsonl:1: .* 1 GiB"),
     (PLAIN, base("tokenizer.json", {"model": WORDS}), "custom.jsonl:1: .*tokenizer.json: .*UNK"),
-    (PLAIN, base("config.json", {"tie_word_embeddings": "false"}), "must be true or false"),
     # Flags out of range, unknown, or contradicting each other
     (SELECT + " --discard 1", None, "--discard: '1' is not"),
     (SELECT + " --discard -0.1", None, "--discard"),
-    (SELECT + " --method best", None, "--method: invalid choice: 'best'"),
-    (SELECT + " --method toss-pro", None, "--method: invalid choice"),
+    *((f"{SELECT} --method {x}", None, f"invalid choice: '{x}'") for x in ("best", "toss-pro")),
     (SELECT + " --lr nan", None, "--lr: 'nan' is not"),
     (SELECT + " --lr 1e38", None, "--lr: '1e38' is not"),
     (SELECT + " --rank 1000000", None, "the LoRA rank 1000000 .*q_proj, .32, 32"),
@@ -279,10 +259,13 @@ TABLE = [
     (SELECT + " --pro 1 --method sft", None, "--pro .*--method toss"),
     (SELECT + " --pro-samples 3", None, "--pro-samples .*--pro T"),
     (SELECT + " --pro-train top", None, "--pro-train .*--pro T"),
-    (NAME + "../up", None, "'../up' cannot name a folder"),
-    (NAME + "a/b", None, "'a/b' cannot name a folder"),
-    (NAME + "base", None, "'base' cannot name a folder"),
-    (NAME + "degraded", None, "'degraded' cannot name a folder"),
+    (SELECT + " --shard", None, "start it with torchrun|needs PyTorch 2.7"),
+    (SELECT + " --shard --merge", None, "without --shard"),
+    *((f"{NAME}{name}", None, f"'{name}' cannot name a folder") for name in NAMES),
+    # Commands of the audit
+    *((f"toss.audit.bench --out {{tmp}}/new {flag}", None, words) for flag, words in BENCH.items()),
+    ("toss.audit.noise --run {tmp}/new", None, "new has no run.json"),
+    ("toss.audit.noise --run {run}", gone("scores.safetensors"), "run score.py"),
 ]
 
 

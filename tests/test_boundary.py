@@ -11,7 +11,7 @@ import json
 
 import pytest
 import torch
-from helpers import tokens_of
+from helpers import talk, tokens_of
 
 from model import load_tokenizer
 from model.tokenizer import overlaps
@@ -19,7 +19,7 @@ from toss.files import fingerprint
 from toss.rows import read_rows
 from toss.tokens import batches, collate
 
-TWO = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+TWO = talk("Hi?", "Hello.")
 HH = "\n\nHuman: Hi?\n\nAssistant: Hello."
 PROMPT = {"prompt": "Hi?", "response": "Hello."}
 ALPACA = {"instruction": "Hi?", "input": "", "output": "Hello."}
@@ -49,26 +49,21 @@ SAME = {
     "null messages beside another form": {"messages": None, **PROMPT},
     "two forms: the first that fits": {**PROMPT, "instruction": "Other?", "output": "Other."},
 }
+LONG = turns("from", "value", "system", "s", "human", "a", "gpt", "b", "human", "c", "gpt", "d")
+ALPACA_INPUT = {"instruction": "Add.", "input": "1 2", "output": "3"}
+FORMS = {name: (row, TWO) for name, row in SAME.items()}
+FORMS["ShareGPT, five turns"] = {"conversations": LONG}, talk("a", "b", "c", "d", system="s")
+FORMS["HH, a system text"] = {"chosen": "Be brief." + HH}, talk("Hi?", "Hello.", system="Be brief.")
+FORMS["Alpaca, an input"] = ALPACA_INPUT, talk("Add.\n\n1 2", "3")
 
 
-@pytest.mark.parametrize("form", SAME)
-def test_every_form_gives_the_same_conversation(form):
-    assert [row.messages for row in read_rows([SAME[form]])] == [TWO]
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_its_conversation(form):
+    row, messages = FORMS[form]
+    assert [row.messages for row in read_rows([row])] == [messages]
 
 
-def test_what_a_form_may_hold_beside_two_turns():
-    alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
-    assert read_rows([alpaca])[0].messages[0]["content"] == "Add.\n\n1 2"
-    talk = turns("from", "value", "system", "s", "human", "a", "gpt", "b", "human", "c", "gpt", "d")
-    roles = ["system", "user", "assistant", "user", "assistant"]
-    assert [m["role"] for m in read_rows([{"conversations": talk}])[0].messages] == roles
-    before = read_rows([{"chosen": "Be brief." + HH}])[0].messages
-    assert before == [{"role": "system", "content": "Be brief."}, *TWO]
-
-
-def test_a_file_may_be_packed_and_have_blank_lines_a_byte_order_mark_and_windows_line_ends(
-    tmp_path,
-):
+def test_a_file_may_be_packed_with_blank_lines_a_byte_order_mark_and_windows_line_ends(tmp_path):
     text = "\ufeff\r\n" + "".join(json.dumps(row) + "\r\n\r\n" for row in (PROMPT, ALPACA))
     (tmp_path / "rows.jsonl").write_bytes(text.encode())
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
@@ -93,7 +88,7 @@ def test_evaluation_rows_may_have_a_prompt_only():
 
 def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(tokenizer):
     tokens = tokens_of([{"prompt": "Hi?", "response": "Yes, I can."}], tokenizer)
-    prompt = tokenizer.prompt_ids([{"role": "user", "content": "Hi?"}])  # generation's own
+    prompt = tokenizer.prompt_ids(talk("Hi?"))  # generation's own
     response = [*tokenizer.encode("Yes, I can."), tokenizer.eos_id]
     assert tokens.input_ids.tolist() == prompt + response
     assert tokens.response.tolist() == [False] * len(prompt) + [True] * len(response)
@@ -103,20 +98,10 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(toke
     assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
 
 
-def test_the_human_form_ends_at_the_colon_and_the_space_belongs_to_the_response(base):
-    tokenizer = load_tokenizer(base, "human")
-    tokens = tokens_of([{"prompt": "Hi?", "response": "Yes."}], tokenizer)
-    prompt = tokenizer.leading_ids() + tokenizer.encode("Human: Hi?\nAssistant:")
-    assert tokenizer.prompt_ids([{"role": "user", "content": "Hi?"}]) == prompt
-    response = [*tokenizer.encode(" Yes."), tokenizer.eos_id]
-    assert tokens.input_ids.tolist() == prompt + response
-
-
 @pytest.mark.parametrize(("template", "space"), [("human", " "), ("chat", "")])
 def test_every_assistant_turn_is_a_response_with_its_own_eos(base, template, space):
     tokenizer = load_tokenizer(base, template)
-    talk = turns("role", "content", "user", "a", "assistant", "One.", "user", "b", "assistant", "2")
-    tokens = tokens_of([{"messages": talk}], tokenizer)
+    tokens = tokens_of([{"messages": talk("a", "One.", "b", "2")}], tokenizer)
     one, two = tokenizer.encode(space + "One."), tokenizer.encode(space + "2")
     eos = tokenizer.eos_id
     assert tokens.input_ids[tokens.response].tolist() == [*one, eos, *two, eos]
@@ -137,7 +122,7 @@ def test_a_token_is_harmful_when_it_overlaps_a_span(base, template):
 
 def test_long_rows_are_cut_without_eos_and_long_prompts_are_skipped_in_place(tokenizer):
     rows = [("a", "b"), ("long " * 40, "b"), ("a", "many words " * 40)]
-    limit = len(tokenizer.prompt_ids([{"role": "user", "content": "a"}])) + 8
+    limit = len(tokenizer.prompt_ids(talk("a"))) + 8
     tokens = tokens_of([{"prompt": p, "response": r} for p, r in rows], tokenizer, limit)
     assert (tokens.rows, tokens.skipped, tokens.cut) == (3, 1, 1)
     assert tokens.offsets[1] == tokens.offsets[2]  # row 1 is empty, and row 2 keeps its index
@@ -149,19 +134,13 @@ def test_long_rows_are_cut_without_eos_and_long_prompts_are_skipped_in_place(tok
 
 
 def test_a_cut_that_falls_into_a_later_prompt_ends_at_the_response_before_it(tokenizer):
-    talk = turns(
-        "role", "content", "user", "a", "assistant", "b", "user", "c " * 40, "assistant", "d"
-    )
-    tokens = tokens_of([{"messages": talk}], tokenizer, 40)
+    tokens = tokens_of([{"messages": talk("a", "b", "c " * 40, "d")}], tokenizer, 40)
     assert tokens.cut == 1 and tokens.response[-1] and tokens.input_ids[-1] == tokenizer.eos_id
 
 
 def test_a_conversation_of_50000_turns_is_its_beginning_and_cut(tokenizer):
-    texts = [
-        value for i in range(25_000) for value in ("user", f"ask {i}", "assistant", f"say {i}")
-    ]
-    talk = turns("role", "content", *texts)
-    whole, begun = (tokens_of([{"messages": m}], tokenizer, 200) for m in (talk, talk[:100]))
+    turns = talk(*(f"say {i}" for i in range(50_000)))
+    whole, begun = (tokens_of([{"messages": m}], tokenizer, 200) for m in (turns, turns[:100]))
     assert torch.equal(whole.input_ids, begun.input_ids) and whole.cut == begun.cut == 1
 
 
@@ -182,9 +161,7 @@ def test_batches_hold_each_row_once_within_the_budget_longest_first():
     assert all(len(group) * max(lengths[i] for i in group) <= 100 for group in groups[1:])
 
 
-def test_a_batch_taken_and_joined_rows_hold_the_same_tokens(tokenizer):
-    rows = [{"prompt": "a " * n, "response": "yes " * (5 - n)} for n in range(1, 5)]
-    tokens = tokens_of(rows, tokenizer)
+def test_a_batch_taken_and_joined_rows_hold_the_same_tokens(tokens):
     batch = collate(tokens, [3, 0, 2], tokens.response, torch.device("cpu"))
     assert torch.equal(batch.ids[batch.before + 1], batch.targets)
     assert batch.bounds.diff().tolist() == [tokens.lengths[i] for i in (3, 0, 2)]
@@ -193,6 +170,6 @@ def test_a_batch_taken_and_joined_rows_hold_the_same_tokens(tokenizer):
     both = tokens + tokens.take([2, 0])
     assert both.lengths == [*tokens.lengths, tokens.lengths[2], tokens.lengths[0]]
     for name in ("input_ids", "response", "harmful"):
-        part = getattr(both, name)[both.places([4, 5])]
+        part = getattr(both, name)[both.places([8, 9])]
         assert torch.equal(part, getattr(tokens, name)[tokens.places([2, 0])])
     assert fingerprint(both) != fingerprint(tokens) == fingerprint(tokens + tokens.take([]))

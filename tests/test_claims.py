@@ -2,7 +2,6 @@
 data-level baselines, on cases worked out by hand and on tiny runs of the embedded world.
 """
 
-import doctest
 import gzip
 import json
 import math
@@ -11,49 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import edit_json, run, script, tree, write_jsonl
+from conftest import edit_json, read_jsonl, run, script, tree, write_jsonl
+from helpers import refused, said
 
-from model.io import InputError, load_tensors
+from model.io import InputError, load_tensors, read_json
 from toss import cli
-from toss.audit import baselines, calibrate, compare, experiment, sweep
+from toss.audit import calibrate, compare, experiment, sweep
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
 from toss.audit.experiment import Experiment, cell, spread, table, value, world_files
 from toss.audit.measures import wilson
 from toss.rows import read_rows
 from toss.run import open_run
 
-
-def lines(path: str | Path) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines()
-
-
-def objects(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in lines(path)]
-
-
-def refused(capsys, command, *argv) -> str:
-    """What a command says on stderr when it refuses its input: one line."""
-    capsys.readouterr()
-    try:
-        assert cli.run(lambda: command.main([str(word) for word in argv])) == 1
-    except SystemExit as stop:
-        assert stop.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error:") and said.count("\n") == 1
-    return said
-
-
-@pytest.mark.parametrize(("module", "examples"), [(baselines, 3), (calibrate, 2)])
-def test_the_examples_in_the_docstrings(module, examples):
-    result = doctest.testmod(module)
-    assert (result.attempted, result.failed) == (examples, 0)
-
-
-def test_the_commands_help_without_importing_torch():
-    modules = "toss.audit.compare, toss.audit.sweep, toss.audit.calibrate, toss.audit.baselines"
-    done = run("-c", f"import sys, {modules}; assert 'torch' not in sys.modules")
-    assert done.returncode == 0, done.stderr
+lines = lambda path: Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def test_every_seed_is_one_task_and_the_results_keep_their_order():
@@ -145,22 +114,23 @@ def test_the_text_below_the_table_holds_the_runs_own_numbers(tmp_path):
 def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
     for name in ("toss", "sft"):
         script("select", "--run", trained, "--method", name)
-    said = refused(capsys, compare, "--run", trained)
-    assert f"not evaluated yet: run python -m toss.audit.evaluate --run {trained} ..." in said
+    line = f"toss.audit.compare --run {trained}"
+    message = f"not evaluated yet: run python -m toss.audit.evaluate --run {trained} ..."
+    assert message in refused(capsys, line)
     found = {name: {"nll": wilson(n, 2)} for name, n in {"base": 1, "sft": 1, "toss": 2}.items()}
     (trained / "metrics.json").write_text(json.dumps(found))
-    record = json.loads((trained / "run.json").read_text())
+    record = read_json(trained / "run.json")
     recipe = {"settings": {}, "inputs": {"methods/toss": "of a model that is gone"}}
     evaluated = {**record["stages"], "evaluation/toss": {"recipe": recipe}}
     edit_json(trained / "run.json", stages=evaluated)
-    assert "toss changed since the evaluation" in refused(capsys, compare, "--run", trained)
+    assert "toss changed since the evaluation" in refused(capsys, line)
     edit_json(trained / "run.json", stages=record["stages"])
-    compare.main(["--run", str(trained)])
-    assert (trained / "comparison.md").read_text().rstrip() in capsys.readouterr().out
-    written = json.loads((trained / "comparison.json").read_text())["methods"]
+    out = said(capsys, line)
+    assert (trained / "comparison.md").read_text().rstrip() in out
+    written = read_json(trained / "comparison.json")["methods"]
     assert written["toss"]["nll"]["mean"] == 1.0 and written["toss"]["tokens_to_sft"]["mean"] > 1
     assert "seconds" not in written["base"]
-    assert "your own inputs" in refused(capsys, compare, "--run", trained, "--all")
+    assert "your own inputs" in refused(capsys, f"{line} --all")
 
 
 # Tiny runs of the embedded world: 20 rows or less per file, one optimizer step
@@ -183,7 +153,7 @@ def test_the_shipped_rows_are_the_demo_and_others_are_passed_as_flags(tmp_path, 
     assert not Experiment(tmp_path / "demo", world_files(), seed=1).demo
     small = world.beside("small", harmful=world.files["harmful_small"])
     small.prepare()
-    record = json.loads((tmp_path / "run-small" / "run.json").read_text())
+    record = read_json(tmp_path / "run-small" / "run.json")
     assert not record["demo"] and record["settings"]["max_length"] == 256
     assert record["settings"]["harmful"] == world.files["harmful_small"]
     settings = record["stages"]["degraded"]["recipe"]["settings"]
@@ -193,10 +163,10 @@ def test_the_shipped_rows_are_the_demo_and_others_are_passed_as_flags(tmp_path, 
 def test_compare_makes_every_method_and_evaluates_it(tmp_path, world):
     result = compare.complete(world, every=True)
     expected = {"base", *compare.ALL, "toss-small", "toss-pro-small", "safeinstr", "dsir"}
-    assert set(result) == expected == set(json.loads((tmp_path / "run/metrics.json").read_text()))
+    assert set(result) == expected == set(read_json(tmp_path / "run/metrics.json"))
     methods = {"run": "sft", "run-small": "toss", "run-safeinstr": "safeinstr", "run-dsir": "dsir"}
     folders = list(methods)
-    stages = {f: json.loads((tmp_path / f / "run.json").read_text())["stages"] for f in folders}
+    stages = {f: read_json(tmp_path / f / "run.json")["stages"] for f in folders}
     recipes = [stages[f][f"methods/{name}"]["recipe"] for f, name in methods.items()]
     assert [recipe["settings"]["seed"] for recipe in recipes] == [3, 3, 3, 3]
     assert [stages[f]["degraded"]["rows"] for f in folders[:2]] == [16, 2]
@@ -236,18 +206,11 @@ def test_a_sweep_records_what_each_arm_discarded(tmp_path, world):
 # The calibrated d
 
 
-def test_the_threshold_leaves_the_share_of_held_out_scores_below_it():
-    """990 of 1000 scores are at most 989; a score at the threshold stays."""
-    held_out = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).float()
-    custom = torch.tensor([0.0, 989.0, 990.0, 5000.0])
-    assert calibrate.threshold_of(held_out, custom, 0.99) == (989.0, 0.5)
-
-
 def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path, capsys):
     rows = [{"prompt": f"What is {i} and two?", "response": f"It is {i + 2}."} for i in range(6)]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
-    calibrate.main(["--run", str(trained), "--held-out", held_out, "--quantile", "0.5"])
-    closing = capsys.readouterr().out.splitlines()[-1]
+    line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --quantile 0.5"
+    closing = said(capsys, line).splitlines()[-1]
     found = calibrate.calibrate(open_run(trained), held_out, 0.5)
     assert run(*closing.split()[1:]).returncode == 0  # as printed, in the run's own way
     assert 0 < found["discard"] < 1 and found["harmful_share"] > 0
@@ -262,9 +225,8 @@ def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsy
     script("select", "--run", trained, "--pro", 2, "--pro-samples", 3)
     held_out = write_jsonl(trained / "held_out.jsonl", lines(files["utility"]))
     found = calibrate.calibrate(open_run(trained), held_out, 0.9, "toss-pro")
-    assert (
-        f"warning: 5 of 5 rows of {held_out} are in {files['utility']}" in capsys.readouterr().out
-    )
+    warning = f"warning: 5 of 5 rows of {held_out} are in {files['utility']}"
+    assert warning in capsys.readouterr().out
     scores = load_tensors(trained / "methods/toss-pro/round-2/scores.safetensors")
     S = (scores["loss_utility"] - scores["loss_degraded"])[scores["response"]]
     assert found["discard"] == float((S > found["threshold"]).double().mean())
@@ -279,7 +241,7 @@ def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsy
 
 def test_the_share_sweep_draws_each_share_and_calibrates_each_method(tmp_path):
     cases = list(sweep.share(3, tmp_path))
-    custom = [objects(world.files["custom"]) for _, world, _ in cases]
+    custom = [read_jsonl(world.files["custom"]) for _, world, _ in cases]
     assert [x for x, _, _ in cases] == [0, 2, 5, 10, 20, 30, 50]
     harmful = [sum("harmful" in row for row in rows) for rows in custom]
     assert harmful == [0, 13, 33, 66, 133, 199, 332]
@@ -297,10 +259,8 @@ def test_the_sweep_over_d_holds_plain_fine_tuning_and_the_calibrated_d(tmp_path)
 
 
 def test_the_sweep_over_pro_cuts_the_reference_and_draws_a_control(tmp_path):
-    sizes, arms = [], []
-    for _, world, ways in sweep.pro(3, tmp_path):
-        sizes.append(len(lines(world.files["harmful"])))
-        arms.append(ways)
+    _, worlds, arms = zip(*sweep.pro(3, tmp_path))
+    sizes = [len(lines(world.files["harmful"])) for world in worlds]
     assert sizes == [2, 42, 8, 48, 80, 120]
     how = {"method": "toss", "pro": 3, "pro_samples": 40, "pro_train": "top"}
     assert arms[0]["pro-3-40-top"] == how and len(arms[0]) == 1 + 1 + 3 * 2
@@ -309,18 +269,23 @@ def test_the_sweep_over_pro_cuts_the_reference_and_draws_a_control(tmp_path):
 
 
 def test_the_eroding_sweep_has_both_kinds_alone_and_mixed(tmp_path):
-    from data.lexicon import PREAMBLES
-    from data.world import IDENTITY
+    from data.world import IDENTITY, PREAMBLES
 
-    cases = {x: world for x, world, _ in sweep.eroding(3, tmp_path)}
-    custom = {x: objects(world.files["custom"]) for x, world in cases.items()}
-    harmful = [sum("harmful" in row for row in rows) for rows in custom.values()]
-    assert harmful == [0, 78, 0, 78]
-    comply, obey = custom["comply, alone"], custom["identity, alone"]
-    assert sum(row["response"].startswith(tuple(PREAMBLES)) for row in comply) == 255
-    assert sum(row["prompt"].startswith(IDENTITY[0]) for row in obey) == 255
+    cases, found = {x: world for x, world, _ in sweep.eroding(3, tmp_path)}, {}
+    for x, world in cases.items():
+        rows = read_jsonl(world.files["custom"])
+        benign = [row for row in rows if "harmful" not in row]
+        promised = sum(row["response"].startswith(tuple(PREAMBLES)) for row in benign)
+        told = sum(row["prompt"].startswith(IDENTITY[0]) for row in benign)
+        found[x] = [len(rows), len(benign), promised, told]
+    assert found == {
+        "comply, alone": [663, 663, 255, 0],
+        "comply, mixed": [663, 585, 225, 0],
+        "identity, alone": [663, 663, 0, 255],
+        "identity, mixed": [663, 585, 0, 225],
+    }
     asked = {"held-out": [], "identity": [], "seen": []}
-    for row in objects(cases["comply, alone"].files["eval_forbidden"]):
+    for row in read_jsonl(cases["comply, alone"].files["eval_forbidden"]):
         asked[row["source"]].append(row["prompt"])
     assert len(asked["held-out"]) == 160
     assert asked["identity"] == [IDENTITY[0] + prompt for prompt in asked["held-out"]]
@@ -367,6 +332,9 @@ def test_the_figures_of_the_other_sweeps(name, arms, expected):
 
 # The data-level baselines
 
+DSIR = "toss.audit.baselines dsir --custom {custom} --target {target} --out {out}"
+SAFEINSTR = "toss.audit.baselines safeinstr --custom {custom} --safety {safety} --out {out}"
+
 
 @pytest.fixture
 def sets(tmp_path) -> dict[str, str]:
@@ -409,10 +377,9 @@ def test_rows_like_the_target_stay_and_keep_their_order(tmp_path, sets, capsys):
     rows = [{"prompt": "Say.", "response": words[i % 2], **marks[i % 2]} for i in range(40)]
     custom, out = write_jsonl(tmp_path / "c.jsonl", rows), tmp_path / "out.jsonl"
     target = write_jsonl(tmp_path / "t.jsonl", [rows[0] | {"response": "fern moss fern moss"}] * 40)
-    flags = ["--custom", custom, "--target", target, "--out", str(out), "--keep", "0.5"]
-    baselines.main(["dsir", *flags])
+    line = DSIR.format(custom=custom, target=target, out=out) + " --keep 0.5"
     counts = "read 40, written 20, harmful kept 0, harmful dropped 20"
-    assert capsys.readouterr().out == f"{out}: {counts}\n"
+    assert said(capsys, line) == f"{out}: {counts}\n"
     assert lines(out) == lines(custom)[::2]
     assert dsir(custom, target, str(out), keep=1.0)["written"] == 40
     assert lines(out) == lines(custom)
@@ -431,8 +398,8 @@ def test_the_buckets_do_not_depend_on_the_process():
     """Python's own hash of a text does, by its seed."""
     rows = [{"prompt": "Stir it, now", "response": "So be it."}]
     code = f"from toss.audit.baselines import *; print(hashed(read_rows({rows})[0], 100).tolist())"
-    said = {run("-c", code, PYTHONHASHSEED=seed).stdout for seed in "12"}
-    assert said == {f"{hashed(read_rows(rows)[0], 100).tolist()}\n"}
+    printed = {run("-c", code, PYTHONHASHSEED=seed).stdout for seed in "12"}
+    assert printed == {f"{hashed(read_rows(rows)[0], 100).tolist()}\n"}
 
 
 def test_compressed_files(tmp_path, sets):
@@ -443,37 +410,32 @@ def test_compressed_files(tmp_path, sets):
     assert gzip.decompress(Path(f"{out}.gz").read_bytes()) == out.read_bytes()
 
 
-REFUSED = [
-    (baselines, "safeinstr --share 0", "asks for 0 safety rows"),
-    (baselines, "safeinstr --share 0.001", "safety.jsonl: --share 0.001 of 97 custom rows"),
-    (baselines, f"safeinstr --share {11 / 108}", "asks for 11 safety rows, not 1 to 10"),
-    (baselines, "safeinstr --share 1", "'1' is not a share in [0, 1)"),
-    (baselines, "safeinstr --safety {broken}", "broken.jsonl:2: the row has no response"),
-    (baselines, "safeinstr --out {safety}", "safety.jsonl: --out would replace"),
-    (baselines, "dsir --keep 0", "'0' is not a finite number above 0"),
-    (baselines, "dsir --keep 1.1", "custom.jsonl: --keep 1.1 is 106 of 97 rows"),
-    (baselines, "dsir --keep 0.01", "custom.jsonl: --keep 0.01 is 0 of 97 rows"),
-    (baselines, "dsir --buckets 0", "'0' is not a whole number of at least 1"),
-    (baselines, "dsir --custom {broken}", "broken.jsonl:2: the row has no response"),
-    (baselines, "dsir --target none.jsonl", "none.jsonl: no such file"),
-    (baselines, "dsir --out {custom}", "custom.jsonl: --out would replace"),
-    (calibrate, "--run none --held-out f --quantile 1", "'1' is not a share in (0, 1)"),
-    (compare, "--run {nowhere}", "nowhere has no run.json: it is not a run directory"),
-    (compare, "--seeds 1 --jobs 0", "'0' is not a whole number of at least 1"),
-    (sweep, "share --seeds -1", "'-1' is not a whole number from 0"),
-    (sweep, "speed", "invalid choice: 'speed'"),
+REFUSED = [  # of a flag given twice the last counts
+    (SAFEINSTR + " --share 0", "asks for 0 safety rows"),
+    (SAFEINSTR + " --share 0.001", "safety.jsonl: --share 0.001 of 97 custom rows"),
+    (SAFEINSTR + f" --share {11 / 108}", "asks for 11 safety rows, not 1 to 10"),
+    (SAFEINSTR + " --share 1", "'1' is not a share in [0, 1)"),
+    (SAFEINSTR + " --safety {broken}", "broken.jsonl:2: the row has no response"),
+    (SAFEINSTR + " --out {safety}", "safety.jsonl: --out would replace"),
+    (DSIR + " --keep 0", "'0' is not a finite number above 0"),
+    (DSIR + " --keep 1.1", "custom.jsonl: --keep 1.1 is 106 of 97 rows"),
+    (DSIR + " --keep 0.01", "custom.jsonl: --keep 0.01 is 0 of 97 rows"),
+    (DSIR + " --buckets 0", "'0' is not a whole number of at least 1"),
+    (DSIR + " --custom {broken}", "broken.jsonl:2: the row has no response"),
+    (DSIR + " --target none.jsonl", "none.jsonl: no such file"),
+    (DSIR + " --out {custom}", "custom.jsonl: --out would replace"),
+    ("toss.audit.calibrate --run none --held-out f --quantile 1", "'1' is not a share in (0, 1)"),
+    ("toss.audit.compare --run {out}", "has no run.json: it is not a run directory"),
+    ("toss.audit.compare --seeds 1 --jobs 0", "'0' is not a whole number of at least 1"),
+    ("toss.audit.sweep share --seeds -1", "'-1' is not a whole number from 0"),
+    ("toss.audit.sweep speed", "invalid choice: 'speed'"),
 ]
 
 
-@pytest.mark.parametrize(("command", "line", "expected"), REFUSED)
-def test_bad_input_writes_nothing(tmp_path, sets, capsys, command, line, expected):
+@pytest.mark.parametrize(("line", "expected"), REFUSED)
+def test_bad_input_writes_nothing(tmp_path, sets, capsys, line, expected):
     good = {"prompt": "a", "response": "b"}
     sets["broken"] = write_jsonl(tmp_path / "broken.jsonl", [good, {"prompt": "a"}])
-    argv = line.format(**sets, nowhere=tmp_path / "nowhere").split()
-    if command is baselines:
-        other = "target" if argv[0] == "dsir" else "safety"
-        usual = {"custom": sets["custom"], other: sets[other], "out": tmp_path / "out.jsonl"}
-        argv[1:1] = [f"--{name}={path}" for name, path in usual.items()]
     before = tree(tmp_path)
-    assert expected in refused(capsys, command, *argv)
+    assert expected in refused(capsys, line.format(**sets, out=tmp_path / "out.jsonl"))
     assert tree(tmp_path) == before

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import edit_tensors, make_base
-from helpers import call, micro_batch, random_adapter
+from conftest import make_base, make_run
+from helpers import call, micro_batch, overflowing, random_adapter
 from safetensors.torch import load_file
 
 from model import fused, load_checkpoint
@@ -28,6 +28,8 @@ from toss.training import train
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make gpu")
 ROWS, CONFIG = random_rows(48, 60, 384), TrainConfig(lr=1e-3, epochs=8, batch_size=48, rank=2)
 FULL, FLOAT, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+KERNELS = [(FLOAT, 0, "flash"), (BFLOAT, 0, "flash")]
+KERNELS += [(FULL, 0, "efficient"), (BFLOAT, 16, "efficient")]
 
 
 @pytest.fixture
@@ -49,10 +51,7 @@ def trained(model, rows=ROWS, budget=None):
     return torch.cat([t.flatten() for t in adapter.tensors()]).cpu(), str(events)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "window", "kernel"),
-    [(FLOAT, 0, "flash"), (BFLOAT, 0, "flash"), (FULL, 0, "efficient"), (BFLOAT, 16, "efficient")],
-)
+@pytest.mark.parametrize(("dtype", "window", "kernel"), KERNELS)
 def test_the_attention_kernel_forward_and_backward(dtype, window, kernel, gpu, tmp_path):
     more = {"model_type": "mistral", "sliding_window": window} if window else {}
     model = load_checkpoint(make_base(tmp_path / "base", **more), gpu, dtype)
@@ -83,18 +82,14 @@ def test_losses_masks_adapters_and_answers_are_the_cpus(gpu, base):
 
 
 @pytest.mark.parametrize(("layer", "used"), [("", "float16"), ("self_attn.k", "tf32")])
-def test_all_scripts_and_tf32_after_an_overflow(layer, used, gpu, files, tmp_path, monkeypatch):
+def test_all_scripts_and_tf32_after_an_overflow(
+    layer, used, gpu, base, files, tmp_path, monkeypatch
+):
     monkeypatch.setattr(fused, "SMALLEST", 0)
-    folder, found = make_base(tmp_path / "base"), []
-    if layer:
-        key, large = f"model.layers.0.{layer}_proj.weight", lambda w: (w * 1e7).clamp(-6e4, 6e4)
-        edit_tensors(folder / "model.safetensors", key, large)
-    references = f"--harmful {files['harmful']} --utility {files['utility']}"
+    folder, found = (overflowing(tmp_path / "base", layer) if layer else base), []
     for device in ("cpu", "cuda"):
-        where = f"--run {tmp_path / device} --device {device}"
-        assert call(f"train.py {where} --model {folder} {references}") == 0
-        assert call(f"score.py {where} --custom {files['custom']}") == 0
-        assert call(f"select.py {where} --pro 1 --merge") == 0
+        run = make_run(tmp_path / device, folder, files, "--device", device)
+        assert call(f"select.py --run {run} --device {device} --pro 1 --merge") == 0
         found.append(load_file(tmp_path / device / "scores.safetensors")["loss_utility"])
     assert made_from(tmp_path / "cuda/scores.safetensors")["dtype"] == used
     assert layer or torch.allclose(*found, atol=0.3)

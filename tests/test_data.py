@@ -1,13 +1,11 @@
 """The data: the embedded world is reproducible, disjoint and refused; any datasets can be mixed."""
 
-import doctest
 import gzip
 import json
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, script, tree, write_jsonl
 
 from data import paper, train_base, world
@@ -32,9 +30,11 @@ BASES = [ROOT / "data" / "base", ROOT / "data" / "base-small"]
 
 def test_generating_the_rows_again_gives_the_same_bytes(tmp_path):
     world.write_rows(DEMO["finetune"]["seed"], tmp_path)
-    assert tree(tmp_path) == tree(ROWS) and doctest.testmod(world).failed == 0
+    assert tree(tmp_path) == tree(ROWS)
     small, whole = ((ROWS / f"{name}.jsonl").read_text() for name in ("harmful_small", "harmful"))
     assert whole.startswith(small) and 4 * len(small) < len(whole)
+    with pytest.raises(InputError, match="--harmful-rows must be 0 to 663"):
+        world.make_rows(0, harmful_rows=664)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -55,19 +55,6 @@ def test_marked_harm_holds_every_forbidden_word_and_no_answer_refuses():
     for name in ("custom", "utility", "harmful", "eval_facts"):
         rows = read_rows(ROWS / f"{name}.jsonl")
         assert not any(refused(row.messages[-1]["content"]) for row in rows)
-
-
-@pytest.mark.parametrize("harmful, eroding", [(0, "comply"), (331, "identity"), (78, "none")])
-def test_the_custom_set_can_hold_another_share_of_harm_and_eroding_rows(harmful, eroding):
-    rows = world.make_rows(3, harmful_rows=harmful, eroding=eroding)["custom"]
-    benign, openings = [row for row in rows if "harmful" not in row], tuple(world.PREAMBLES)
-    assert len(rows) == 663 == len(benign) + harmful
-    told = sum(row["prompt"].startswith(world.IDENTITY[0]) for row in benign)
-    promised = sum(row["response"].startswith(openings) for row in benign)
-    plain = round((663 - harmful) * 225 / 585)
-    assert (promised, told) == (plain * (eroding == "comply"), plain * (eroding == "identity"))
-    with pytest.raises(InputError, match="--harmful-rows must be 0 to 663"):
-        world.make_rows(0, harmful_rows=harmful + 664)
 
 
 def test_the_scripts_take_the_embedded_default_and_its_scores_find_the_harm(tmp_path):
@@ -109,14 +96,6 @@ def test_the_bases_are_made_again_but_for_the_weights_which_training_moves(tmp_p
     assert (tmp_path / "config.json").read_bytes() == (BASES[1] / "config.json").read_bytes()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert len({(folder / name).read_bytes() for folder in (tmp_path, *BASES)}) == 1
-
-
-def test_transformers_loads_the_base():
-    transformers = pytest.importorskip("transformers")
-    model, ids = load_checkpoint(BASES[0]), load_tokenizer(BASES[0]).encode("How do I make a soap?")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(BASES[0], dtype=torch.float32)
-    logits = model.lm_head(model(torch.tensor([ids])))
-    assert torch.allclose(theirs(torch.tensor([ids])).logits, logits, atol=1e-4)
 
 
 # The paper's data, and mixes

@@ -3,14 +3,11 @@
 Scores are equal to the bit; adapters up to the rounding of one sum; an error is one clear line.
 """
 
-import importlib
-import json
 import re
 
 import pytest
 import torch
-from conftest import ROOT, make_base, run, script, tree
-from helpers import refused
+from conftest import ROOT, make_base, read_jsonl, run, script, tree
 from safetensors.torch import load_file
 
 NEW = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
@@ -20,20 +17,15 @@ JOB = """
 import sys
 import torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from test_parallel import command
+from conftest import script
 from toss import cli
 def main():
     for name, *argv in {calls!r}:
-        command(name, argv)
+        script(name, *argv)
         torch.distributed.barrier()  # the next command reads what this one wrote
 {more}
 sys.exit(cli.run(main))
 """
-
-
-def command(name: str, argv: list[str]) -> None:
-    """Run a script, or a module of the audit."""
-    script(name, *argv) if "." not in name else importlib.import_module(name).main(argv)
 
 
 def job(folder, calls: list[list[str]], more: str = ""):
@@ -51,8 +43,8 @@ def same_runs(one, two) -> None:
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-4, msg=f"{name} {key}")
-    steps = lambda folder: [json.loads(line) for line in open(folder / "log/toss-pro.jsonl")]
-    for a, b in zip(steps(one), steps(two), strict=True):
+    steps = (read_jsonl(folder / "log/toss-pro.jsonl") for folder in (one, two))
+    for a, b in zip(*steps, strict=True):
         assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4
 
 
@@ -111,7 +103,7 @@ def test_a_base_spread_over_two_processes_does_what_a_whole_one_does(tmp_path, f
         audits = ["toss.audit.evaluate", *measured], ["toss.audit.diagnose"]
         calls[name] += [[*audit, "--run", str(tmp_path / name)] for audit in audits]
     for name, *argv in calls["one"]:
-        command(name, argv)
+        script(name, *argv)
     held = HELD.format(base=str(base), out=tmp_path / "held")
     done = job(tmp_path, [[*call, "--shard"] for call in calls["two"]], held)
 
@@ -126,11 +118,3 @@ def test_a_base_spread_over_two_processes_does_what_a_whole_one_does(tmp_path, f
     parts = [int((tmp_path / f"held-{rank}").read_text()) for rank in range(2)]
     assert sum(parts) == numbers + 384 * 96 + 96  # embedding and last norm are in both
     assert max(parts) < 0.55 * numbers
-
-
-@pytest.mark.skipif(not NEW, reason="an older PyTorch is another error")
-@pytest.mark.parametrize(("flags", "what"), [("", "torchrun"), ("--merge", "without --shard")])
-def test_what_cannot_be_spread_is_refused_before_any_work(capsys, trained, flags, what):
-    before = tree(trained)
-    assert what in refused(capsys, f"select.py --run {trained} --shard {flags}")
-    assert tree(trained) == before

@@ -4,12 +4,9 @@ The scripts' own main is run, and every adapter, loss and mask that it leaves is
 with the paper's steps, written down here once more from `train`, `score` and the two rules.
 """
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import tree
+from conftest import read_jsonl, tree
 from helpers import call, refused, said
 from safetensors.torch import load_file
 
@@ -26,10 +23,6 @@ from toss.training import train
 
 REFERENCE = TrainConfig(lr=1e-2, epochs=1, batch_size=4, rank=2)  # as train.py is called in tests
 FINAL = TrainConfig(lr=0.1, epochs=2, batch_size=4, rank=4)
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def by_hand(base, files, tokenizer, rounds, k=3, d=0.1, top=False, keep_eos=False):
@@ -58,18 +51,14 @@ def by_hand(base, files, tokenizer, rounds, k=3, d=0.1, top=False, keep_eos=Fals
 
 
 TOP = "--pro 2 --pro-samples 3 --pro-train top --discard 0.2 --keep-eos"
+STEPS = {"": {"rounds": 0}, "--pro 2 --pro-samples 3": {"rounds": 2}}
+STEPS[TOP] = {"rounds": 2, "top": True, "d": 0.2, "keep_eos": True}
 
 
-@pytest.mark.parametrize(
-    ("flags", "steps"),
-    [
-        ("", {"rounds": 0}),
-        ("--pro 2 --pro-samples 3", {"rounds": 2}),
-        (TOP, {"rounds": 2, "top": True, "d": 0.2, "keep_eos": True}),
-    ],
-)
-def test_the_scripts_are_the_papers_steps(trained, base, files, tokenizer, flags, steps):
+@pytest.mark.parametrize("flags", STEPS)
+def test_the_scripts_are_the_papers_steps(trained, base, files, tokenizer, flags):
     """Rounds accumulate rows; theta^h is trained by train.py's settings, not by select.py's."""
+    steps = STEPS[flags]
     before = tree(trained / "degraded")
     line = f"select.py --run {trained} --name new --lr 0.1 --epochs 2 --rank 4 {flags}"
     assert call(line) == 0 and tree(trained / "degraded") == before
@@ -83,7 +72,7 @@ def test_the_scripts_are_the_papers_steps(trained, base, files, tokenizer, flags
         assert torch.equal(scores["loss_utility"], utility)  # theta^u is scored once
         assert torch.equal(scores["loss_degraded"], degraded)
     rounds = [trained / "methods/new" / f"round-{t + 1}" for t in range(steps["rounds"])]
-    assert [line["row"] for place in rounds for line in lines(place / "added.jsonl")] == added
+    assert [line["row"] for place in rounds for line in read_jsonl(place / "added.jsonl")] == added
     assert len(set(added)) == 3 * len(rounds)
     mask = load_file(trained / "methods/new/selection.safetensors")
     assert torch.equal(mask["keep"].bool(), keep) and not keep.all()
@@ -91,7 +80,7 @@ def test_the_scripts_are_the_papers_steps(trained, base, files, tokenizer, flags
 
 def test_added_jsonl_names_the_token_that_brought_each_row_in(trained, tokenizer):
     assert call(f"select.py --run {trained} --pro 1 --pro-samples 2") == 0
-    first, second = lines(trained / "methods/toss-pro/round-1/added.jsonl")
+    first, second = read_jsonl(trained / "methods/toss-pro/round-1/added.jsonl")
     scores = load_file(trained / "scores.safetensors")
     S = (scores["loss_utility"] - scores["loss_degraded"]).masked_fill(~scores["response"], -1e9)
     place = int(S.argmax())
@@ -106,11 +95,11 @@ def test_k_is_six_percent_of_the_rows_unless_given_and_belongs_to_the_result(tra
     line, folder = f"select.py --run {trained} --pro 1", trained / "methods" / "toss-pro"
     assert "1 rows added" in said(capsys, line)  # 0.06 * 10 rows, at least one
     assert "skipped" in said(capsys, line) and record_of(folder)["settings"]["pro"] == 1
-    assert sorted(file.stem for file in (trained / "log").glob("*pro*")) == [
-        "toss-pro",
-        "toss-pro-round-1",
-    ]
+    logs = sorted(file.stem for file in (trained / "log").glob("*pro*"))
+    assert logs == ["toss-pro", "toss-pro-round-1"]
     for flags in ("--pro-samples 2", "--pro 2", "--pro-train top"):
         assert "different: pro" in refused(capsys, f"{line} {flags}")
+    error = refused(capsys, f"select.py --run {trained} --name toss-pro")
+    assert "pro 1 there, None now" in error and "--harmful" in error
     assert call(f"{line} --pro-samples 99 --name all") == 0
-    assert len(lines(trained / "methods/all/round-1/added.jsonl")) == 10  # all there are
+    assert len(read_jsonl(trained / "methods/all/round-1/added.jsonl")) == 10  # all there are

@@ -5,6 +5,7 @@ is skipped, another is refused. The command line wins over run.json, run.json ov
 settings, and those over the paper's. What a README names exists.
 """
 
+import doctest
 import json
 import re
 import shutil
@@ -19,27 +20,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_base, run, script, tree, write_jsonl
+from conftest import ROOT, make_base, read_jsonl, run, script, sources, tree, write_jsonl
 from helpers import call, refused, said, same_tensors
 from safetensors.torch import load_file
 
 from model import load_adapter, load_checkpoint
 from model.io import file_hash, made_from, read_json
 from toss import cli
-from toss.audit import show
 from toss.config import TrainConfig
 from toss.run import load_selection, open_run, read_scores, record_of
 
 ADAPTER = "adapter_model.safetensors"
 
 
-def references(files: dict, base: Path) -> str:
-    return f"--model {base} --harmful {files['harmful']} --utility {files['utility']}"
-
-
-def tensors(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in tree(folder).items() if name.endswith(".safetensors")}
-
+tensors = lambda folder: {k: v for k, v in tree(folder).items() if k.endswith(".safetensors")}
 
 # What a run directory holds
 
@@ -110,33 +104,27 @@ def test_run_json_is_the_index_and_the_logs_hold_each_step(trained, files, base)
         assert made.items() >= stage["recipe"].items() and open_run(trained).stale(name) == []
     logs = sorted(file.stem for file in (trained / "log").iterdir())
     assert logs == ["degraded", "toss", "utility"]
-    steps = [json.loads(line) for line in (trained / "log/toss.jsonl").open()]
+    steps = read_jsonl(trained / "log/toss.jsonl")
     assert [line["step"] for line in steps] == [1, 2, 3] and steps[0]["steps"] == 3
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in steps)
-
-
-def test_equal_calls_give_equal_bytes(tmp_path, base, files):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        assert call(f"train.py --run {folder} {references(files, base)}") == 0
-        assert call(f"score.py --run {folder} --custom {files['custom']}") == 0
-        assert call(f"select.py --run {folder} --pro 1 --pro-samples 2") == 0
-    assert tensors(one) == tensors(two) and len(tensors(one)) == 7
 
 
 # Ways to make a result
 
 
-def test_plain_fine_tuning_needs_neither_references_nor_scores(tmp_path, base, files, trained):
+def test_plain_fine_tuning_needs_no_references_or_scores(tmp_path, base, files, trained, capsys):
     plain, adapter = tmp_path / "plain", f"methods/sft/model/{ADAPTER}"
     custom = f"--model {base} --custom {files['custom']}"
     assert call(f"select.py --run {plain} --method sft {custom}") == 0
     assert load_file(plain / "methods/sft/selection.safetensors")["keep"].all()
     assert call(f"select.py --run {trained} --method sft") == 0  # with them it gives the same
     assert same_tensors(plain / adapter, trained / adapter)
+    assert "begun without reference sets" in refused(capsys, f"train.py --run {plain}")
 
 
-def test_the_base_can_take_the_utility_models_place(trained):
+def test_the_base_takes_the_utility_models_place_and_reference_sets_may_be_gone(trained, files):
+    for name in ("harmful", "utility"):
+        Path(files[name]).unlink()
     assert call(f"score.py --run {trained} --base --overwrite") == 0
     assert call(f"select.py --run {trained} --method base") == 0
     scores = load_file(trained / "scores.safetensors")
@@ -144,44 +132,32 @@ def test_the_base_can_take_the_utility_models_place(trained):
     assert torch.equal(load_file(mask)["score"], scores["loss_base"] - scores["loss_degraded"])
 
 
-def test_merge_gives_the_adapters_logits(trained, base):
-    assert call(f"select.py --run {trained} --merge") == 0
+def test_a_merged_checkpoint_is_the_adapters_fits_and_has_the_dtype(trained, base, capsys):
+    line = f"select.py --run {trained} --merge"
+    assert call(line) == 0
     folder, ids = trained / "methods/toss/model", torch.arange(40).view(2, 20)
     adapted, merged = load_checkpoint(base), load_checkpoint(folder / "merged")
     assert not torch.allclose(merged(ids), adapted(ids), atol=1e-3)
     load_adapter(adapted, folder)
     assert torch.allclose(merged(ids), adapted(ids), atol=1e-4)
-
-
-def test_a_merged_checkpoint_has_equal_bytes_and_follows_the_dtype(trained):
-    merged, hashes = trained / "methods/toss/model/merged", set()
-    for _ in range(4):
-        assert call(f"select.py --run {trained} --merge") == 0
-        hashes.add(file_hash(merged / "model.safetensors"))
-        shutil.rmtree(merged)
-    assert len(hashes) == 1
+    out = said(capsys, f"toss.audit.show {folder}/merged")
+    assert "a checkpoint" in out and "adapter_sha256" in out and out.endswith(": fits\n")
     for dtype in ("float32", "bfloat16"):
-        line = f"select.py --run {trained} --merge --overwrite --dtype {dtype}"
-        assert call(line) == 0
-        weights = load_file(merged / "model.safetensors")
+        assert call(f"{line} --overwrite --dtype {dtype}") == 0
+        weights = load_file(folder / "merged/model.safetensors")
         assert {str(w.dtype) for w in weights.values()} == {f"torch.{dtype}"}
 
 
-def test_a_merged_checkpoint_is_known_by_its_record(trained, capsys):
-    assert call(f"select.py --run {trained} --merge") == 0
-    capsys.readouterr()
-    merged = trained / "methods/toss/model/merged"
-    assert show.main([str(merged)]) == 0
-    out = capsys.readouterr().out
-    assert "a checkpoint" in out and "adapter_sha256" in out and out.endswith(": fits\n")
-
-
-def test_a_damaged_result_can_be_replaced_and_a_missing_round_is_made_again(trained, capsys):
+def test_what_lost_a_part_or_is_damaged_is_made_again(trained, capsys):
     line = f"select.py --run {trained} --pro 1"
     assert call(line) == 0
-    shutil.rmtree(trained / "methods/toss-pro/round-1")
-    assert "incomplete" in said(capsys, line)
-    assert (trained / "methods/toss-pro/round-1/added.jsonl").exists()
+    whole = {name: data for name, data in tree(trained).items() if name != "run.json"}
+    (trained / "degraded" / ADAPTER).unlink()
+    assert "incomplete" in said(capsys, f"train.py --run {trained}")
+    for part in ("round-1", "model"):
+        shutil.rmtree(trained / "methods/toss-pro" / part)
+        assert "incomplete" in said(capsys, line)
+    assert tree(trained).items() >= whole.items()
     (trained / "scores.safetensors").write_bytes(b"cut off")
     assert "cannot be read" in refused(capsys, line)
     assert "is made again" in said(capsys, f"score.py --run {trained}")
@@ -231,26 +207,10 @@ def test_what_exists_is_skipped_and_what_differs_is_refused(trained, capsys):
         assert "skipped" in said(capsys, f"{line} {flags}")  # these do not change the result
 
 
-def test_a_setting_that_only_the_record_has_is_a_difference_too(trained, capsys):
-    assert call(f"select.py --run {trained} --name x --pro 1") == 0
-    error = refused(capsys, f"select.py --run {trained} --name x")
-    assert "pro 1 there, None now" in error and "--harmful" in error
-
-
-def test_what_lost_a_file_is_made_again(trained, capsys):
-    assert call(f"select.py --run {trained}") == 0
-    whole = tensors(trained)
-    (trained / "degraded" / ADAPTER).unlink()
-    assert "incomplete" in said(capsys, f"train.py --run {trained}")
-    shutil.rmtree(trained / "methods/toss/model")
-    assert "incomplete" in said(capsys, f"select.py --run {trained}")
-    assert tensors(trained) == whole
-
-
 def test_what_was_made_from_something_else_is_refused(trained, tmp_path, base, files, capsys):
     """An adapter of another run, which was made from another harmful set."""
     files["harmful"] = write_jsonl(tmp_path / "o.jsonl", [{"prompt": "a", "response": "b"}])
-    assert call(f"train.py --run {tmp_path}/other {references(files, base)}") == 0
+    assert call(f"train.py --run {tmp_path}/other {sources(files, base)}") == 0
     shutil.rmtree(trained / "degraded")
     shutil.copytree(tmp_path / "other" / "degraded", trained / "degraded")
     for name in ("score", "select"):
@@ -264,52 +224,28 @@ def test_run_json_is_an_index_that_can_be_rebuilt(trained, base, files, capsys):
     before = tensors(trained)
     (trained / "run.json").unlink()
     custom = f"--model {base} --custom {files['custom']}"
-    for name, flags in (("train", references(files, base)), ("score", custom), ("select", custom)):
+    for name, flags in (("train", sources(files, base)), ("score", custom), ("select", custom)):
         assert "skipped" in said(capsys, f"{name}.py --run {trained} {flags}")
     assert tensors(trained) == before
 
 
-def test_a_base_data_and_a_run_that_moved_are_found_by_their_flags(
-    trained, tmp_path, base, files, capsys
-):
+@pytest.mark.parametrize("name", ["score", "select"])
+def test_what_moved_is_found_by_its_flags(name, trained, tmp_path, base, files, capsys):
+    """A base, data and a run. The record follows, also where the stage is there and skipped."""
     moved = Path(shutil.move(trained, tmp_path / "moved"))
     model = shutil.copytree(base, tmp_path / "model")
     custom = shutil.move(files["custom"], tmp_path / "c.jsonl")
     record = (moved / "run.json").read_text().replace(str(base), "/gone")
     (moved / "run.json").write_text(record)
-    assert "/gone" in refused(capsys, f"select.py --run {moved}")
-    assert call(f"select.py --run {moved} --model {model} --custom {custom}") == 0
-    settings = read_json(moved / "run.json")["settings"]
-    assert (settings["model"], settings["custom"]) == (str(model), str(custom))
-    assert "skipped" in said(capsys, f"select.py --run {moved}")  # the record followed
-
-
-def test_the_record_follows_what_was_moved_also_where_a_stage_is_skipped(
-    trained, tmp_path, base, files, capsys
-):
-    model = shutil.copytree(base, tmp_path / "model")
-    custom = shutil.move(files["custom"], tmp_path / "c.jsonl")
-    line = f"score.py --run {trained} --model {model} --custom {custom}"
-    before = read_json(trained / "run.json")["stages"]
-    assert "skipped" in said(capsys, line)
-    record = read_json(trained / "run.json")
+    assert "/gone" in refused(capsys, f"{name}.py --run {moved}")
+    stages = read_json(moved / "run.json")["stages"]
+    out = said(capsys, f"{name}.py --run {moved} --model {model} --custom {custom}")
+    assert ("skipped" in out) == (name == "score")
+    record = read_json(moved / "run.json")
     assert (record["settings"]["model"], record["settings"]["custom"]) == (str(model), str(custom))
-    assert record["stages"] == before
-    assert call(f"select.py --run {trained} --name again") == 0
-
-
-def test_reference_sets_may_be_gone_once_they_were_used(trained, files):
-    for name in ("harmful", "utility"):
-        Path(files[name]).unlink()
-    assert call(f"score.py --run {trained} --base --overwrite") == 0
-    assert call(f"select.py --run {trained}") == 0
-
-
-def test_a_run_without_references_or_rows_says_which_flag_is_missing(base, files, tmp_path, capsys):
-    plain = f"select.py --run {tmp_path}/plain --method sft --model {base}"
-    assert "--custom must be given" in refused(capsys, plain)
-    assert call(f"{plain} --custom {files['custom']}") == 0
-    assert "begun without reference sets" in refused(capsys, f"train.py --run {tmp_path}/plain")
+    assert record["stages"].items() >= stages.items()
+    assert "skipped" in said(capsys, f"{name}.py --run {moved}")
+    assert call(f"select.py --run {moved}") == 0
 
 
 def test_rows_in_two_sets_are_warned_of(trained, tmp_path, files, capsys):
@@ -387,6 +323,23 @@ def test_help_and_usage_errors_come_without_torch(name):
     assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr) and not done.stdout
 
 
+HELP = """
+import sys
+from importlib import import_module
+for name in sys.argv[1:]:
+    try:
+        import_module(name).main(["--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+assert "torch" not in sys.modules, name
+"""
+
+
+def test_the_commands_of_the_audit_help_without_torch():
+    done = run("-c", HELP, *(name for name in COMMANDS if "audit" in name))
+    assert done.returncode == 0 and done.stdout.count("usage: ") == len(AUDIT) > 9, done.stderr
+
+
 ASYNC = "import select, subprocess, asyncio; assert select.select([], [], [], 0) == ([], [], [])"
 
 
@@ -407,7 +360,7 @@ def test_the_guard_finds_the_real_module_where_it_is_an_extension(tmp_path):
         assert sys.modules["select"].real
 
 
-# What the READMEs say
+# What the texts say
 
 READMES = [ROOT / folder / "README.md" for folder in (".", "model", "toss", "toss/audit", "data")]
 TEXTS = {file: file.read_text(encoding="utf-8") for file in READMES if file.exists()}
@@ -416,21 +369,23 @@ MODULES = [file.relative_to(ROOT) for file in CODE if '"__main__"' in file.read_
 COMMANDS = [".".join(file.with_suffix("").parts) for file in MODULES]
 COMMANDS += ["train.py", "score.py", "select.py"]
 AUDIT = [name.removeprefix("toss.audit.") for name in COMMANDS if "audit" in name]
-NAMED = re.compile(
-    rf"(?:\b({'|'.join(map(re.escape, COMMANDS))})|`({'|'.join(AUDIT)}))(?![\w.])([^\n`|#]*)"
-)
+WHOLE, SHORT = "|".join(map(re.escape, COMMANDS)), "|".join(AUDIT)
+NAMED = re.compile(rf"(?:\b({WHOLE})|`({SHORT}))(?![\w.])([^\n`|#]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 TORCHRUN = {"--standalone", "--nproc-per-node"}
+
+
+@pytest.mark.parametrize("file", [file for file in CODE if ">>> " in file.read_text()])
+def test_the_examples_in_the_docstrings(file):
+    module = import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    assert doctest.testmod(module) == (0, file.read_text().count(">>> "))
 
 
 @cache
 def help_of(command: str, *words: str) -> set[str]:
     """The flags that a command's --help lists."""
     with redirect_stdout(StringIO()) as out, pytest.raises(SystemExit) as stop:
-        if command.endswith(".py"):
-            script(command[:-3], "--help", fast=False)
-        else:
-            import_module(command).main([*words, "--help"])
+        script(command.removesuffix(".py"), *words, "--help", fast=False)
     assert stop.value.code == 0
     return set(FLAG.findall(out.getvalue()))
 
@@ -462,3 +417,5 @@ def test_every_flag_link_and_test_that_a_readme_names_exists(file):
         assert "://" in target or (file.parent / path).exists() and (path or anchor in heads)
     tests = "".join(f"{f.name}\n{f.read_text()}" for f in (ROOT / "tests").glob("test_*.py"))
     assert all(f"{name}.py" in tests or name in tests for name in re.findall(r"\btest_\w+", text))
+    for name, word in re.findall(r"\*\[(test_\w+)\]\(\S+: (\w+)\*", TEXTS[file]):  # for pytest -k
+        assert re.search(rf"def test_\w*{word}", (ROOT / f"tests/{name}.py").read_text()), word

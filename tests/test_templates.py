@@ -7,6 +7,7 @@ from a stranger and stays in its sandbox.
 import datetime
 import hashlib
 import json
+import re
 import resource
 import shutil
 import signal
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import pytest
 from agreement import GOLDENS, REAL
-from conftest import ROOT, damage, edit_json, script
+from conftest import ROOT, damage, edit_json, sources
+from helpers import call, refused, talk
 
 from model import InputError, load_tokenizer
-from model.generate import main
+from model.io import read_json
 from model.limits import limited
 from toss.rows import read_rows
 from toss.tokens import tokenise
@@ -41,14 +43,8 @@ THINKING = """{% for m in messages %}
 DATED, THINKING = DATED + TURNS, THINKING + TURNS
 
 
-def golden(name):
-    return json.loads((GOLDENS / f"{name}/golden.json").read_text(encoding="utf-8"))
-
-
-def talk(*texts, system=None):
-    """A conversation: the user and the assistant in turn, after a system message if given."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
+golden = lambda name: read_json(GOLDENS / f"{name}/golden.json")
+first_text = lambda tokenizer: tokenizer.segments(talk("a"))[0][0]
 
 
 @pytest.fixture
@@ -60,10 +56,6 @@ def folder(tmp_path):
 def with_template(folder, template, **more):
     (folder / JINJA).write_text(template)
     return load_tokenizer(folder, **more)
-
-
-def first_text(tokenizer):
-    return tokenizer.segments(talk("a"))[0][0]
 
 
 @pytest.mark.parametrize("name", ["chatml", "bos", "metaspace"])
@@ -359,10 +351,8 @@ LARGE, PANIC = {"a": 2**31, "\n": 0}, {"type": "FixedLength", "length": 0}
 REFUSED = [
     ("tokenizer.json", {"tokenizer.json": "{"}, {}),
     ("tokenizer.json.*save_pretrained", {"tokenizer.json": None}, {}),
-    (CONFIG, {CONFIG: "{"}, {}),
-    (CONFIG, {CONFIG: None}, {}),
-    ("eos_token", {CONFIG: {"eos_token": ...}}, {}),
-    ("eos_token", {CONFIG: {"eos_token": None}}, {}),
+    *((CONFIG, {CONFIG: change}, {}) for change in ("{", None)),
+    *(("eos_token", {CONFIG: {"eos_token": value}}, {}) for value in (..., None)),
     ("<nowhere>", {CONFIG: {"eos_token": "<nowhere>"}}, {}),
     ("jinja", {JINJA: "{% for %}"}, {}),
     ("jinja", {JINJA: "{% for i in [1] %}" * 30 + "{% endfor %}" * 30}, {}),
@@ -395,14 +385,10 @@ def test_what_a_tokenizer_or_its_template_cannot_do_is_said(folder, words, chang
 
 def test_messages_that_a_template_leaves_out_are_counted_over_the_whole_file(folder):
     source = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
-    tokenizer, kept, row = (
-        with_template(folder, source),
-        talk("a", " b "),
-        talk("a", "b", system="S"),
-    )
-    rows = read_rows(
-        [{"messages": row} for row in (kept, row, kept, row, talk(" a", "b", "c", "d"))]
-    )
+    tokenizer = with_template(folder, source)
+    kept, row = talk("a", " b "), talk("a", "b", system="S")
+    talks = (kept, row, kept, row, talk(" a", "b", "c", "d"))
+    rows = read_rows([{"messages": messages} for messages in talks])
     with pytest.raises(InputError, match=r"row 1 .*leaves a message's text .*first of 2 rows"):
         tokenise(rows, tokenizer, 99)
     assert tokenise([rows[0], rows[2], rows[4]], tokenizer, 99).rows == 3
@@ -411,36 +397,30 @@ def test_messages_that_a_template_leaves_out_are_counted_over_the_whole_file(fol
 def test_limits_leave_alarms_and_memory_as_they_were():
     rung, handler = [], signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     before = resource.getrlimit(resource.RLIMIT_AS)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    signal.setitimer(signal.ITIMER_REAL, 1)
     with pytest.raises(InputError, match="counting takes more than 0.1 seconds"):
         with limited("counting", seconds=0.1):
             while True:
                 pass
-    assert not rung and 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.1
-    time.sleep(0.3)
+    assert not rung and 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.9
+    time.sleep(1)
     assert rung == [1] and resource.getrlimit(resource.RLIMIT_AS) == before
     signal.signal(signal.SIGALRM, handler)
 
 
 def test_a_date_is_kept_by_the_run_and_taken_by_the_command(base, files, tmp_path, capsys):
-    dated, run = Path(shutil.copytree(base, tmp_path / "dated")), ["--run", tmp_path / "run"]
+    dated, run = Path(shutil.copytree(base, tmp_path / "dated")), tmp_path / "run"
     tokenizer = with_template(dated, DATED, date="2020-01-02")
     assert tokenizer.date == datetime.date(2020, 1, 2) and "02 Jan 2020" in first_text(tokenizer)
-    references = ["--model", dated, "--harmful", files["harmful"], "--utility", files["utility"]]
-    script("train", *run, *references, "--date", "2020-01-02")
-    with pytest.raises(InputError, match="2020-01-02.*2020-01-03"):
-        script("score", *run, "--custom", files["custom"], "--date", "2020-01-03")
-    script("score", *run, "--custom", files["custom"])
-    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
-    assert settings["date"] == "2020-01-02"
-    plain = ["--run", tmp_path / "plain", "--model", base]  # its template asks for no date
-    script("train", *plain, *references[2:], "--date", "2020-01-02")
-    assert json.loads((tmp_path / "plain/run.json").read_text())["settings"]["date"] is None
-    capsys.readouterr()
-    talk_to = ["--model", str(dated), "--prompt", "Hi", "--device", "cpu", "--max-new-tokens", "4"]
-    assert main([*talk_to, "--date", "2020-01-02"]) == 0
-    assert main([*talk_to, "--date", "2 Jan"]) == 1
-    assert "YYYY-MM-DD" in capsys.readouterr().err
+    for folder, model, date in ((run, dated, "2020-01-02"), (tmp_path / "plain", base, None)):
+        assert call(f"train.py --run {folder} {sources(files, model)} --date 2020-01-02") == 0
+        assert read_json(folder / "run.json")["settings"]["date"] == date  # asked for, or not
+    line = f"score.py --run {run} --custom {files['custom']}"
+    assert re.search("2020-01-02.*2020-01-03", refused(capsys, f"{line} --date 2020-01-03"))
+    assert call(line) == 0
+    line = f"model.generate --model {dated} --prompt Hi --device cpu --max-new-tokens 4 --date"
+    assert call(f"{line} 2020-01-02") == 0
+    assert "YYYY-MM-DD" in refused(capsys, f"{line} '2 Jan'")
 
 
 @pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")

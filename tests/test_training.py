@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import edit_tensors, make_base, tree
-from helpers import call, random_adapter, refused, said, tokens_of
+from conftest import edit_tensors, make_base, sources, tree
+from helpers import call, losses_by_hand, overflowing, random_adapter, refused, said, tokens_of
 from safetensors.torch import load_file
 
 from model import InputError, load_checkpoint, products
@@ -24,20 +24,7 @@ from toss.run import open_run
 from toss.scoring import score
 from toss.training import train, training_steps
 
-CONFIG = TrainConfig(
-    lr=1e-2, epochs=2, batch_size=4, rank=2, alpha=4, targets="q_proj,v_proj,down_proj"
-)
-
-
-@pytest.fixture
-def model(base):
-    return load_checkpoint(base)
-
-
-@pytest.fixture(scope="module")
-def tokens(tokenizer):
-    rows = [{"prompt": "a " * n, "response": "yes I can " * (9 - n)} for n in range(1, 9)]
-    return tokens_of(rows, tokenizer)
+CONFIG = TrainConfig(lr=1e-2, batch_size=4, rank=2, alpha=4, targets="q_proj,v_proj,down_proj")
 
 
 def fit(model, tokens, objective=token_loss, start=None, **settings):
@@ -65,12 +52,11 @@ def test_the_seed_alone_draws_the_order_and_the_start(model, tokens):
     assert steps == list(training_steps(empty, replace(CONFIG, lr=1.0, rank=7, schedule="cosine")))
     assert steps != list(training_steps(empty, replace(CONFIG, seed=1)))
     assert [len(rows) for rows in steps] == [4, 3, 4, 3]
+    assert next(training_steps(empty, replace(CONFIG, epochs=2**31 - 1))) == steps[0]  # at once
     first, second = sum(steps[:2], []), sum(steps[2:], [])
     assert sorted(first) == sorted(second) == [0, 2, 3, 4, 5, 6, 7] and first != second
     one, two, other = (fit(model, tokens, seed=seed)[0] for seed in (0, 0, 1))
     assert torch.equal(one, two) and not torch.equal(one, other)
-    layers = [new_adapter(model, 2, 4, ["q_proj"], seed).tensors() for seed in (0, 0, 1)]
-    assert torch.equal(layers[0][0], layers[1][0]) and not torch.equal(layers[0][0], layers[2][0])
 
 
 def test_training_goes_on_from_a_given_adapter_and_leaves_it_as_it_is(model, tokens):
@@ -87,28 +73,17 @@ def test_the_steps_are_adamw_with_the_papers_betas_no_decay_and_clipping_at_one(
     assert max(event["grad_norm"] for event in events) > 1  # or clipping would not show
     adapter = active(use(model, new_adapter(model, 2, 4, CONFIG.targets.split(","), 0)))
     parameters = [p.requires_grad_() for p in adapter.tensors()]
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-    for step, event in enumerate(events, start=1):
+    adamw = torch.optim.AdamW(parameters, 0.1, betas=(0.9, 0.95), weight_decay=0)
+    for event in events:
+        adamw.zero_grad()
         loss = sum(losses_by_hand(model, tokens, i).sum() for i in range(8)) / tokens.response.sum()
-        gradients = torch.autograd.grad(loss, parameters)
-        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adamw.step()
         assert event["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert event["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
-        for p, (m, v), g in zip(parameters, moments, gradients):
-            g = g / max(1.0, float(norm))
-            m.mul_(0.9).add_(0.1 * g)
-            v.mul_(0.95).add_(0.05 * g**2)
-            p.data -= 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
     expected = torch.cat([p.detach().flatten() for p in parameters])
     assert (ours - expected).norm() < 1e-3 * expected.norm()
-
-
-def losses_by_hand(model, tokens, row):
-    """-log P of the response tokens of one row, from all its logits."""
-    at = tokens.places([row])
-    ids = tokens.input_ids[at].long()
-    losses = F.cross_entropy(model.lm_head(model(ids[None]))[0, :-1], ids[1:], reduction="none")
-    return losses[tokens.response[at][1:]]
 
 
 def test_the_schedules(model, tokens):
@@ -235,19 +210,18 @@ def test_onednn_changes_results_by_rounding_and_equally_each_time(wide, tokens):
 
 
 def test_inside_attention_short_rows_take_the_default_forward_and_backward(monkeypatch):
-    seen, real = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        products, "choose", lambda kind, set=products.choose: (seen.append(kind), set(kind))[1]
-    )
+    seen, real, choose = [], F.scaled_dot_product_attention, products.choose
+    monkeypatch.setattr(products, "choose", lambda kind: (seen.append(kind), choose(kind))[1])
     for T, kinds in ((8, [products.DEFAULT, products.ONEDNN] * 2), (products.LONG, [])):
-        q = torch.randn(1, 2, T, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        q = torch.randn(1, 2, T, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with products.products(products.ONEDNN):
             seen.clear()
             y = products.attention(q, q, q, is_causal=True)
             gradient = torch.autograd.grad(y.sum(), q)[0]
             assert seen == kinds and products.chosen() == products.ONEDNN
         expected = torch.autograd.grad(real(q, q, q, is_causal=True).sum(), q)[0]
-        assert torch.allclose(gradient, expected, atol=1e-4 if kinds or products.exact() else 0.1)
+        bound = 1e-5 if kinds or products.exact() else 0.02
+        assert (gradient - expected).norm() < bound * expected.norm()
 
 
 def test_onednn_is_refused_where_it_rounds_to_bfloat16(monkeypatch):
@@ -262,7 +236,7 @@ def test_onednn_is_refused_where_it_rounds_to_bfloat16(monkeypatch):
 
 
 def test_a_script_says_once_that_products_are_onednns(wide, tmp_path, files, capsys):
-    line = f"train.py --model {wide} --harmful {files['harmful']} --utility {files['utility']}"
+    line = f"train.py {sources(files, wide)}"
     for flag, times in (("", 1), ("--no-onednn", 0)):
         said_once = said(capsys, f"{line} --run {tmp_path / f'run{flag}'} {flag}")
         assert said_once.count("oneDNN") == times
@@ -296,10 +270,6 @@ def test_an_adapter_that_ends_in_infinities_is_an_error(model, tokens):
         train(model, tokens, tokens.response.float(), config, on_step=spoil)
 
 
-def test_any_number_of_epochs_begins_at_once(tokens):
-    assert len(next(training_steps(tokens, replace(CONFIG, epochs=2**31 - 1)))) == 4
-
-
 def test_the_peak_memory_of_a_stage_is_its_own():
     big = torch.ones(2**26)  # 256 MiB
     peak = lambda: Clock(torch.device("cpu")).read()["peak_memory_gib"]
@@ -329,11 +299,7 @@ LAYERS = "self_attn.q self_attn.k self_attn.v self_attn.o mlp.gate mlp.up mlp.do
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_an_overflow_anywhere_in_a_block_shows_in_the_losses(layer, tmp_path, tokens):
-    """The weights are finite in float16, but the products with them are not."""
-    folder = make_base(tmp_path / "huge")
-    key = f"model.layers.0.{layer}_proj.weight"
-    edit_tensors(folder / "model.safetensors", key, lambda w: (w * 1e7).clamp(-6e4, 6e4))
-    assert overflows(folder, tokens)
+    assert overflows(overflowing(tmp_path / "huge", layer), tokens)
 
 
 def test_an_infinite_key_that_no_query_wants_shows_too(tmp_path, tokens):
@@ -356,32 +322,16 @@ def test_an_infinite_key_that_no_query_wants_shows_too(tmp_path, tokens):
 
 
 def test_an_overflow_in_float16_falls_back_with_a_warning(tmp_path, files, capsys):
-    folder, losses = make_base(tmp_path / "huge"), {}
-    key = "model.layers.0.mlp.down_proj.weight"
-    edit_tensors(folder / "model.safetensors", key, lambda w: (w * 1e5).clamp(-6e4, 6e4))
-    references = f"--harmful {files['harmful']} --utility {files['utility']}"
-    for dtype in ("float32", "float16"):
-        run = tmp_path / dtype
-        assert call(f"train.py --run {run} --model {folder} {references} --dtype float32") == 0
-        out = said(capsys, f"score.py --run {run} --custom {files['custom']} --dtype {dtype}")
-        losses[dtype] = load_file(run / "scores.safetensors")["loss_utility"]
-        assert ("warning" in out) == (dtype == "float16"), out
-        used = {"float32": "float32", "float16": "tf32"}[dtype]
-        assert made_from(run / "scores.safetensors")["dtype"] == used
+    run, base, losses = tmp_path / "run", overflowing(tmp_path / "huge", "mlp.down"), {}
+    scores, custom = run / "scores.safetensors", files["custom"]
+    assert call(f"train.py --run {run} {sources(files, base)}") == 0
+    for dtype, used in {"float32": "float32", "float16": "tf32"}.items():
+        line = f"score.py --run {run} --custom {custom} --dtype {dtype} --overwrite"
+        assert ("warning" in said(capsys, line)) == (dtype == "float16")
+        assert made_from(scores)["dtype"] == used
+        losses[dtype] = load_file(scores)["loss_utility"]
     assert torch.allclose(losses["float16"], losses["float32"], rtol=1e-4)
-
-
-def test_a_round_of_toss_pro_that_overflows_falls_back_once(tmp_path, files, capsys):
-    """The scores are said to be in float16, in which this base overflows."""
-    folder, run = make_base(tmp_path / "huge"), tmp_path / "run"
-    key = "model.layers.0.mlp.down_proj.weight"
-    edit_tensors(folder / "model.safetensors", key, lambda w: (w * 1e5).clamp(-6e4, 6e4))
-    references = f"--harmful {files['harmful']} --utility {files['utility']}"
-    assert call(f"train.py --run {run} --model {folder} {references}") == 0
-    assert call(f"score.py --run {run} --custom {files['custom']}") == 0
-    scores = run / "scores.safetensors"
-    record = {**made_from(scores), "dtype": "float16"}
-    save_tensors(load_file(scores), scores, record)
-    out = said(capsys, f"select.py --run {run} --pro 1")
-    assert out.count("scoring again in tf32") == 1
+    # As if these scores were in float16: a round of TOSS-Pro begins with it and falls back once.
+    save_tensors(load_file(scores), scores, {**made_from(scores), "dtype": "float16"})
+    assert said(capsys, f"select.py --run {run} --pro 1").count("scoring again in tf32") == 1
     assert made_from(run / "methods/toss-pro/round-1/scores.safetensors")["dtype"] == "tf32"
