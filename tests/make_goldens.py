@@ -35,6 +35,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 NEW_TOKENS = 12
 BASES = {"head": "plain", "all-linear-mistral": "mistral-window"}
 BASES |= {"all-linear-qwen2": "qwen2", "all-linear-qwen3": "qwen3"}
+BASES |= {"all-linear-smollm3": "smollm3", "all-linear-gemma3": "gemma3"}
 
 
 def read_json(file: Path) -> dict:
@@ -66,7 +67,9 @@ def randomise(model, seed: int) -> None:
     """Wide, so that no distribution is flat; norms and biases too, so that none can be left out."""
     rng = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        p.copy_(0.3 * torch.randn(p.shape, generator=rng) + ("norm" in name))
+        # The last norm stays near 1 where, as in Gemma, 1 is added to it: it scales the logits.
+        middle = p if name == "model.norm.weight" else "norm" in name
+        p.copy_(0.3 * torch.randn(p.shape, generator=rng) + middle)
 
 
 def write_model(folder: Path) -> None:
