@@ -11,7 +11,7 @@ COMMON = dict.fromkeys(["model_type", *SIZES, "num_key_value_heads", "head_dim",
 COMMON |= dict.fromkeys(["rope_scaling", "rope_parameters", "partial_rotary_factor"])
 COMMON |= {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu"}
 COMMON |= {"tie_word_embeddings": False}
-# ... and of one. (transformers does not read the other ones' either.)
+# ... and of one. As in transformers, a family ignores the fields of the others.
 BIASES = {"attention_bias": False, "mlp_bias": False}
 QWEN2 = {"num_key_value_heads": 32, "max_window_layers": 28}
 QWEN2 |= {"use_sliding_window": False, "sliding_window": 4096}
@@ -42,7 +42,7 @@ REFUSED = "quantization_config compression_config use_bidirectional_attention".s
 REFUSED += ["attn_logit_softcapping", "final_logit_softcapping"]
 LAYERS = 1024  # more than any known model has; a billion would take hours to lay out
 KINDS = ("full_attention", "sliding_attention")  # of layers
-ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # is it GELU?
+ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # True: GELU
 FIELDS = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}
 # The rope types, each with the numbers that its scaling needs.
 SCALING = {
@@ -63,7 +63,7 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    query_scalar: float  # queries times keys are divided by its root: head_dim, but for Gemma
+    query_scalar: float  # its root divides queries times keys; head_dim, but for Gemma
     rms_norm_eps: float = 1e-6
     norm_offset: float = 0.0  # an RMSNorm multiplies by its weight plus this
     qk_norm: bool = False  # an RMSNorm on every query and key head before the rotation
@@ -71,8 +71,8 @@ class Config:
     attention_bias: bool = False  # on q, k and v
     output_bias: bool = False  # on o
     mlp_bias: bool = False
-    gelu: bool = False  # in place of silu; by tanh
-    # {"rope_type": ..., "rope_theta": ..., and what SCALING says}; the last is of windowed layers
+    gelu: bool = False  # in the MLP, approximated by tanh, in place of silu
+    # {"rope_type": ..., "rope_theta": ..., and what SCALING says}; the last is windowed layers'
     ropes: tuple[dict, ...] = ({"rope_type": "default", "rope_theta": 10000.0},)
     unrotated_layers: frozenset[int] = frozenset()
     sliding_window: int | None = None  # tokens visible in a windowed layer, the query's included
@@ -84,12 +84,12 @@ class Config:
     def from_dict(cls, raw: dict, where: str) -> "Config":
         """Read a config.json of any version; InputError, naming `where`, if not implemented."""
         family = raw.get("model_type")
-        text = " with a text_config (save the language model alone)" * ("text_config" in raw)
-        refuse(str(family) not in FAMILIES, f"{where}: model_type {family!r}{text}", FAMILIES)
+        more = ", a model of more than text (see model/README.md)," * ("text_config" in raw)
+        refuse(str(family) not in FAMILIES, f"{where}: model_type {family!r}{more}", FAMILIES)
         refuse(not field(raw, "is_causal", where, bool, True), f"{where}: is_causal false")
         for name in REFUSED:
             refuse(raw.get(name), f"{where}: {name}")
-        for name in TRUTH:
+        for name in TRUTH:  # also where the family ignores it
             field(raw, name, where, bool, False)
         raw = {k: raw.get(k, default) for k, default in (COMMON | FAMILIES[family]).items()}
         sizes = {name: field(raw, name, where, int) for name in SIZES}
@@ -101,17 +101,17 @@ class Config:
         refuse(head_dim % 2, f"{where}: an odd head_dim ({head_dim})")
         act = raw.get("hidden_activation", raw["hidden_act"])
         refuse(str(act) not in ACTIVATIONS, f"{where}: hidden_act {act!r}", ACTIVATIONS)
+        bias, mlp_bias = bool(raw.get("attention_bias")), bool(raw.get("mlp_bias"))
         unrotated = unrotated_layers(raw, layers, where)
         windowed = windowed_layers(raw, layers, unrotated, where)
         window = field(raw, "sliding_window", where, int) if windowed else None
-        bias = bool(raw.get("attention_bias"))
         read = sizes | {"num_key_value_heads": groups, "head_dim": head_dim}
-        read |= {"attention_bias": bias, "output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias"))}
-        read |= {"gelu": ACTIVATIONS[act], "tie_word_embeddings": bool(raw["tie_word_embeddings"])}
-        read |= {"ropes": ropes(raw, where), "unrotated_layers": unrotated}
-        read |= {"sliding_window": window, "windowed_layers": windowed}
         read["query_scalar"] = field(raw, "query_pre_attn_scalar", where, float, head_dim)
         read["rms_norm_eps"] = field(raw, "rms_norm_eps", where, float)
+        read |= {"attention_bias": bias, "output_bias": bias, "mlp_bias": mlp_bias}
+        read |= {"gelu": ACTIVATIONS[act], "tie_word_embeddings": bool(raw["tie_word_embeddings"])}
+        read |= {"ropes": ropes(raw, where), "unrotated_layers": unrotated}
+        read |= {"windowed_layers": windowed, "sliding_window": window}
         return cls(**read | ALWAYS.get(family, {}))
 
 
