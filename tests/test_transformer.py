@@ -233,6 +233,7 @@ SIZES |= {"num_attention_heads": 64}
 WRONG = {"hidden_act": "gelu", "is_causal": False, "rms_norm_eps": None, "head_dim": 7}
 WRONG |= {"quantization_config": {"bits": 4}, "compression_config": {"format": "int-quantized"}}
 WRONG |= {"partial_rotary_factor": 0.5, "layer_types": [FULL, SLIDING]}  # Llama has no window
+ABOVE_0 = ("query_pre_attn_scalar", "sliding_window_pattern")
 SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 TRUTH = "attention_bias mlp_bias tie_word_embeddings use_sliding_window is_causal".split()
 REFUSED = [
@@ -253,12 +254,10 @@ REFUSED = [
     *((field, of("gemma3_text", **{field: 30.0})) for field in SOFT_CAPS),
     ("use_bidirectional_attention", of("gemma3_text", use_bidirectional_attention=True)),
     ("hidden_act 'gelu'", of("gemma3_text", hidden_activation="gelu")),
-    ("query_pre_attn_scalar", of("gemma3_text", query_pre_attn_scalar=0, rope_parameters={})),
-    ("sliding_window_pattern", of("gemma3_text", sliding_window_pattern=0)),
+    *((field, of("gemma3_text", rope_parameters={}, **{field: 0})) for field in ABOVE_0),
+    ("rope_theta", of("gemma3_text", rope_parameters={}, rope_local_base_freq=0)),
     ("rope_parameters.*sliding_attention", of("gemma3_text") | rope("default")),
-    ("rope_local_base_freq|rope_theta", of("gemma3_text", rope_local_base_freq=-1)),
-    ("no_rope_layers", of("smollm3", no_rope_layers=[1])),
-    ("no_rope_layers", of("smollm3", no_rope_layers=[1, 2])),
+    *(("no_rope_layers", of("smollm3", no_rope_layers=marks)) for marks in ([1], [1, 2])),
     ("no_rope_layer_interval", of("smollm3", no_rope_layer_interval=0)),
     ("layer_types", of("smollm3", layer_types=[FULL, SLIDING])),  # but no window is used
     ("yarn", rope("yarn", factor=2.0)),
@@ -300,23 +299,15 @@ def windows(size: int, count: int) -> dict:
     return {"sliding_window": size, "windowed_layers": frozenset(range(30 - count, 30))}
 
 
-BIASED, TIED = {"attention_bias": True, "output_bias": True}, {"tie_word_embeddings": True}
-
-
-def heads(groups: int, size: int) -> dict:
-    return {"num_key_value_heads": groups, "head_dim": size, "query_scalar": size}
-
-
 def bases(*thetas, **first) -> dict:
     """Ropes with these bases; `first` changes the first of them."""
     ropes = [{"rope_type": "default", "rope_theta": theta} for theta in thetas]
     return {"ropes": (ropes[0] | first, *ropes[1:])}
 
 
-def every(n: int) -> frozenset[int]:
-    return frozenset(range(n - 1, 30, n))
-
-
+BIASED, TIED = {"attention_bias": True, "output_bias": True}, {"tie_word_embeddings": True}
+heads = lambda groups, size: {"num_key_value_heads": groups, "head_dim": size, "query_scalar": size}
+every = lambda n: frozenset(range(n - 1, 30, n))
 GEMMA3 = heads(4, 256) | TIED | bases(1e6, 1e4) | {"sliding_window": 4096, "gelu": True}
 GEMMA3 |= {"windowed_layers": frozenset(range(30)) - every(6), "qk_norm": True}
 GEMMA3 |= {"norm_offset": 1.0, "output_norms": True, "scaled_embedding": True}
