@@ -11,6 +11,7 @@ from conftest import ROOT, script
 from safetensors.torch import load_file
 
 from toss import config, methods
+from toss.audit import experiment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST, *OTHERS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -63,7 +64,7 @@ def test_a_new_method_in_the_two_places_that_the_readme_names_is_one_of_select(
 ):
     surprising = run(OTHERS[1], first)["surprising"]
     monkeypatch.setitem(methods.METHODS, "surprising", surprising)
-    monkeypatch.setattr(config, "METHODS", [*config.METHODS, "surprising"])
+    monkeypatch.setattr(experiment.script("select"), "METHODS", [*config.METHODS, "surprising"])
     script("score", "--run", trained, "--base", "--overwrite")
     script("select", "--run", trained, "--method", "surprising", "--discard", "0.3")
     losses = load_file(trained / "scores.safetensors")["loss_base"]
