@@ -181,7 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     shape, out, start = SIZES[args.size], args.out or f"data/{args.size}", time.time()
     tokenizer = train_tokenizer(args.seed)
     torch.manual_seed(args.seed)
-    model = Transformer(Config(vocab_size=tokenizer.get_vocab_size(), **shape))
+    sizes = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), **shape}
+    model = Transformer(Config.from_dict(sizes, "the shape"))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: Llama, Mistral, Qwen2, Qwen3. Reads bottom up, norm to model.
+"""A decoder-only transformer: Llama, Mistral, Qwen, SmolLM3, Gemma 3. Reads bottom up.
 
 Config says what tells the families apart. Every module has its Hugging Face name, so the tensors of
 a public checkpoint fit without a mapping table. Shapes in trailing comments: N tokens of B rows, T
@@ -23,36 +23,37 @@ Masks = tuple[Tensor | None, Tensor | None]  # for full and windowed layers: see
 
 
 @fused
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, normalised in float32 and returned in the weight's dtype."""
-    return F.rms_norm(x.float(), weight.shape, eps=eps).to(weight.dtype) * weight
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x / rms(x) * (weight + offset), computed in float32 and returned in the weight's dtype."""
+    normed = F.rms_norm(x.float(), weight.shape, eps=eps)
+    return (normed * (weight.float() + offset)).to(weight.dtype)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    def __init__(self, config: Config, size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+        self.weight = nn.Parameter(torch.ones(size) - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
 
-def rope_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Angle per position of each rotated pair, float32 [E/2], scaled for long contexts."""
-    channels = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    inverse = config.rope_theta ** -(channels / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return inverse
-    if scaling["rope_type"] == "linear":
-        return inverse / scaling["factor"]
-    # llama3: wavelengths that fit many times into the original context stay, those longer than it
-    # are stretched by `factor`, and between the two bounds the stretch is interpolated.
-    turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return inverse * (smooth + (1 - smooth) / scaling["factor"])
+def rope_table(rope: dict, positions: Tensor, size: int) -> Rope:
+    """Cosine and sine of each position's angle for each rotated pair; scaled for long contexts."""
+    channels = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
+    inverse = rope["rope_theta"] ** -(channels / size)  # angle per position, (E/2,)
+    if rope["rope_type"] == "linear":
+        inverse = inverse / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        # Wavelengths that fit many times into the original context stay, those longer than it are
+        # stretched by `factor`, and between the two bounds the stretch is interpolated.
+        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        inverse = inverse * (smooth + (1 - smooth) / rope["factor"])
+    angles = positions[:, None, None] * inverse  # (N, 1, E/2)
+    return angles.cos(), angles.sin()
 
 
 @fused
@@ -71,6 +72,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.windowed = layer in config.windowed_layers
+        self.rotated = layer not in config.unrotated_layers
+        self.scale = config.query_scalar**-0.5
         self.groups = config.num_attention_heads // config.num_key_value_heads
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -79,16 +82,19 @@ class Attention(nn.Module):
         self.v_proj = LoRALinear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = LoRALinear(queries, config.hidden_size, bias=config.output_bias)
         norm = RMSNorm if config.qk_norm else nn.Identity
-        self.q_norm = norm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = norm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = norm(config, config.head_dim)
+        self.k_norm = norm(config, config.head_dim)
 
     def forward(
-        self, x: Tensor, rope: Rope, masks: Masks, rows: Rows, cache: Cache | None
+        self, x: Tensor, ropes: list[Rope], masks: Masks, rows: Rows, cache: Cache | None
     ) -> Tensor:
         heads = (len(x), -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rope)  # (N, H, E)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope)  # (N, K, E)
+        q = self.q_norm(self.q_proj(x).view(heads))  # (N, H, E)
+        k = self.k_norm(self.k_proj(x).view(heads))  # (N, K, E)
         v = self.v_proj(x).view(heads)  # (N, K, E)
+        if self.rotated:
+            rope = ropes[-self.windowed]  # windowed layers may have a rope of their own, the last
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if k.dtype == torch.float16:
             # Other infinities are NaN behind the next norm and reach all later positions through
             # the keys. An infinite key can hide behind a zero attention weight: NaN cannot.
@@ -108,27 +114,28 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
             v = v.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
         how = {"is_causal": mask is None, "enable_gqa": q.shape[1] > k.shape[1]}
-        y = attention(q, k, v, attn_mask=mask, **how)
+        y = attention(q, k, v, attn_mask=mask, scale=self.scale, **how)
         return self.o_proj(rows.flat(y.reshape(shape)))
 
 
 @fused
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), or with GELU for silu."""
 
     def __init__(self, config: Config):
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gelu = config.gelu
         self.gate_proj = LoRALinear(size, inner, bias=bias)
         self.up_proj = LoRALinear(size, inner, bias=bias)
         self.down_proj = LoRALinear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.gelu))
 
 
 class Block(nn.Module):
@@ -136,15 +143,28 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        """x: (N, D). context: rope, masks, rows and cache, as attention takes them."""
+        """x: (N, D). context: ropes, masks, rows and cache, as attention takes them."""
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class FourNormBlock(Block):
+    """Gemma 3's: a norm before and one behind attention, and the same around the MLP."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__(config, layer)
+        self.pre_feedforward_layernorm = RMSNorm(config, config.hidden_size)
+        self.post_feedforward_layernorm = RMSNorm(config, config.hidden_size)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *context))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Body(nn.Module):
@@ -153,8 +173,9 @@ class Body(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        block = FourNormBlock if config.output_norms else Block
+        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, config.hidden_size)
 
 
 class Transformer(nn.Module):
@@ -201,11 +222,13 @@ class Transformer(nn.Module):
         positions: int64 [B, T], default 0..T-1. cache: for generation, with ids [B, T]. The first
         call holds the whole prompts, later ones one token per row.
         """
-        rows = Rows(ids, positions, bounds)
-        angles = rows.positions[:, None, None] * rope_frequencies(self.config, ids.device)
-        rope = angles.cos(), angles.sin()  # (N, 1, E/2)
-        context = rope, rows.masks(self.config.sliding_window, cache), rows, cache
-        x = self.model.embed_tokens(ids.flatten()).float()  # (N, D)
+        rows, config = Rows(ids, positions, bounds), self.config
+        ropes = [rope_table(rope, rows.positions, config.head_dim) for rope in config.ropes]
+        context = ropes, rows.masks(config.sliding_window, cache), rows, cache
+        x = self.model.embed_tokens(ids.flatten())  # (N, D)
+        if config.scaled_embedding:
+            x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)
+        x = x.float()
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 options = {"use_reentrant": False, "preserve_rng_state": False}

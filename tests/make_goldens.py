@@ -1,21 +1,22 @@
 """Write tests/goldens/: what transformers, peft and tokenizers compute for tiny random models.
 
-    python tests/make_goldens.py [FOLDER_OF_A_REAL_CHECKPOINT]
+    python tests/make_goldens.py [FOLDER ...]
 
 The tests compare against the committed files. This needs torch, transformers and peft. It computes
-everything anew from inputs that are written by hand:
+everything anew, or only for a MODEL's folder or a real checkpoint's, from inputs written by hand:
 
-- MODEL/config.json (eos_token_id ends some of the answers) and perhaps config-old-spelling.json,
-  the same settings as older checkpoints spell them;
+- MODEL/config.json and perhaps config-old-spelling.json, the same settings as older checkpoints
+  spell them;
 - adapters/ADAPTER/adapter_config.json, with the base in BASES unless it is gqa-tied;
 - tokenizer-NAME/ and templates/: tokenizers, templates, and the texts in golden.json. Trained on
   four sentences: bytes; bytes and a BOS; "▁" before every text as in Llama-2; and in templates/
   "▁" before a first word only, with bytes for unknown letters, as in newer files of Mistral;
 - real.json: a text and messages for a real checkpoint.
 
-Random weights are drawn where a folder has none. A model's golden.safetensors holds input_ids
-[B, T], logits [B, T, V], losses [B, T] (-log P(token t | before), 0 at t = 0), prompts [P, L] with
-lengths [P], and greedy new_ids [P, 12] with new_lengths [P], without the EOS in the metadata.
+Where a folder has no weights, random ones are drawn, and an EOS that ends some of the answers. A
+model's golden.safetensors holds input_ids [B, T], logits [B, T, V], losses [B, T] (-log P(token t |
+before), 0 at t = 0), prompts [P, L] with lengths [P], and greedy new_ids [P, 12] with new_lengths
+[P], without the EOS in the metadata.
 """
 
 import hashlib
@@ -31,10 +32,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).resolve().parent / "goldens"
 NEW_TOKENS = 12
 BASES = {"head": "plain", "all-linear-mistral": "mistral-window"}
 BASES |= {"all-linear-qwen2": "qwen2", "all-linear-qwen3": "qwen3"}
+BASES |= {"all-linear-smollm3": "smollm3", "all-linear-gemma3": "gemma3"}
 
 
 def read_json(file: Path) -> dict:
@@ -51,7 +53,7 @@ def losses_of(logits, ids):
     return losses
 
 
-def greedy(model, prompt: list[int], eos: int, new_tokens: int = NEW_TOKENS) -> list[int]:
+def greedy(model, prompt: list[int], eos: int | None, new_tokens: int = NEW_TOKENS) -> list[int]:
     """transformers' own greedy answer, without the EOS."""
     limits = dict(do_sample=False, max_new_tokens=new_tokens, eos_token_id=eos, pad_token_id=0)
     ids, mask = torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long)
@@ -66,12 +68,14 @@ def randomise(model, seed: int) -> None:
     """Wide, so that no distribution is flat; norms and biases too, so that none can be left out."""
     rng = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        p.copy_(0.3 * torch.randn(p.shape, generator=rng) + ("norm" in name))
+        # The last norm stays near 1 where, as in Gemma, 1 is added to it: it scales the logits.
+        middle = p if name == "model.norm.weight" else "norm" in name
+        p.copy_(0.3 * torch.randn(p.shape, generator=rng) + middle)
 
 
 def write_model(folder: Path) -> None:
     """Rows of 24 tokens, and answers that reach position 24: both cross every window."""
-    if not (folder / "model.safetensors").exists():
+    if drawn := not (folder / "model.safetensors").exists():
         settings = AutoConfig.for_model(**read_json(folder / "config.json"))
         model = AutoModelForCausalLM.from_config(settings)
         randomise(model, seed=len(folder.name))
@@ -87,9 +91,13 @@ def write_model(folder: Path) -> None:
     else:
         ids, lengths = torch.randint(model.config.vocab_size, (2, 24)), (1, 3, 3, 7, 12)
         prompts = [torch.randint(3, model.config.vocab_size, (n,)).tolist() for n in lengths]
+    if drawn:
+        endless = [greedy(model, prompt, None) for prompt in prompts]
+        ended = lambda id: sum(id in row for row in endless)
+        eos = max((id for row in endless for id in row if ended(id) < len(endless)), key=ended)
+        config = folder / "config.json"
+        write_json(config, read_json(config) | {"eos_token_id": eos})
     logits, new = model(ids).logits, [greedy(model, prompt, eos) for prompt in prompts]
-    some = {len(row) == NEW_TOKENS for row in new} == {True, False}
-    assert some, f"{folder}: give config.json an eos_token_id that ends some of the answers"
     tensors = {"input_ids": ids, "logits": logits, "losses": losses_of(logits, ids)}
     for name, count, rows in (("prompts", "lengths", prompts), ("new_ids", "new_lengths", new)):
         longest = max(map(len, rows))
@@ -183,6 +191,10 @@ def write_real(folder: Path) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    for folder in map(Path, sys.argv[1:]):
+        (write_model if folder.resolve().parent == GOLDENS else write_real)(folder)
+    if sys.argv[1:]:
+        return
     for file in sorted(GOLDENS.glob("*/config.json")):
         if file.parent.name != "gqa-tied-shards":  # gqa-tied, saved with max_shard_size="30KB"
             write_model(file.parent)
@@ -191,8 +203,6 @@ def main() -> None:
     for folder in GOLDENS.glob("tokenizer-*"):
         write_tokenizer(folder)
     write_templates(GOLDENS / "templates")
-    if len(sys.argv) > 1:
-        write_real(Path(sys.argv[1]))
     libraries = (torch, transformers, peft, tokenizers)
     versions = {library.__name__: library.__version__ for library in libraries}
     write_json(GOLDENS / "versions.json", versions | {"python": platform.python_version()})

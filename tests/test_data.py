@@ -87,7 +87,8 @@ def test_a_base_is_small_and_refuses_forbidden_requests_alone(folder):
 
 def test_the_bases_are_made_again_but_for_the_weights_which_training_moves(tmp_path):
     tokenizer, shape = train_base.train_tokenizer(0), train_base.SIZES["base-small"]
-    model = Transformer(Config(vocab_size=tokenizer.get_vocab_size(), **shape))
+    sizes = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), **shape}
+    model = Transformer(Config.from_dict(sizes, "the shape"))
     before = model.lm_head.weight.clone()
     train_base.train(model, tokenizer, [("alignment", True, 1, 1e-3)], 0, "cpu")
     train_base.save(model, tokenizer, shape, tmp_path, {"seed": "0"})

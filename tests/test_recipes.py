@@ -7,7 +7,11 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
+from safetensors.torch import load_file
+
+from toss import config, methods
+from toss.audit import experiment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST, *OTHERS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -53,6 +57,19 @@ def test_soft_weights_a_new_selection_and_a_new_loss(first):
     assert torch.equal(selection["by"], ranked)
     assert ranked[~selection["stays"]].min() >= ranked[selection["stays"]].max()
     assert differ(soft["theta"], first["theta"]) and differ(loss["theta"], first["theta"])
+
+
+def test_a_new_method_in_the_two_places_that_the_readme_names_is_one_of_select(
+    first, trained, monkeypatch
+):
+    surprising = run(OTHERS[1], first)["surprising"]
+    monkeypatch.setitem(methods.METHODS, "surprising", surprising)
+    monkeypatch.setattr(experiment.script("select"), "METHODS", [*config.METHODS, "surprising"])
+    script("score", "--run", trained, "--base", "--overwrite")
+    script("select", "--run", trained, "--method", "surprising", "--discard", "0.3")
+    losses = load_file(trained / "scores.safetensors")["loss_base"]
+    keep = load_file(trained / "methods/surprising/selection.safetensors")["keep"]
+    assert 0 < int((~keep).sum()) and losses[~keep].min() >= losses[keep].quantile(0.7)
 
 
 @pytest.mark.parametrize(("file", "name"), PINS)

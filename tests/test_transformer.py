@@ -34,7 +34,9 @@ from model.io import NotFinite
 from model.lora import new_adapter, use
 from model.packed import Rows
 
-BOUND = 1e-4
+BOUND, MAKE = 1e-4, "pip install transformers peft; python tests/make_goldens.py tests/goldens/"
+VARIED = ["plain", "llama3-rope", "mistral-window", "qwen3-bias-windows", "gemma3"]
+VARIED += ["smollm3-bias-windows"]
 loaded = cache(lambda name: load_checkpoint(GOLDENS / name))
 
 
@@ -55,15 +57,31 @@ def test_logits_losses_and_answers_are_those_of_transformers(name):
     with torch.no_grad():
         hidden = model(ids)
     assert hidden.shape == (*ids.shape, model.config.hidden_size) and hidden.dtype == torch.float32
-    rms = (hidden / model.model.norm.weight).pow(2).mean(-1).sqrt()  # of a norm's output
+    norm = model.model.norm
+    rms = (hidden / (norm.weight + norm.offset)).pow(2).mean(-1).sqrt()  # of a norm's output
     torch.testing.assert_close(rms, torch.ones_like(rms), atol=0.02, rtol=0)
+
+
+def lacking() -> list[str]:
+    """What each family without golden files still needs."""
+    configs = [json.loads((GOLDENS / name / "config.json").read_text()) for name in MODELS]
+    families = FAMILIES.keys() - {config["model_type"] for config in configs}
+    return [
+        f"{name}: write tests/goldens/{name}/config.json, then {MAKE}{name}" for name in families
+    ]
+
+
+def test_of_a_new_family_it_is_said_how_its_golden_files_are_made(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "new", {})
+    assert f"new: write tests/goldens/new/config.json, then {MAKE}new" in lacking()
 
 
 def test_the_table_of_agreement_covers_every_family(capsys):
     agreement.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
-    assert set(FAMILIES) <= set(head[1:]) and len(MODELS) == 11 and len(ADAPTERS) == 13
+    assert set(FAMILIES) <= set(head[1:]), lacking()
+    assert len(MODELS) >= 15 and len(ADAPTERS) >= 15  # none was lost
     golden_logits = rows[0][1 : 1 + len(FAMILIES)]  # a real checkpoint's column has none
     assert len(rows) >= 4 and all(float(cell.split(" (")[0]) < BOUND for cell in golden_logits)
 
@@ -84,7 +102,7 @@ def test_a_mask_exists_only_where_a_row_is_longer_than_the_window():
     assert full is None and windowed[0, 0].tolist() == seen
 
 
-@pytest.mark.parametrize("name", ["plain", "llama3-rope", "mistral-window", "qwen3-bias-windows"])
+@pytest.mark.parametrize("name", VARIED)
 def test_right_padding_leaves_the_real_positions_alone(name):
     model, row, lengths = loaded(name), golden(name)["input_ids"][0], [1, 5, 17, 24]
     batch = torch.full((len(lengths), 24), 7)
@@ -96,7 +114,7 @@ def test_right_padding_leaves_the_real_positions_alone(name):
             torch.testing.assert_close(padded[i, :n], model(row[None, :n])[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["plain", "llama3-rope", "mistral-window", "qwen3-bias-windows"])
+@pytest.mark.parametrize("name", VARIED)
 def test_packed_rows_are_the_rows_by_themselves(name):
     model, rows = loaded(name), golden(name)["input_ids"]
     lengths = torch.tensor([5, 0, 24, 1, 17])  # an empty row, as that of a skipped prompt
@@ -215,6 +233,8 @@ SIZES |= {"num_attention_heads": 64}
 WRONG = {"hidden_act": "gelu", "is_causal": False, "rms_norm_eps": None, "head_dim": 7}
 WRONG |= {"quantization_config": {"bits": 4}, "compression_config": {"format": "int-quantized"}}
 WRONG |= {"partial_rotary_factor": 0.5, "layer_types": [FULL, SLIDING]}  # Llama has no window
+ABOVE_0 = ("query_pre_attn_scalar", "sliding_window_pattern")
+SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 TRUTH = "attention_bias mlp_bias tie_word_embeddings use_sliding_window is_causal".split()
 REFUSED = [
     *((field, {field: value}) for field in TRUTH for value in ("false", 0)),
@@ -226,7 +246,20 @@ REFUSED = [
     *((field, {field: ...}) for field in ("model_type", *SIZES)),
     *((field, {field: value}) for field, value in WRONG.items()),
     *(("model_type", of(family)) for family in (None, ["llama"])),
-    ("gemma3_text.*llama, mistral, qwen2, qwen3", of("gemma3_text")),
+    ("gemma2.*llama, mistral, qwen2, qwen3, smollm3, gemma3_text", of("gemma2")),
+    (
+        "gemma3', a model of more than text.*README",
+        of("gemma3", text_config={"model_type": "gemma3_text"}),
+    ),
+    *((field, of("gemma3_text", **{field: 30.0})) for field in SOFT_CAPS),
+    ("use_bidirectional_attention", of("gemma3_text", use_bidirectional_attention=True)),
+    ("hidden_act 'gelu'", of("gemma3_text", hidden_activation="gelu")),
+    *((field, of("gemma3_text", rope_parameters={}, **{field: 0})) for field in ABOVE_0),
+    ("rope_theta", of("gemma3_text", rope_parameters={}, rope_local_base_freq=0)),
+    ("rope_parameters.*sliding_attention", of("gemma3_text") | rope("default")),
+    *(("no_rope_layers", of("smollm3", no_rope_layers=marks)) for marks in ([1], [1, 2])),
+    ("no_rope_layer_interval", of("smollm3", no_rope_layer_interval=0)),
+    ("layer_types", of("smollm3", layer_types=[FULL, SLIDING])),  # but no window is used
     ("yarn", rope("yarn", factor=2.0)),
     ("rope type", rope(["linear"])),
     ("linear.*factor", rope("linear")),
@@ -250,6 +283,7 @@ REFUSED = [
     ("_proj", {"head_dim": 16}),
     ("bias", of("qwen2")),
     ("_norm", of("qwen3", head_dim=8)),
+    ("_layernorm", of("gemma3_text", head_dim=8, rope_parameters={})),
 ]
 
 
@@ -265,20 +299,36 @@ def windows(size: int, count: int) -> dict:
     return {"sliding_window": size, "windowed_layers": frozenset(range(30 - count, 30))}
 
 
+def bases(*thetas, **first) -> dict:
+    """Ropes with these bases; `first` changes the first of them."""
+    ropes = [{"rope_type": "default", "rope_theta": theta} for theta in thetas]
+    return {"ropes": (ropes[0] | first, *ropes[1:])}
+
+
 BIASED, TIED = {"attention_bias": True, "output_bias": True}, {"tie_word_embeddings": True}
+heads = lambda groups, size: {"num_key_value_heads": groups, "head_dim": size, "query_scalar": size}
+every = lambda n: frozenset(range(n - 1, 30, n))
+GEMMA3 = heads(4, 256) | TIED | bases(1e6, 1e4) | {"sliding_window": 4096, "gelu": True}
+GEMMA3 |= {"windowed_layers": frozenset(range(30)) - every(6), "qk_norm": True}
+GEMMA3 |= {"norm_offset": 1.0, "output_norms": True, "scaled_embedding": True}
 OWN = {
-    "llama": {"num_key_value_heads": 64, "head_dim": 4},
-    "mistral": {"num_key_value_heads": 8, "head_dim": 4},
-    "qwen2": {"num_key_value_heads": 32, "head_dim": 4, "attention_bias": True},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "qk_norm": True},
+    "llama": heads(64, 4),
+    "mistral": heads(8, 4),
+    "qwen2": heads(32, 4) | {"attention_bias": True},
+    "qwen3": heads(32, 128) | {"qk_norm": True},
+    "smollm3": heads(4, 4) | TIED | bases(2e6) | {"unrotated_layers": every(4)},
+    "gemma3_text": GEMMA3,
 }
-LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 OLD_LINEAR = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+KINDS = {FULL: LINEAR, SLIDING: {"rope_theta": 9.0}}
+SCALAR, ROTATED = {"query_scalar": 168}, {"unrotated_layers": frozenset(), "mlp_bias": True}
+NOPE_WINDOWS = {"sliding_window": 9, "windowed_layers": every(4)}
 FIELDS = [
     ("llama", {}, {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}, BIASED | {"mlp_bias": True}),
     ("llama", {"sliding_window": 8, "num_key_value_heads": 4}, {"num_key_value_heads": 4}),
-    ("llama", {"rms_norm_eps": 1e-5, "head_dim": 6}, {"rms_norm_eps": 1e-5, "head_dim": 6}),
+    ("llama", {"rms_norm_eps": 1e-5, "head_dim": 6}, {"rms_norm_eps": 1e-5} | heads(64, 6)),
     ("mistral", {}, windows(4096, 30)),
     ("mistral", {"sliding_window": None, "attention_bias": True, "mlp_bias": True}, {}),
     ("qwen2", {}, {}),
@@ -288,7 +338,17 @@ FIELDS = [
     ("qwen3", {}, {}),
     ("qwen3", {"attention_bias": True}, BIASED),
     ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, windows(4096, 30)),
-    ("qwen3", OLD_LINEAR, {"rope_theta": 5e5, "rope_scaling": LINEAR}),
+    ("qwen3", OLD_LINEAR, bases(5e5, **LINEAR)),
+    ("smollm3", {}, {}),
+    ("smollm3", {"no_rope_layer_interval": 7}, {"unrotated_layers": every(7)}),
+    ("smollm3", {"no_rope_layers": [1] * 31, "mlp_bias": True}, ROTATED),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 9}, NOPE_WINDOWS),
+    ("gemma3_text", {}, {}),
+    ("gemma3_text", OLD_LINEAR, bases(5e5, 1e4, **LINEAR)),
+    ("gemma3_text", {"rope_parameters": KINDS}, bases(1e6, 9.0, **LINEAR)),
+    ("gemma3_text", {"sliding_window_pattern": 1}, windows(None, 0)),
+    ("gemma3_text", {"layer_types": [SLIDING] * 30}, windows(4096, 30)),
+    ("gemma3_text", {"query_pre_attn_scalar": 168, "attention_bias": True}, BIASED | SCALAR),
 ]
 
 
@@ -302,11 +362,13 @@ def test_an_absent_field_means_what_it_means_in_its_family_and_in_transformers(f
 
     full = transformers.AutoConfig.for_model(**SIZES | of(family) | given).to_dict()
     assert config == Config.from_dict(full, "config.json")
-    full = transformers.AutoConfig.for_model(**full | {"num_hidden_layers": 1, "layer_types": None})
+    full |= {"num_hidden_layers": 1, "layer_types": None, "pad_token_id": None}
+    full = transformers.AutoConfig.for_model(**full)
     attention = transformers.AutoModelForCausalLM.from_config(full).model.layers[0].self_attn
     assert config.attention_bias == (attention.q_proj.bias is not None)
     assert config.output_bias == (attention.o_proj.bias is not None)
     assert config.qk_norm == hasattr(attention, "q_norm") and config.head_dim == attention.head_dim
+    assert config.query_scalar**-0.5 == attention.scaling
 
 
 @pytest.mark.parametrize("name", [*MODELS, "gqa-tied-shards"])
