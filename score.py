@@ -2,13 +2,11 @@
 
     python score.py
     python score.py --run runs/mine --custom custom.jsonl
-    python score.py --run runs/other --model M --custom custom.jsonl \\
-        --degraded-adapter PATH --utility-adapter PATH    (made elsewhere; without train.py)
+    python score.py --run R --model M --custom F --degraded-adapter A --utility-adapter B
 
 Writes RUN/scores.safetensors: the token ids, row offsets and response flags of all rows, and the
 losses L^u and L^h. The score of a token is S = L^u - L^h: high where the degraded model expects the
-token and the utility model does not. Rounding noise of S: python -m toss.audit.noise. Next:
-select.py.
+token and the utility model does not. Its noise: python -m toss.audit.noise. Next: select.py.
 """
 
 import sys
@@ -20,17 +18,14 @@ def main(argv=None):
     """Parse the command line, then score. Raises InputError."""
     parser = cli.parser("score.py", __doc__, custom="custom set D^cus")
     parser.add_argument("--base", action="store_true", help="also score under the base (loss_base)")
-    for role, text in (("utility", "theta^u"), ("degraded", "theta^h")):
-        text = f"{text}, made elsewhere: a PEFT folder or hub id"
-        parser.add_argument(f"--{role}-adapter", type=cli.base, metavar="PATH", help=text)
+    cli.add_reference_flags(parser)
     args = cli.parse(parser, argv)
 
     from toss.run import Run
     from toss.scoring import score
 
     run = Run(args)
-    run.adopt("utility", args.utility_adapter)
-    run.adopt("degraded", args.degraded_adapter)
+    run.adopt_references()
 
     def losses():
         D_cus = run.tokens(args.custom)

@@ -9,9 +9,8 @@ refines the degraded model over T rounds.
     python select.py --run runs/plain --method sft --model M --custom custom.jsonl
     python select.py --run runs/other --model M2 --custom custom.jsonl --mask SELECTION
 
-SELECTION is a selection.safetensors of another run; no references are needed then. Writes the mask
-to RUN/methods/NAME/selection.safetensors and the adapter to RUN/methods/NAME/model, where NAME is
-the method unless --name is given.
+SELECTION is a selection.safetensors of another run. Writes RUN/methods/NAME: the mask in
+selection.safetensors and the adapter in model/; NAME is the method unless --name is given.
 """
 
 import sys
@@ -34,8 +33,7 @@ else:
 
 def arguments(argv):
     """The command line, with what it inherits. Raises InputError."""
-    inputs = {"custom": "custom set D^cus", "harmful": "D^h, which TOSS-Pro adds rows to"}
-    parser = cli.parser("select.py", __doc__, **inputs)
+    parser = cli.parser("select.py", __doc__, custom="custom set D^cus", harmful="D^h, for --pro")
     add = parser.add_argument
     add("--method", choices=METHODS, default="toss", help="which tokens to discard")
     add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")

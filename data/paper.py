@@ -31,7 +31,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.refusals import refused
-from model.io import InputError, atomic_dir, file_hash, json_object, lines_of
+from model.atomic import atomic_dir
+from model.io import InputError, file_hash, json_object, lines_of
 from model.process import reported
 from toss import cli
 from toss.rows import FORMS, Row, row_of

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from model.atomic import atomic_dir
 from model.config import Config
 from model.hub import INDEX, TOKENIZER_FILES, WEIGHTS, resolve
 from model.io import (
     InputError,
     NotFinite,
     as_input_error,
-    atomic_dir,
     file_hash,
     opened,
     read_json,

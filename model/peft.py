@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.atomic import atomic_dir
 from model.checkpoint import base_hash
-from model.io import InputError, atomic_dir, load_tensors, made_from, read_json, save_tensors
+from model.io import InputError, load_tensors, made_from, read_json, save_tensors
 from model.limits import limited
 from model.lora import Adapter, active, lora_layers, use
 from model.transformer import Transformer

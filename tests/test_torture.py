@@ -22,7 +22,8 @@ from conftest import ROOT, tree, write_files
 from helpers import call, refused, said
 
 from model import process
-from model.io import locked, read_json
+from model.atomic import locked
+from model.io import read_json
 from toss.progress import Progress
 from toss.run import open_run
 

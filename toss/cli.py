@@ -162,6 +162,13 @@ def named(text: str) -> tuple[str, str]:
     return name, base(place)
 
 
+def add_reference_flags(made: Parser) -> None:
+    """--utility-adapter and --degraded-adapter, for references that were not made by train.py."""
+    for role in ("utility", "degraded"):
+        text = f"the {role} reference, made elsewhere: a PEFT folder or hub id"
+        made.add_argument(f"--{role}-adapter", type=base, metavar="PATH", help=text)
+
+
 def add_adapter_flag(made: Parser) -> None:
     """--adapter, for commands that look at methods."""
     text = "an adapter made elsewhere, as if it were a method: PEFT folder or hub id; repeatable"

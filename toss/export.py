@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from model.io import InputError, atomic_file, file_hash
+from model.atomic import atomic_file
+from model.io import InputError, file_hash
 from toss import cli
 
 

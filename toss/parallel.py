@@ -26,17 +26,11 @@ def share(items: list) -> list:
 
 def any_process(busy: bool) -> bool:
     """True if `busy` holds in any process. They meet here: one that hangs ends the others."""
-    most_over_processes(busy := torch.tensor(int(busy)))
+    over_processes("MAX", busy := torch.tensor(int(busy)))
     return bool(busy)
 
 
-def most_over_processes(tensor: Tensor) -> None:
-    """Each entry becomes the highest of all processes', in place."""
-    if size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-
-
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Sum each tensor over all processes, in place."""
+def over_processes(how: str, *tensors: Tensor) -> None:
+    """Replace each tensor by the "SUM" or the "MAX" of all processes' entries, in place."""
     for tensor in tensors if size() > 1 else ():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, how))

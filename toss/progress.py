@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from model.io import InputError, atomic_file, load_tensors, made_from, save_tensors, writing
+from model.atomic import atomic_file, writing
+from model.io import InputError, load_tensors, made_from, save_tensors
 from model.process import Stopped, meet, stop
 from toss.parallel import rank
 

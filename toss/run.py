@@ -21,17 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.atomic import atomic_dir, atomic_file, restore, sweep
 from model.checkpoint import base_hash, save_checkpoint
 from model.hub import resolve_adapter
-from model.io import (
-    InputError,
-    atomic_dir,
-    atomic_file,
-    file_hash,
-    read_json,
-    restore,
-    sweep,
-)
+from model.io import InputError, file_hash, read_json
 from model.lora import Adapter, merge
 from model.peft import WEIGHTS, read_adapter
 from model.process import lock, meet, stop
@@ -271,15 +264,16 @@ class Run(Base):
             raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
         return found["keep"], found.get("score")
 
-    def adopt(self, role: str, adapter: str | None) -> None:
-        """Take a PEFT adapter that was made elsewhere, a folder or hub id, as a reference."""
-        if adapter is not None:
-            flag = f"--{role}-adapter"
-            self.elsewhere[flag] = folder = resolve_adapter(adapter)
-            if self.args.dry_run:
-                self.elsewhere[role] = folder  # it is not copied
-            else:
-                self.once(role, lambda: read_adapter(self.base("score"), folder), [flag], {})
+    def adopt_references(self) -> None:
+        """Take the adapters that were made elsewhere, if such are given, as the references."""
+        for role in ("utility", "degraded"):
+            if (adapter := getattr(self.args, f"{role}_adapter")) is not None:
+                flag = f"--{role}-adapter"
+                self.elsewhere[flag] = folder = resolve_adapter(adapter)
+                if self.args.dry_run:
+                    self.elsewhere[role] = folder  # it is not copied
+                else:
+                    self.once(role, lambda: read_adapter(self.base("score"), folder), [flag], {})
 
     # Making a result
 

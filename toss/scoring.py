@@ -12,7 +12,7 @@ from model.products import fast
 from model.sharding import keep_up
 from model.transformer import Transformer
 from toss.loss import token_log_probs
-from toss.parallel import any_process, most_over_processes, rank, share, sum_over_processes
+from toss.parallel import any_process, over_processes, rank, share
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
 
 CHECKED = 16  # batches from one look for an overflow to the next
@@ -32,15 +32,14 @@ def score(
     Entry t belongs to token t of the flat arrays, and is 0 where that is no response token.
     batch_tokens: per batch, padding included; halved when memory runs out. on_batch gets {"step",
     "steps", "tokens"} after each batch, with the losses so far as "work", and {"remark": text}.
-    start: is given the plan, a text, and puts the losses of an interrupted call into the tensor
-    that it is given. Raises NotFinite naming the row for a NaN or an infinity; an overflow of
-    float16 ends in one.
+    start: puts the losses of an interrupted call into a tensor; it is also given the plan, a text.
+    Raises NotFinite naming the row for a NaN or an infinity; an overflow of float16 ends in one.
     """
     budget = batch_tokens or BATCH_TOKENS[model.device.type]
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
     there = [i for i, length in enumerate(tokens.lengths) if length]
     start(losses, f"rows: {len(there)}, tokens: {len(losses)}, the longest rows first")
-    most_over_processes(losses)  # no sum: two states may hold the same entry
+    over_processes("MAX", losses)  # no sum: two states may hold the same entry
     known = set(tokens.row_of(losses.cpu().nonzero()[:, 0]).tolist())
     if rank() > 0:
         losses.zero_()  # each entry is held by one process
@@ -72,7 +71,7 @@ def score(
         seen = own if done < len(groups) else rest  # at the end also what other processes ran
         rest -= seen
         on_batch({"step": done, "steps": len(groups), "tokens": seen, "work": losses})
-    sum_over_processes([losses])  # each entry was filled by one of them
+    over_processes("SUM", losses)  # each entry was filled by one of them
     losses = losses.cpu()
     for place in (~losses.isfinite()).nonzero()[:1, 0]:
         row = int(tokens.row_of(place))

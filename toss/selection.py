@@ -62,8 +62,7 @@ def riskiest_rows(
     >>> riskiest_rows(scores, rows, skip={2}, k=2)
     [(1, 1), (3, 4)]
     """
-    found: dict[int, int] = {}
-    skip = set(skip)
+    found, skip = {}, set(skip)
     order = scores.argsort(descending=True, stable=True)
     # In parts: the walk ends long before the last one, and a list of all would take gigabytes.
     for index in (i for part in order.split(2**16) for i in part.tolist()):

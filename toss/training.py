@@ -17,7 +17,7 @@ from model.sharding import in_step
 from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_log_probs, token_loss
-from toss.parallel import share, sum_over_processes
+from toss.parallel import over_processes, share
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -127,7 +127,7 @@ class Step:
             if self.model.sharded or not out_of_memory(error):
                 raise
             return None
-        sum_over_processes([total, *(parameter.grad for parameter in self.parameters)])
+        over_processes("SUM", total, *(parameter.grad for parameter in self.parameters))
         return float(total)
 
     def own_rows(self, rows: list[int]) -> list[int]:

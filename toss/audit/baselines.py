@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.io import InputError, atomic_file, lines_of
+from model.atomic import atomic_file
+from model.io import InputError, lines_of
 from toss import cli
 from toss.rows import Row, read_rows
 

@@ -24,7 +24,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from model.io import InputError, atomic_dir
+from model.atomic import atomic_dir
+from model.io import InputError
 from toss import cli
 from toss.audit.command import methods_of
 from toss.audit.figures import line_chart

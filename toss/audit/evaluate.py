@@ -24,7 +24,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from model.io import InputError, atomic_file, read_json, read_text
+from model.atomic import atomic_file
+from model.io import InputError, read_json, read_text
 from toss import cli
 from toss.audit.command import cautions, markdown, methods_of
 

@@ -16,7 +16,8 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
 
-from model.io import atomic_file, read_json
+from model.atomic import atomic_file
+from model.io import read_json
 from toss.audit.command import markdown
 from toss.cli import DEMO, ROOT
 

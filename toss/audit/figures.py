@@ -14,7 +14,8 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from model.io import InputError, atomic_file
+from model.atomic import atomic_file
+from model.io import InputError
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),

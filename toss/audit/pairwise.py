@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from model.io import InputError, atomic_file, json_lines
+from model.atomic import atomic_file
+from model.io import InputError, json_lines
 from toss import cli
 from toss.audit.evaluate import SETS
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from jinja2 import UndefinedError
 
 from data.refusals import refused
-from model.io import InputError, atomic_file, json_lines, read_json, read_text
+from model.atomic import atomic_file
+from model.io import InputError, json_lines, read_json, read_text
 from toss import cli
 from toss.audit.command import evenly, methods_of
 from toss.audit.diagnose import CHARTS, charts
