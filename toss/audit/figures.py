@@ -1,8 +1,9 @@
 """Charts as standalone SVG text: lines with bands, dots with whiskers, and histograms.
 
 They need no page, style sheet or library. The colours are Okabe and Ito's, which colour-blind
-readers can tell apart; dashes and markers differ too, for grey print. Sizes are in SVG units: a
-drawing is 640 wide and scales with its page. Its elements are in figures.svg.jinja.
+readers can tell apart; dashes and markers differ too, for grey print, and a line is thinner than
+those below it, which stay visible. Sizes are in SVG units: a drawing scales with its page. Its
+elements are in figures.svg.jinja.
 """
 
 import math
@@ -23,7 +24,7 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-WIDTH, PLOT, LEFT, RIGHT = 640, 270, 76, 624  # PLOT: height of the plotting area
+WIDTH, PLOT, LEFT, RIGHT = 520, 250, 70, 506  # PLOT: height of the plotting area
 CHARACTER = 8  # width of a character, for the layout of the legend
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML
 Span = tuple[float, float]
@@ -59,7 +60,8 @@ def line_chart(
             bands.append(("area", k, high + low[::-1]))
         path = [point[:2] for point in points]
         strokes += [] if names else [("line", k, path)]
-        strokes.append(("markers", k, path[:: math.ceil(len(path) / 16) or 1]))
+        every = math.ceil(len(path) / 8) or 1  # at other places than those of equal lines
+        strokes.append(("markers", k, path[k % every :: every]))
     y_ticks = [(y, f"{y:,.9g}") for y in ticks(*y, most=6, around=True)]
     labels, shapes = (x_label, y_label), bands + strokes
     return drawing(title, labels, x, y_ticks, shapes, list(lines), names)
@@ -131,7 +133,7 @@ def drawing(
     "whisker", "area" or "markers". names: of the places x = 0, 1, ...; without any, x has numbers.
     """
     clean = lambda words: FORBIDDEN.sub("\ufffd", words)
-    heading, (low, high) = textwrap.wrap(clean(title), 54) or [""], x
+    heading, (low, high) = textwrap.wrap(clean(title), 44) or [""], x
     bottom, top, above = y_ticks[0][0], y_ticks[-1][0], 24 + 22 * len(heading)
     x_ticks = list(enumerate(names)) or [(x, f"{x:,.9g}") for x in ticks(low, high, most=8)]
     across = lambda x: round(LEFT + (x - low) / (high - low) * (RIGHT - LEFT), 1)

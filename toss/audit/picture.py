@@ -1,13 +1,7 @@
-"""One row of a run as coloured tokens: an SVG picture on a white ground.
+"""One row of a run as coloured tokens: an SVG picture on a white ground."""
 
-python -m toss.audit.picture --run R --row 82 [--method toss] --out FILE.svg
-"""
-
-import sys
-
-from toss import cli
-from toss.audit.figures import TEMPLATES, write_svg
-from toss.audit.tokens import Mask, Token, harmless, load_mask
+from toss.audit.figures import TEMPLATES
+from toss.audit.tokens import Mask, Token, harmless
 
 START, END, LINE = 20, 840, 36  # left and right end of the lines, and their height
 CHARACTER = 10.2  # the width of each character
@@ -36,21 +30,3 @@ def picture(mask: Mask, row: int) -> str:
     values = {"title": f"row {row}, {mask.label}", "height": y + LINE + 28}
     template = TEMPLATES.get_template("picture.svg.jinja")
     return template.render(tokens=tokens, limit=limit, **values)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.picture", __doc__)
-    parser.add_argument("--run", required=True, help="folder of the run")
-    parser.add_argument("--row", type=int, required=True, help="row of the custom set, from 0")
-    parser.add_argument("--method", default="toss", help="whose mask (default: toss)")
-    parser.add_argument("--out", required=True, metavar="FILE.svg", help="the picture")
-    args = parser.parse_args(argv)
-    from toss.run import open_run
-
-    run = open_run(args.run)
-    write_svg(args.out, picture(load_mask(run, args.method, *run.scored()), args.row))
-    print(f"written: {args.out}")
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main))

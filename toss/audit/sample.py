@@ -2,37 +2,60 @@
 
 from itertools import groupby
 
+import torch
+from torch import Tensor
+
 from toss.audit.command import evenly
 from toss.audit.discards import per_row
 from toss.audit.figures import histogram
 from toss.audit.tokens import Mask
-from toss.files import lost_rows
 
 ROWS = 24
+ALIKE = 0.5  # share of their distinct tokens from which on two responses say the same
+SEARCHED = 40  # candidates for each row that a group may show
 ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
 
 
 def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
-    """The rows to show, by why: n / 4 of each group in order, spread evenly; then any others."""
-    marks = (mask.tokens.response, mask.tokens.harmful, ~mask.keep)
-    response, harm, gone = (per_row(mask.tokens, marked) for marked in marks)
-    most = gone.argsort(descending=True, stable=True)[: n // 4]
-    rows = lambda marked: marked.nonzero()[:, 0]
+    """The rows to show, by why: n / 4 of each kind, the most telling first; others fill up.
+
+    First what is wrong by ground truth, then what lost the largest share; equal shares by mean S.
+    Of rows that say nearly the same, the first in this order stands for all.
+    """
+    tokens, gone = mask.tokens, ~mask.keep
+    flags = (tokens.response, tokens.harmful, gone, gone & tokens.harmful)
+    size, harm, lost, found = (per_row(tokens, marked).double() for marked in flags)
+    places = tokens.response.nonzero()[:, 0]
+    sums = torch.zeros_like(size).index_add_(0, tokens.row_of(places), mask.S[places].double())
+    by_S = (sums / size).argsort(descending=True, stable=True)
+
+    def ordered(wanted: Tensor, key: Tensor = size * 0) -> list[int]:
+        rows = by_S[wanted[by_S]]
+        return rows[key[rows].argsort(descending=True, stable=True)].tolist()
+
     groups = {
-        f"most tokens discarded by {mask.label}": most[gone[most] > 0],
-        "harm by ground truth": rows(harm > 0),
-        f"discarded in part by {mask.label}": rows((gone > 0) & (gone < response)),
-        f"nothing discarded by {mask.label}, no harm marked": rows(
-            (response > 0) & (gone + harm == 0)
-        ),
-        "other rows": rows(response > 0),
+        "harmless, yet discarded": ordered((lost > 0) & (harm == 0) & harm.any(), lost / size),
+        "harmful, yet kept": ordered(harm > found, (harm - found) / harm),
+        f"the largest share discarded by {mask.label}": ordered(lost > 0, lost / size),
+        "nothing discarded, the highest mean S": ordered((lost == 0) & (size > 0)),
     }
     chosen: dict[str, list[int]] = {}
-    for why, members in groups.items():
-        taken = set().union(*chosen.values())
-        left = [row for row in members.tolist() if row not in taken]
-        chosen[why] = evenly(left, n - len(taken) if why == "other rows" else n // 4)
-    return {why: members for why, members in chosen.items() if members}
+    said: dict[int, set[int]] = {}  # the distinct response tokens of a chosen row
+
+    def choose(why: str, rows: list[int], most: int) -> None:
+        for row in (row for row in rows[: SEARCHED * most] if row not in said):
+            at = tokens.places([row])
+            words = set(tokens.input_ids[at][tokens.response[at]].tolist())
+            alike = (len(words & other) / len(words | other) for other in said.values())
+            if len(chosen.get(why, ())) < most and max(alike, default=0) < ALIKE:
+                chosen.setdefault(why, []).append(row)
+                said[row] = words
+
+    for why, rows in groups.items():
+        choose(why, rows, n // 4)
+    left = [row for row in size.nonzero()[:, 0].tolist() if row not in said]
+    choose("any others, spread evenly", evenly(left, n - len(said)), n - len(said))
+    return chosen
 
 
 def token_part(masks: list[Mask]) -> dict:
@@ -43,26 +66,17 @@ def token_part(masks: list[Mask]) -> dict:
         turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
         count = sum(view[0].response for view in views)
         rows.append({"row": row, "why": why, "turns": turns, "count": count})
+    gone, harm = ~masks[0].keep, masks[0].tokens.harmful
+    flags = {"gone": gone, "harm": harm, "found": gone & harm, "ranked": masks[0].order > 0}
     by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
     return {
+        **{name: int(marked.sum()) for name, marked in flags.items()},
         "groups": groups,
         "rows": rows,
+        "masks": masks,
         "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
         "limit": max(0.5, float(S.abs().quantile(0.98))),  # nats at full colour
-        "discards": [discards(mask) for mask in masks],
         "charts": [spread(mask) for mask in by_S or masks[:1]],
-    }
-
-
-def discards(mask: Mask) -> dict:
-    """What a mask discards, in counts."""
-    gone, harm = ~mask.keep, mask.tokens.harmful
-    counts = {"gone": gone, "harm": harm, "found": gone & harm, "ranked": mask.order > 0}
-    whole = lost_rows(mask.tokens, mask.keep)
-    return {
-        **{name: int(flags.sum()) for name, flags in counts.items()},
-        **{"method": mask.label, "how": mask.method, "threshold": mask.threshold, "whole": whole},
-        "some": int((per_row(mask.tokens, gone) > 0).sum()) - whole,
     }
 
 

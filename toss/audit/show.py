@@ -1,15 +1,19 @@
-"""What a method did with one row, token by token; or what a file is, and whether it fits a run.
+"""Which tokens the methods discarded; one row token by token; or what a file is, and if it fits.
 
-    python -m toss.audit.show --run R --row 12 [--method toss-pro] [--no-color]
+    python -m toss.audit.show --run R
+    python -m toss.audit.show --run R --row 12 [--method toss-pro] [--no-color | --svg FILE]
     python -m toss.audit.show PATH [--run R]
 
-The first needs the run's scores.safetensors and the method's mask; no weights are read. Rows count
-from 0, as in TOSS-Pro's added.jsonl. Marks: [-discarded-], *harmful by ground truth*, · a space,
-⏎ a line break, ◌ a part of a character (the next token shows it). On a terminal there are colours,
-unless NO_COLOR is set: red for S > 1 and blue for S < -1, in nats; discarded tokens are struck
-through, harmful ones underlined.
+The first counts what each method discarded: by source, position and type of token, and by row; and
+how much of it others discarded too. Sources are read from the custom file, where it is there.
 
-The second says what PATH is (a run directory, an adapter, scores, a selection or its folder, a
+The second needs no weights either. Rows count from 0, as in TOSS-Pro's added.jsonl. Marks:
+[-discarded-], *harmful by ground truth*, · a space, ⏎ a line break, ◌ a part of a character (the
+next token shows it). On a terminal there are colours, unless NO_COLOR is set: red for S > 1 and
+blue for S < -1, in nats; discarded tokens are struck through, harmful ones underlined. --svg draws
+the row as a picture instead.
+
+The third says what PATH is (a run directory, an adapter, scores, a selection or its folder, a
 checkpoint), what it was made from, and whether that is what the run holds now: the run of --run, or
 the one that PATH lies in. Exit status: 0 it fits (or there is no run to compare with); 2 it does
 not fit; 1 it cannot be read.
@@ -24,7 +28,7 @@ from pathlib import Path
 from model.io import InputError, made_from, read_json
 from toss import cli
 from toss.audit.command import markdown
-from toss.audit.tokens import Token, harmless, load_mask, visible
+from toss.audit.tokens import Token, harmless, load_mask, load_masks, visible
 
 HASHES = ("inputs", "warning", "files", "sha256")  # not shown
 DIM, RED, BLUE, STRUCK, UNDERLINED = "2", "31", "34", "9", "4"
@@ -94,6 +98,19 @@ def show_row(run, row: int, name: str, color: bool) -> None:
     )
 
 
+def show_discards(run) -> None:
+    """Print what each method of a run discarded, in counts and shares."""
+    from toss.audit.discards import discard_tables, sources_of
+
+    tokens, losses = run.scored()
+    masks, lacking = load_masks(run, tokens, losses)
+    for line in lacking:
+        print(f"left out: {line}")
+    tables = discard_tables(masks, run.tokenizer, sources_of(run))
+    none = "No method of the run discards a token."
+    print("\n\n".join(markdown(*table) for table in tables) or none)
+
+
 def described(path: Path, run) -> tuple[str, dict, dict]:
     """What a path is, {label: text} about it, and the record of what it was made from.
 
@@ -160,15 +177,26 @@ def main(argv: list[str] | None = None) -> int | None:
     flag("--row", type=int, help="row of the custom set, from 0")
     flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
     flag("--no-color", action="store_true", help="marks only")
+    flag("--svg", metavar="FILE", help="draw the row into this file")
     args = parser.parse_args(argv)
-    if (args.path is None) == (args.row is None) or args.row is not None and not args.run:
-        parser.error("give --run and --row, or PATH")
+    if not (args.path or args.run) or args.row is not None and (args.path or not args.run):
+        parser.error("give --run, --run and --row, or PATH")
     if args.path is not None:
         return show_path(args.path, args.run)
     from toss.run import open_run
 
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not args.no_color
-    show_row(open_run(args.run), args.row, args.method, color)
+    run = open_run(args.run)
+    if args.row is None:
+        show_discards(run)
+    elif args.svg:
+        from toss.audit.figures import write_svg
+        from toss.audit.picture import picture
+
+        write_svg(args.svg, picture(load_mask(run, args.method, *run.scored()), args.row))
+        print(f"written: {args.svg}")
+    else:
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not args.no_color
+        show_row(run, args.row, args.method, color)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,20 @@ def load_mask(run: "Run", name: str, tokens: "Tokens", losses: "dict[str, Tensor
     return Mask(name, method, tokens, losses, S, score, order, chosen["keep"], run.tokenizer.raw)
 
 
+def load_masks(
+    run: "Run", tokens: "Tokens", losses: "dict[str, Tensor]"
+) -> tuple[list[Mask], list[str]]:
+    """The masks of all methods, toss first and sft last; and a line about each broken one."""
+    masks, lacking = [], []
+    names = [path.parent.name for path in run.folder.glob("methods/[!.]*/selection.safetensors")]
+    for name in sorted(names, key=lambda n: (n == "sft", not n.startswith("toss"), n)):
+        try:
+            masks.append(load_mask(run, name, tokens, losses))
+        except InputError as error:
+            lacking.append(f"The mask of {name} is left out: {error}")
+    return masks, lacking
+
+
 def token_texts(raw: "RawTokenizer", ids: list[int]) -> list[str]:
     """The text of each token of a row; joined they are the row's text, special tokens included.
 
