@@ -293,7 +293,7 @@ def test_charts_of_nothing_of_one_value_and_of_odd_names():
         assert all(map(math.isfinite, one)) and one == two
         assert "nan" not in histogram({"a": [value] * 3}, "t", "x", threshold=value).lower()
     names = drawn(svg := line_chart({"<b>&\"'\x00": [(0, 0)]}, "</title><script>", "x", "y"))[0]
-    assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in svg and "<b>&\"'\ufffd" in names
+    assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in svg and "<b>&\"'<00>" in names
     for bad in (math.nan, math.inf):
         with pytest.raises(InputError, match="figure 't': a value is not a finite number"):
             line_chart({"a": [(0, bad)]}, "t", "x", "y")

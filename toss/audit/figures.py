@@ -7,7 +7,6 @@ elements are in figures.svg.jinja.
 """
 
 import math
-import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +15,18 @@ import jinja2
 import numpy as np
 
 from model.io import InputError, atomic_file
+from toss.audit.tokens import harmless
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
+    finalize=lambda x: harmless(x) if type(x) is str else x,  # markup is done already
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
 WIDTH, PLOT, LEFT, RIGHT = 520, 250, 70, 506  # PLOT: height of the plotting area
 CHARACTER = 8  # width of a character, for the layout of the legend
-FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML
 Span = tuple[float, float]
 
 
@@ -132,26 +132,23 @@ def drawing(
     plotting area. shapes: (kind, k, points), k the place of its name in the legend, kind "line",
     "whisker", "area" or "markers". names: of the places x = 0, 1, ...; without any, x has numbers.
     """
-    clean = lambda words: FORBIDDEN.sub("\ufffd", words)
-    heading, (low, high) = textwrap.wrap(clean(title), 44) or [""], x
+    heading, (low, high) = textwrap.wrap(title, 44) or [""], x
     bottom, top, above = y_ticks[0][0], y_ticks[-1][0], 24 + 22 * len(heading)
     x_ticks = list(enumerate(names)) or [(x, f"{x:,.9g}") for x in ticks(low, high, most=8)]
     across = lambda x: round(LEFT + (x - low) / (high - low) * (RIGHT - LEFT), 1)
     down = lambda y: round(above + (top - y) / (top - bottom) * PLOT, 1)
     entries, x, y = [], LEFT, above + PLOT + 68
-    for name in map(clean, legend):
+    for name in legend:
         wide = 62 + CHARACTER * len(name)
         if x > LEFT and x + wide > WIDTH:
             x, y = LEFT, y + 22
         entries.append((x, y, name))
         x += wide
     return TEMPLATES.get_template("figures.svg.jinja").render(
-        title=clean(title),
-        heading=heading,
-        **{"x_label": clean(labels[0]), "y_label": clean(labels[1])},
+        **{"title": title, "heading": heading, "x_label": labels[0], "y_label": labels[1]},
         **{"width": WIDTH, "left": LEFT, "right": RIGHT, "top": above, "plot": PLOT},
         height=y + 14 if shapes else 130,
-        x_ticks=[(across(x), clean(name)) for x, name in x_ticks],
+        x_ticks=[(across(x), name) for x, name in x_ticks],
         y_ticks=[(down(y), name, bottom < 0 == y < top) for y, name in y_ticks],
         shapes=[(s, k, [(across(x), down(y)) for x, y in points]) for s, k, points in shapes],
         legend=entries,

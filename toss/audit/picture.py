@@ -17,7 +17,7 @@ def picture(mask: Mask, row: int) -> str:
         words[-1].append(token)
     tokens, x, y, response = [], START, 40, False
     for word in words:
-        texts = [harmless(token.text.replace("\n", " ")) for token in word]
+        texts = [harmless(token.text.replace("\n", " ")) for token in word]  # their widths count
         turn = word[0].response != response
         if turn or x + CHARACTER * len("".join(texts)) > END:
             x, y, response = START, y + LINE + 6 * turn, word[0].response

@@ -22,10 +22,10 @@ from toss.audit.compare import COLUMNS
 from toss.audit.evaluate import read_metrics
 from toss.audit.experiment import HEADS
 from toss.audit.figures import TEMPLATES, line_chart
-from toss.audit.tokens import harmless, load_masks, visible
+from toss.audit.tokens import load_masks, visible
 from toss.audit.verdict import trained_otherwise, verdict
 
-TEMPLATES.filters |= {"harmless": lambda text: harmless(str(text)), "visible": visible}
+TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
 ORDER = ("base", "sft", "toss", "toss-pro")  # methods that come first
 place = lambda method: (*ORDER, method).index(method)

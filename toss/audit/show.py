@@ -1,7 +1,7 @@
 """Which tokens the methods discarded; one row token by token; or what a file is, and if it fits.
 
     python -m toss.audit.show --run R
-    python -m toss.audit.show --run R --row 12 [--method toss-pro] [--no-color | --svg FILE]
+    python -m toss.audit.show --run R --row 12 [--method toss-pro] [--svg FILE]
     python -m toss.audit.show PATH [--run R]
 
 The first counts what each method discarded: by source, position and type of token, and by row; and
@@ -176,7 +176,6 @@ def main(argv: list[str] | None = None) -> int | None:
     flag("--run", help="folder of the run")
     flag("--row", type=int, help="row of the custom set, from 0")
     flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
-    flag("--no-color", action="store_true", help="marks only")
     flag("--svg", metavar="FILE", help="draw the row into this file")
     args = parser.parse_args(argv)
     if not (args.path or args.run) or args.row is not None and (args.path or not args.run):
@@ -195,7 +194,7 @@ def main(argv: list[str] | None = None) -> int | None:
         write_svg(args.svg, picture(load_mask(run, args.method, *run.scored()), args.row))
         print(f"written: {args.svg}")
     else:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not args.no_color
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         show_row(run, args.row, args.method, color)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MARKS = {"": "◌", " ": "·", "\n": "⏎", "\t": "⇥"}
 INPUTS = ("--custom", "degraded", "utility")  # of a mask: it fits no others
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories of invisible characters
+NEVER = ("\ufffe", "\uffff")  # no characters at all; XML forbids them
 
 
 @dataclass
@@ -145,7 +146,7 @@ def harmless(text: str) -> str:
     >>> harmless("a b\\x1b[2J")
     'a b<1b>[2J'
     """
-    shown = lambda c: c in "\n\t" or unicodedata.category(c) not in HIDDEN
+    shown = lambda c: c in "\n\t" or unicodedata.category(c) not in HIDDEN and c not in NEVER
     return "".join(c if shown(c) else f"<{ord(c):02x}>" for c in text)
 
 
