@@ -15,55 +15,10 @@ harmful rows (the end-of-sequence token aside), and the harmful reference set if
 the last. Writes RUN/diagnosis/kl.csv, which the page of toss.audit.report draws.
 """
 
-import csv
 import sys
-from pathlib import Path
 
-from model.io import InputError, atomic_dir
 from toss import cli
 from toss.audit.command import methods_of
-
-
-def diagnose_run(
-    run,
-    methods: list[str],
-    files: list[str] | None = None,
-    max_rows: int = 64,
-    positions: int = 48,
-) -> tuple[list[dict], dict[str, str]]:
-    """Diagnose methods of a run and write RUN/diagnosis; see above.
-
-    files: one group of rows per file; None splits the run's custom set. Returns the lines of
-    kl.csv, and where each group comes from. Raises InputError for a model that is missing or was
-    made from something else.
-    """
-    from toss.audit.discards import response_positions
-    from toss.audit.movement import COLUMNS, divergences, group_of_file, groups_of_run, means
-    from toss.parallel import rank
-
-    model = run.base("score")
-    adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
-    names = [Path(path.removesuffix(".gz")).stem for path in files or ()]
-    if len(set(names)) < len(names):
-        raise InputError(f"two files of --rows have the same name: {', '.join(names)}")
-    groups = {name: group_of_file(run, path, max_rows) for name, path in zip(names, files or ())}
-    groups, lines = groups or groups_of_run(run, run.scored(needed=False)[0], max_rows), []
-    for name, (tokens, _) in groups.items():
-        wanted = tokens.response & (response_positions(tokens) < positions)
-        found = divergences(model, adapters, tokens, wanted, run.batch_tokens)
-        lines += [{"rows": name, **line} for line in means(tokens, found, wanted, positions)]
-    origins = {name: origin for name, (_, origin) in groups.items()}
-    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
-    if rank() == 0:
-        with atomic_dir(run.folder / "diagnosis") as out:
-            with open(out / "kl.csv", "w", newline="", encoding="utf-8") as file:
-                columns = ("model", "rows", "position", "n", *COLUMNS)
-                table = csv.DictWriter(file, columns, lineterminator="\n")
-                table.writeheader()
-                for line in lines:
-                    table.writerow({**line, **{name: f"{line[name]:.6g}" for name in COLUMNS}})
-        run.finish("diagnosis", run.recipe(inputs, {"rows": origins, "positions": positions}))
-    return lines, origins
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--max-rows", type=cli.count, default=64, help="rows per group (default: 64)")
     flag("--positions", type=cli.count, default=48, help="response positions (default: 48)")
     args = parser.parse_args(argv)
-    from toss.audit.movement import FEWEST, kl_table
+    from toss.audit.movement import FEWEST, diagnose_run, kl_table
     from toss.run import open_run
 
     how = {name: getattr(args, name) for name in cli.DEVICE}
