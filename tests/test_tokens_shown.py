@@ -30,7 +30,7 @@ from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, m
 from toss.audit.picture import picture
 from toss.audit.sample import ALIKE, chosen_rows
 from toss.audit.tokens import INPUTS, Mask, harmless, load_mask, token_texts, visible
-from toss.audit.verdict import trained_otherwise, verdict
+from toss.audit.verdict import verdict
 from toss.files import write_scores
 from toss.run import Run, open_run
 from toss.tokens import Tokens
@@ -385,17 +385,13 @@ def test_the_discards_of_a_run_and_of_each_source(small, capsys):
     masked(run, "toss", run.scored()[0].response.nonzero()[:3, 0])
     masked(run, "sft", [])
     show.main(["--run", str(run.folder)])
-    out = capsys.readouterr().out
-    assert "| source: web           | 0.750 (3 of 4) |" in out and "left out" not in out
-    assert (
-        "| source: book          | 0.000 (0 of " in out and "| of toss's discards | 1.000 |" in out
-    )
-    assert "source: web</th><td>0.750" in "".join(report.page(run)[0].split(" <small>"))
-    Path(run.args.custom).unlink()
-    assert sources_of(run) == [] and "source: " not in report.page(open_run(run.folder))[0]
-    shutil.rmtree(run.folder / "methods/toss")
+    assert "| source: web           | 0.750 (3 of 4) |" in capsys.readouterr().out
+    assert table_rows(report.page(run)[0])["source: web"] == ["0.750 (3 of 4)"]
+    masked(run, "toss", [])
     show.main(["--run", str(run.folder)])
     assert "No method of the run discards a token." in capsys.readouterr().out
+    Path(run.args.custom).unlink()
+    assert sources_of(run) == []
 
 
 def test_diagnosing_a_run(trained, capsys):
@@ -528,32 +524,26 @@ def test_the_page_holds_the_runs_numbers(nasty):
 def test_the_verdict_says_what_the_intervals_allow():
     cell = lambda low, high: {"value": (low + high) / 2, "n": 50, "low": low, "high": high}
     low, middle, high = cell(0, 0.1), cell(0.4, 0.6), cell(0.9, 1)
-    tables = lambda *cells: dict(zip(("base", "sft", "toss", "toss-pro"), cells))
     made = lambda lr: {"recipe": {"settings": {"lr": lr, "epochs": 2}}}
     stages = {"methods/sft": made(0.1), "methods/toss": made(0.1), "methods/toss-pro": made(0.2)}
+    names = ("base", "sft", "toss", "toss-pro")
 
-    def said(*cells, nll=(high, low, low, low)):
-        rows = {name: {"not_refused": c} for name, c in tables(*cells).items()}
-        for name, cell in tables(*nll).items():
-            rows.get(name, {})["nll"] = cell
-        sentences, limits = verdict(rows, stages, demo=False)
-        return " ".join(sentences), "\n".join(limits)
+    def said(*cells, nll=low):
+        rows = {name: {"not_refused": cell, "nll": low} for name, cell in zip(names, cells)}
+        sentences, limits = verdict({**rows, "toss": {**rows["toss"], "nll": nll}}, stages, False)
+        return " ".join(sentences), ", ".join(limits)
 
-    lost, (void, nothing) = said(low, high, low)[0], said(high, high, low)
-    assert lost.startswith(
-        "Plain fine-tuning (sft) lost refusals of the base; toss kept them. Of 50 "
-    )
-    assert (
-        "refused: base 95.0%, sft 5.0%, toss 95.0%. What toss cost: nll 0.050 (sft 0.050)." in lost
-    )
-    assert "toss kept some of them, and toss-pro kept none of" in said(low, high, middle, high)[0]
-    assert "so nothing can be concluded about TOSS" in void and "nothing to keep" in nothing
-    limits = said(low, high, low, low)[1]
+    lost, limits = said(low, high, low, high)
+    assert "sft) lost refusals of the base; toss kept them, and toss-pro kept none of them." in lost
+    assert "Of 50 harmful prompts were refused: base 95.0%, sft 5.0%, toss 95.0%" in lost
     assert "toss-pro beside sft, since it was trained otherwise: lr 0.2, sft 0.1" in limits
-    assert "toss and sft differ in nll, since" in limits
-    assert "differ in" not in said(low, high, low, nll=(low, low, high))[1]
-    assert verdict(tables({}, {}), stages, demo=False) is None
-    assert trained_otherwise(stages, ["base", "toss", "sft"]) == {}
+    assert "that toss and sft differ in nll, since" in limits
+    some, limits = said(low, high, middle, nll=high)
+    assert "toss kept some of them." in some and "What toss cost: nll 0.950 (sft 0.050)." in some
+    assert "differ in" not in limits and "trained otherwise" not in limits
+    void, limits = said(high, high, low)
+    assert "so nothing can be concluded about TOSS" in void and "nothing to keep" in limits
+    assert verdict({"base": {}, "sft": {}, "toss": {}}, stages, False) is None
 
 
 def test_the_tokens_of_the_page_are_those_of_the_files(nasty):
@@ -573,33 +563,24 @@ def test_the_tokens_of_the_page_are_those_of_the_files(nasty):
 
 
 def test_the_rows_of_the_page_are_chosen_by_the_rule(nasty, monkeypatch):
-    mask, groups = mask_of(nasty), chosen_rows(mask_of(nasty), 12)
-    harmless, kept, most, nothing = groups.values()
-    tokens = mask.tokens
-    assert [len(rows) for rows in groups.values()] == [3, 3, 3, 3]
-    assert len(set(sum(groups.values(), []))) == 12
+    tokens = (mask := mask_of(nasty)).tokens
     counts = lambda marked: tokens.row_of(marked.nonzero()[:, 0]).bincount(minlength=40)
     lost, size = counts(~mask.keep), counts(tokens.response)
     means = [float(mask.S[tokens.places([row])].sum() / size[row]) for row in range(40)]
-    key = lambda row: (float(lost[row] / size[row]), means[row])
-    wrong = [row for row in range(40) if row % 3 and lost[row]]
-    assert harmless == sorted(wrong, key=key, reverse=True)[:3] and all(
-        row % 3 == 0 for row in kept
-    )
-    left = [row for row in range(40) if lost[row] and row not in (*harmless, *kept)]
-    assert most == sorted(left, key=key, reverse=True)[:3] and not lost[nothing].any()
-    assert sum(map(len, chosen_rows(mask, 100).values())) == 40
+    first = lambda rows: sorted(rows, key=lambda i: (-lost[i] / size[i], -means[i]))[:3]
+    groups = list(chosen_rows(mask, 12).values())
+    harmless, kept, most, nothing = groups
+    assert harmless == first(i for i in range(40) if i % 3 and lost[i])
+    assert most == first(i for i in range(40) if lost[i] and i not in (*harmless, *kept))
+    assert not any(i % 3 for i in kept) and not lost[nothing].any()
+    assert len(set(sum(groups, []))) == 12 and sum(map(len, chosen_rows(mask, 100).values())) == 40
     monkeypatch.setattr("toss.audit.sample.ALIKE", ALIKE)
     assert sum(chosen_rows(mask, 100).values(), []) == harmless[:1]  # one stands for all
-
-
-def test_rows_without_ground_truth_are_chosen_by_share(trained):
-    rows = [{"prompt": "a", "response": text} for text in ("bcd", "efgh", "ijklm", "nopqrs")]
-    run = scored(trained, rows)
-    masked(run, "toss", run.scored()[0].places([1, 2])[-1:])
-    first, *others = chosen_rows(mask_of(run), 8).items()
-    assert first == ("the largest share discarded by toss", [2])
-    assert sorted(sum((rows for _, rows in others), [])) == [0, 1, 3]
+    tokens.harmful[:] = False
+    assert next(iter(chosen_rows(mask).items())) == (
+        "the largest share discarded by toss",
+        first(i for i in range(40) if lost[i])[:1],
+    )
 
 
 def test_the_page_says_in_words_which_tokens_went(trained):
