@@ -8,7 +8,7 @@ CHARACTER = 10.2  # the width of each character
 
 
 def picture(mask: Mask, row: int) -> str:
-    """A row under a mask, as SVG text; the colour is full where |S| is among the highest 2 %."""
+    """A row under a mask, as SVG text."""
     words: list[list[Token]] = []
     for token in mask.row(row):
         turn = not words or token.response != words[-1][0].response
@@ -26,7 +26,6 @@ def picture(mask: Mask, row: int) -> str:
             wide, skipped = CHARACTER * len(text), CHARACTER * (len(text) - len(text.lstrip()))
             tokens += [(token, text, x, y, wide, skipped)] if text else []
             x += wide
-    limit = max(0.5, float(mask.S[mask.tokens.response].abs().quantile(0.98)))
     values = {"title": f"row {row}, {mask.label}", "height": y + LINE + 28}
     template = TEMPLATES.get_template("picture.svg.jinja")
-    return template.render(tokens=tokens, limit=limit, **values)
+    return template.render(tokens=tokens, limit=mask.full, **values)

@@ -158,7 +158,8 @@ def page(run) -> tuple[str, list[str], int]:
     }
     values = {**parts, "run": run, "tokens": tokens, "lacking": lacking}
     values["shown"] = shown = token_part(masks) if masks else None
-    values["discards"] = discard_tables(masks, run.tokenizer, sources_of(run)) if masks else []
+    values["sources"] = sources = sources_of(run) if masks else []
+    values["discards"] = discard_tables(masks, run.tokenizer, sources)
     try:
         text = TEMPLATES.get_template("report.html.jinja").render(values)
     except UndefinedError as error:

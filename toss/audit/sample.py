@@ -60,7 +60,7 @@ def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
 
 def token_part(masks: list[Mask]) -> dict:
     """What the page shows of the masks; its rows are chosen by what the first one did."""
-    groups, S, rows = chosen_rows(masks[0]), masks[0].S[masks[0].tokens.response], []
+    groups, rows = chosen_rows(masks[0]), []
     for why, row in ((why, row) for why, members in groups.items() for row in members):
         views = list(zip(*(mask.row(row) for mask in masks)))  # of each token, by mask
         turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
@@ -75,7 +75,7 @@ def token_part(masks: list[Mask]) -> dict:
         "rows": rows,
         "masks": masks,
         "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
-        "limit": max(0.5, float(S.abs().quantile(0.98))),  # nats at full colour
+        "limit": masks[0].full,
         "charts": [spread(mask) for mask in by_S or masks[:1]],
     }
 

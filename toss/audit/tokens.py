@@ -63,6 +63,12 @@ class Mask:
         split = len(gone) and not (kept > gone.min()).any()
         return float(gone.min()) if split else None
 
+    @property
+    def full(self) -> float:
+        """|S|, nats, from which on a token's colour is full: 2 % of the response tokens have it."""
+        S = self.S[self.tokens.response].abs()
+        return max(0.5, float(S.kthvalue(max(1, int(0.98 * len(S)))).values))
+
     def row(self, row: int) -> list[Token]:
         """The tokens of a row; none for a skipped row. InputError for a row that does not exist."""
         tokens, losses = self.tokens, self.losses
