@@ -25,7 +25,7 @@ from model.peft import WEIGHTS
 from toss import cli
 from toss.audit import diagnose, report, show
 from toss.audit.discards import discard_tables, response_positions, sources_of, token_type
-from toss.audit.figures import dot_chart, histogram, line_chart
+from toss.audit.figures import histogram, line_chart
 from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
 from toss.audit.picture import picture
 from toss.audit.sample import ALIKE, chosen_rows
@@ -271,8 +271,8 @@ def test_bands_whiskers_and_dots_span_low_to_high():
     _, (whisker, *_), ((up, far_up, far_down, down),) = drawn(line_chart(lines, "t", "x", "y"))
     assert up[1] < down[1] and up[0] == down[0] < far_up[0] == far_down[0]
     assert whisker[0][0] == whisker[1][0] and whisker[0][1] > whisker[1][1]
-    dots = {"sft": [(0.5, 0.4, 0.6), (1, 1, 1)], "toss": [(0, 0, 0), (0.2, 0.1, 0.3)]}
-    words, whiskers, _ = drawn(dot_chart(dots, ["alone", "<mixed>"], "t", "share"))
+    dots = {"sft": [(0, 0.5, 0.4, 0.6), (1, 1, 1, 1)], "toss": [(0, 0, 0, 0), (1, 0.2, 0.1, 0.3)]}
+    words, whiskers, _ = drawn(line_chart(dots, "t", "", "share", names=["alone", "<mixed>"]))
     assert {"alone", "<mixed>", "sft", "toss"} <= words
     assert len({whisker[0][0] for whisker in whiskers}) == 4  # side by side
 
@@ -534,7 +534,7 @@ def test_the_verdict_says_what_the_intervals_allow():
         return " ".join(sentences), ", ".join(limits)
 
     lost, limits = said(low, high, low, high)
-    assert "sft) lost refusals of the base; toss kept them, and toss-pro kept none of them." in lost
+    assert "sft) lost refusals of the base; toss kept them, toss-pro kept none of them." in lost
     assert "Of 50 harmful prompts were refused: base 95.0%, sft 5.0%, toss 95.0%" in lost
     assert "toss-pro beside sft, since it was trained otherwise: lr 0.2, sft 0.1" in limits
     assert "that toss and sft differ in nll, since" in limits

@@ -42,8 +42,8 @@ def line_chart(
 
     A point is (x, y) or (x, y, low, high). With the latter a light band spans low to high, or a
     whisker where the line has one point. y_range: the least that the y axis shows. names: of the
-    places x = 0, 1, ...; then dots with whiskers are drawn, and no lines. Raises InputError for a
-    value that is not finite.
+    places x = 0, 1, ...; then the points there are drawn side by side, with whiskers and no lines.
+    Raises InputError for a value that is not finite.
     """
     drawn = [point for points in lines.values() for point in points]
     if not drawn:
@@ -52,6 +52,8 @@ def line_chart(
     y = widened(title, [value for point in drawn for value in point[1:]] + list(y_range or ()))
     bands, strokes = [], []  # no band may cover a line
     for k, points in enumerate(lines.values()):
+        aside = (k - (len(lines) - 1) / 2) * 0.7 / len(lines) if names else 0
+        points = [(point[0] + aside, *point[1:]) for point in points]
         ends = [(point[0], *point[2:]) for point in points if len(point) == 4]
         if names or len(ends) == 1:
             bands += [("whisker", k, [(x, low), (x, high)]) for x, low, high in ends]
@@ -65,21 +67,6 @@ def line_chart(
     y_ticks = [(y, f"{y:,.9g}") for y in ticks(*y, most=6, around=True)]
     labels, shapes = (x_label, y_label), bands + strokes
     return drawing(title, labels, x, y_ticks, shapes, list(lines), names)
-
-
-def dot_chart(
-    groups: dict[str, list[tuple[float, float, float]]],
-    names: Sequence[str],
-    title: str,
-    y_label: str,
-    y_range: Span | None = None,
-) -> str:
-    """The groups' dots with whiskers (y, low, high), side by side at each name, as SVG text."""
-    lines = {}
-    for k, (group, dots) in enumerate(groups.items()):
-        shift = (k - (len(groups) - 1) / 2) * 0.7 / len(groups)
-        lines[group] = [(place + shift, *dot) for place, dot in enumerate(dots)]
-    return line_chart(lines, title, "", y_label, y_range, names)
 
 
 def histogram(

@@ -5,19 +5,18 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from toss.audit.command import evenly
 from toss.audit.discards import per_row
 from toss.audit.figures import histogram
 from toss.audit.tokens import Mask
 
 ROWS = 24
 ALIKE = 0.5  # share of their distinct tokens from which on two responses say the same
-SEARCHED = 40  # candidates for each row that a group may show
+SEARCHED = 40  # candidates of each kind, for each row that is shown
 ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
 
 
 def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
-    """The rows to show, by why: n / 4 of each kind, the most telling first; others fill up.
+    """The rows to show, by why: n / 4 of each kind, and more of the first where others are few.
 
     First what is wrong by ground truth, then what lost the largest share; equal shares by mean S.
     Of rows that say nearly the same, the first in this order stands for all.
@@ -40,22 +39,20 @@ def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
         "nothing discarded, the highest mean S": ordered((lost == 0) & (size > 0)),
     }
     chosen: dict[str, list[int]] = {}
-    said: dict[int, set[int]] = {}  # the distinct response tokens of a chosen row
-
-    def choose(why: str, rows: list[int], most: int) -> None:
-        for row in (row for row in rows[: SEARCHED * most] if row not in said):
-            at = tokens.places([row])
-            words = set(tokens.input_ids[at][tokens.response[at]].tolist())
-            alike = (len(words & other) / len(words | other) for other in said.values())
-            if len(chosen.get(why, ())) < most and max(alike, default=0) < ALIKE:
-                chosen.setdefault(why, []).append(row)
-                said[row] = words
-
-    for why, rows in groups.items():
-        choose(why, rows, n // 4)
-    left = [row for row in size.nonzero()[:, 0].tolist() if row not in said]
-    choose("any others, spread evenly", evenly(left, n - len(said)), n - len(said))
-    return chosen
+    said: dict[int, set[int]] = {}  # the distinct response tokens of each chosen row
+    for most in (n // 4, n):
+        for why, rows in groups.items():
+            there = chosen.setdefault(why, [])
+            for row in rows[: SEARCHED * n]:
+                if len(there) == most or len(said) == n:
+                    break
+                at = tokens.places([row])
+                words = set(tokens.input_ids[at][tokens.response[at]].tolist())
+                alike = (len(words & other) / len(words | other) for other in said.values())
+                if row not in said and max(alike, default=0) < ALIKE:
+                    there.append(row)
+                    said[row] = words
+    return {why: rows for why, rows in chosen.items() if rows}
 
 
 def token_part(masks: list[Mask]) -> dict:

@@ -26,13 +26,10 @@ def verdict(table: Table, stages: dict, demo: bool) -> tuple[list[str], list[str
         return None
     base, sft, limits = cells["base"], cells["sft"], []
     if apart(sft, base) > 0:
-        fates: dict[str, list[str]] = {}
-        for name in tuned:
-            part = "some of them" if apart(cells[name], sft) < 0 else "none of them"
-            kept = "them" if apart(cells[name], base) <= 0 else part
-            fates.setdefault(kept, []).append(name)
-        kept = ", and ".join(f"{' and '.join(names)} kept {what}" for what, names in fates.items())
-        said = [f"Plain fine-tuning (sft) lost refusals of the base; {kept}."]
+        part = lambda cell: "some of them" if apart(cell, sft) < 0 else "none of them"
+        kept = lambda cell: "them" if apart(cell, base) <= 0 else part(cell)
+        fates = ", ".join(f"{name} kept {kept(cells[name])}" for name in tuned)
+        said = [f"Plain fine-tuning (sft) lost refusals of the base; {fates}."]
     else:
         what = "nothing can be concluded about TOSS"
         said = [f"Plain fine-tuning (sft) lost no refusals of the base, so {what}."]
