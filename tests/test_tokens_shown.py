@@ -138,7 +138,7 @@ def test_an_eos_that_is_not_ranked_has_no_order_and_a_skipped_row_no_tokens(trai
     assert row[-1].text == run.tokenizer.eos and row[-1].order == 0
     assert all(token.order for token in row[:-1] if token.response)
     for row in (0, 1):
-        show.show_row(run, row, "toss", False)
+        show.show_row(run, row, "toss")
     out = capsys.readouterr().out
     assert "| -     | kept " in out and f"row 0 of {trained} was skipped" in out
 
@@ -170,9 +170,6 @@ def test_a_row_in_the_terminal(small, capsys):
         cells = [cell.strip() for cell in line[2:-2].split(" | ")]
         assert cells[:2] == [str(token.position), visible(token.text)]
         assert cells[2:] == [*losses, *parts, str(token.order), mark]
-    for name, codes in (("toss", "31;9;4"), ("sft", "31;4")):
-        show.show_row(small, 0, name, True)
-        assert f"\x1b[{codes}mno\x1b[0m" in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown_or_diagnosed_is_one_line(small, tmp_path, capsys):
@@ -181,10 +178,7 @@ def test_what_cannot_be_shown_or_diagnosed_is_one_line(small, tmp_path, capsys):
     (place / "pickle.bin").write_bytes(b"\x80\x02}q\0.")
     damage(shutil.copytree(place / "degraded", place / "damaged"), {WEIGHTS: 100})
     damage(shutil.copytree(place, tmp_path / "gone"), {f"utility/{WEIGHTS}": None})
-    usage, unknown = (
-        "give --run, --run and --row, or PATH",
-        "no run directory, adapter or checkpoint",
-    )
+    usage, unknown = "--run and --row, or PATH", "no run directory, adapter or checkpoint"
     for argv, message in {
         f"--run {place} --row 2": "there is no row 2: the rows are 0 to 1",
         f"--run {place} --row -1": "there is no row -1",
@@ -498,7 +492,7 @@ def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(nasty, caps
         assert attrs.get("href", "#").startswith("#")
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
     assert plain(text).count("</script><img src=x") > 20  # it is there, as text
-    show.show_row(nasty, 0, "toss", False)
+    show.show_row(nasty, 0, "toss")
     ElementTree.fromstring(svg := picture(mask_of(nasty), 0))
     assert not {"\x1b", "\u202e"} & set(text + svg + capsys.readouterr().out)
 

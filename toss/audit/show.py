@@ -9,9 +9,7 @@ how much of it others discarded too. Sources are read from the custom file, wher
 
 The second needs no weights either. Rows count from 0, as in TOSS-Pro's added.jsonl. Marks:
 [-discarded-], *harmful by ground truth*, · a space, ⏎ a line break, ◌ a part of a character (the
-next token shows it). On a terminal there are colours, unless NO_COLOR is set: red for S > 1 and
-blue for S < -1, in nats; discarded tokens are struck through, harmful ones underlined. --svg draws
-the row as a picture instead.
+next token shows it). --svg draws the row with colours instead.
 
 The third says what PATH is (a run directory, an adapter, scores, a selection or its folder, a
 checkpoint), what it was made from, and whether that is what the run holds now: the run of --run, or
@@ -19,7 +17,6 @@ the one that PATH lies in. Exit status: 0 it fits (or there is no run to compare
 not fit; 1 it cannot be read.
 """
 
-import os
 import re
 import sys
 from itertools import groupby
@@ -31,30 +28,20 @@ from toss.audit.command import markdown
 from toss.audit.tokens import Token, harmless, load_mask, load_masks, visible
 
 HASHES = ("inputs", "warning", "files", "sha256")  # not shown
-DIM, RED, BLUE, STRUCK, UNDERLINED = "2", "31", "34", "9", "4"
 
 
-def painted(token: Token) -> str:
-    """A response token between ANSI codes, if it has any."""
-    codes = [RED] * (token.S > 1) + [BLUE] * (token.S < -1)
-    codes += [STRUCK] * (not token.keep) + [UNDERLINED] * token.harmful
-    text = visible(token.text)
-    return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes else text
-
-
-def running_text(tokens: list[Token], color: bool) -> str:
+def running_text(tokens: list[Token]) -> str:
     """Prompts and responses in order; marks stand around neighbours that share them."""
     parts = []
     for response, turn in groupby(tokens, key=lambda token: token.response):
         if not response:
-            prompt = harmless("".join(token.text for token in turn)).rstrip("\n")
-            parts.append(f"\x1b[{DIM}m{prompt}\x1b[0m" if color else prompt)
+            parts.append(harmless("".join(token.text for token in turn)).rstrip("\n"))
             continue
         text = ""
         for harmful, marked in groupby(turn, key=lambda token: token.harmful):
             text += "*" * harmful
             for keep, alike in groupby(marked, key=lambda token: token.keep):
-                words = "".join(painted(t) if color else visible(t.text) for t in alike)
+                words = "".join(visible(token.text) for token in alike)
                 text += words if keep else f"[-{words}-]"
             text += "*" * harmful
         parts.append(text)
@@ -79,7 +66,7 @@ def table(tokens: list[Token]) -> str:
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def show_row(run, row: int, name: str, color: bool) -> None:
+def show_row(run, row: int, name: str) -> None:
     """Print one row of a run, with the mask of methods/NAME."""
     mask = load_mask(run, name, *run.scored())
     tokens = mask.row(row)
@@ -92,7 +79,7 @@ def show_row(run, row: int, name: str, color: bool) -> None:
     parts = "" if response[0].base is None else " = utility (L^u - L^0) + safety (L^0 - L^h)"
     print(
         f"row {row} of 0 to {mask.tokens.rows - 1}, {mask.label}: {gone} of {len(response)} "
-        f"response tokens discarded{truth}\n\n{running_text(tokens, color)}\n\n"
+        f"response tokens discarded{truth}\n\n{running_text(tokens)}\n\n"
         f"{table(response)}\n\nS = L^u - L^h{parts}, in nats; order among the "
         f"{mask.order.max()} ranked tokens"
     )
@@ -194,8 +181,7 @@ def main(argv: list[str] | None = None) -> int | None:
         write_svg(args.svg, picture(load_mask(run, args.method, *run.scored()), args.row))
         print(f"written: {args.svg}")
     else:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        show_row(run, args.row, args.method, color)
+        show_row(run, args.row, args.method)
 
 
 if __name__ == "__main__":
