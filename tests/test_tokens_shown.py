@@ -185,6 +185,7 @@ def test_what_cannot_be_shown_or_diagnosed_is_one_line(small, tmp_path, capsys):
         f"--run {place} --row 0 --method random": "run select.py --run",
         f"--run {place}/model --row 0": "is not a run directory",
         **{"": usage, "--row 0": usage, f"{place} --row 0": usage},
+        f"--run {place} --svg {place}/row.svg": "give --row",
         **{f"{place}/nothing": unknown, f"{GOLDENS}/tokenizer-chatml": unknown},
         f"{place}/cut.safetensors": "cannot be read as safetensors",
         f"{place}/pickle.bin": "cannot be read as safetensors",

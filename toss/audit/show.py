@@ -165,8 +165,11 @@ def main(argv: list[str] | None = None) -> int | None:
     flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
     flag("--svg", metavar="FILE", help="draw the row into this file")
     args = parser.parse_args(argv)
-    if not (args.path or args.run) or args.row is not None and (args.path or not args.run):
+    row = args.row is not None
+    if args.path and row or not (args.path or args.run):
         parser.error("give --run, --run and --row, or PATH")
+    if args.svg and not row:
+        parser.error("--svg draws one row: give --row")
     if args.path is not None:
         return show_path(args.path, args.run)
     from toss.run import open_run
