@@ -342,7 +342,7 @@ def test_means_by_position_leave_out_what_few_rows_have(tokens):
     assert "| g    | sft   | 2.000          | 3.000" in table and COLUMNS == (*report.CHARTS,)
 
 
-def test_discards_counted_by_hand(tokens, tokenizer):
+def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
     def table(**gone: list[int]) -> dict[str, list[str]]:
         keeps = {
             name: torch.tensor([k not in places for k in range(12)])
@@ -371,7 +371,11 @@ def test_discards_counted_by_hand(tokens, tokenizer):
     for text, kind in {"\n": "whitespace", "<|im_start|>": "other special", "é": "word"}.items():
         assert token_type(tokenizer.encode(text)[0], tokenizer) == kind  # é: half a character
     tokens.harmful[:] = False
-    assert "precision" not in table(toss=[1]) and table(sft=[]) == {}
+    monkeypatch.setattr("toss.audit.discards.SOURCES", 1)
+    found = table(toss=[1, 6])
+    assert found["source: (none)"] == ["0.000 (0 of 2)"]  # of rows 1 (skipped) and 3
+    assert found["source: (others)"] == ["0.286 (2 of 7)"]
+    assert "precision" not in found and "shared with" not in found and table(sft=[]) == {}
 
 
 def test_the_discards_of_a_run_and_of_each_source(small, capsys):

@@ -1,5 +1,6 @@
 """Which tokens the masks of a run discard: where in the response, of which type and source."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from toss.tokens import Tokens
 # name -> its first response position
 POSITIONS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}
 TYPES = ("word", "number", "punctuation", "whitespace", "end of sequence", "other special")
+SOURCES = 20  # the commonest are counted apart
 Table = tuple[list[str], list[list[str]]]  # header and lines
 
 
@@ -64,9 +66,11 @@ def kinds_of(
     types = [TYPES.index(token_type(token, tokenizer)) for token in ids.tolist()]
     kinds = {"position": (list(POSITIONS), position), "type": (TYPES, torch.tensor(types)[inverse])}
     if any(sources):
-        names = sorted(set(sources))
-        of_row = torch.tensor([names.index(source) for source in sources])
-        kinds = {"source": ([x or "(none)" for x in names], of_row[tokens.row_of(places)]), **kinds}
+        names = [source for source, _ in Counter(sources).most_common(SOURCES)]
+        index = {source: k for k, source in enumerate(names)}  # the others have the index after
+        of_row = torch.tensor([index.get(source, len(names)) for source in sources])
+        names = [*(source or "(none)" for source in names), "(others)"]
+        kinds = {"source": (names, of_row[tokens.row_of(places)]), **kinds}
     return kinds
 
 
@@ -106,7 +110,8 @@ def discard_tables(
         [f"of {name}'s discards", *(shared(own, other) for other in gone.values())]
         for name, own in gone.items()
     ]
-    return [(["discarded", *gone], [*lines.values()]), (["shared with", *gone], overlap)]
+    shares = [(["shared with", *gone], overlap)] if len(gone) > 1 else []
+    return [(["discarded", *gone], [*lines.values()]), *shares]
 
 
 def counted(part: int, whole: int) -> str:
