@@ -509,7 +509,7 @@ def test_the_page_holds_the_runs_numbers(nasty):
     assert rows["base"] == ["0.125", "0.022 to 0.470, n = 8"] and "No verdict: run " in said
     assert "refused: 1 - not_refused; higher is safer; n = 8 base0.700 0.600 to 0.900, n" in said
     assert "forbidden@3 answers" in said and "0.500 0.200 to 0.800, n = 8" in said
-    assert "nll" in said and "judges_agree harmful" not in said  # compare has no such column
+    assert "nll" not in said and "judges_agree harmful" not in said  # compare has no such column
     assert len(tags_of(text, "side")) == 6 == said.count("forbidden: moonrot")
     assert f"{harmless(ODD)}, round 1: 3 rows added, 2 of them with harm by ground truth" in said
     assert "KL(base || tuned): <script> rows" in said and rows["degraded"][0] == "5"
@@ -543,7 +543,8 @@ def test_the_verdict_says_what_the_intervals_allow():
     assert "differ in" not in limits and "trained otherwise" not in limits
     void, limits = said(high, high, low)
     assert "so nothing can be concluded about TOSS" in void and "nothing to keep" in limits
-    assert verdict({"base": {}, "sft": {}, "toss": {}}, stages, False) is None
+    empty = {"not_refused": {**low, "low": None}}
+    assert verdict({"base": empty, "sft": empty, "toss": empty}, stages, False) is None
 
 
 def test_the_tokens_of_the_page_are_those_of_the_files(nasty):

@@ -17,7 +17,6 @@ from toss.tokens import Tokens
 POSITIONS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}
 TYPES = ("word", "number", "punctuation", "whitespace", "end of sequence", "other special")
 SOURCES = 20  # the commonest are counted apart
-Table = tuple[list[str], list[list[str]]]  # header and lines
 
 
 def response_positions(tokens: Tokens) -> Tensor:
@@ -76,12 +75,12 @@ def kinds_of(
 
 def discard_tables(
     masks: Sequence[Mask], tokenizer: Tokenizer, sources: Sequence[str] = ()
-) -> list[Table]:
-    """What the masks discard, and how much of it others discard too; a column for each mask.
+) -> list[tuple[list[str], list[list[str]]]]:
+    """Headers and lines: what the masks discard, and how much of it others discard too.
 
-    Of all response tokens, of those of each source, position and type, and of rows; precision and
-    recall as in metrics.json. Masks that discard nothing are left out; without any other, no
-    tables. sources: of the rows, see sources_of.
+    A column for each mask that discards anything; without any, no tables. Of all response tokens,
+    of those of each source, position and type, and of rows; precision and recall as in
+    metrics.json. sources: of the rows, see sources_of.
     """
     gone = {mask.label: ~mask.keep for mask in masks if not mask.keep.all()}
     if not gone:
@@ -102,10 +101,10 @@ def discard_tables(
             cells[f"rows that lost {fate}"] = counted(int(rows.sum()), len(rows))
         if tokens.harmful.any():
             found = found_harm(lost, tokens.harmful[response])
-            cells |= {name: shown(cell["value"]) for name, cell in found.items()}
+            cells |= {name: f"{cell['value']:.3f}" for name, cell in found.items()}
         for name, cell in cells.items():
             lines.setdefault(name, [name]).append(cell)
-    shared = lambda a, b: shown(int((a & b).sum()) / int(a.sum()))
+    shared = lambda a, b: f"{int((a & b).sum()) / int(a.sum()):.3f}"
     overlap = [
         [f"of {name}'s discards", *(shared(own, other) for other in gone.values())]
         for name, own in gone.items()
@@ -117,8 +116,3 @@ def discard_tables(
 def counted(part: int, whole: int) -> str:
     """A share, and the counts that it comes from."""
     return f"{part / whole:.3f} ({part:,} of {whole:,})"
-
-
-def shown(cell: float | None) -> str:
-    """A number in a table; blank for None."""
-    return "" if cell is None else f"{cell:.3f}"

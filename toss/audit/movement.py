@@ -12,7 +12,7 @@ from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
 from toss.audit.command import evenly, markdown
-from toss.audit.discards import per_row, response_positions, shown
+from toss.audit.discards import per_row, response_positions
 from toss.loss import LOGITS
 from toss.parallel import rank
 from toss.rows import read_rows
@@ -160,7 +160,7 @@ def diagnose_run(
 
 def kl_table(lines: list[dict]) -> str:
     """Each model on each group: the first response position, and the mean over the later ones."""
-    curves, table = {}, []
+    curves, table, shown = {}, [], lambda x: "" if x is None else f"{x:.3f}"
     for line in lines:
         curve = curves.setdefault((line["rows"], line["model"]), [])
         curve.append(torch.tensor([line[column] for column in COLUMNS]))

@@ -23,7 +23,7 @@ from toss.audit.evaluate import read_metrics
 from toss.audit.experiment import HEADS
 from toss.audit.figures import TEMPLATES, line_chart
 from toss.audit.tokens import load_masks, visible
-from toss.audit.verdict import trained_otherwise, verdict
+from toss.audit.verdict import measured, trained_otherwise, verdict
 
 TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
@@ -41,14 +41,14 @@ CHARTS = {  # column of kl.csv -> title
 def measures(run, old: list[str]) -> dict | str:
     """metrics.json without the old methods; which measures to show, in order; and the verdict."""
     evaluate = f"run python -m toss.audit.evaluate --run {run.folder}"
-    table = read_metrics(run.folder) if (run.folder / "metrics.json").exists() else {}
-    table = {name: dict(table[name]) for name in sorted(table, key=place) if name not in old}
+    table = measured(read_metrics(run.folder) if (run.folder / "metrics.json").exists() else {})
+    table = {name: table[name] for name in sorted(table, key=place) if name not in old}
     if not table:
         return f"No measures: {evaluate} first."
     demo, stages = run.record.get("demo", False), run.record["stages"]
     said = verdict(table, stages, demo)
     for row in table.values() if demo else ():  # named as toss.audit.compare prints them
-        if (cell := row.get("not_refused", {})).get("value") is not None:
+        if cell := row.get("not_refused"):
             ends = {"value": 1 - cell["value"], "low": 1 - cell["high"], "high": 1 - cell["low"]}
             row["refusals_kept"] = {**cell, **ends}
     names = dict.fromkeys(name for row in table.values() for name in row)

@@ -89,13 +89,12 @@ def show_discards(run) -> None:
     """Print what each method of a run discarded, in counts and shares."""
     from toss.audit.discards import discard_tables, sources_of
 
-    tokens, losses = run.scored()
-    masks, lacking = load_masks(run, tokens, losses)
+    masks, lacking = load_masks(run, *run.scored())
     for line in lacking:
         print(f"left out: {line}")
     tables = discard_tables(masks, run.tokenizer, sources_of(run))
-    none = "No method of the run discards a token."
-    print("\n\n".join(markdown(*table) for table in tables) or none)
+    text = "\n\n".join(markdown(*table) for table in tables)
+    print(text or "No method of the run discards a token.")
 
 
 def described(path: Path, run) -> tuple[str, dict, dict]:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 MARKS = {"": "◌", " ": "·", "\n": "⏎", "\t": "⇥"}
 INPUTS = ("--custom", "degraded", "utility")  # of a mask: it fits no others
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories of invisible characters
-NEVER = ("\ufffe", "\uffff")  # no characters at all; XML forbids them
 
 
 @dataclass
@@ -152,7 +151,8 @@ def harmless(text: str) -> str:
     >>> harmless("a b\\x1b[2J")
     'a b<1b>[2J'
     """
-    shown = lambda c: c in "\n\t" or unicodedata.category(c) not in HIDDEN and c not in NEVER
+    kind = lambda c: "Cc" if c in "\ufffe\uffff" else unicodedata.category(c)  # not for XML
+    shown = lambda c: c in "\n\t" or kind(c) not in HIDDEN
     return "".join(c if shown(c) else f"<{ord(c):02x}>" for c in text)
 
 

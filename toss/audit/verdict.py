@@ -8,6 +8,12 @@ from toss.config import TrainConfig
 Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "high"}}}
 
 
+def measured(table: Table) -> Table:
+    """The cells that have a value and an interval."""
+    whole = lambda row: {name: cell for name, cell in row.items() if None not in cell.values()}
+    return {method: whole(row) for method, row in table.items()}
+
+
 def apart(a: dict, b: dict) -> int:
     """1 if the 95 % interval of a lies above b's, -1 if below, 0 if they overlap."""
     return (a["low"] > b["high"]) - (a["high"] < b["low"])
@@ -19,8 +25,8 @@ def verdict(table: Table, stages: dict, demo: bool) -> tuple[list[str], list[str
     That needs not_refused of base, sft and toss or toss-pro. Two values are told apart where their
     95 % intervals do not overlap. stages: of run.json.
     """
-    cells = {name: row.get("not_refused", {}) for name, row in table.items()}
-    cells = {name: cell for name, cell in cells.items() if cell.get("value") is not None}
+    table = measured(table)
+    cells = {name: row["not_refused"] for name, row in table.items() if "not_refused" in row}
     tuned = [name for name in ("toss", "toss-pro") if name in cells]
     if not tuned or not {"base", "sft"} <= cells.keys():
         return None
@@ -39,7 +45,7 @@ def verdict(table: Table, stages: dict, demo: bool) -> tuple[list[str], list[str
 
     own, plain = table[tuned[0]], table["sft"]
     useful = [x for x in own if x in ("over_refusal", "nll") or x.startswith("accuracy")]
-    useful = [x for x in useful if None not in (own[x]["value"], plain.get(x, {}).get("value"))]
+    useful = [x for x in useful if x in plain]
     named = {x: HEADS.get(x, x) for x in useful}
     pairs = [f"{named[x]} {own[x]['value']:.3f} (sft {plain[x]['value']:.3f})" for x in useful]
     said += [f"What {tuned[0]} cost: {', '.join(pairs)}."] if pairs else []
