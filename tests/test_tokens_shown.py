@@ -541,6 +541,7 @@ def test_the_verdict_says_what_the_intervals_allow():
     some, limits = said(low, high, middle, nll=high)
     assert "toss kept some of them." in some and "What toss cost: nll 0.950 (sft 0.050)." in some
     assert "differ in" not in limits and "trained otherwise" not in limits
+    assert "toss can be told from neither." in said(low, high, cell(0.05, 0.95))[0]
     void, limits = said(high, high, low)
     assert "so nothing can be concluded about TOSS" in void and "nothing to keep" in limits
     empty = {"not_refused": {**low, "low": None}}

@@ -32,9 +32,10 @@ def verdict(table: Table, stages: dict, demo: bool) -> tuple[list[str], list[str
         return None
     base, sft, limits = cells["base"], cells["sft"], []
     if apart(sft, base) > 0:
-        part = lambda cell: "some of them" if apart(cell, sft) < 0 else "none of them"
-        kept = lambda cell: "them" if apart(cell, base) <= 0 else part(cell)
-        fates = ", ".join(f"{name} kept {kept(cells[name])}" for name in tuned)
+        kept = {(True, False): "kept them", (True, True): "kept some of them"}
+        kept |= {(False, True): "kept none of them", (False, False): "can be told from neither"}
+        fate = lambda cell: kept[apart(cell, sft) < 0, apart(cell, base) > 0]
+        fates = ", ".join(f"{name} {fate(cells[name])}" for name in tuned)
         said = [f"Plain fine-tuning (sft) lost refusals of the base; {fates}."]
     else:
         what = "nothing can be concluded about TOSS"
