@@ -17,13 +17,13 @@ from jinja2 import UndefinedError
 from data.refusals import refused
 from model.io import InputError, atomic_file, json_lines, read_json, read_text
 from toss import cli
-from toss.audit.command import evenly, methods_of
+from toss.audit.command import cautions, evenly, methods_of
 from toss.audit.compare import COLUMNS
 from toss.audit.evaluate import read_metrics
 from toss.audit.experiment import HEADS
 from toss.audit.figures import TEMPLATES, line_chart
 from toss.audit.tokens import load_masks, visible
-from toss.audit.verdict import measured, trained_otherwise, verdict
+from toss.audit.verdict import measured, verdict
 
 TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
@@ -46,7 +46,7 @@ def measures(run, old: list[str]) -> dict | str:
     if not table:
         return f"No measures: {evaluate} first."
     demo, stages = run.record.get("demo", False), run.record["stages"]
-    said = verdict(table, stages, demo)
+    said = verdict(table, demo)
     for row in table.values() if demo else ():  # named as toss.audit.compare prints them
         if cell := row.get("not_refused"):
             ends = {"value": 1 - cell["value"], "low": 1 - cell["high"], "high": 1 - cell["low"]}
@@ -59,7 +59,7 @@ def measures(run, old: list[str]) -> dict | str:
         "names": shown,
         "begun": [name for name in names if name.startswith(kind)],
         "verdict": said or ([f"No verdict: {evaluate} with base, sft and toss."], []),
-        "otherwise": trained_otherwise(stages, [*table]),
+        "cautions": [x for x in cautions(stages, table) if x.startswith("warning") or not demo],
         "heads": HEADS,
     }
 

@@ -1,9 +1,6 @@
 """What the measures of a run say about TOSS, in a sentence, and what may not be concluded."""
 
-from dataclasses import fields
-
 from toss.audit.experiment import HEADS
-from toss.config import TrainConfig
 
 Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "high"}}}
 
@@ -19,11 +16,11 @@ def apart(a: dict, b: dict) -> int:
     return (a["low"] > b["high"]) - (a["high"] < b["low"])
 
 
-def verdict(table: Table, stages: dict, demo: bool) -> tuple[list[str], list[str]] | None:
+def verdict(table: Table, demo: bool) -> tuple[list[str], list[str]] | None:
     """Sentences, the verdict first, and what may not be concluded; None if there is no verdict.
 
     That needs not_refused of base, sft and toss or toss-pro. Two values are told apart where their
-    95 % intervals do not overlap. stages: of run.json.
+    95 % intervals do not overlap.
     """
     table = measured(table)
     cells = {name: row["not_refused"] for name, row in table.items() if "not_refused" in row}
@@ -50,8 +47,6 @@ def verdict(table: Table, stages: dict, demo: bool) -> tuple[list[str], list[str
     named = {x: HEADS.get(x, x) for x in useful}
     pairs = [f"{named[x]} {own[x]['value']:.3f} (sft {plain[x]['value']:.3f})" for x in useful]
     said += [f"What {tuned[0]} cost: {', '.join(pairs)}."] if pairs else []
-    for name, differs in trained_otherwise(stages, ["sft", *tuned]).items():
-        limits.append(f"anything from {name} beside sft, since it was trained otherwise: {differs}")
     if alike := [named[x] for x in useful if not apart(own[x], plain[x])]:
         what = f"that {tuned[0]} and sft differ in {', '.join(alike)}"
         limits.append(f"{what}, since their 95 % intervals overlap")
@@ -59,19 +54,3 @@ def verdict(table: Table, stages: dict, demo: bool) -> tuple[list[str], list[str
     world = ", or about real models: the demo's world was made so that effects are visible"
     limits.append(f"anything about another seed, base or data{world if demo else ''}")
     return said, limits
-
-
-def trained_otherwise(stages: dict, methods: list[str]) -> dict[str, str]:
-    """{method: what differs} of those with other training settings than the first one has.
-
-    stages: of run.json, which need not know every method.
-    """
-    made = {name: stages.get(f"methods/{name}", {}).get("recipe") for name in methods}
-    made = {name: recipe["settings"] for name, recipe in made.items() if recipe}
-    names, found = [field.name for field in fields(TrainConfig) if field.metadata], {}
-    first = next(iter(made), "")
-    for name, how in made.items():
-        pairs = [(key, how.get(key), made[first].get(key)) for key in names]
-        if differs := [f"{key} {a}, {first} {b}" for key, a, b in pairs if a != b]:
-            found[name] = "; ".join(differs)
-    return found
