@@ -78,9 +78,7 @@ def discard_tables(
 ) -> list[tuple[list[str], list[list[str]]]]:
     """Headers and lines: what the masks discard, and how much of it others discard too.
 
-    A column for each mask that discards anything; without any, no tables. Of all response tokens,
-    of those of each source, position and type, and of rows; precision and recall as in
-    metrics.json. sources: of the rows, see sources_of.
+    A column for each mask that discards anything; without any, no tables. sources: see sources_of.
     """
     gone = {mask.label: ~mask.keep for mask in masks if not mask.keep.all()}
     if not gone:

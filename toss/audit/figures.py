@@ -1,9 +1,7 @@
 """Charts as standalone SVG text: lines with bands, dots with whiskers, and histograms.
 
-They need no page, style sheet or library. The colours are Okabe and Ito's, which colour-blind
-readers can tell apart; dashes and markers differ too, for grey print, and a line is thinner than
-those below it, which stay visible. Sizes are in SVG units: a drawing scales with its page. Its
-elements are in figures.svg.jinja.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; dashes and markers
+differ too, for grey print, and a line is thinner than those below it. Sizes are in SVG units.
 """
 
 import math

@@ -18,8 +18,7 @@ ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of
 def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
     """The rows to show, by why: n / 4 of each kind, and more of the first where others are few.
 
-    First what is wrong by ground truth, then what lost the largest share; equal shares by mean S.
-    Of rows that say nearly the same, the first in this order stands for all.
+    Equal shares are ordered by mean S. Of rows that say nearly the same, the first stands for all.
     """
     tokens, gone = mask.tokens, ~mask.keep
     flags = (tokens.response, tokens.harmful, gone, gone & tokens.harmful)
@@ -64,8 +63,8 @@ def token_part(masks: list[Mask]) -> dict:
         count = sum(view[0].response for view in views)
         rows.append({"row": row, "why": why, "turns": turns, "count": count})
     gone, harm = ~masks[0].keep, masks[0].tokens.harmful
-    flags = {"gone": gone, "harm": harm, "found": gone & harm, "ranked": masks[0].order > 0}
     by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
+    flags = {"gone": gone, "harm": harm, "found": gone & harm, "ranked": masks[0].order > 0}
     return {
         **{name: int(marked.sum()) for name, marked in flags.items()},
         "groups": groups,

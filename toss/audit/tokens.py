@@ -4,6 +4,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from model.io import InputError
 
 if TYPE_CHECKING:
@@ -59,14 +61,13 @@ class Mask:
     def threshold(self) -> float | None:
         """The lowest discarded score; None if nothing was discarded or a higher score was kept."""
         gone, kept = self.score[~self.keep], self.score[self.keep & (self.order > 0)]
-        split = len(gone) and not (kept > gone.min()).any()
-        return float(gone.min()) if split else None
+        return float(gone.min()) if len(gone) and not (kept > gone.min()).any() else None
 
     @property
     def full(self) -> float:
         """|S|, nats, from which on a token's colour is full: 2 % of the response tokens have it."""
         S = self.S[self.tokens.response].abs()
-        return max(0.5, float(S.kthvalue(max(1, int(0.98 * len(S)))).values))
+        return max(0.5, float(np.quantile(S.numpy(), 0.98)))  # torch's takes no large tensors
 
     def row(self, row: int) -> list[Token]:
         """The tokens of a row; none for a skipped row. InputError for a row that does not exist."""
