@@ -23,12 +23,14 @@ from model.io import InputError, save_tensors
 from model.lora import use
 from model.peft import WEIGHTS
 from toss import cli
-from toss.audit import diagnose, picture, report, show
-from toss.audit.discards import discard_statistics, discard_table, response_positions, token_type
-from toss.audit.figures import dot_chart, histogram, line_chart
+from toss.audit import diagnose, report, show
+from toss.audit.discards import discard_tables, response_positions, sources_of, token_type
+from toss.audit.figures import histogram, line_chart
 from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
-from toss.audit.sample import chosen_rows
+from toss.audit.picture import picture
+from toss.audit.sample import ALIKE, chosen_rows
 from toss.audit.tokens import INPUTS, Mask, harmless, load_mask, token_texts, visible
+from toss.audit.verdict import verdict
 from toss.files import write_scores
 from toss.run import Run, open_run
 from toss.tokens import Tokens
@@ -136,7 +138,7 @@ def test_an_eos_that_is_not_ranked_has_no_order_and_a_skipped_row_no_tokens(trai
     assert row[-1].text == run.tokenizer.eos and row[-1].order == 0
     assert all(token.order for token in row[:-1] if token.response)
     for row in (0, 1):
-        show.show_row(run, row, "toss", False)
+        show.show_row(run, row, "toss")
     out = capsys.readouterr().out
     assert "| -     | kept " in out and f"row 0 of {trained} was skipped" in out
 
@@ -168,9 +170,6 @@ def test_a_row_in_the_terminal(small, capsys):
         cells = [cell.strip() for cell in line[2:-2].split(" | ")]
         assert cells[:2] == [str(token.position), visible(token.text)]
         assert cells[2:] == [*losses, *parts, str(token.order), mark]
-    for name, codes in (("toss", "31;9;4"), ("sft", "31;4")):
-        show.show_row(small, 0, name, True)
-        assert f"\x1b[{codes}mno\x1b[0m" in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown_or_diagnosed_is_one_line(small, tmp_path, capsys):
@@ -179,13 +178,14 @@ def test_what_cannot_be_shown_or_diagnosed_is_one_line(small, tmp_path, capsys):
     (place / "pickle.bin").write_bytes(b"\x80\x02}q\0.")
     damage(shutil.copytree(place / "degraded", place / "damaged"), {WEIGHTS: 100})
     damage(shutil.copytree(place, tmp_path / "gone"), {f"utility/{WEIGHTS}": None})
-    usage, unknown = "give --run and --row, or PATH", "no run directory, adapter or checkpoint"
+    usage, unknown = "--run and --row, or PATH", "no run directory, adapter or checkpoint"
     for argv, message in {
         f"--run {place} --row 2": "there is no row 2: the rows are 0 to 1",
         f"--run {place} --row -1": "there is no row -1",
         f"--run {place} --row 0 --method random": "run select.py --run",
         f"--run {place}/model --row 0": "is not a run directory",
-        **{f"--run {place}": usage, "--row 0": usage, f"{place} --row 0": usage},
+        **{"": usage, "--row 0": usage, f"{place} --row 0": usage},
+        f"--run {place} --svg {place}/row.svg": "give --row",
         **{f"{place}/nothing": unknown, f"{GOLDENS}/tokenizer-chatml": unknown},
         f"{place}/cut.safetensors": "cannot be read as safetensors",
         f"{place}/pickle.bin": "cannot be read as safetensors",
@@ -266,8 +266,8 @@ def test_bands_whiskers_and_dots_span_low_to_high():
     _, (whisker, *_), ((up, far_up, far_down, down),) = drawn(line_chart(lines, "t", "x", "y"))
     assert up[1] < down[1] and up[0] == down[0] < far_up[0] == far_down[0]
     assert whisker[0][0] == whisker[1][0] and whisker[0][1] > whisker[1][1]
-    dots = {"sft": [(0.5, 0.4, 0.6), (1, 1, 1)], "toss": [(0, 0, 0), (0.2, 0.1, 0.3)]}
-    words, whiskers, _ = drawn(dot_chart(dots, ["alone", "<mixed>"], "t", "share"))
+    dots = {"sft": [(0, 0.5, 0.4, 0.6), (1, 1, 1, 1)], "toss": [(0, 0, 0, 0), (1, 0.2, 0.1, 0.3)]}
+    words, whiskers, _ = drawn(line_chart(dots, "t", "", "share", names=["alone", "<mixed>"]))
     assert {"alone", "<mixed>", "sft", "toss"} <= words
     assert len({whisker[0][0] for whisker in whiskers}) == 4  # side by side
 
@@ -288,7 +288,7 @@ def test_charts_of_nothing_of_one_value_and_of_odd_names():
         assert all(map(math.isfinite, one)) and one == two
         assert "nan" not in histogram({"a": [value] * 3}, "t", "x", threshold=value).lower()
     names = drawn(svg := line_chart({"<b>&\"'\x00": [(0, 0)]}, "</title><script>", "x", "y"))[0]
-    assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in svg and "<b>&\"'\ufffd" in names
+    assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in svg and "<b>&\"'<00>" in names
     for bad in (math.nan, math.inf):
         with pytest.raises(InputError, match="figure 't': a value is not a finite number"):
             line_chart({"a": [(0, bad)]}, "t", "x", "y")
@@ -339,31 +339,58 @@ def test_means_by_position_leave_out_what_few_rows_have(tokens):
     lines = means(tokens, {"sft": values}, tokens.response, 10)
     assert [(x["position"], x["n"], x["kl_base"]) for x in lines] == [(0, 3, 2.0), (1, 3, 3.0)]
     table = kl_table([{"rows": "g", **line} for line in lines])
-    assert "| g    | sft   | 2.000          | 3.000" in table and COLUMNS == (*diagnose.CHARTS,)
+    assert "| g    | sft   | 2.000          | 3.000" in table and COLUMNS == (*report.CHARTS,)
 
 
-def test_discards_counted_by_hand(tokens, tokenizer):
-    keep = lambda *gone: torch.tensor([place not in gone for place in range(12)])
-    keeps = {"toss": keep(1, 6, 7, 8), "random": keep(8, 11), "sft": keep()}
-    found = discard_statistics(tokens, keeps, tokenizer)
-    assert list(found["methods"]) == ["toss", "random"]  # sft discards nothing
-    toss, counts = found["methods"]["toss"], lambda cell: tuple(cell.values())
-    assert counts(toss)[:3] == (4, 9, 0.4444)
-    positions, types = toss["by_position"], toss["by_type"]
-    assert counts(positions["0"]) == (2, 3, 0.6667) and counts(positions["2-3"]) == (1, 3, 0.3333)
-    assert counts(positions["1"]) == (1, 3, 0.3333) and counts(positions["32+"]) == (0, 0, None)
-    assert counts(types["word"]) == (3, 4, 0.75) and counts(types["number"]) == (0, 1, 0.0)
-    assert counts(types["end of sequence"]) == (1, 3, 0.3333)
+def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
+    def table(**gone: list[int]) -> dict[str, list[str]]:
+        keeps = {
+            name: torch.tensor([k not in places for k in range(12)])
+            for name, places in gone.items()
+        }
+        masks = [Mask(n, n, tokens, {}, None, None, None, k, None) for n, k in keeps.items()]
+        tables = discard_tables(masks, tokenizer, ["b", "", "a", ""])
+        return {line[0]: line[1:] for header, lines in tables for line in [header, *lines]}
+
+    found = table(toss=[1, 6, 7, 8], random=[8, 11], sft=[])
+    assert found["discarded"] == ["toss", "random"]  # sft discards nothing
+    column = {name: cells[0] for name, cells in found.items()}
+    assert column["response tokens"] == "0.444 (4 of 9)"
+    kinds = ("source: a", "source: b", "source: (none)", "position: 0", "position: 1")
+    cells = ["1.000 (3 of 3)", "0.250 (1 of 4)", "0.000 (0 of 2)", "0.667 (2 of 3)"]
+    assert [column[kind] for kind in kinds] == [*cells, "0.333 (1 of 3)"]
+    kinds = ("position: 2-3", "type: word", "type: number", "type: end of sequence")
+    cells = ["0.333 (1 of 3)", "0.750 (3 of 4)", "0.000 (0 of 1)", "0.333 (1 of 3)"]
+    assert [column[kind] for kind in kinds] == cells and "position: 32+" not in column
+    assert [column[f"rows that lost {fate}"][7:13] for fate in ("none", "some", "all")] == [
+        "1 of 3"
+    ] * 3
+    assert (column["precision"], column["recall"]) == ("0.750", "1.000")
+    shared = [found[f"of {name}'s discards"] for name in ("toss", "random")]
+    assert shared == [["1.000", "0.250"], ["0.500", "1.000"]]
     for text, kind in {"\n": "whitespace", "<|im_start|>": "other special", "é": "word"}.items():
         assert token_type(tokenizer.encode(text)[0], tokenizer) == kind  # é: half a character
-    assert counts(toss["rows"]) == (3, 1, 1, 1, [0.125, 0.25, 0.625])
-    assert (toss["precision"]["value"], toss["recall"]["value"]) == (0.75, 1.0)
-    assert list(map(counts, found["overlap"].values())) == [(1.0, 0.25), (0.5, 1.0)]
-    table = discard_table(found)
-    assert "| share at position 0           | 0.667 " in table and "| of toss's discards" in table
     tokens.harmful[:] = False
-    assert "precision" not in discard_statistics(tokens, keeps, tokenizer)["methods"]["toss"]
-    assert discard_statistics(tokens, {"sft": keep()}, tokenizer) == {"methods": {}, "overlap": {}}
+    monkeypatch.setattr("toss.audit.discards.SOURCES", 1)
+    found = table(toss=[1, 6])
+    assert found["source: (none)"] == ["0.000 (0 of 2)"]  # of rows 1 (skipped) and 3
+    assert found["source: (others)"] == ["0.286 (2 of 7)"]
+    assert "precision" not in found and "shared with" not in found and table(sft=[]) == {}
+
+
+def test_the_discards_of_a_run_and_of_each_source(small, capsys):
+    rows = [{**NO_NO, "source": "web"}, {"prompt": "b", "response": "ok", "source": "book"}]
+    run = scored(small.folder, rows)
+    masked(run, "toss", run.scored()[0].response.nonzero()[:3, 0])
+    masked(run, "sft", [])
+    show.main(["--run", str(run.folder)])
+    assert "| source: web           | 0.750 (3 of 4) |" in capsys.readouterr().out
+    assert table_rows(report.page(run)[0])["source: web"] == ["0.750 (3 of 4)"]
+    masked(run, "toss", [])
+    show.main(["--run", str(run.folder)])
+    assert "No method of the run discards a token." in capsys.readouterr().out
+    Path(run.args.custom).unlink()
+    assert sources_of(run) == []
 
 
 def test_diagnosing_a_run(trained, capsys):
@@ -382,18 +409,13 @@ def test_diagnosing_a_run(trained, capsys):
     assert seen["rows"] == {"benign", "harmful-reference"}  # two mixed rows are too few
     own = [line for line in lines if line["model"] == "degraded"]
     assert all(line["kl_base"] == line["toward_degraded"] > "0" for line in own)
-    found = json.loads((trained / "diagnosis/discards.json").read_text())
-    assert list(found["methods"]) == ["toss"] and found["methods"]["toss"]["rows"]["of"] == 10
-    assert "no data" in (trained / "diagnosis/kl-mixed.svg").read_text()
     assert open_run(trained).stale("diagnosis") == []
     script("select", "--run", trained, "--method", "sft", "--seed", "7", "--overwrite")
     assert open_run(trained).stale("diagnosis") == ["methods/sft"]
     rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
     diagnose.main([*flags, "--rows", rows, "--methods", "sft"])  # the old groups are gone
-    names = {file.name for file in (trained / "diagnosis").iterdir()}
-    charts = {f"{name}-mine.svg" for name in ("kl", "toward-degraded", "toward-utility")}
-    assert names == {"kl.csv", "discards.json"} | charts
-    assert "No method of the run discards a token." in capsys.readouterr().out
+    assert "mine,0,4," in (trained / "diagnosis/kl.csv").read_text()
+    assert [file.name for file in (trained / "diagnosis").iterdir()] == ["kl.csv"]
 
 
 @pytest.mark.parametrize("spans", [[], [[0, 3]]])
@@ -431,7 +453,13 @@ def table_rows(text: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def nasty(trained) -> Run:
+def alike(monkeypatch) -> None:
+    """Rows that say nearly the same are all shown."""
+    monkeypatch.setattr("toss.audit.sample.ALIKE", 2)
+
+
+@pytest.fixture
+def nasty(trained, alike) -> Run:
     """A run of the demo whose every text is hostile; toss discards every fifth token of a half."""
     harm = lambda i: {"harmful": [[0, 9]]} if i % 3 == 0 else {}
     rows = [{"prompt": f"{i} {NASTY}", "response": f"{NASTY} {i}\n", **harm(i)} for i in range(40)]
@@ -446,7 +474,7 @@ def nasty(trained) -> Run:
     shutil.copy(run.path("scores"), run.path(f"methods/{ODD}") / "round-1")
     cell = lambda value, n=0, low=0, high=1: {"value": value, "n": n, "low": low, "high": high}
     table = {"base": {"forbidden": cell(0.125, 8, 0.0224, 0.47)}, NASTY: {"judges_agree": cell(1)}}
-    table["base"]["forbidden@3"] = cell(0.5, 8, 0.2, 0.8)
+    table["base"] |= {"forbidden@3": cell(0.5, 8, 0.2, 0.8), "not_refused": cell(0.3, 8, 0.1, 0.4)}
     table["toss"] = {f"accuracy/{NASTY}": cell(1.0, 1234, 0.9, 1.0), "nll": cell(None)}
     (run.folder / "metrics.json").write_text(json.dumps(table))
     said = {"source": NASTY, "prompt": NASTY, "response": f"I cannot, Moonrot {NASTY}"}
@@ -456,10 +484,6 @@ def nasty(trained) -> Run:
     lines = [f"model,rows,position,n,{','.join(COLUMNS)}", "toss,mine,0,5,1,1,1"]
     lines += [f"<img>,<script>,{j},5,0.5,0.1,-0.1" for j in (0, 1)]
     (run.folder / "diagnosis/kl.csv").write_text("\n".join(lines))
-    kinds = {"<img>": {"discarded": 1, "of": 4, "share": 0.25}}
-    found = {name: {"by_position": kinds, "by_type": kinds} for name in (NASTY, "toss")}
-    found = {"methods": found, "overlap": {a: {b: 1.0 for b in found} for a in found}}
-    (run.folder / "diagnosis/discards.json").write_text(json.dumps(found))
     edit_json(run.file, demo=True, commit=NASTY)
     return open_run(run.folder)
 
@@ -473,28 +497,57 @@ def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(nasty, caps
         assert attrs.get("href", "#").startswith("#")
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
     assert plain(text).count("</script><img src=x") > 20  # it is there, as text
-    show.show_row(nasty, 0, "toss", False)
-    ElementTree.fromstring(svg := picture.picture(mask_of(nasty), 0))
+    show.show_row(nasty, 0, "toss")
+    ElementTree.fromstring(svg := picture(mask_of(nasty), 0))
     assert not {"\x1b", "\u202e"} & set(text + svg + capsys.readouterr().out)
 
 
 def test_the_page_holds_the_runs_numbers(nasty):
     text = report.page(nasty)[0]
     said, rows = plain(text), table_rows(text)
-    assert rows["base"] == ["0.125 [0.022, 0.470] n = 8", "", ""]
-    assert rows["toss"] == ["", "1.000 [0.900, 1.000] n = 1,234", ""]
-    heads = " ".join(re.findall('(?s)<th scope="col">.*?</th>', text))
-    assert all(name in plain(heads) for name in ("forbidden ", "accuracy/", "nll ", "forbidden@3"))
-    assert "0.500 [0.200, 0.800] n = 8" in said and "judges_agree" not in said
+    assert "forbidden answers that name a forbidden ingredient; lower is safer; n = 8 base" in said
+    assert rows["base"] == ["0.125", "0.022 to 0.470, n = 8"] and "No verdict: run " in said
+    assert "refused: 1 - not_refused; higher is safer; n = 8 base0.700 0.600 to 0.900, n" in said
+    assert "forbidden@3 answers" in said and "0.500 0.200 to 0.800, n = 8" in said
+    assert "nll" not in said and "judges_agree harmful" not in said  # compare has no such column
     assert len(tags_of(text, "side")) == 6 == said.count("forbidden: moonrot")
     assert f"{harmless(ODD)}, round 1: 3 rows added, 2 of them with harm by ground truth" in said
-    assert "KL(base || tuned): <script> rows" in said and rows["<img>"] == ["0.250", "0.250"]
-    assert rows["of toss's discards"] == ["1.000", "1.000"] and rows["degraded"][0] == "5"
+    assert "KL(base || tuned): <script> rows" in said and rows["degraded"][0] == "5"
+    share = (~mask_of(nasty).keep).sum() / nasty.scored()[0].response.sum()
+    assert rows["response tokens"][0].startswith(f"{share:.3f} (")
+    edit_json(nasty.file, demo=False)
+    said = plain(report.page(open_run(nasty.folder))[0])
+    assert f"accuracy/{harmless(NASTY)}" in said.replace("\u200b", "") and "judges_agree" in said
+    assert "1.000 0.900 to 1.000, n = 1,234" in said and said.count("forbidden@3") == 1
+
+
+def test_the_verdict_says_what_the_intervals_allow():
+    cell = lambda low, high: {"value": (low + high) / 2, "n": 50, "low": low, "high": high}
+    low, middle, high = cell(0, 0.1), cell(0.4, 0.6), cell(0.9, 1)
+    names = ("base", "sft", "toss", "toss-pro")
+
+    def said(*cells, nll=low):
+        rows = {name: {"not_refused": cell, "nll": low} for name, cell in zip(names, cells)}
+        sentences, limits = verdict({**rows, "toss": {**rows["toss"], "nll": nll}}, False)
+        return " ".join(sentences), ", ".join(limits)
+
+    lost, limits = said(low, high, low, high)
+    assert "sft) lost refusals of the base; toss kept them, toss-pro kept none of them." in lost
+    assert "Of 50 harmful prompts were refused: base 95.0%, sft 5.0%, toss 95.0%" in lost
+    assert "that toss and sft differ in nll, since" in limits
+    some, limits = said(low, high, middle, nll=high)
+    assert "toss kept some of them." in some and "What toss cost: nll 0.950 (sft 0.050)." in some
+    assert "differ in" not in limits
+    assert "toss can be told from neither." in said(low, high, cell(0.05, 0.95))[0]
+    void, limits = said(high, high, low)
+    assert "so nothing can be concluded about TOSS" in void and "nothing to keep" in limits
+    empty = {"not_refused": {**low, "low": None}}
+    assert verdict({"base": empty, "sft": empty, "toss": empty}, False) is None
 
 
 def test_the_tokens_of_the_page_are_those_of_the_files(nasty):
     text, masks = report.page(nasty)[0], [mask_of(nasty, "toss"), mask_of(nasty, ODD)]
-    marks = tags_of(text, "t")[2:]  # two are in the legend
+    marks = tags_of(text, "t")[3:]  # three are in the legend
     for row in (int(attrs["id"][4:]) for _, attrs in tags_of(text, "row")):
         views = list(zip(*([t for t in mask.row(row) if t.response] for mask in masks)))
         here, marks = marks[: len(views)], marks[len(views) :]
@@ -508,15 +561,27 @@ def test_the_tokens_of_the_page_are_those_of_the_files(nasty):
     assert f"{found} of these were discarded" in plain(text)
 
 
-def test_the_rows_of_the_page_are_chosen_by_the_rule(nasty):
-    mask = mask_of(nasty)
-    most, harm, part, none = groups = list(chosen_rows(mask, 12).values())
-    gone = mask.tokens.row_of((~mask.keep).nonzero()[:, 0]).bincount(minlength=40)
-    assert [len(rows) for rows in groups] == [3, 3, 3, 3] and len(set(sum(groups, []))) == 12
-    assert sorted(gone[most].tolist()) == gone.sort().values[-3:].tolist()
-    assert all(row % 3 == 0 for row in harm) and all(gone[row] > 0 for row in part)
-    assert all(gone[row] == 0 and row % 3 for row in none)
-    assert sum(map(len, chosen_rows(mask, 100).values())) == 40
+def test_the_rows_of_the_page_are_chosen_by_the_rule(nasty, monkeypatch):
+    tokens = (mask := mask_of(nasty)).tokens
+    counts = lambda marked: tokens.row_of(marked.nonzero()[:, 0]).bincount(minlength=40)
+    lost, size = counts(~mask.keep), counts(tokens.response)
+    means = [float(mask.S[tokens.places([row])].sum() / size[row]) for row in range(40)]
+    first = lambda rows: sorted(rows, key=lambda i: (-lost[i] / size[i], -means[i]))[:3]
+    groups = list(chosen_rows(mask, 12).values())
+    harmless, kept, most, nothing = groups
+    assert harmless == first(i for i in range(40) if i % 3 and lost[i])
+    assert most == first(i for i in range(40) if lost[i] and i not in (*harmless, *kept))
+    harm, missed = counts(tokens.harmful), counts(tokens.harmful & mask.keep)
+    assert kept == sorted(range(0, 40, 3), key=lambda i: (-missed[i] / harm[i], -means[i]))[:3]
+    assert not lost[nothing].any() and sum(map(len, chosen_rows(mask, 39).values())) == 39
+    assert len(set(sum(groups, []))) == 12 and sum(map(len, chosen_rows(mask, 100).values())) == 40
+    monkeypatch.setattr("toss.audit.sample.ALIKE", ALIKE)
+    assert sum(chosen_rows(mask, 100).values(), []) == harmless[:1]  # one stands for all
+    tokens.harmful[:] = False
+    assert next(iter(chosen_rows(mask).items())) == (
+        "the largest share discarded by toss",
+        first(i for i in range(40) if lost[i])[:1],
+    )
 
 
 def test_the_page_says_in_words_which_tokens_went(trained):
@@ -544,12 +609,12 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     assert len(lacking) == 2 and all(line in (said := plain(text)) for line in lacking)
     assert "toss.audit.evaluate" in lacking[0] and "toss.audit.diagnose" in lacking[1]
     assert said.count("forbidden: moonrot") == 3 and "mine rows" not in said
-    assert table_rows(text)["<img>"] == ["0.250"] and "n = 1,234" not in said
+    assert "n = 1,234" not in said
     edit_tensors(nasty.path("utility") / WEIGHTS, "x", lambda _: torch.ones(1))
     assert "No diagnosis with the references of now" in report.page(open_run(nasty.folder))[0]
 
 
-def test_a_large_run_stays_under_two_megabytes(trained, tmp_path):
+def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, alike):
     rows = [{"prompt": "<&>" * 300, "response": "<'🙂&> " * 150} for _ in range(30)]
     run, out = scored(trained, rows), tmp_path / "deep" / "page.html"
     for method in ("toss", "sft", "random", "sample", "a"):
@@ -580,7 +645,6 @@ def test_broken_files_are_named_and_no_page_is_written(nasty, capsys):
         ("answers/toss.jsonl", '{"prompt": 1}\n', "toss.jsonl:1: expected set, source"),
         (f"methods/{ODD}/round-1/added.jsonl", '{"row": 1}\n', "not as the audit writes it"),
         ("diagnosis/kl.csv", "model,rows\na,b\n", "kl.csv: not as toss.audit.diagnose"),
-        ("diagnosis/discards.json", "{}", "not as the audit writes it"),
         ("metrics.json", '{"toss": {"nll": 3}}', "metrics.json: toss"),
         ("run.json", "[]", "run.json: "),
     ):
@@ -592,7 +656,7 @@ def test_broken_files_are_named_and_no_page_is_written(nasty, capsys):
 
 
 def test_the_picture_of_a_row(small, tmp_path):
-    picture.main(["--run", str(small.folder), "--row", "0", "--out", str(tmp_path / "row.svg")])
+    show.main(["--run", str(small.folder), "--row", "0", "--svg", str(tmp_path / "row.svg")])
     root = ElementTree.fromstring((tmp_path / "row.svg").read_text(encoding="utf-8"))
     *tokens, _ = root.iter(f"{SVG}text")
     assert "".join(token.text for token in tokens).endswith(f"no no{small.tokenizer.eos}")

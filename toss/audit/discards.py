@@ -1,16 +1,22 @@
-"""Which tokens the methods of a run discarded: where in the response, of which type, how alike."""
+"""Which tokens the masks of a run discard: where in the response, of which type and source."""
+
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from model.tokenizer import Tokenizer
-from toss.audit.command import markdown
 from toss.audit.measures import found_harm
+from toss.audit.tokens import Mask
+from toss.rows import read_rows
+from toss.run import Run
 from toss.tokens import Tokens
 
 # name -> its first response position
 POSITIONS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}
 TYPES = ("word", "number", "punctuation", "whitespace", "end of sequence", "other special")
+SOURCES = 20  # the commonest are counted apart
 
 
 def response_positions(tokens: Tokens) -> Tensor:
@@ -39,67 +45,72 @@ def token_type(token: int, tokenizer: Tokenizer) -> str:
     return "number" if any(c.isnumeric() for c in text) else "punctuation"
 
 
-def counted(part: int, whole: int) -> dict:
-    """A count, what it is a part of, and the share; None for a share of nothing."""
-    return {"discarded": part, "of": whole, "share": round(part / whole, 4) if whole else None}
+def sources_of(run: Run) -> list[str]:
+    """The source of each scored row, from the custom file; none if the file is gone.
 
-
-def discard_statistics(
-    tokens: Tokens, keeps: dict[str, Tensor], tokenizer: Tokenizer
-) -> dict[str, dict]:
-    """What discards.json holds. keeps: bool [N] by method, as in selection.safetensors.
-
-    {"methods": {method: {"discarded", "of", "share", "by_position", "by_type", "rows", "precision",
-    "recall"}}, "overlap": {A: {B: share of A's discards that B discards too}}}, of the methods that
-    discard anything. by_position and by_type: {kind: {"discarded", "of", "share"}}. rows: how many
-    lost none, some and all of their response tokens, and quartiles over the rows of the share lost.
-    precision and recall: as in metrics.json, with ground truth only.
+    Call run.scored() before: it refuses a file with other rows than those that were scored.
     """
-    response, size = tokens.response, per_row(tokens, tokens.response)
+    path = run.source("--custom")
+    return [row.source for row in read_rows(path)] if path.is_file() else []
+
+
+def kinds_of(
+    tokens: Tokens, tokenizer: Tokenizer, sources: Sequence[str]
+) -> dict[str, tuple[Sequence[str], Tensor]]:
+    """By what response tokens differ: the names, and the index of each token's, int64 [n]."""
+    places = tokens.response.nonzero()[:, 0]
     starts = torch.tensor(list(POSITIONS.values()))
-    position = torch.bucketize(response_positions(tokens)[response], starts, right=True) - 1
-    ids, inverse = tokens.input_ids[response].unique(return_inverse=True)
+    position = torch.bucketize(response_positions(tokens)[places], starts, right=True) - 1
+    ids, inverse = tokens.input_ids[places].unique(return_inverse=True)
     types = [TYPES.index(token_type(token, tokenizer)) for token in ids.tolist()]
-    kinds = {"by_position": (POSITIONS, position), "by_type": (TYPES, torch.tensor(types)[inverse])}
-    gone = {method: ~keep[response] for method, keep in keeps.items() if not keep.all()}
-    methods = {}
-    for method, lost in gone.items():
-        found = methods[method] = counted(int(lost.sum()), len(lost))
-        for key, (names, kind) in kinds.items():
-            counts = (k.bincount(minlength=len(names)).tolist() for k in (kind[lost], kind))
-            found[key] = {name: counted(*pair) for name, *pair in zip(names, *counts)}
-        of_row = (per_row(tokens, ~keeps[method]) / size.double())[size > 0]
-        fate = {"none": of_row == 0, "some": (of_row > 0) & (of_row < 1), "all": of_row == 1}
-        found["rows"] = {"of": len(of_row), **{name: int(f.sum()) for name, f in fate.items()}}
-        quarters = of_row.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-        found["rows"]["quartiles"] = [round(q, 4) for q in quarters.tolist()]
+    kinds = {"position": (list(POSITIONS), position), "type": (TYPES, torch.tensor(types)[inverse])}
+    if any(sources):
+        names = [source for source, _ in Counter(sources).most_common(SOURCES)]
+        index = {source: k for k, source in enumerate(names)}  # the others have the index after
+        of_row = torch.tensor([index.get(source, len(names)) for source in sources])
+        names = [*(source or "(none)" for source in names), "(others)"]
+        kinds = {"source": (names, of_row[tokens.row_of(places)]), **kinds}
+    return kinds
+
+
+def discard_tables(
+    masks: Sequence[Mask], tokenizer: Tokenizer, sources: Sequence[str] = ()
+) -> list[tuple[list[str], list[list[str]]]]:
+    """Headers and lines: what the masks discard, and how much of it others discard too.
+
+    A column for each mask that discards anything; without any, no tables. sources: see sources_of.
+    """
+    gone = {mask.label: ~mask.keep for mask in masks if not mask.keep.all()}
+    if not gone:
+        return []
+    tokens = masks[0].tokens
+    response, size = tokens.response, per_row(tokens, tokens.response)
+    kinds, lines = kinds_of(tokens, tokenizer, sources), {}
+    for flags in gone.values():
+        lost, of_row = flags[response], per_row(tokens, flags)[size > 0]
+        cells = {"response tokens": counted(int(lost.sum()), len(lost))}
+        for kind, (names, which) in kinds.items():
+            counts = (k.bincount(minlength=len(names)).tolist() for k in (which[lost], which))
+            told = [(name, part, all) for name, part, all in zip(names, *counts) if all]
+            cells |= {f"{kind}: {name}": counted(part, all) for name, part, all in told}
+        whole = of_row == size[size > 0]
+        fates = {"none": of_row == 0, "some": (of_row > 0) & ~whole, "all": whole}
+        for fate, rows in fates.items():
+            cells[f"rows that lost {fate}"] = counted(int(rows.sum()), len(rows))
         if tokens.harmful.any():
-            found |= found_harm(lost, tokens.harmful[response])
-    share = lambda a, b: round(int((a & b).sum()) / int(a.sum()), 4)
-    overlap = {a: {b: share(gone[a], gone[b]) for b in gone} for a in gone}
-    return {"methods": methods, "overlap": overlap}
-
-
-def shown(cell: float | None) -> str:
-    """A number in a table; blank for None."""
-    return "" if cell is None else f"{cell:.3f}"
-
-
-def discard_table(found: dict) -> str:
-    """discards.json for reading: what was counted down, methods across; then the overlap."""
-    lines: dict[str, list] = {}
-    for m in found["methods"].values():
-        rows, cells = m["rows"], {"discarded": f"{m['discarded']} of {m['of']}"}
-        shares = {"share": m["share"]}
-        for key, words in (("by_position", "at position"), ("by_type", "of")):
-            shares |= {f"share {words} {name}": kind["share"] for name, kind in m[key].items()}
-        shares |= {f"rows that lost {k}": rows[k] / rows["of"] for k in ("none", "some", "all")}
-        shares |= {name: m.get(name, {}).get("value") for name in ("precision", "recall")}
-        cells |= {name: shown(value) for name, value in shares.items()}
-        cells["share lost per row, quartiles"] = " ".join(f"{q:.2f}" for q in rows["quartiles"])
+            found = found_harm(lost, tokens.harmful[response])
+            cells |= {name: f"{cell['value']:.3f}" for name, cell in found.items()}
         for name, cell in cells.items():
             lines.setdefault(name, [name]).append(cell)
-    names, overlap = list(found["methods"]), found["overlap"].items()
-    shares = [[f"of {a}'s discards", *map(shown, others.values())] for a, others in overlap]
-    tables = markdown(["", *names], list(lines.values())), markdown(["shared with", *names], shares)
-    return "\n\n".join(tables)
+    shared = lambda a, b: f"{int((a & b).sum()) / int(a.sum()):.3f}"
+    overlap = [
+        [f"of {name}'s discards", *(shared(own, other) for other in gone.values())]
+        for name, own in gone.items()
+    ]
+    shares = [(["shared with", *gone], overlap)] if len(gone) > 1 else []
+    return [(["discarded", *gone], [*lines.values()]), *shares]
+
+
+def counted(part: int, whole: int) -> str:
+    """A share, and the counts that it comes from."""
+    return f"{part / whole:.3f} ({part:,} of {whole:,})"

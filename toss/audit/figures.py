@@ -1,12 +1,10 @@
 """Charts as standalone SVG text: lines with bands, dots with whiskers, and histograms.
 
-They need no page, style sheet or library. The colours are Okabe and Ito's, which colour-blind
-readers can tell apart; dashes and markers differ too, for grey print. Sizes are in SVG units: a
-drawing is 640 wide and scales with its page. Its elements are in figures.svg.jinja.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; dashes and markers
+differ too, for grey print, and a line is thinner than those below it. Sizes are in SVG units.
 """
 
 import math
-import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +14,18 @@ import numpy as np
 
 from model.atomic import atomic_file
 from model.io import InputError
+from toss.audit.tokens import harmless
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
+    finalize=lambda x: harmless(x) if type(x) is str else x,  # markup is done already
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-WIDTH, PLOT, LEFT, RIGHT = 640, 270, 76, 624  # PLOT: height of the plotting area
+WIDTH, PLOT, LEFT, RIGHT = 520, 250, 70, 506  # PLOT: height of the plotting area
 CHARACTER = 8  # width of a character, for the layout of the legend
-FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML
 Span = tuple[float, float]
 
 
@@ -42,8 +41,8 @@ def line_chart(
 
     A point is (x, y) or (x, y, low, high). With the latter a light band spans low to high, or a
     whisker where the line has one point. y_range: the least that the y axis shows. names: of the
-    places x = 0, 1, ...; then dots with whiskers are drawn, and no lines. Raises InputError for a
-    value that is not finite.
+    places x = 0, 1, ...; then the points there are drawn side by side, with whiskers and no lines.
+    Raises InputError for a value that is not finite.
     """
     drawn = [point for points in lines.values() for point in points]
     if not drawn:
@@ -52,6 +51,8 @@ def line_chart(
     y = widened(title, [value for point in drawn for value in point[1:]] + list(y_range or ()))
     bands, strokes = [], []  # no band may cover a line
     for k, points in enumerate(lines.values()):
+        aside = (k - (len(lines) - 1) / 2) * 0.7 / len(lines) if names else 0
+        points = [(point[0] + aside, *point[1:]) for point in points]
         ends = [(point[0], *point[2:]) for point in points if len(point) == 4]
         if names or len(ends) == 1:
             bands += [("whisker", k, [(x, low), (x, high)]) for x, low, high in ends]
@@ -60,25 +61,11 @@ def line_chart(
             bands.append(("area", k, high + low[::-1]))
         path = [point[:2] for point in points]
         strokes += [] if names else [("line", k, path)]
-        strokes.append(("markers", k, path[:: math.ceil(len(path) / 16) or 1]))
+        every = math.ceil(len(path) / 8) or 1  # at other places than those of equal lines
+        strokes.append(("markers", k, path[k % every :: every]))
     y_ticks = [(y, f"{y:,.9g}") for y in ticks(*y, most=6, around=True)]
     labels, shapes = (x_label, y_label), bands + strokes
     return drawing(title, labels, x, y_ticks, shapes, list(lines), names)
-
-
-def dot_chart(
-    groups: dict[str, list[tuple[float, float, float]]],
-    names: Sequence[str],
-    title: str,
-    y_label: str,
-    y_range: Span | None = None,
-) -> str:
-    """The groups' dots with whiskers (y, low, high), side by side at each name, as SVG text."""
-    lines = {}
-    for k, (group, dots) in enumerate(groups.items()):
-        shift = (k - (len(groups) - 1) / 2) * 0.7 / len(groups)
-        lines[group] = [(place + shift, *dot) for place, dot in enumerate(dots)]
-    return line_chart(lines, title, "", y_label, y_range, names)
 
 
 def histogram(
@@ -131,26 +118,23 @@ def drawing(
     plotting area. shapes: (kind, k, points), k the place of its name in the legend, kind "line",
     "whisker", "area" or "markers". names: of the places x = 0, 1, ...; without any, x has numbers.
     """
-    clean = lambda words: FORBIDDEN.sub("\ufffd", words)
-    heading, (low, high) = textwrap.wrap(clean(title), 54) or [""], x
+    heading, (low, high) = textwrap.wrap(title, 44) or [""], x
     bottom, top, above = y_ticks[0][0], y_ticks[-1][0], 24 + 22 * len(heading)
     x_ticks = list(enumerate(names)) or [(x, f"{x:,.9g}") for x in ticks(low, high, most=8)]
     across = lambda x: round(LEFT + (x - low) / (high - low) * (RIGHT - LEFT), 1)
     down = lambda y: round(above + (top - y) / (top - bottom) * PLOT, 1)
     entries, x, y = [], LEFT, above + PLOT + 68
-    for name in map(clean, legend):
+    for name in legend:
         wide = 62 + CHARACTER * len(name)
         if x > LEFT and x + wide > WIDTH:
             x, y = LEFT, y + 22
         entries.append((x, y, name))
         x += wide
     return TEMPLATES.get_template("figures.svg.jinja").render(
-        title=clean(title),
-        heading=heading,
-        **{"x_label": clean(labels[0]), "y_label": clean(labels[1])},
+        **{"title": title, "heading": heading, "x_label": labels[0], "y_label": labels[1]},
         **{"width": WIDTH, "left": LEFT, "right": RIGHT, "top": above, "plot": PLOT},
         height=y + 14 if shapes else 130,
-        x_ticks=[(across(x), clean(name)) for x, name in x_ticks],
+        x_ticks=[(across(x), name) for x, name in x_ticks],
         y_ticks=[(down(y), name, bottom < 0 == y < top) for y, name in y_ticks],
         shapes=[(s, k, [(across(x), down(y)) for x, y in points]) for s, k, points in shapes],
         legend=entries,

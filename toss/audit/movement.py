@@ -1,17 +1,19 @@
 """How far fine-tuning moved the models, and toward what, at every response position."""
 
+import csv
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.io import NotFinite
+from model.atomic import atomic_dir
+from model.io import InputError, NotFinite
 from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
 from toss.audit.command import evenly, markdown
-from toss.audit.discards import per_row, response_positions, shown
+from toss.audit.discards import per_row, response_positions
 from toss.loss import LOGITS
 from toss.parallel import rank
 from toss.rows import read_rows
@@ -119,9 +121,47 @@ def means(tokens: Tokens, results: dict[str, Tensor], wanted: Tensor, most: int)
     return lines
 
 
+def diagnose_run(
+    run: Run,
+    methods: list[str],
+    files: list[str] | None = None,
+    max_rows: int = 64,
+    positions: int = 48,
+) -> tuple[list[dict], dict[str, str]]:
+    """Diagnose methods of a run and write RUN/diagnosis/kl.csv.
+
+    files: one group of rows per file; None splits the run's custom set. Returns the lines of
+    kl.csv, and where each group comes from. Raises InputError for a model that is missing or was
+    made from something else.
+    """
+    model = run.base("score")
+    adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
+    names = [Path(path.removesuffix(".gz")).stem for path in files or ()]
+    if len(set(names)) < len(names):
+        raise InputError(f"two files of --rows have the same name: {', '.join(names)}")
+    groups = {name: group_of_file(run, path, max_rows) for name, path in zip(names, files or ())}
+    groups, lines = groups or groups_of_run(run, run.scored(needed=False)[0], max_rows), []
+    for name, (tokens, _) in groups.items():
+        wanted = tokens.response & (response_positions(tokens) < positions)
+        found = divergences(model, adapters, tokens, wanted, run.batch_tokens)
+        lines += [{"rows": name, **line} for line in means(tokens, found, wanted, positions)]
+    origins = {name: origin for name, (_, origin) in groups.items()}
+    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
+    if rank() == 0:
+        with atomic_dir(run.folder / "diagnosis") as out:
+            with open(out / "kl.csv", "w", newline="", encoding="utf-8") as file:
+                columns = ("model", "rows", "position", "n", *COLUMNS)
+                table = csv.DictWriter(file, columns, lineterminator="\n")
+                table.writeheader()
+                for line in lines:
+                    table.writerow({**line, **{name: f"{line[name]:.6g}" for name in COLUMNS}})
+        run.finish("diagnosis", run.recipe(inputs, {"rows": origins, "positions": positions}))
+    return lines, origins
+
+
 def kl_table(lines: list[dict]) -> str:
     """Each model on each group: the first response position, and the mean over the later ones."""
-    curves, table = {}, []
+    curves, table, shown = {}, [], lambda x: "" if x is None else f"{x:.3f}"
     for line in lines:
         curve = curves.setdefault((line["rows"], line["model"]), [])
         curve.append(torch.tensor([line[column] for column in COLUMNS]))

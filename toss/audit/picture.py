@@ -1,20 +1,14 @@
-"""One row of a run as coloured tokens: an SVG picture on a white ground.
+"""One row of a run as coloured tokens: an SVG picture on a white ground."""
 
-python -m toss.audit.picture --run R --row 82 [--method toss] --out FILE.svg
-"""
-
-import sys
-
-from toss import cli
-from toss.audit.figures import TEMPLATES, write_svg
-from toss.audit.tokens import Mask, Token, harmless, load_mask
+from toss.audit.figures import TEMPLATES
+from toss.audit.tokens import Mask, Token, harmless
 
 START, END, LINE = 20, 840, 36  # left and right end of the lines, and their height
 CHARACTER = 10.2  # the width of each character
 
 
 def picture(mask: Mask, row: int) -> str:
-    """A row under a mask, as SVG text; the colour is full where |S| is among the highest 2 %."""
+    """A row under a mask, as SVG text."""
     words: list[list[Token]] = []
     for token in mask.row(row):
         turn = not words or token.response != words[-1][0].response
@@ -23,7 +17,7 @@ def picture(mask: Mask, row: int) -> str:
         words[-1].append(token)
     tokens, x, y, response = [], START, 40, False
     for word in words:
-        texts = [harmless(token.text.replace("\n", " ")) for token in word]
+        texts = [harmless(token.text.replace("\n", " ")) for token in word]  # their widths count
         turn = word[0].response != response
         if turn or x + CHARACTER * len("".join(texts)) > END:
             x, y, response = START, y + LINE + 6 * turn, word[0].response
@@ -32,25 +26,6 @@ def picture(mask: Mask, row: int) -> str:
             wide, skipped = CHARACTER * len(text), CHARACTER * (len(text) - len(text.lstrip()))
             tokens += [(token, text, x, y, wide, skipped)] if text else []
             x += wide
-    limit = max(0.5, float(mask.S[mask.tokens.response].abs().quantile(0.98)))
     values = {"title": f"row {row}, {mask.label}", "height": y + LINE + 28}
     template = TEMPLATES.get_template("picture.svg.jinja")
-    return template.render(tokens=tokens, limit=limit, **values)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.picture", __doc__)
-    parser.add_argument("--run", required=True, help="folder of the run")
-    parser.add_argument("--row", type=int, required=True, help="row of the custom set, from 0")
-    parser.add_argument("--method", default="toss", help="whose mask (default: toss)")
-    parser.add_argument("--out", required=True, metavar="FILE.svg", help="the picture")
-    args = parser.parse_args(argv)
-    from toss.run import open_run
-
-    run = open_run(args.run)
-    write_svg(args.out, picture(load_mask(run, args.method, *run.scored()), args.row))
-    print(f"written: {args.out}")
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    return template.render(tokens=tokens, limit=mask.full, **values)

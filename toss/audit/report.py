@@ -2,10 +2,10 @@
 
     python -m toss.audit.report --run R [--out FILE]
 
-Shows what the run's files hold: the measures with their intervals, answers side by side (demo
-only), sampled rows token by token with scores and masks, the distribution of S, the diagnosis,
-TOSS-Pro's rounds, settings and hashes. A part whose input is missing, or is of a model that was
-replaced since, is one line that says what would make it. The tokenizer is loaded, no model is.
+Shows what the run's files hold: a verdict, the measures with their intervals, answers side by side
+(demo only), what was discarded, rows token by token with scores and masks, the distribution of S,
+the diagnosis, TOSS-Pro's rounds, settings and hashes. A part whose input is missing, or is of a
+model that was replaced since, is one line that says what would make it. No weights are read.
 """
 
 import csv
@@ -18,25 +18,51 @@ from data.refusals import refused
 from model.atomic import atomic_file
 from model.io import InputError, json_lines, read_json, read_text
 from toss import cli
-from toss.audit.command import evenly, methods_of
-from toss.audit.diagnose import CHARTS, charts
+from toss.audit.command import cautions, evenly, methods_of
+from toss.audit.compare import COLUMNS
 from toss.audit.evaluate import read_metrics
-from toss.audit.figures import TEMPLATES
-from toss.audit.tokens import harmless, load_mask, visible
+from toss.audit.experiment import HEADS
+from toss.audit.figures import TEMPLATES, line_chart
+from toss.audit.tokens import load_masks, visible
+from toss.audit.verdict import measured, verdict
 
-TEMPLATES.filters |= {"harmless": lambda text: harmless(str(text)), "visible": visible}
+TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
 ORDER = ("base", "sft", "toss", "toss-pro")  # methods that come first
 place = lambda method: (*ORDER, method).index(method)
+CHARTS = {  # column of kl.csv -> title
+    "kl_base": "KL(base || tuned)",
+    "toward_degraded": "KL(base || degraded) - KL(tuned || degraded)",
+    "toward_utility": "KL(base || utility) - KL(tuned || utility)",
+}
 
 # A part of the page is what the template shows, or a line (str) that says why it is missing.
 
 
 def measures(run, old: list[str]) -> dict | str:
-    """metrics.json without the old methods."""
-    table = read_metrics(run.folder) if (run.folder / "metrics.json").exists() else {}
+    """metrics.json without the old methods; which measures to show, in order; and the verdict."""
+    evaluate = f"run python -m toss.audit.evaluate --run {run.folder}"
+    table = measured(read_metrics(run.folder) if (run.folder / "metrics.json").exists() else {})
     table = {name: table[name] for name in sorted(table, key=place) if name not in old}
-    return table or f"No measures: run python -m toss.audit.evaluate --run {run.folder} first."
+    if not table:
+        return f"No measures: {evaluate} first."
+    demo, stages = run.record.get("demo", False), run.record["stages"]
+    said = verdict(table, demo)
+    for row in table.values() if demo else ():  # named as toss.audit.compare prints them
+        if cell := row.get("not_refused"):
+            ends = {"value": 1 - cell["value"], "low": 1 - cell["high"], "high": 1 - cell["low"]}
+            row["refusals_kept"] = {**cell, **ends}
+    names = dict.fromkeys(name for row in table.values() for name in row)
+    shown = [x for x in (COLUMNS if demo else names) if x in names and "@" not in x]
+    kind = "forbidden@" if any(name.startswith("forbidden@") for name in names) else "not_refused@"
+    return {
+        "table": table,
+        "names": shown,
+        "begun": [name for name in names if name.startswith(kind)],
+        "verdict": said or ([f"No verdict: {evaluate} with base, sft and toss."], []),
+        "cautions": [x for x in cautions(stages, table) if x.startswith("warning") or not demo],
+        "heads": HEADS,
+    }
 
 
 def side_by_side(run, old: list[str]) -> dict | str:
@@ -70,10 +96,21 @@ def diagnosis(run, old: list[str]) -> list[list[str]] | str:
         return f"No diagnosis with the references of now: run {command} {run.folder} first."
     try:
         lines = [x for x in csv.DictReader(read_text(path).splitlines()) if x["model"] not in old]
-        drawn = list(charts(lines, {x["rows"]: f"{x['rows']} rows" for x in lines}))
+        groups = dict.fromkeys(line["rows"] for line in lines)
+        drawn = [[chart(lines, column, rows) for rows in groups] for column in CHARTS]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not as toss.audit.diagnose writes it ({error!r})") from None
-    return [[svg for name, _, svg in drawn if name == column] for column in CHARTS]
+    return drawn
+
+
+def chart(lines: list[dict], column: str, rows: str) -> str:
+    """A column of kl.csv for one group of rows, as SVG: a line for each model."""
+    curves: dict[str, list] = {}
+    for line in sorted((x for x in lines if x["rows"] == rows), key=lambda x: place(x["model"])):
+        point = (int(line["position"]), float(line[column]))
+        curves.setdefault(line["model"], []).append(point)
+    title = f"{CHARTS[column]}: {rows} rows"
+    return line_chart(curves, title, "response position j", "nats")
 
 
 def rounds(run, tokens) -> list[dict] | str:
@@ -90,27 +127,9 @@ def rounds(run, tokens) -> list[dict] | str:
     return found or f"No rounds of TOSS-Pro: run select.py --run {run.folder} --pro 1 first."
 
 
-def load_masks(run, lacking: list[str]) -> tuple:
-    """The scored tokens and the masks over them; what is missing or broken is a line in lacking."""
-    masks = []
-    try:
-        tokens, losses = run.scored()
-    except InputError as error:
-        lacking.append(str(error))
-        return None, masks
-    names = [path.parent.name for path in run.folder.glob("methods/[!.]*/selection.safetensors")]
-    for name in sorted(names, key=lambda name: (name == "sft", place(name), name)):
-        try:
-            masks.append(load_mask(run, name, tokens, losses))
-        except InputError as error:
-            lacking.append(f"The mask of {name} is left out: {error}")
-    if not masks:
-        lacking.append(f"No mask to show: run select.py --run {run.folder} first.")
-    return tokens, masks
-
-
 def page(run) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
+    from toss.audit.discards import discard_tables, sources_of
     from toss.audit.sample import token_part
 
     evaluated = [stage for stage in run.record["stages"] if stage.startswith("evaluation/")]
@@ -124,16 +143,24 @@ def page(run) -> tuple[str, list[str], int]:
         for command, names in old.items()
         for name in names
     ]
-    tokens, masks = load_masks(run, lacking)
+    tokens, masks = None, []
+    try:
+        tokens, losses = run.scored()
+        masks, broken = load_masks(run, tokens, losses)
+        none = [] if masks else [f"No mask to show: run select.py --run {run.folder} first."]
+        lacking += broken + none
+    except InputError as error:
+        lacking.append(str(error))
     parts = {
         "measures": measures(run, old["evaluate"]),
         "answers": side_by_side(run, old["evaluate"]),
         "diagnosis": diagnosis(run, old["diagnose"]),
         "rounds": rounds(run, tokens),
     }
-    file, shown = run.folder / "diagnosis" / "discards.json", token_part(masks) if masks else None
-    values = {**parts, "run": run, "old": old["diagnose"], "tokens": tokens, "shown": shown}
-    values |= {"lacking": lacking, "found": read_json(file) if file.exists() else None}
+    values = {**parts, "run": run, "tokens": tokens, "lacking": lacking}
+    values["shown"] = shown = token_part(masks) if masks else None
+    values["sources"] = sources = sources_of(run) if masks else []
+    values["discards"] = discard_tables(masks, run.tokenizer, sources)
     try:
         text = TEMPLATES.get_template("report.html.jinja").render(values)
     except UndefinedError as error:

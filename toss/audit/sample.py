@@ -2,67 +2,77 @@
 
 from itertools import groupby
 
-from toss.audit.command import evenly
+import torch
+from torch import Tensor
+
 from toss.audit.discards import per_row
 from toss.audit.figures import histogram
 from toss.audit.tokens import Mask
-from toss.files import lost_rows
 
 ROWS = 24
+ALIKE = 0.5  # share of their distinct tokens from which on two responses say the same
+SEARCHED = 40  # candidates of each kind, for each row that is shown
 ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
 
 
 def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
-    """The rows to show, by why: n / 4 of each group in order, spread evenly; then any others."""
-    marks = (mask.tokens.response, mask.tokens.harmful, ~mask.keep)
-    response, harm, gone = (per_row(mask.tokens, marked) for marked in marks)
-    most = gone.argsort(descending=True, stable=True)[: n // 4]
-    rows = lambda marked: marked.nonzero()[:, 0]
+    """The rows to show, by why: n / 4 of each kind, and more of the first where others are few.
+
+    Equal shares are ordered by mean S. Of rows that say nearly the same, the first stands for all.
+    """
+    tokens, gone = mask.tokens, ~mask.keep
+    flags = (tokens.response, tokens.harmful, gone, gone & tokens.harmful)
+    size, harm, lost, found = (per_row(tokens, marked).double() for marked in flags)
+    places = tokens.response.nonzero()[:, 0]
+    sums = torch.zeros_like(size).index_add_(0, tokens.row_of(places), mask.S[places].double())
+    by_S = (sums / size).argsort(descending=True, stable=True)
+
+    def ordered(wanted: Tensor, key: Tensor = size * 0) -> list[int]:
+        rows = by_S[wanted[by_S]]
+        return rows[key[rows].argsort(descending=True, stable=True)].tolist()
+
     groups = {
-        f"most tokens discarded by {mask.label}": most[gone[most] > 0],
-        "harm by ground truth": rows(harm > 0),
-        f"discarded in part by {mask.label}": rows((gone > 0) & (gone < response)),
-        f"nothing discarded by {mask.label}, no harm marked": rows(
-            (response > 0) & (gone + harm == 0)
-        ),
-        "other rows": rows(response > 0),
+        "harmless, yet discarded": ordered((lost > 0) & (harm == 0) & harm.any(), lost / size),
+        "harmful, yet kept": ordered(harm > found, (harm - found) / harm),
+        f"the largest share discarded by {mask.label}": ordered(lost > 0, lost / size),
+        "nothing discarded, the highest mean S": ordered((lost == 0) & (size > 0)),
     }
     chosen: dict[str, list[int]] = {}
-    for why, members in groups.items():
-        taken = set().union(*chosen.values())
-        left = [row for row in members.tolist() if row not in taken]
-        chosen[why] = evenly(left, n - len(taken) if why == "other rows" else n // 4)
-    return {why: members for why, members in chosen.items() if members}
+    said: dict[int, set[int]] = {}  # the distinct response tokens of each chosen row
+    for most in (n // 4, n):
+        for why, rows in groups.items():
+            there = chosen.setdefault(why, [])
+            for row in rows[: SEARCHED * n]:
+                if len(there) == most or len(said) == n:
+                    break
+                at = tokens.places([row])
+                words = set(tokens.input_ids[at][tokens.response[at]].tolist())
+                alike = (len(words & other) / len(words | other) for other in said.values())
+                if row not in said and max(alike, default=0) < ALIKE:
+                    there.append(row)
+                    said[row] = words
+    return {why: rows for why, rows in chosen.items() if rows}
 
 
 def token_part(masks: list[Mask]) -> dict:
     """What the page shows of the masks; its rows are chosen by what the first one did."""
-    groups, S, rows = chosen_rows(masks[0]), masks[0].S[masks[0].tokens.response], []
+    groups, rows = chosen_rows(masks[0]), []
     for why, row in ((why, row) for why, members in groups.items() for row in members):
         views = list(zip(*(mask.row(row) for mask in masks)))  # of each token, by mask
         turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
         count = sum(view[0].response for view in views)
         rows.append({"row": row, "why": why, "turns": turns, "count": count})
+    gone, harm = ~masks[0].keep, masks[0].tokens.harmful
     by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
+    flags = {"gone": gone, "harm": harm, "found": gone & harm, "ranked": masks[0].order > 0}
     return {
+        **{name: int(marked.sum()) for name, marked in flags.items()},
         "groups": groups,
         "rows": rows,
+        "masks": masks,
         "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
-        "limit": max(0.5, float(S.abs().quantile(0.98))),  # nats at full colour
-        "discards": [discards(mask) for mask in masks],
+        "limit": masks[0].full,
         "charts": [spread(mask) for mask in by_S or masks[:1]],
-    }
-
-
-def discards(mask: Mask) -> dict:
-    """What a mask discards, in counts."""
-    gone, harm = ~mask.keep, mask.tokens.harmful
-    counts = {"gone": gone, "harm": harm, "found": gone & harm, "ranked": mask.order > 0}
-    whole = lost_rows(mask.tokens, mask.keep)
-    return {
-        **{name: int(flags.sum()) for name, flags in counts.items()},
-        **{"method": mask.label, "how": mask.method, "threshold": mask.threshold, "whole": whole},
-        "some": int((per_row(mask.tokens, gone) > 0).sum()) - whole,
     }
 
 

@@ -1,21 +1,22 @@
-"""What a method did with one row, token by token; or what a file is, and whether it fits a run.
+"""Which tokens the methods discarded; one row token by token; or what a file is, and if it fits.
 
-    python -m toss.audit.show --run R --row 12 [--method toss-pro] [--no-color]
+    python -m toss.audit.show --run R
+    python -m toss.audit.show --run R --row 12 [--method toss-pro] [--svg FILE]
     python -m toss.audit.show PATH [--run R]
 
-The first needs the run's scores.safetensors and the method's mask; no weights are read. Rows count
-from 0, as in TOSS-Pro's added.jsonl. Marks: [-discarded-], *harmful by ground truth*, · a space,
-⏎ a line break, ◌ a part of a character (the next token shows it). On a terminal there are colours,
-unless NO_COLOR is set: red for S > 1 and blue for S < -1, in nats; discarded tokens are struck
-through, harmful ones underlined.
+The first counts what each method discarded: by source, position and type of token, and by row; and
+how much of it others discarded too. Sources are read from the custom file, where it is there.
 
-The second says what PATH is (a run directory, an adapter, scores, a selection or its folder, a
+The second needs no weights either. Rows count from 0, as in TOSS-Pro's added.jsonl. Marks:
+[-discarded-], *harmful by ground truth*, · a space, ⏎ a line break, ◌ a part of a character (the
+next token shows it). --svg draws the row with colours instead.
+
+The third says what PATH is (a run directory, an adapter, scores, a selection or its folder, a
 checkpoint), what it was made from, and whether that is what the run holds now: the run of --run, or
 the one that PATH lies in. Exit status: 0 it fits (or there is no run to compare with); 2 it does
 not fit; 1 it cannot be read.
 """
 
-import os
 import re
 import sys
 from itertools import groupby
@@ -24,33 +25,23 @@ from pathlib import Path
 from model.io import InputError, made_from, read_json
 from toss import cli
 from toss.audit.command import markdown
-from toss.audit.tokens import Token, harmless, load_mask, visible
+from toss.audit.tokens import Token, harmless, load_mask, load_masks, visible
 
 HASHES = ("inputs", "warning", "files", "sha256")  # not shown
-DIM, RED, BLUE, STRUCK, UNDERLINED = "2", "31", "34", "9", "4"
 
 
-def painted(token: Token) -> str:
-    """A response token between ANSI codes, if it has any."""
-    codes = [RED] * (token.S > 1) + [BLUE] * (token.S < -1)
-    codes += [STRUCK] * (not token.keep) + [UNDERLINED] * token.harmful
-    text = visible(token.text)
-    return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes else text
-
-
-def running_text(tokens: list[Token], color: bool) -> str:
+def running_text(tokens: list[Token]) -> str:
     """Prompts and responses in order; marks stand around neighbours that share them."""
     parts = []
     for response, turn in groupby(tokens, key=lambda token: token.response):
         if not response:
-            prompt = harmless("".join(token.text for token in turn)).rstrip("\n")
-            parts.append(f"\x1b[{DIM}m{prompt}\x1b[0m" if color else prompt)
+            parts.append(harmless("".join(token.text for token in turn)).rstrip("\n"))
             continue
         text = ""
         for harmful, marked in groupby(turn, key=lambda token: token.harmful):
             text += "*" * harmful
             for keep, alike in groupby(marked, key=lambda token: token.keep):
-                words = "".join(painted(t) if color else visible(t.text) for t in alike)
+                words = "".join(visible(token.text) for token in alike)
                 text += words if keep else f"[-{words}-]"
             text += "*" * harmful
         parts.append(text)
@@ -75,7 +66,7 @@ def table(tokens: list[Token]) -> str:
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def show_row(run, row: int, name: str, color: bool) -> None:
+def show_row(run, row: int, name: str) -> None:
     """Print one row of a run, with the mask of methods/NAME."""
     mask = load_mask(run, name, *run.scored())
     tokens = mask.row(row)
@@ -88,10 +79,22 @@ def show_row(run, row: int, name: str, color: bool) -> None:
     parts = "" if response[0].base is None else " = utility (L^u - L^0) + safety (L^0 - L^h)"
     print(
         f"row {row} of 0 to {mask.tokens.rows - 1}, {mask.label}: {gone} of {len(response)} "
-        f"response tokens discarded{truth}\n\n{running_text(tokens, color)}\n\n"
+        f"response tokens discarded{truth}\n\n{running_text(tokens)}\n\n"
         f"{table(response)}\n\nS = L^u - L^h{parts}, in nats; order among the "
         f"{mask.order.max()} ranked tokens"
     )
+
+
+def show_discards(run) -> None:
+    """Print what each method of a run discarded, in counts and shares."""
+    from toss.audit.discards import discard_tables, sources_of
+
+    masks, lacking = load_masks(run, *run.scored())
+    for line in lacking:
+        print(f"left out: {line}")
+    tables = discard_tables(masks, run.tokenizer, sources_of(run))
+    text = "\n\n".join(markdown(*table) for table in tables)
+    print(text or "No method of the run discards a token.")
 
 
 def described(path: Path, run) -> tuple[str, dict, dict]:
@@ -159,16 +162,28 @@ def main(argv: list[str] | None = None) -> int | None:
     flag("--run", help="folder of the run")
     flag("--row", type=int, help="row of the custom set, from 0")
     flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
-    flag("--no-color", action="store_true", help="marks only")
+    flag("--svg", metavar="FILE", help="draw the row into this file")
     args = parser.parse_args(argv)
-    if (args.path is None) == (args.row is None) or args.row is not None and not args.run:
-        parser.error("give --run and --row, or PATH")
+    row = args.row is not None
+    if args.path and row or not (args.path or args.run):
+        parser.error("give --run, --run and --row, or PATH")
+    if args.svg and not row:
+        parser.error("--svg draws one row: give --row")
     if args.path is not None:
         return show_path(args.path, args.run)
     from toss.run import open_run
 
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not args.no_color
-    show_row(open_run(args.run), args.row, args.method, color)
+    run = open_run(args.run)
+    if args.row is None:
+        show_discards(run)
+    elif args.svg:
+        from toss.audit.figures import write_svg
+        from toss.audit.picture import picture
+
+        write_svg(args.svg, picture(load_mask(run, args.method, *run.scored()), args.row))
+        print(f"written: {args.svg}")
+    else:
+        show_row(run, args.row, args.method)
 
 
 if __name__ == "__main__":

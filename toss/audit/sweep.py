@@ -173,7 +173,7 @@ def places(name: str, x: object, arm: str) -> Iterator[tuple[str, object, str]]:
 
 def chart(result: dict[tuple, dict], name: str) -> str:
     """The figure of a sweep as SVG: lines over a number, or dots at settings that are none."""
-    from toss.audit.figures import dot_chart, line_chart
+    from toss.audit.figures import line_chart
 
     _, x_label, title, y_label = SWEEPS[name]
     lines = {}
@@ -183,8 +183,9 @@ def chart(result: dict[tuple, dict], name: str) -> str:
             lines.setdefault(line, []).append(point)
     if name in ("eroding", "transfer"):
         settings = list(dict.fromkeys(x for x, _ in result))
-        dots = {arm: [point[1:] for point in points] for arm, points in lines.items()}
-        return dot_chart(dots, settings, title, y_label, (0.0, 1.0))
+        place = lambda at, *span: (settings.index(at), *span)
+        dots = {arm: [place(*point) for point in points] for arm, points in lines.items()}
+        return line_chart(dots, title, "", y_label, (0.0, 1.0), settings)
     if name == "discard":
         title += f" (calibrated: {cell(result['calibrated', 'toss-calibrated']['discard'])})"
     x_label = "k, the rows added (0: toss)" if name == "pro" else x_label

@@ -4,6 +4,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from model.io import InputError
 
 if TYPE_CHECKING:
@@ -59,8 +61,13 @@ class Mask:
     def threshold(self) -> float | None:
         """The lowest discarded score; None if nothing was discarded or a higher score was kept."""
         gone, kept = self.score[~self.keep], self.score[self.keep & (self.order > 0)]
-        split = len(gone) and not (kept > gone.min()).any()
-        return float(gone.min()) if split else None
+        return float(gone.min()) if len(gone) and not (kept > gone.min()).any() else None
+
+    @property
+    def full(self) -> float:
+        """|S|, nats, from which on a token's colour is full: 2 % of the response tokens have it."""
+        S = self.S[self.tokens.response].abs()
+        return max(0.5, float(np.quantile(S.numpy(), 0.98)))  # torch's takes no large tensors
 
     def row(self, row: int) -> list[Token]:
         """The tokens of a row; none for a skipped row. InputError for a row that does not exist."""
@@ -107,6 +114,20 @@ def load_mask(run: "Run", name: str, tokens: "Tokens", losses: "dict[str, Tensor
     return Mask(name, method, tokens, losses, S, score, order, chosen["keep"], run.tokenizer.raw)
 
 
+def load_masks(
+    run: "Run", tokens: "Tokens", losses: "dict[str, Tensor]"
+) -> tuple[list[Mask], list[str]]:
+    """The masks of all methods, toss first and sft last; and a line about each broken one."""
+    masks, lacking = [], []
+    names = [path.parent.name for path in run.folder.glob("methods/[!.]*/selection.safetensors")]
+    for name in sorted(names, key=lambda n: (n == "sft", not n.startswith("toss"), n)):
+        try:
+            masks.append(load_mask(run, name, tokens, losses))
+        except InputError as error:
+            lacking.append(f"The mask of {name} is left out: {error}")
+    return masks, lacking
+
+
 def token_texts(raw: "RawTokenizer", ids: list[int]) -> list[str]:
     """The text of each token of a row; joined they are the row's text, special tokens included.
 
@@ -131,7 +152,8 @@ def harmless(text: str) -> str:
     >>> harmless("a b\\x1b[2J")
     'a b<1b>[2J'
     """
-    shown = lambda c: c in "\n\t" or unicodedata.category(c) not in HIDDEN
+    kind = lambda c: "Cc" if c in "\ufffe\uffff" else unicodedata.category(c)  # not for XML
+    shown = lambda c: c in "\n\t" or kind(c) not in HIDDEN
     return "".join(c if shown(c) else f"<{ord(c):02x}>" for c in text)
 
 
