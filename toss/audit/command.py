@@ -1,8 +1,12 @@
 """What several commands of the audit share. No torch, so that --help comes at once."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from model.io import InputError, json_lines
 from toss.cli import KINDS
+
+Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "high"}}}
 
 
 def methods_of(run) -> list[str]:
@@ -10,11 +14,67 @@ def methods_of(run) -> list[str]:
     return sorted(path.parent.name for path in (run.folder / "methods").glob("[!.]*/model"))
 
 
-def cautions(stages: dict, table: dict[str, dict[str, dict]]) -> list[str]:
+def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
+    """The losses of tokens under both references, {"utility", "degraded"}: float32 [N] each.
+
+    dtype: see Run.base. others: adapters that stand for a reference.
+    """
+    from model.lora import use
+    from toss.scoring import score
+
+    found = {}
+    for name in ("utility", "degraded"):
+        model = use(run.base(dtype), others.get(name) or run.adapter(name))
+        found[name] = score(model, tokens, run.batch_tokens, run.log(f"{name}, {run.loaded}"))
+    return found
+
+
+def last_round(folder: Path) -> Path | None:
+    """The folder of TOSS-Pro's last round under methods/NAME; None if there are no rounds."""
+    rounds = folder.glob("round-[0-9]*")
+    return max(rounds, key=lambda path: int(path.name.removeprefix("round-")), default=None)
+
+
+def answers_of(path: Path) -> list[dict[str, str]]:
+    """The lines of answers/METHOD.jsonl less its note; InputError if one has another form."""
+    lines = [(where, line) for where, line in json_lines(path) if "note" not in line]
+    for where, line in lines:
+        if not all(
+            isinstance(line.get(key), str) for key in ("set", "source", "prompt", "response")
+        ):
+            raise InputError(f"{where}: expected the strings set, source, prompt and response")
+    return [line for _, line in lines]
+
+
+def measured(table: Table) -> Table:
+    """The cells that have a value and an interval."""
+    whole = lambda row: {name: cell for name, cell in row.items() if None not in cell.values()}
+    return {method: whole(row) for method, row in table.items()}
+
+
+def safety(table: Table) -> tuple[str, dict[str, dict], bool] | None:
+    """The measure that tells how unsafe models are, its cell for each, and whether plain
+    fine-tuning (sft) clearly lost safety: its 95 % interval lies above the base's.
+
+    The measure is `forbidden` where base and sft have it, else `not_refused`; None without either.
+    """
+    for name in ("forbidden", "not_refused"):
+        cells = {m: row[name] for m, row in measured(table).items() if name in row}
+        if {"base", "sft"} <= cells.keys():
+            return name, cells, apart(cells["sft"], cells["base"]) > 0
+    return None
+
+
+def apart(a: dict, b: dict) -> int:
+    """1 if the 95 % interval of a lies above b's, -1 if below, 0 if they overlap."""
+    return (a["low"] > b["high"]) - (a["high"] < b["low"])
+
+
+def cautions(stages: dict, table: Table) -> list[str]:
     """What forbids conclusions from a table of metrics, a sentence each: methods that were trained
     otherwise than plain fine-tuning, and a plain fine-tuning that did no harm.
 
-    stages: of run.json. table: {method: {metric: {"value", "low", "high"}}}.
+    stages: of run.json.
     """
     made = {m: stages.get(f"methods/{m}", {}).get("recipe", {}).get("settings", {}) for m in table}
     how = {m: {key: made[m].get(key) for key in (*KINDS, "dtype")} for m in table if made[m]}
@@ -26,13 +86,12 @@ def cautions(stages: dict, table: dict[str, dict[str, dict]]) -> list[str]:
         if differs := [f"{key} {a}, not {b}" for key, (a, b) in pairs.items() if a != b]:
             what = f"{m} was trained otherwise than {first} ({', '.join(differs)})"
             said.append(f"warning: {what}: this is no comparison of the two methods")
-    name = "forbidden" if "forbidden" in table.get("sft", {}) else "not_refused"
-    base, sft = (table.get(method, {}).get(name, {}) for method in ("base", "sft"))
-    if None not in (sft.get("low"), base.get("high")) and sft["low"] <= base["high"]:
-        what = f"{name} {sft['value']:.2f}, base {base['value']:.2f}: the intervals overlap"
+    name, cells, lost = safety(table) or ("", {}, True)
+    if not lost:
+        values = f"{name} {cells['sft']['value']:.2f}, base {cells['base']['value']:.2f}"
         said.append(
-            f"warning: plain fine-tuning (sft) did not clearly lose the base's safety ({what}), so "
-            "nothing can be concluded about what protects it"
+            f"warning: plain fine-tuning (sft) did not clearly lose the base's safety ({values}), "
+            "so nothing can be concluded about what protects it"
         )
     return said
 

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from model.atomic import atomic_file
-from model.io import InputError, json_lines
+from model.io import InputError
 from toss import cli
+from toss.audit.command import answers_of
 from toss.audit.evaluate import SETS
 
 
@@ -49,10 +50,8 @@ def read_answers(run, method: str, sets: list[str]) -> list[dict]:
     if run.stale(f"evaluation/{method}"):
         raise InputError(f"{path} holds answers of a model that was replaced since: {again} again")
     answers = []
-    for where, line in json_lines(path):
-        if line.get("set") in sets:
-            if not all(isinstance(line.get(key), str) for key in ("source", "prompt", "response")):
-                raise InputError(f"{where}: expected the strings source, prompt and response")
+    for line in answers_of(path):
+        if line["set"] in sets:
             dataset = line["set"] + f"/{line['source']}" * bool(line["source"])
             answer = {"instruction": line["prompt"], "output": line["response"]}
             answers.append({**answer, "generator": method, "dataset": dataset})

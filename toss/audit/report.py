@@ -18,13 +18,12 @@ from data.refusals import refused
 from model.atomic import atomic_file
 from model.io import InputError, json_lines, read_json, read_text
 from toss import cli
-from toss.audit.command import cautions, evenly, methods_of
-from toss.audit.compare import COLUMNS
-from toss.audit.evaluate import read_metrics
+from toss.audit.command import answers_of, cautions, evenly, measured, methods_of
+from toss.audit.evaluate import SETS, read_metrics
 from toss.audit.experiment import HEADS
 from toss.audit.figures import TEMPLATES, line_chart
 from toss.audit.tokens import load_masks, visible
-from toss.audit.verdict import measured, verdict
+from toss.audit.verdict import verdict
 
 TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
@@ -47,19 +46,14 @@ def measures(run, old: list[str]) -> dict | str:
     if not table:
         return f"No measures: {evaluate} first."
     demo, stages = run.record.get("demo", False), run.record["stages"]
-    said = verdict(table, demo)
-    for row in table.values() if demo else ():  # named as toss.audit.compare prints them
-        if cell := row.get("not_refused"):
-            ends = {"value": 1 - cell["value"], "low": 1 - cell["high"], "high": 1 - cell["low"]}
-            row["refusals_kept"] = {**cell, **ends}
     names = dict.fromkeys(name for row in table.values() for name in row)
-    shown = [x for x in (COLUMNS if demo else names) if x in names and "@" not in x]
-    kind = "forbidden@" if any(name.startswith("forbidden@") for name in names) else "not_refused@"
+    parts = [x for x in names if "@" in x or x.partition("/")[0] in names.keys() - {x}]
     return {
         "table": table,
-        "names": shown,
-        "begun": [name for name in names if name.startswith(kind)],
-        "verdict": said or ([f"No verdict: {evaluate} with base, sft and toss."], []),
+        "names": [name for name in names if name not in parts],
+        "parts": parts,
+        "verdict": verdict(table, demo)
+        or ([f"No verdict: {evaluate} with base, sft and toss."], []),
         "cautions": [x for x in cautions(stages, table) if x.startswith("warning") or not demo],
         "heads": HEADS,
     }
@@ -71,14 +65,10 @@ def side_by_side(run, old: list[str]) -> dict | str:
     if not run.record.get("demo"):
         return f"Answers of real models, some made unsafe on purpose, stay in {folder}."
     for method in ORDER:
-        file = folder / f"{method}.jsonl"
-        for where, line in json_lines(file) if file.exists() and method not in old else ():
-            if "note" not in line and not isinstance(line.get("response"), str):
-                raise InputError(f"{where}: expected set, source, prompt and response")
-            if line.get("set") in ("harmful", "benign", "utility"):  # not the prefilled answers
-                key = (line["set"], line.get("source"), line.get("prompt"))
-                said.setdefault(method, {})[key] = line["response"]
-    if not said:
+        if (file := folder / f"{method}.jsonl").exists() and method not in old:
+            lines = (line for line in answers_of(file) if line["set"] in SETS)
+            said[method] = {(x["set"], x["source"], x["prompt"]): x["response"] for x in lines}
+    if not any(said.values()):
         return f"No answers: run python -m toss.audit.evaluate --run {run.folder} first."
     asked = list(next(iter(said.values())))
     held_out = [key for key in asked if key[0] == "harmful" and key[1] != "seen"]
@@ -94,23 +84,20 @@ def diagnosis(run, old: list[str]) -> list[list[str]] | str:
     path, command = run.folder / "diagnosis" / "kl.csv", "python -m toss.audit.diagnose --run"
     if not path.exists() or {"degraded", "utility"} & set(old):
         return f"No diagnosis with the references of now: run {command} {run.folder} first."
+    charts: dict[str, dict] = {column: {} for column in CHARTS}  # rows -> model -> points
     try:
         lines = [x for x in csv.DictReader(read_text(path).splitlines()) if x["model"] not in old]
-        groups = dict.fromkeys(line["rows"] for line in lines)
-        drawn = [[chart(lines, column, rows) for rows in groups] for column in CHARTS]
+        for line in sorted(lines, key=lambda line: place(line["model"])):
+            for column, groups in charts.items():
+                points = groups.setdefault(line["rows"], {}).setdefault(line["model"], [])
+                points.append((int(line["position"]), float(line[column])))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not as toss.audit.diagnose writes it ({error!r})") from None
-    return drawn
-
-
-def chart(lines: list[dict], column: str, rows: str) -> str:
-    """A column of kl.csv for one group of rows, as SVG: a line for each model."""
-    curves: dict[str, list] = {}
-    for line in sorted((x for x in lines if x["rows"] == rows), key=lambda x: place(x["model"])):
-        point = (int(line["position"]), float(line[column]))
-        curves.setdefault(line["model"], []).append(point)
-    title = f"{CHARTS[column]}: {rows} rows"
-    return line_chart(curves, title, "response position j", "nats")
+    drawn = lambda title, curves: line_chart(curves, title, "response position j", "nats")
+    return [
+        [drawn(f"{CHARTS[column]}: {rows} rows", curves) for rows, curves in groups.items()]
+        for column, groups in charts.items()
+    ]
 
 
 def rounds(run, tokens) -> list[dict] | str:
@@ -129,12 +116,10 @@ def rounds(run, tokens) -> list[dict] | str:
 
 def page(run) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
-    from toss.audit.discards import discard_tables, sources_of
-    from toss.audit.sample import token_part
+    from toss.audit.discards import discard_tables, sources_of, token_part
 
-    evaluated = [stage for stage in run.record["stages"] if stage.startswith("evaluation/")]
     old = {
-        "evaluate": [stage[len("evaluation/") :] for stage in evaluated if run.stale(stage)],
+        "evaluate": [name for name in methods_of(run) if run.stale(f"evaluation/{name}")],
         "diagnose": [key.removeprefix("methods/") for key in run.stale("diagnosis")],
     }
     lacking = [
