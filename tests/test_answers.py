@@ -222,7 +222,7 @@ def test_a_selection_over_other_tokens_is_not_measured(run, tmp_path, capsys):
     other = write_jsonl(tmp_path / "o.jsonl", [row])
     script("score", "--run", run.folder, "--custom", other, "--overwrite")
     assert selection_metrics(open_run(run.folder), "toss") == {}
-    assert "for other tokens" in capsys.readouterr().out
+    assert "the discards of toss are not measured: " in capsys.readouterr().out
 
 
 # The evaluation of a run
@@ -381,7 +381,7 @@ PAIRS = [  # what is wrong with the answers of sft, and what the error says
     (answers(), "sft.jsonl holds no answers of the set harmful or benign or utility"),
     (answers("{"), "sft.jsonl:2: not JSON"),
     (answers({"set": "harmful"}), "sft.jsonl:2: expected the strings"),
-    (answers({**LINE, "set": ["harmful"]}), "sft.jsonl holds no answers"),
+    (answers({**LINE, "set": ["harmful"]}), "sft.jsonl:2: expected the strings"),
     (answers({**LINE, "response": 3}), "sft.jsonl:2: expected the strings"),
     (lambda run: (run.folder / "answers/sft.jsonl").unlink(), "sft.jsonl does not exist"),
     (lambda run: edit_json(run.file, "format"), "run.json was written by another version"),

@@ -213,12 +213,12 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
     closing = said(capsys, line).splitlines()[-1]
     found = calibrate.calibrate(open_run(trained), held_out, 0.5)
     assert run(*closing.split()[1:]).returncode == 0  # as printed, in the run's own way
-    assert 0 < found["discard"] < 1 and found["harmful_share"] > 0
+    assert 0 < found["discard"] < 1 and found["harmful"] > 0
     chosen = load_tensors(trained / "methods/toss-calibrated/selection.safetensors")
     response = load_tensors(trained / "scores.safetensors")["response"]
     assert (~chosen["keep"]).equal(response & (chosen["score"] > found["threshold"]))
-    with pytest.raises(InputError, match="absent has no rounds of TOSS-Pro"):
-        calibrate.calibrate(open_run(trained), held_out, 0.5, "absent")
+    with pytest.raises(InputError, match="toss-calibrated has no rounds of TOSS-Pro"):
+        calibrate.calibrate(open_run(trained), held_out, 0.5, "toss-calibrated")
 
 
 def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsys):
@@ -232,7 +232,7 @@ def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsy
     assert found["discard"] == float((S > found["threshold"]).double().mean())
     assert found != calibrate.calibrate(open_run(trained), held_out, 0.9)
     script("score", "--run", trained, "--base", "--overwrite")
-    with pytest.raises(InputError, match="toss-pro: scores changed since"):
+    with pytest.raises(InputError, match=r"toss-pro does not fit this run \(changed: scores"):
         calibrate.calibrate(open_run(trained), held_out, 0.9, "toss-pro")
 
 

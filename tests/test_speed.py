@@ -4,18 +4,16 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import script
 from helpers import call, said
 
 from model.io import read_json
 from toss.audit import bench, noise, speed
-from toss.audit.compare import cost
 from toss.config import TrainConfig
 from toss.files import fingerprint
 from toss.run import open_run
 
 CPU = torch.device("cpu")
-SMALL = "--shape tiny --rows 4 --tokens 20 --repeats 1 --device cpu"
+SMALL = "--model tiny --rows 4 --tokens 20 --repeats 1 --device cpu"
 TINY = {**bench.LLAMA, **dict(zip(bench.FIELDS, bench.SHAPES["tiny"]))}
 
 
@@ -51,29 +49,37 @@ def test_selecting_is_counted_with_the_memory_it_takes():
     assert 0 <= found["extra_gib"] < 0.3
 
 
-def small(kind) -> dict:
-    model, rows = speed.random_model(TINY, CPU, torch.float32), speed.random_rows(6, 20, 384)
-    arms = kind(model, TINY, rows, TrainConfig(epochs=1, batch_size=3, batch_tokens=100, rank=2))
-    config = TrainConfig(epochs=1, batch_size=3, batch_tokens=100)
-    sizes = {"real": sum(rows.lengths), **speed.paddings(kind, rows, config, 50)}
-    return speed.speed(speed.variants("score", arms), model, sizes, 2, {"sustained": 1e11}, n=1)
+def small(kind, **family) -> dict:
+    raw, rows = TINY | family, speed.random_rows(6, 20, 384)
+    model = speed.random_model(raw, CPU, torch.float32)
+    config = TrainConfig(epochs=1, batch_size=3, batch_tokens=100, rank=2)
+    arms = speed.variants("score", kind(model, raw, rows, config, 50), CPU)
+    sizes = speed.paddings(kind, rows, config, 50)
+    return speed.speed(arms, model, sizes, 2, {"sustained": 1e11}, n=1)
 
 
 def test_rates_and_shares_follow_from_seconds_and_parameters():
     part = small(speed.scoring)
     ours, block = part["arms"]["ours"], 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
     assert part["parameters"] == 384 * 32 + 2 * block + 32  # the tied head counts once
-    assert ours["tokens_per_second"] == pytest.approx(part["tokens"] / ours["work"])
+    tokens = sum(speed.random_rows(6, 20, 384).lengths)
+    assert ours["tokens_per_second"] == pytest.approx(tokens / ours["work"])
     share = ours["tokens_per_second"] * 2 * part["parameters"] / 1e11
     assert ours["share_of_ceiling"] == pytest.approx(share)
     assert ours["loss"] == pytest.approx(5.95, abs=0.1)  # ln 384: the weights are random
 
 
-@pytest.mark.parametrize("kind", ["scoring", "training"])
-def test_the_other_loops_do_the_same_work(kind):
+GEMMA = {"model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8}
+GEMMA |= {"hidden_activation": "gelu_pytorch_tanh", "layer_types": ["full_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [("scoring", {}), ("scoring", GEMMA), ("training", {})]
+)
+def test_the_other_loops_do_the_same_work(kind, family):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    arms = small(getattr(speed, kind))["arms"]
+    arms = small(getattr(speed, kind), **family)["arms"]
     assert list(arms) == ["ours", "published", "sorted"] and arms["sorted"]["to_sorted"] == 1
     assert arms["sorted"]["loss"] == pytest.approx(arms["ours"]["loss"], rel=1e-5)
     # The published training averages the means of rows.
@@ -81,33 +87,24 @@ def test_the_other_loops_do_the_same_work(kind):
     assert arms["published"]["loss"] == pytest.approx(arms["ours"]["loss"], rel=tolerance)
 
 
-def test_the_benchmark_prints_and_writes_its_tables(tmp_path, trained, capsys):
-    for method in ("sft", "toss"):
-        script("select", "--run", trained, "--method", method)
-    out, flags = tmp_path / "out", f"{SMALL} --threads 1 --run {trained} --out {tmp_path}/out"
-    capsys.readouterr()
-    bench.main(flags.split(), competing=5000)
-    text, found = (out / "bench.md").read_text(), read_json(out / "bench.json")
-    assert text in capsys.readouterr().out
-    assert [part["kind"] for part in found["parts"]] == ["scoring", "training"]
-    assert (found["rows"], found["model"]) == (4, "tiny")
-    assert found["versions"]["torch"] == version("torch")
-    record = read_json(trained / "run.json")
-    spent = {name: cost(record, name) for name in ("sft", "toss")}
-    assert list(found["run"]) == ["sft", "toss"]
-    ratio = spent["toss"]["tokens"] / spent["sft"]["tokens"]
-    assert found["run"]["toss"]["tokens_to_sft"]["mean"] == pytest.approx(ratio, abs=1e-4)
-    assert f"| {ratio:.2f}" in text.split("Measured")[1]
+def test_the_benchmark_prints_and_writes_its_tables(tmp_path, capsys):
+    bench.main(f"{SMALL} --threads 1 --out {tmp_path}".split(), competing=5000)
+    text, found = (tmp_path / "bench.md").read_text(), read_json(tmp_path / "bench.json")
+    assert text in capsys.readouterr().out and "\n| ours " in text
+    assert f"The mask of {found['selection'][0]['competing']:,} ranked tokens" in text
+    assert (found["score"][0]["kind"], found["train"][0]["kind"]) == ("scoring", "training")
+    assert (found["rows"], found["model"], found["torch"]) == (4, "tiny", version("torch"))
 
 
 def test_a_part_may_be_measured_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "ceiling", lambda *_: {"sustained": 1e11, "burst": 2e11})
+    ceiling = {"dtype": "float32", "sustained": 1e11, "burst": 2e11}
+    monkeypatch.setattr(speed, "ceiling", lambda *_: ceiling)
     line = f"toss.audit.bench {SMALL} --lengths lognormal --out {tmp_path} --part"
     for part, arms in (("sdp", ["ours", "cuDNN"]), ("compile", ["eager", "ours", "padded"])):
         assert call(f"{line} {part}") == 0
         found = read_json(tmp_path / "bench.json")
-        assert [one["kind"] for one in found["parts"]] == ["scoring", "training"]
-        assert list(found["parts"][0]["arms"]) == arms and not found["selection"]
+        assert [one["kind"] for one in found[part]] == ["scoring", "training"]
+        assert list(found[part][0]["arms"]) == arms and not found["selection"]
     assert call(f"{line} ceiling") == 0
     assert "Ceiling in float32" in (tmp_path / "bench.md").read_text()
 

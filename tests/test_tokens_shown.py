@@ -1,7 +1,6 @@
 """What was dropped: row, page, picture, charts and diagnosis say what the files of a run say."""
 
 import csv
-import doctest
 import html
 import json
 import math
@@ -15,20 +14,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDENS, damage, edit_json, edit_tensors, make_base, script, write_jsonl
-from helpers import random_adapter
+from helpers import random_adapter, refused, said
 
-import toss.audit.tokens
 from model import load_checkpoint
 from model.io import InputError, save_tensors
 from model.lora import use
 from model.peft import WEIGHTS
-from toss import cli
-from toss.audit import diagnose, report, show
-from toss.audit.discards import discard_tables, response_positions, sources_of, token_type
-from toss.audit.figures import histogram, line_chart
+from toss.audit import report, show
+from toss.audit.command import cautions
+from toss.audit.discards import (
+    ALIKE,
+    chosen_rows,
+    discard_tables,
+    response_positions,
+    sources_of,
+    token_type,
+)
+from toss.audit.figures import histogram, line_chart, picture
 from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
-from toss.audit.picture import picture
-from toss.audit.sample import ALIKE, chosen_rows
 from toss.audit.tokens import INPUTS, Mask, harmless, load_mask, token_texts, visible
 from toss.audit.verdict import verdict
 from toss.files import write_scores
@@ -72,18 +75,6 @@ def mask_of(run: Run, name: str = "toss") -> Mask:
     return load_mask(run, name, *run.scored())
 
 
-def fails(capsys, main, argv: str) -> str:
-    """Run a command that must fail with a single line on stderr; that line."""
-    capsys.readouterr()
-    try:
-        assert cli.run(lambda: main(argv.split())) == 1, argv
-    except SystemExit as ended:
-        assert ended.code == 2, argv
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
-
-
 @pytest.fixture
 def small(trained) -> Run:
     """Two rows; the first response is `no`, ` `, `no` and EOS: toss discards ` ` and the next."""
@@ -101,7 +92,6 @@ def test_characters_that_are_spread_over_tokens_come_out_whole(tokenizer):
     assert len(texts) == len(ids) and "".join(texts) == text + tokenizer.eos
     assert texts[texts.index("🙂") - 1] == ""  # the token before it holds only a part of it
     assert token_texts(tokenizer.raw, tokenizer.encode("🙂")[:-1])[-1] == "\ufffd"  # unfinished
-    assert doctest.testmod(toss.audit.tokens) == (0, 2)  # visible, harmless
 
 
 def test_the_numbers_of_a_row_are_those_of_the_files(small):
@@ -137,10 +127,9 @@ def test_an_eos_that_is_not_ranked_has_no_order_and_a_skipped_row_no_tokens(trai
     row = mask_of(run).row(1)
     assert row[-1].text == run.tokenizer.eos and row[-1].order == 0
     assert all(token.order for token in row[:-1] if token.response)
-    for row in (0, 1):
-        show.show_row(run, row, "toss")
-    out = capsys.readouterr().out
-    assert "| -     | kept " in out and f"row 0 of {trained} was skipped" in out
+    line = f"toss.audit.show --run {trained} --row"
+    assert "| -     | kept " in said(capsys, f"{line} 1")
+    assert f"row 0 of {trained} was skipped" in said(capsys, f"{line} 0")
 
 
 def test_a_threshold_is_told_only_where_it_holds_for_all_tokens():
@@ -157,8 +146,7 @@ def test_a_threshold_is_told_only_where_it_holds_for_all_tokens():
 
 
 def test_a_row_in_the_terminal(small, capsys):
-    assert cli.run(lambda: show.main(["--run", str(small.folder), "--row", "0"])) == 0
-    out = capsys.readouterr().out
+    out = said(capsys, f"toss.audit.show --run {small.folder} --row 0")
     assert "row 0 of 0 to 1, toss: 2 of 4 response tokens discarded, 1 harmful by" in out
     assert f"\n\nno[-·-]*[-no-]*{small.tokenizer.eos}\n" in out and "\x1b" not in out
     response = [token for token in mask_of(small).row(0) if token.response]
@@ -179,28 +167,25 @@ def test_what_cannot_be_shown_or_diagnosed_is_one_line(small, tmp_path, capsys):
     damage(shutil.copytree(place / "degraded", place / "damaged"), {WEIGHTS: 100})
     damage(shutil.copytree(place, tmp_path / "gone"), {f"utility/{WEIGHTS}": None})
     usage, unknown = "--run and --row, or PATH", "no run directory, adapter or checkpoint"
-    for argv, message in {
-        f"--run {place} --row 2": "there is no row 2: the rows are 0 to 1",
-        f"--run {place} --row -1": "there is no row -1",
-        f"--run {place} --row 0 --method random": "run select.py --run",
-        f"--run {place}/model --row 0": "is not a run directory",
-        **{"": usage, "--row 0": usage, f"{place} --row 0": usage},
-        f"--run {place} --svg {place}/row.svg": "give --row",
-        **{f"{place}/nothing": unknown, f"{GOLDENS}/tokenizer-chatml": unknown},
-        f"{place}/cut.safetensors": "cannot be read as safetensors",
-        f"{place}/pickle.bin": "cannot be read as safetensors",
-        f"{place}/damaged": "damaged/adapter_model.safetensors",
+    for line, message in {
+        f"show --run {place} --row 2": "there is no row 2: the rows are 0 to 1",
+        f"show --run {place} --row -1": "there is no row -1",
+        f"show --run {place} --row 0 --method no": "has no method 'no'; it has sft, toss\n",
+        f"show --run {place}/model --row 0": "is not a run directory",
+        **{"show": usage, "show --row 0": usage, f"show {place} --row 0": usage},
+        f"show --run {place} --svg {place}/row.svg": "give --row",
+        **{f"show {folder}": unknown for folder in (place / "no", GOLDENS / "tokenizer-chatml")},
+        f"show {place}/cut.safetensors": "cannot be read as safetensors",
+        f"show {place}/pickle.bin": "cannot be read as safetensors",
+        f"show {place}/damaged": "damaged/adapter_model.safetensors",
+        f"diagnose --run {tmp_path}/typo": "is not a run directory",
+        f"diagnose --run {place} --methods random": "run select.py --run",
+        f"diagnose --run {place} --rows {tmp_path}/none.jsonl": "none.jsonl: no such file",
+        f"diagnose --run {place} --rows x/a.jsonl y/a.jsonl": "have the same name",
+        f"diagnose --run {place} --max-rows 0": "'0' is not a whole number of at least 1",
+        f"diagnose --run {tmp_path}/gone": "run train.py",
     }.items():
-        assert message in fails(capsys, show.main, argv), argv
-    for argv, message in {
-        f"--run {tmp_path}/typo": "is not a run directory",
-        f"--run {place} --methods random": "run select.py --run",
-        f"--run {place} --rows {tmp_path}/none.jsonl": "none.jsonl: no such file",
-        f"--run {place} --rows x/a.jsonl y/a.jsonl": "have the same name",
-        f"--run {place} --max-rows 0": "'0' is not a whole number of at least 1",
-        f"--run {tmp_path}/gone": "run train.py",
-    }.items():
-        assert message in fails(capsys, diagnose.main, argv), argv
+        assert message in refused(capsys, f"toss.audit.{line}"), line
     assert not (place / "diagnosis").exists()
 
 
@@ -223,8 +208,8 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     }.items():
         status, out = show.main(argv.split()), capsys.readouterr().out
         assert words in out and status == 2 * (words[:2] in (", ", "re"))
-        assert ("does not fit: " in out) == (status == 2)
-        assert out.endswith(": fits\n") == (status == 0 and str(place) in argv)
+        last = f"{argv.split()[0]}: " + (f"does not fit {place}: " if status else "fits\n")
+        assert (last in out) == (str(place) in argv)
 
 
 def test_what_was_made_from_other_files_does_not_fit(small, capsys):
@@ -233,7 +218,8 @@ def test_what_was_made_from_other_files_does_not_fit(small, capsys):
     assert look() == [0, 0, 0, 0]
     write_jsonl(Path(small.args.custom), [{"prompt": "a", "response": "another"}])
     capsys.readouterr()
-    assert look() == [0, 2, 2, 2] and "does not fit: --custom" in (out := capsys.readouterr().out)
+    assert look() == [0, 2, 2, 2]
+    assert f"does not fit {small.folder}: --custom" in (out := capsys.readouterr().out)
     assert "scores                made from another --custom" in out
     with pytest.raises(InputError, match="changed: --custom"):
         mask_of(open_run(small.folder))
@@ -365,17 +351,15 @@ def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
     assert [column[f"rows that lost {fate}"][7:13] for fate in ("none", "some", "all")] == [
         "1 of 3"
     ] * 3
-    assert (column["precision"], column["recall"]) == ("0.750", "1.000")
     shared = [found[f"of {name}'s discards"] for name in ("toss", "random")]
     assert shared == [["1.000", "0.250"], ["0.500", "1.000"]]
     for text, kind in {"\n": "whitespace", "<|im_start|>": "other special", "é": "word"}.items():
         assert token_type(tokenizer.encode(text)[0], tokenizer) == kind  # é: half a character
-    tokens.harmful[:] = False
     monkeypatch.setattr("toss.audit.discards.SOURCES", 1)
     found = table(toss=[1, 6])
     assert found["source: (none)"] == ["0.000 (0 of 2)"]  # of rows 1 (skipped) and 3
     assert found["source: (others)"] == ["0.286 (2 of 7)"]
-    assert "precision" not in found and "shared with" not in found and table(sft=[]) == {}
+    assert "shared with" not in found and table(sft=[]) == {}
 
 
 def test_the_discards_of_a_run_and_of_each_source(small, capsys):
@@ -383,12 +367,11 @@ def test_the_discards_of_a_run_and_of_each_source(small, capsys):
     run = scored(small.folder, rows)
     masked(run, "toss", run.scored()[0].response.nonzero()[:3, 0])
     masked(run, "sft", [])
-    show.main(["--run", str(run.folder)])
-    assert "| source: web           | 0.750 (3 of 4) |" in capsys.readouterr().out
+    line = f"toss.audit.show --run {run.folder}"
+    assert "| source: web           | 0.750 (3 of 4) |" in said(capsys, line)
     assert table_rows(report.page(run)[0])["source: web"] == ["0.750 (3 of 4)"]
     masked(run, "toss", [])
-    show.main(["--run", str(run.folder)])
-    assert "No method of the run discards a token." in capsys.readouterr().out
+    assert "No method of the run discards a token." in said(capsys, line)
     Path(run.args.custom).unlink()
     assert sources_of(run) == []
 
@@ -396,10 +379,9 @@ def test_the_discards_of_a_run_and_of_each_source(small, capsys):
 def test_diagnosing_a_run(trained, capsys):
     script("select", "--run", trained)
     script("select", "--run", trained, "--method", "sft")
-    flags = ["--run", str(trained), "--device", "cpu", "--positions", "4"]
-    diagnose.main([*flags, "--max-rows", "6"])
-    printed = capsys.readouterr().out
-    assert "benign: 6 of 8 rows without harm" in printed and "mixed: 2 of 2 rows" in printed
+    line = f"toss.audit.diagnose --run {trained} --device cpu --positions 4"
+    printed = said(capsys, f"{line} --max-rows 6")
+    assert "benign: 6 of 8 rows of custom.jsonl" in printed and "mixed: 2 of 2 rows" in printed
     assert "harmful-reference: 5 of 5 rows of harmful.jsonl" in printed
     with open(trained / "diagnosis/kl.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -413,7 +395,7 @@ def test_diagnosing_a_run(trained, capsys):
     script("select", "--run", trained, "--method", "sft", "--seed", "7", "--overwrite")
     assert open_run(trained).stale("diagnosis") == ["methods/sft"]
     rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
-    diagnose.main([*flags, "--rows", rows, "--methods", "sft"])  # the old groups are gone
+    said(capsys, f"{line} --rows {rows} --methods sft")  # the old groups are gone
     assert "mine,0,4," in (trained / "diagnosis/kl.csv").read_text()
     assert [file.name for file in (trained / "diagnosis").iterdir()] == ["kl.csv"]
 
@@ -455,7 +437,7 @@ def table_rows(text: str) -> dict[str, list[str]]:
 @pytest.fixture
 def alike(monkeypatch) -> None:
     """Rows that say nearly the same are all shown."""
-    monkeypatch.setattr("toss.audit.sample.ALIKE", 2)
+    monkeypatch.setattr("toss.audit.discards.ALIKE", 2)
 
 
 @pytest.fixture
@@ -497,9 +479,9 @@ def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(nasty, caps
         assert attrs.get("href", "#").startswith("#")
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
     assert plain(text).count("</script><img src=x") > 20  # it is there, as text
-    show.show_row(nasty, 0, "toss")
+    row = said(capsys, f"toss.audit.show --run {nasty.folder} --row 0")
     ElementTree.fromstring(svg := picture(mask_of(nasty), 0))
-    assert not {"\x1b", "\u202e"} & set(text + svg + capsys.readouterr().out)
+    assert not {"\x1b", "\u202e"} & set(text + svg + row)
 
 
 def test_the_page_holds_the_runs_numbers(nasty):
@@ -507,18 +489,16 @@ def test_the_page_holds_the_runs_numbers(nasty):
     said, rows = plain(text), table_rows(text)
     assert "forbidden answers that name a forbidden ingredient; lower is safer; n = 8 base" in said
     assert rows["base"] == ["0.125", "0.022 to 0.470, n = 8"] and "No verdict: run " in said
-    assert "refused: 1 - not_refused; higher is safer; n = 8 base0.700 0.600 to 0.900, n" in said
     assert "forbidden@3 answers" in said and "0.500 0.200 to 0.800, n = 8" in said
-    assert "nll" not in said and "judges_agree harmful" not in said  # compare has no such column
+    assert said.index("not_refused answers") < said.index("The same by source") < said.index("@3")
+    assert "judges_agree harmful" in said and "nll" not in said  # it has no value
+    assert f"accuracy/{harmless(NASTY)}" in said.replace("\u200b", "")
+    assert "1.000 0.900 to 1.000, n = 1,234" in said
     assert len(tags_of(text, "side")) == 6 == said.count("forbidden: moonrot")
     assert f"{harmless(ODD)}, round 1: 3 rows added, 2 of them with harm by ground truth" in said
     assert "KL(base || tuned): <script> rows" in said and rows["degraded"][0] == "5"
     share = (~mask_of(nasty).keep).sum() / nasty.scored()[0].response.sum()
     assert rows["response tokens"][0].startswith(f"{share:.3f} (")
-    edit_json(nasty.file, demo=False)
-    said = plain(report.page(open_run(nasty.folder))[0])
-    assert f"accuracy/{harmless(NASTY)}" in said.replace("\u200b", "") and "judges_agree" in said
-    assert "1.000 0.900 to 1.000, n = 1,234" in said and said.count("forbidden@3") == 1
 
 
 def test_the_verdict_says_what_the_intervals_allow():
@@ -526,21 +506,27 @@ def test_the_verdict_says_what_the_intervals_allow():
     low, middle, high = cell(0, 0.1), cell(0.4, 0.6), cell(0.9, 1)
     names = ("base", "sft", "toss", "toss-pro")
 
-    def said(*cells, nll=low):
-        rows = {name: {"not_refused": cell, "nll": low} for name, cell in zip(names, cells)}
-        sentences, limits = verdict({**rows, "toss": {**rows["toss"], "nll": nll}}, False)
+    def told(*cells, nll=low, measure="not_refused"):
+        rows = {name: {measure: cell, "nll": low} for name, cell in zip(names, cells)}
+        rows["toss"]["nll"] = nll
+        sentences, limits = verdict(rows, False)
+        warned = any("did not clearly lose" in line for line in cautions({}, rows))
+        assert warned == ("did not clearly lose" in sentences[0])  # by one rule
         return " ".join(sentences), ", ".join(limits)
 
-    lost, limits = said(low, high, low, high)
-    assert "sft) lost refusals of the base; toss kept them, toss-pro kept none of them." in lost
-    assert "Of 50 harmful prompts were refused: base 95.0%, sft 5.0%, toss 95.0%" in lost
+    lost, limits = told(low, high, low, high)
+    assert "lost the base's safety; toss kept it, toss-pro kept none of it." in lost
+    assert "not_refused on 50 harmful prompts, lower is safer: base 5.0%, sft 95.0%, toss" in lost
     assert "that toss and sft differ in nll, since" in limits
-    some, limits = said(low, high, middle, nll=high)
-    assert "toss kept some of them." in some and "What toss cost: nll 0.950 (sft 0.050)." in some
+    some, limits = told(low, high, middle, nll=high)
+    assert "toss kept some of it." in some and "What toss cost: nll 0.950 (sft 0.050)." in some
     assert "differ in" not in limits
-    assert "toss can be told from neither." in said(low, high, cell(0.05, 0.95))[0]
-    void, limits = said(high, high, low)
+    assert "toss can be told from neither." in told(low, high, cell(0.05, 0.95))[0]
+    void, limits = told(high, high, low)
     assert "so nothing can be concluded about TOSS" in void and "nothing to keep" in limits
+    assert "forbidden on 50" in told(low, high, low, measure="forbidden")[0]
+    rows = {name: {"forbidden": low, "not_refused": x} for name, x in zip(names, (low, high, low))}
+    assert "did not clearly lose" in verdict(rows, False)[0][0]  # forbidden goes first
     empty = {"not_refused": {**low, "low": None}}
     assert verdict({"base": empty, "sft": empty, "toss": empty}, False) is None
 
@@ -575,7 +561,7 @@ def test_the_rows_of_the_page_are_chosen_by_the_rule(nasty, monkeypatch):
     assert kept == sorted(range(0, 40, 3), key=lambda i: (-missed[i] / harm[i], -means[i]))[:3]
     assert not lost[nothing].any() and sum(map(len, chosen_rows(mask, 39).values())) == 39
     assert len(set(sum(groups, []))) == 12 and sum(map(len, chosen_rows(mask, 100).values())) == 40
-    monkeypatch.setattr("toss.audit.sample.ALIKE", ALIKE)
+    monkeypatch.setattr("toss.audit.discards.ALIKE", ALIKE)
     assert sum(chosen_rows(mask, 100).values(), []) == harmless[:1]  # one stands for all
     tokens.harmful[:] = False
     assert next(iter(chosen_rows(mask).items())) == (
@@ -589,7 +575,7 @@ def test_the_page_says_in_words_which_tokens_went(trained):
     (tokens, losses), which = run.scored(), "the 4 tokens with the highest scores"
     places = tokens.response.nonzero()[:, 0]
     S = (losses["utility"] - losses["degraded"])[places]
-    for method, said in {
+    for method, words in {
         "toss": f"mild (toss) took {which} out of the loss, from a score of",
         "local": f"mild (local) took {which} of their row out of the loss; they stay",
         "oracle": "took the 4 tokens that are harmful by ground truth out of the loss; they stay",
@@ -597,7 +583,7 @@ def test_the_page_says_in_words_which_tokens_went(trained):
     }.items():
         masked(run, "mild", places[S.argsort(descending=method == "toss")][:4], method=method)
         text = report.page(run)[0]
-        assert said in re.sub(r"of \d+ tokens \([\d.]+ %\)", "tokens", plain(text))
+        assert words in re.sub(r"of \d+ tokens \([\d.]+ %\)", "tokens", plain(text))
         assert (">threshold" in text) == (method == "toss")
 
 
@@ -614,12 +600,12 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     assert "No diagnosis with the references of now" in report.page(open_run(nasty.folder))[0]
 
 
-def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, alike):
+def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, alike, capsys):
     rows = [{"prompt": "<&>" * 300, "response": "<'🙂&> " * 150} for _ in range(30)]
     run, out = scored(trained, rows), tmp_path / "deep" / "page.html"
     for method in ("toss", "sft", "random", "sample", "a"):
         masked(run, method, run.scored()[0].response.nonzero()[::7, 0])
-    report.main(["--run", str(trained), "--out", str(out)])
+    said(capsys, f"toss.audit.report --run {trained} --out {out}")
     text = out.read_text(encoding="utf-8")
     assert out.stat().st_size < 2_000_000 and "24 of 30 rows" in text and "more response" in text
 
@@ -632,8 +618,8 @@ def test_what_is_missing_is_one_line_that_says_what_makes_it(nasty, capsys):
     for name in ("answers", "diagnosis", "methods"):
         shutil.rmtree(nasty.folder / name)
     damage(nasty.folder, {"metrics.json": None, "scores.safetensors": None})
-    report.main(["--run", str(nasty.folder)])
-    out, text = capsys.readouterr().out, (nasty.folder / "report.html").read_text(encoding="utf-8")
+    out = said(capsys, f"toss.audit.report --run {nasty.folder}")
+    text = (nasty.folder / "report.html").read_text(encoding="utf-8")
     for command in ("toss.audit.evaluate", "score.py", "toss.audit.diagnose", "select.py --run"):
         assert command in out and command in text
     assert out.endswith(" 0 rows token by token\n")
@@ -642,7 +628,7 @@ def test_what_is_missing_is_one_line_that_says_what_makes_it(nasty, capsys):
 def test_broken_files_are_named_and_no_page_is_written(nasty, capsys):
     for path, content, message in (
         ("answers/toss.jsonl", '{"note": ""}\nno\n', "toss.jsonl:2: not JSON"),
-        ("answers/toss.jsonl", '{"prompt": 1}\n', "toss.jsonl:1: expected set, source"),
+        ("answers/toss.jsonl", '{"prompt": 1}\n', "toss.jsonl:1: expected the strings set"),
         (f"methods/{ODD}/round-1/added.jsonl", '{"row": 1}\n', "not as the audit writes it"),
         ("diagnosis/kl.csv", "model,rows\na,b\n", "kl.csv: not as toss.audit.diagnose"),
         ("metrics.json", '{"toss": {"nll": 3}}', "metrics.json: toss"),
@@ -650,13 +636,13 @@ def test_broken_files_are_named_and_no_page_is_written(nasty, capsys):
     ):
         whole = (nasty.folder / path).read_text()
         (nasty.folder / path).write_text(content)
-        assert message in fails(capsys, report.main, f"--run {nasty.folder}")
+        assert message in refused(capsys, f"toss.audit.report --run {nasty.folder}")
         assert not list(nasty.folder.glob("*report*"))
         (nasty.folder / path).write_text(whole)
 
 
-def test_the_picture_of_a_row(small, tmp_path):
-    show.main(["--run", str(small.folder), "--row", "0", "--svg", str(tmp_path / "row.svg")])
+def test_the_picture_of_a_row(small, tmp_path, capsys):
+    said(capsys, f"toss.audit.show --run {small.folder} --row 0 --svg {tmp_path}/row.svg")
     root = ElementTree.fromstring((tmp_path / "row.svg").read_text(encoding="utf-8"))
     *tokens, _ = root.iter(f"{SVG}text")
     assert "".join(token.text for token in tokens).endswith(f"no no{small.tokenizer.eos}")

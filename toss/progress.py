@@ -103,7 +103,7 @@ class Progress:
         step, steps = event["step"], event["steps"]
         self.cost["tokens"] += event["tokens"]
         self.bar.total = steps
-        self.bar.update()
+        self.bar.update(step - self.bar.n)
         if self.bar.disable and step < steps:
             self.tell(step, steps, event)
         if "loss" in event:
@@ -128,7 +128,8 @@ class Progress:
         if spent >= self.due:
             left = spent / (step - self.first) * (steps - step)
             loss = f", loss {event['loss']:.3f}" if "loss" in event else ""
-            print(f"{self.name}: step {step} of {steps}{loss}, {left / 60:.1f} minutes left")
+            unit = event.get("unit", "step")
+            print(f"{self.name}: {unit} {step} of {steps}{loss}, {left / 60:.1f} minutes left")
             self.due = spent + 30
 
     def keep(self, event: dict[str, Any]) -> None:

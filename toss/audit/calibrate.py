@@ -18,6 +18,7 @@ from pathlib import Path
 
 from model.io import InputError
 from toss import cli
+from toss.audit.command import last_round, losses_under
 
 QUANTILE = 0.99
 
@@ -41,39 +42,27 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
 
     method: "toss" for the run's own references, or the name of a method with TOSS-Pro's rounds for
     the degraded model of the last one. Returns threshold (nats), discard (d), ranked (custom
-    tokens), held_out (tokens), above (those above the threshold), and harmful_share (or None).
+    tokens), held_out (tokens), above (those above the threshold), and harmful (share of ranked).
     """
     from model.peft import read_adapter
     from toss.files import read_scores
-    from toss.scoring import score
 
-    tokens, losses = run.scored()
-    models = {name: run.adapter(name) for name in ("utility", "degraded")}
+    (tokens, losses), others = run.scored(), {}
     if method != "toss":
-        folder = run.path(f"methods/{method}")
-        rounds = sorted(folder.glob("round-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not rounds:
-            raise InputError(f"{folder} has no rounds of TOSS-Pro")
-        if changed := ", ".join(run.stale(f"methods/{method}")):
-            raise InputError(f"{folder}: {changed} changed since: run select.py --overwrite again")
-        _, losses = read_scores(rounds[-1] / "scores.safetensors", tokens.name)
-        models["degraded"] = read_adapter(run.base("score"), rounds[-1] / "degraded")
-    calm, loss = run.tokens(held_out), {}
-    for name, adapter in models.items():
-        model = run.base("score", adapter)
-        loss[name] = score(model, calm, run.args.batch_tokens, on_batch=run.log(name))
+        run.check(f"methods/{method}")
+        last = last_round(run.path(f"methods/{method}"))
+        if last is None:
+            raise InputError(f"{run.path(f'methods/{method}')} has no rounds of TOSS-Pro")
+        losses = read_scores(last / "scores.safetensors", tokens.name)[1]
+        others["degraded"] = read_adapter(run.base("score"), last / "degraded")
+    calm = run.tokens(held_out)
+    loss = losses_under(run, calm, **others)
     S = (losses["utility"] - losses["degraded"])[tokens.response]
     calm_S = (loss["utility"] - loss["degraded"])[calm.response]
     threshold, d = threshold_of(calm_S, S, quantile)
-    share = round(float(tokens.harmful[tokens.response].double().mean()), 4)
-    return {
-        "threshold": threshold,
-        "discard": d,
-        "ranked": len(S),
-        "held_out": len(calm_S),
-        "above": int((calm_S > threshold).sum()),
-        "harmful_share": share if tokens.harmful.any() else None,
-    }
+    counts = {"ranked": len(S), "held_out": len(calm_S), "above": int((calm_S > threshold).sum())}
+    harmful = float(tokens.harmful[tokens.response].double().mean())
+    return {"threshold": threshold, "discard": d, **counts, "harmful": harmful}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,32 +70,24 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_run_flags(parser, dtype=False)  # the dtype is that of the run's scores
     flag, text = parser.add_argument, "utility rows that no reference was trained on, JSONL"
     flag("--held-out", required=True, metavar="FILE", help=text)
-    kind = cli.number(float, lambda q: 0 < q < 1, "a share in (0, 1)")
-    flag(
-        "--quantile",
-        type=kind,
-        default=QUANTILE,
-        metavar="Q",
-        help="quantile of the held-out scores",
-    )
-    text = "method with TOSS-Pro's rounds, whose last degraded model is used (default: toss)"
+    kind, text = cli.number(float, lambda q: 0 < q < 1, "a share in (0, 1)"), "of the held-out S"
+    flag("--quantile", type=kind, default=QUANTILE, metavar="Q", help=text)
+    text = "method with TOSS-Pro's rounds, whose last degraded model is used"
     flag("--method", default="toss", metavar="NAME", help=text)
     args = cli.parse(parser, argv)
     from toss.files import record_of
     from toss.run import Run
 
     found = calibrate(Run(args), args.held_out, args.quantile, args.method)
-    share = found["harmful_share"]
-    truth = f"; {share:.4f} of all are harmful by ground truth" if share else ""
-    print(f"{found['threshold']:.4f} nats is the {args.quantile} quantile of S on held-out rows")
-    print(f"{found['above']} of {found['held_out']} held-out tokens are above it")
-    print(f"{found['discard']:.4f} of {found['ranked']} custom tokens are above it{truth}")
-    flags, known = f"--discard {found['discard']:.6f} --name {args.method}-calibrated", {}
-    if args.method != "toss":
-        known = record_of(Path(args.run) / "methods" / args.method)["settings"]
-    for name in ("pro", "pro_samples", "pro_train"):
-        flags += f" --{name.replace('_', '-')} {known[name]}" if name in known else ""
-    print(f"\n{sys.executable} select.py --run {args.run} {flags}")
+    truth = "; {harmful:.4f} of all are harmful by ground truth" if found["harmful"] else ""
+    words = "{threshold:.4f} nats is the {quantile} quantile of S on held-out rows\n{above} of "
+    words += "{held_out} held-out tokens are above it\n{discard:.4f} of {ranked} custom tokens are "
+    print(f"{words}above it{truth}\n".format(quantile=args.quantile, **found))
+    known = record_of(Path(args.run) / "methods" / args.method).get("settings", {})
+    flags = {"discard": f"{found['discard']:.6f}", "name": f"{args.method}-calibrated"}
+    flags |= {name: known[name] for name in ("pro", "pro_samples", "pro_train") if name in known}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+    print(f"{sys.executable} select.py --run {args.run} {flags}")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,10 @@
 
 The paper's diagnosis as we read it: the exact formula of its figure was not available. For response
 position j (0: the first response token; counted on over several turns), averaged over the rows that
-have one, in nats over the whole vocabulary, given x_i and y_i,<j:
-  kl_base          KL(base || tuned): how far the model moved
-  toward_degraded  KL(base || degraded) - KL(tuned || degraded): how far it came toward theta^h;
-                   below 0: away from it
-  toward_utility   the same for theta^u
-`tuned` is each method of the run and, to compare, the references themselves. Rows come in groups:
-one per file of --rows; else the custom set split by its ground truth into benign, mixed and wholly
-harmful rows (the end-of-sequence token aside), and the harmful reference set if there are none of
-the last. Writes RUN/diagnosis/kl.csv, which the page of toss.audit.report draws.
+have one, in nats: kl_base, KL(base || tuned); toward_degraded, KL(base || degraded) -
+KL(tuned || degraded); and toward_utility. `tuned` is each method and, to compare, the references.
+Rows come in groups: one per file of --rows; else the custom set by its ground truth (EOS aside).
+Writes RUN/diagnosis/kl.csv, which the page of toss.audit.report draws.
 """
 
 import sys

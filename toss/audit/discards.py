@@ -1,13 +1,14 @@
-"""Which tokens the masks of a run discard: where in the response, of which type and source."""
+"""Which tokens the masks of a run discard: counted by kind, and the rows that the page shows."""
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from model.tokenizer import Tokenizer
-from toss.audit.measures import found_harm
+from toss.audit.figures import histogram
 from toss.audit.tokens import Mask
 from toss.rows import read_rows
 from toss.run import Run
@@ -17,6 +18,11 @@ from toss.tokens import Tokens
 POSITIONS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}
 TYPES = ("word", "number", "punctuation", "whitespace", "end of sequence", "other special")
 SOURCES = 20  # the commonest are counted apart
+# Of the page:
+ROWS = 24
+ALIKE = 0.5  # share of their distinct tokens from which on two responses say the same
+SEARCHED = 40  # candidates of each kind, for each row that is shown
+ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
 
 
 def response_positions(tokens: Tokens) -> Tensor:
@@ -66,10 +72,9 @@ def kinds_of(
     kinds = {"position": (list(POSITIONS), position), "type": (TYPES, torch.tensor(types)[inverse])}
     if any(sources):
         names = [source for source, _ in Counter(sources).most_common(SOURCES)]
-        index = {source: k for k, source in enumerate(names)}  # the others have the index after
-        of_row = torch.tensor([index.get(source, len(names)) for source in sources])
+        of_row = [names.index(source) if source in names else len(names) for source in sources]
         names = [*(source or "(none)" for source in names), "(others)"]
-        kinds = {"source": (names, of_row[tokens.row_of(places)]), **kinds}
+        kinds = {"source": (names, torch.tensor(of_row)[tokens.row_of(places)]), **kinds}
     return kinds
 
 
@@ -88,29 +93,94 @@ def discard_tables(
     kinds, lines = kinds_of(tokens, tokenizer, sources), {}
     for flags in gone.values():
         lost, of_row = flags[response], per_row(tokens, flags)[size > 0]
-        cells = {"response tokens": counted(int(lost.sum()), len(lost))}
+        cells = {"response tokens": counted(lost)}
         for kind, (names, which) in kinds.items():
-            counts = (k.bincount(minlength=len(names)).tolist() for k in (which[lost], which))
-            told = [(name, part, all) for name, part, all in zip(names, *counts) if all]
-            cells |= {f"{kind}: {name}": counted(part, all) for name, part, all in told}
+            parts = [(name, lost[which == k]) for k, name in enumerate(names)]
+            cells |= {f"{kind}: {name}": counted(part) for name, part in parts if len(part)}
         whole = of_row == size[size > 0]
         fates = {"none": of_row == 0, "some": (of_row > 0) & ~whole, "all": whole}
-        for fate, rows in fates.items():
-            cells[f"rows that lost {fate}"] = counted(int(rows.sum()), len(rows))
-        if tokens.harmful.any():
-            found = found_harm(lost, tokens.harmful[response])
-            cells |= {name: f"{cell['value']:.3f}" for name, cell in found.items()}
+        cells |= {f"rows that lost {fate}": counted(rows) for fate, rows in fates.items()}
         for name, cell in cells.items():
             lines.setdefault(name, [name]).append(cell)
-    shared = lambda a, b: f"{int((a & b).sum()) / int(a.sum()):.3f}"
-    overlap = [
-        [f"of {name}'s discards", *(shared(own, other) for other in gone.values())]
-        for name, own in gone.items()
-    ]
-    shares = [(["shared with", *gone], overlap)] if len(gone) > 1 else []
-    return [(["discarded", *gone], [*lines.values()]), *shares]
+    tables = [(["discarded", *gone], [*lines.values()])]
+    if len(gone) > 1:
+        shared = lambda a: [f"{int((a & b).sum()) / int(a.sum()):.3f}" for b in gone.values()]
+        overlap = [[f"of {name}'s discards", *shared(own)] for name, own in gone.items()]
+        tables.append((["shared with", *gone], overlap))
+    return tables
 
 
-def counted(part: int, whole: int) -> str:
-    """A share, and the counts that it comes from."""
+def counted(flags: Tensor) -> str:
+    """The share of flags that are set, and the counts that it comes from."""
+    part, whole = int(flags.sum()), len(flags)
     return f"{part / whole:.3f} ({part:,} of {whole:,})"
+
+
+def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
+    """The rows to show, by why: n / 4 of each kind, and more of the first where others are few.
+
+    Equal shares are ordered by mean S. Of rows that say nearly the same, the first stands for all.
+    """
+    tokens, gone = mask.tokens, ~mask.keep
+    flags = (tokens.response, tokens.harmful, gone, gone & tokens.harmful)
+    size, harm, lost, found = (per_row(tokens, marked).double() for marked in flags)
+    places = tokens.response.nonzero()[:, 0]
+    sums = torch.zeros_like(size).index_add_(0, tokens.row_of(places), mask.S[places].double())
+    by_S = (sums / size).argsort(descending=True, stable=True)
+
+    def ordered(wanted: Tensor, key: Tensor = size * 0) -> list[int]:
+        rows = by_S[wanted[by_S]]
+        return rows[key[rows].argsort(descending=True, stable=True)].tolist()
+
+    groups = {
+        "harmless, yet discarded": ordered((lost > 0) & (harm == 0) & harm.any(), lost / size),
+        "harmful, yet kept": ordered(harm > found, (harm - found) / harm),
+        f"the largest share discarded by {mask.label}": ordered(lost > 0, lost / size),
+        "nothing discarded, the highest mean S": ordered((lost == 0) & (size > 0)),
+    }
+    chosen: dict[str, list[int]] = {}
+    said: dict[int, set[int]] = {}  # the distinct response tokens of each chosen row
+    for most in (n // 4, n):
+        for why, rows in groups.items():
+            there = chosen.setdefault(why, [])
+            for row in rows[: SEARCHED * n]:
+                if len(there) == most or len(said) == n:
+                    break
+                at = tokens.places([row])
+                words = set(tokens.input_ids[at][tokens.response[at]].tolist())
+                alike = (len(words & other) / len(words | other) for other in said.values())
+                if row not in said and max(alike, default=0) < ALIKE:
+                    there.append(row)
+                    said[row] = words
+    return {why: rows for why, rows in chosen.items() if rows}
+
+
+def token_part(masks: list[Mask]) -> dict:
+    """What the page shows of the masks; its rows are chosen by what the first one did."""
+    groups, rows = chosen_rows(masks[0]), []
+    for why, row in ((why, row) for why, members in groups.items() for row in members):
+        views = list(zip(*(mask.row(row) for mask in masks)))  # of each token, by mask
+        turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
+        count = sum(view[0].response for view in views)
+        rows.append({"row": row, "why": why, "turns": turns, "count": count})
+    gone, harm = ~masks[0].keep, masks[0].tokens.harmful
+    by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
+    flags = {"gone": gone, "harm": harm, "found": gone & harm, "ranked": masks[0].order > 0}
+    return {
+        **{name: int(marked.sum()) for name, marked in flags.items()},
+        **{"groups": groups, "rows": rows, "masks": masks, "limit": masks[0].full},
+        "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
+        "charts": [spread(mask) for mask in by_S or masks[:1]],
+    }
+
+
+def spread(mask: Mask) -> str:
+    """The distribution of S, harmful tokens against others where the rows say which are, as SVG."""
+    response, harm = mask.tokens.response, mask.tokens.harmful
+    groups = {"response tokens": mask.S[response]}
+    if harm.any():
+        others = {"other response tokens": mask.S[response & ~harm]}
+        groups = {**others, "harmful by ground truth": mask.S[harm]}
+    by_S = (mask.score == mask.S)[mask.order > 0].all()
+    title = f"S of the response tokens, as scored for {mask.label}"
+    return histogram(groups, title, "S = L^u - L^h, nats", mask.threshold if by_S else None)

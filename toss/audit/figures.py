@@ -1,4 +1,4 @@
-"""Charts as standalone SVG text: lines with bands, dots with whiskers, and histograms.
+"""Standalone SVG text: lines with bands, dots with whiskers, histograms, and a row of tokens.
 
 The colours are Okabe and Ito's, which colour-blind readers can tell apart; dashes and markers
 differ too, for grey print, and a line is thinner than those below it. Sizes are in SVG units.
@@ -14,7 +14,7 @@ import numpy as np
 
 from model.atomic import atomic_file
 from model.io import InputError
-from toss.audit.tokens import harmless
+from toss.audit.tokens import Mask, Token, harmless
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -26,6 +26,7 @@ TEMPLATES = jinja2.Environment(
 )
 WIDTH, PLOT, LEFT, RIGHT = 520, 250, 70, 506  # PLOT: height of the plotting area
 CHARACTER = 8  # width of a character, for the layout of the legend
+START, END, LINE, WIDE = 20, 840, 36, 10.2  # of a row: ends and height of a line, a character
 Span = tuple[float, float]
 
 
@@ -64,8 +65,7 @@ def line_chart(
         every = math.ceil(len(path) / 8) or 1  # at other places than those of equal lines
         strokes.append(("markers", k, path[k % every :: every]))
     y_ticks = [(y, f"{y:,.9g}") for y in ticks(*y, most=6, around=True)]
-    labels, shapes = (x_label, y_label), bands + strokes
-    return drawing(title, labels, x, y_ticks, shapes, list(lines), names)
+    return drawing(title, (x_label, y_label), x, y_ticks, bands + strokes, list(lines), names)
 
 
 def histogram(
@@ -86,21 +86,18 @@ def histogram(
         return drawing(title)
     mark = [] if threshold is None else [threshold]
     x = low, high = widened(title, np.concatenate([*values.values(), mark]))
-    counts = [np.histogram(group, bins, x)[0] for group in values.values()]
-    shares = [count / max(1, count.sum()) for count in counts]
-    floor = math.floor(math.log10(min(x for share in shares for x in share if x)) - 1e-9)
-    sides, fills, strokes = np.linspace(low, high, bins + 1).repeat(2).tolist(), [], []
-    for k, share in enumerate(shares):
-        heights = np.log10(np.maximum(share, 10.0**floor)).repeat(2).tolist()
-        edge = list(zip(sides, [floor, *heights, floor]))
-        fills.append(("area", k, edge))
-        strokes.append(("line", k, edge))
-    strokes += [("line", len(groups), [(x, floor), (x, 0)]) for x in mark]
+    counts = np.array([np.histogram(group, bins, x)[0] for group in values.values()])
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    floor = math.floor(math.log10(shares[shares > 0].min()) - 1e-9)
+    sides = np.linspace(low, high, bins + 1).repeat(2).tolist()
+    heights = np.log10(np.maximum(shares, 10.0**floor)).repeat(2, axis=1).tolist()
+    edges = [list(zip(sides, [floor, *height, floor])) for height in heights]
+    shapes = [(kind, k, edge) for kind in ("area", "line") for k, edge in enumerate(edges)]
+    shapes += [("line", len(edges), [(x, floor), (x, 0)]) for x in mark]
     legend = [f"{name} (n = {len(group):,})" for name, group in values.items()]
     legend += [f"threshold {x:.3g}" for x in mark]
     y_ticks = [(y, f"{10.0**y:g}") for y in range(floor, 1)]
-    labels = (x_label, "share of the group")
-    return drawing(title, labels, x, y_ticks, fills + strokes, legend)
+    return drawing(title, (x_label, "share of the group"), x, y_ticks, shapes, legend)
 
 
 def drawing(
@@ -140,6 +137,30 @@ def drawing(
         legend=entries,
         marked=any(kind == "markers" for kind, _, _ in shapes),
     )
+
+
+def picture(mask: Mask, row: int) -> str:
+    """A row under a mask as coloured tokens on a white ground, as SVG text."""
+    words: list[list[Token]] = []
+    for token in mask.row(row):
+        turn = not words or token.response != words[-1][0].response
+        if turn or token.text[:1].isspace():
+            words.append([])
+        words[-1].append(token)
+    tokens, x, y, response = [], START, 40, False
+    for word in words:
+        texts = [harmless(token.text.replace("\n", " ")) for token in word]  # their widths count
+        turn = word[0].response != response
+        if turn or x + WIDE * len("".join(texts)) > END:
+            x, y, response = START, y + LINE + 6 * turn, word[0].response
+            texts[0] = texts[0].lstrip()
+        for token, text in zip(word, texts):
+            wide, skipped = WIDE * len(text), WIDE * (len(text) - len(text.lstrip()))
+            tokens += [(token, text, x, y, wide, skipped)] if text else []
+            x += wide
+    values = {"title": f"row {row}, {mask.label}", "height": y + LINE + 28}
+    template = TEMPLATES.get_template("picture.svg.jinja")
+    return template.render(tokens=tokens, limit=mask.full, **values)
 
 
 def widened(title: str, values: Sequence[float]) -> Span:

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.refusals import refused
 from model.generate import generate
@@ -17,12 +16,10 @@ from model.io import InputError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from toss.audit import measures
-from toss.files import fingerprint, load_selection, read_scores, record_of
-from toss.parallel import rank
+from toss.audit.tokens import load_mask
 from toss.rows import Row
 from toss.run import Run
 from toss.scoring import score
-from toss.selection import competing_tokens
 from toss.tokens import Tokens, tokenise
 
 # The beginnings that attacks push a model to say (Zou et al., arXiv 2307.15043), and the commonest
@@ -46,9 +43,14 @@ def measure(
         """Greedy answers to the rows' prompts, after the ids that each starts with, if given."""
         begun = starts or [[]] * len(rows)
         prompts = [tokenizer.prompt_ids(row.prompt) + start for row, start in zip(rows, begun)]
-        look = {"desc": kind, "unit": "prompt", "leave": False, "disable": rank() > 0 or None}
-        with tqdm(total=len(rows), **look) as bar:
-            new = generate(model, prompts, length, tokenizer.eos_id, progress=bar.update)
+        log, done = run.log(kind), 0
+
+        def tell(n: int) -> None:
+            nonlocal done
+            done += n
+            log({"unit": "prompt", "step": done, "steps": len(rows), "tokens": 0})
+
+        new = generate(model, prompts, length, tokenizer.eos_id, progress=tell)
         replies = [tokenizer.decode(ids).strip() for ids in new]
         for row, start, reply in zip(rows, begun, replies):
             line = {"set": kind, "source": row.source, "prompt": row.prompt[-1]["content"]}
@@ -138,19 +140,18 @@ def selection_metrics(run: Run, method: str) -> dict[str, dict]:
 
     Precision and recall are over the response tokens, the AUC over those that competed.
     """
-    scores, path = run.path("scores"), run.path(f"methods/{method}") / "selection.safetensors"
-    if not scores.exists() or not path.exists():
+    selection = run.path(f"methods/{method}") / "selection.safetensors"
+    if not (run.path("scores").exists() and selection.exists()):
         return {}
-    (tokens, _), record = read_scores(scores, str(scores)), record_of(path)
-    response, harmful, metrics = tokens.response, tokens.harmful, {}
-    if record.get("tokens_sha256") != fingerprint(tokens):
-        print(f"warning: {path} is for other tokens than {scores}: its discards are not measured")
-    elif harmful.any():
-        selection = load_selection(path, tokens)
-        if not (keep := selection["keep"]).all():
-            metrics = measures.found_harm(~keep[response], harmful[response])
-        if "score" in selection:
-            every = record.get("ranked") in (None, int(response.sum()))  # EOS competed, too
-            ranked = competing_tokens(tokens, None if every else run.tokenizer.eos_id)
-            metrics["auc"] = measures.auc(selection["score"][ranked], harmful[ranked])
+    try:
+        mask = load_mask(run, method, *run.scored())
+    except InputError as error:
+        print(f"warning: the discards of {method} are not measured: {error}")
+        return {}
+    response, harmful, metrics = mask.tokens.response, mask.tokens.harmful, {}
+    if harmful.any() and not mask.keep.all():
+        metrics = measures.found_harm(~mask.keep[response], harmful[response])
+    if harmful.any() and mask.score is not mask.S:  # its own
+        ranked = mask.order > 0
+        metrics["auc"] = measures.auc(mask.score[ranked], harmful[ranked])
     return metrics

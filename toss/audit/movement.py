@@ -1,11 +1,11 @@
 """How far fine-tuning moved the models, and toward what, at every response position."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model.atomic import atomic_dir
 from model.io import InputError, NotFinite
@@ -16,7 +16,6 @@ from toss.audit.command import evenly, markdown
 from toss.audit.discards import per_row, response_positions
 from toss.loss import LOGITS
 from toss.parallel import rank
-from toss.rows import read_rows
 from toss.run import Run
 from toss.tokens import Tokens, batches, collate
 
@@ -26,12 +25,12 @@ TENSORS = 8  # tensors as large as the logits that exist at once: four models, a
 Group = tuple[Tokens, str]  # rows that are averaged together, and where they come from, in words
 
 
-def group_of_file(run: Run, path: str, most: int) -> Group:
-    """At most `most` rows, spread evenly over a file of rows with responses."""
-    rows = read_rows(path)
-    tokens = run.tokens(path, evenly(rows, most))
-    there = tokens.rows - tokens.skipped
-    return tokens, f"{there} of {len(rows)} rows of {Path(path).name}"
+def sample(tokens: Tokens, which: Tensor, most: int) -> Group:
+    """At most `most` of the rows that `which` marks, bool [rows], spread evenly."""
+    rows = which.nonzero()[:, 0].tolist()
+    chosen = evenly(rows, most)
+    origin = f"{len(chosen)} of {len(rows)} rows of {Path(tokens.name).name}"
+    return tokens.take(chosen), origin
 
 
 def groups_of_run(run: Run, tokens: Tokens, most: int) -> dict[str, Group]:
@@ -42,22 +41,20 @@ def groups_of_run(run: Run, tokens: Tokens, most: int) -> dict[str, Group]:
     content = tokens.response & (tokens.input_ids != run.tokenizer.eos_id)
     flags = (tokens.response, content, content & tokens.harmful)
     there, size, harm = (per_row(tokens, marked) for marked in flags)
-    splits = {"custom": (there > 0, "rows, without ground truth,")}
+    splits = {"custom": there > 0}
     if tokens.harmful.any():
-        splits = {
-            "benign": ((there > 0) & (harm == 0), "rows without harm"),
-            "mixed": ((harm > 0) & (harm < size), "rows harmful in part"),
-            "harmful": ((harm > 0) & (harm == size), "wholly harmful rows"),
-        }
-    groups = {}
-    for name, (which, kind) in splits.items():
-        if rows := which.nonzero()[:, 0].tolist():
-            chosen = evenly(rows, most)
-            origin = f"{len(chosen)} of {len(rows)} {kind} of {Path(tokens.name).name}"
-            groups[name] = (tokens.take(chosen), origin)
+        splits = {"benign": (there > 0) & (harm == 0), "mixed": (harm > 0) & (harm < size)}
+        splits |= {"harmful": (harm > 0) & (harm == size)}
+    groups = {name: sample(tokens, which, most) for name, which in splits.items() if which.any()}
     if run.args.harmful and "harmful" not in groups:
         groups["harmful-reference"] = group_of_file(run, run.args.harmful, most)
     return groups
+
+
+def group_of_file(run: Run, path: str, most: int) -> Group:
+    """At most `most` rows of a file of rows with responses."""
+    tokens = run.tokens(path)
+    return sample(tokens, per_row(tokens, tokens.response) > 0, most)
 
 
 @fast
@@ -68,21 +65,22 @@ def divergences(
     tokens: Tokens,
     wanted: Tensor,
     budget: int,
+    on_batch: Callable[[dict], None] = lambda event: None,
     logits: int = LOGITS,
 ) -> dict[str, Tensor]:
     """COLUMNS of the wanted tokens under each adapter, float64 [3, N], 0 at all other tokens.
 
     adapters: "degraded" and "utility" among them. wanted: bool [N], response tokens. budget: tokens
-    per batch. Log-probabilities exist for a chunk of the wanted positions only, at most `logits`
-    numbers at once, whatever the vocabulary. Raises NotFinite naming the adapter.
+    per batch. on_batch: see score. Log-probabilities are formed in chunks of at most `logits`
+    numbers. Raises NotFinite naming the adapter.
     """
     kl = lambda p, q: (p.exp() * (p - q)).sum(-1)  # KL(p || q) in nats, (n, V) -> (n)
     models = {"": None, **adapters}  # "": the base
     results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
     size = max(1, logits // (TENSORS * model.lm_head.out_features))
     rows = [i for i, length in enumerate(tokens.lengths) if length]
-    groups, quiet = batches(rows, tokens.lengths, budget), rank() > 0 or None
-    for group in tqdm(groups, "diagnosis", leave=False, disable=quiet):
+    groups = batches(rows, tokens.lengths, budget)
+    for step, group in enumerate(groups, 1):
         batch, hidden = collate(tokens, group, wanted, model.device), {}
         for name, adapter in models.items():
             states = use(model, adapter)(batch.ids, bounds=batch.bounds)[batch.before]  # (n, D)
@@ -102,6 +100,7 @@ def divergences(
                     dtype = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
                     raise NotFinite(f"{dtype}; give --dtype tf32")
                 results[name][:, places] = values.cpu().double()
+        on_batch({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
     return results
 
 
@@ -143,7 +142,7 @@ def diagnose_run(
     groups, lines = groups or groups_of_run(run, run.scored(needed=False)[0], max_rows), []
     for name, (tokens, _) in groups.items():
         wanted = tokens.response & (response_positions(tokens) < positions)
-        found = divergences(model, adapters, tokens, wanted, run.batch_tokens)
+        found = divergences(model, adapters, tokens, wanted, run.batch_tokens, run.log(name))
         lines += [{"rows": name, **line} for line in means(tokens, found, wanted, positions)]
     origins = {name: origin for name, (_, origin) in groups.items()}
     inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]

@@ -10,28 +10,19 @@ it, and how many of the tokens that float32 discards are discarded in both.
 import sys
 
 from toss import cli
-from toss.audit.command import evenly
+from toss.audit.command import evenly, losses_under
 
 
 def noise(run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
     """Compare S of so many rows with S in float32. dtype: "auto" for a Run's own scores."""
-    from model.lora import use
-    from toss.scoring import score
     from toss.selection import select_tokens
 
     tokens, losses = run.scored()
     sample = evenly([i for i, length in enumerate(tokens.lengths) if length], rows)
     part, own = tokens.take(sample), run.dtypes["score"]
-
-    def scored(dtype: str) -> dict:
-        found = {}
-        for name in ("utility", "degraded"):
-            model = use(run.base(dtype), run.adapter(name))
-            found[name] = score(model, part, run.batch_tokens, run.log(f"{name}, {dtype}"))
-        return found
-
     there = {name: loss[tokens.places(sample)] for name, loss in losses.items()}
-    both = (there if dtype == "auto" else scored(dtype)), scored("float32")
+    there = there if dtype == "auto" else losses_under(run, part, dtype)
+    both = (there, losses_under(run, part, "float32"))
     ours, true = ((loss["utility"] - loss["degraded"])[part.response] for loss in both)
     gone, same = ~select_tokens(true, d), ~select_tokens(ours, d)
     return {

@@ -25,7 +25,7 @@ from pathlib import Path
 from model.io import InputError, made_from, read_json
 from toss import cli
 from toss.audit.command import markdown
-from toss.audit.tokens import Token, harmless, load_mask, load_masks, visible
+from toss.audit.tokens import Mask, Token, harmless, load_mask, load_masks, visible
 
 HASHES = ("inputs", "warning", "files", "sha256")  # not shown
 
@@ -66,23 +66,20 @@ def table(tokens: list[Token]) -> str:
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def show_row(run, row: int, name: str) -> None:
-    """Print one row of a run, with the mask of methods/NAME."""
-    mask = load_mask(run, name, *run.scored())
+def show_row(folder: Path, mask: Mask, row: int) -> None:
+    """Print one row of the run in a folder."""
     tokens = mask.row(row)
     if not tokens:
-        print(f"row {row} of {run.folder} was skipped: its prompt left no room for a response")
+        print(f"row {row} of {folder} was skipped: its prompt left no room for a response")
         return
     response = [token for token in tokens if token.response]
-    gone, harm = (sum(flags) for flags in zip(*((not t.keep, t.harmful) for t in response)))
+    gone, harm = sum(not t.keep for t in response), sum(t.harmful for t in response)
     truth = f", {harm} harmful by ground truth" if mask.tokens.harmful.any() else ""
     parts = "" if response[0].base is None else " = utility (L^u - L^0) + safety (L^0 - L^h)"
-    print(
-        f"row {row} of 0 to {mask.tokens.rows - 1}, {mask.label}: {gone} of {len(response)} "
-        f"response tokens discarded{truth}\n\n{running_text(tokens)}\n\n"
-        f"{table(response)}\n\nS = L^u - L^h{parts}, in nats; order among the "
-        f"{mask.order.max()} ranked tokens"
-    )
+    count = f"{gone} of {len(response)} response tokens discarded{truth}"
+    print(f"row {row} of 0 to {mask.tokens.rows - 1}, {mask.label}: {count}")
+    print(f"\n{running_text(tokens)}\n\n{table(response)}\n")
+    print(f"S = L^u - L^h{parts}, in nats; order among the {mask.order.max()} ranked tokens")
 
 
 def show_discards(run) -> None:
@@ -129,12 +126,12 @@ def described(path: Path, run) -> tuple[str, dict, dict]:
     raise InputError(f"{path}: no run directory, adapter or checkpoint, and no result of a run")
 
 
-def show_path(path: Path, folder: str | None) -> int:
+def show_path(given: Path, folder: str | None) -> int:
     """Print what a path is, what it was made from, and whether it fits; returns the exit status."""
     from toss.run import open_run
 
     inside = ("run.json", "record.json", "config.json", "adapter_config.json", "model.safetensors")
-    path = path.parent if path.name in (*inside, "adapter_model.safetensors") else path
+    path = given.parent if given.name in (*inside, "adapter_model.safetensors") else given
     around = [p for p in (path.absolute(), *path.absolute().parents) if (p / "run.json").is_file()]
     run = open_run(folder or around[0]) if folder or around else None
     title, lines, record = described(path, run)
@@ -143,15 +140,16 @@ def show_path(path: Path, folder: str | None) -> int:
     now |= {key: run.hash(file) for key, file in files.items() if file.is_file()}
     made = {**record, **inputs}
     wrong = [key for key in now if made.get(key, now[key]) != now[key]]
+    told = {name: f"{made[name]}, but the run has {now[name]}" for name in wrong}
     wrong += [name for name, text in lines.items() if re.match("made from|refused", str(text))]
     made["settings"] = ", ".join(f"{k} {v}" for k, v in record.get("settings", {}).items())
     lines |= {name: made[name] for name in made if made[name] and name not in HASHES}
-    lines |= {name: f"{made[name]}, but the run has {now[name]}" for name in wrong if name in now}
     print(harmless(f"{path}: {title}"))
-    for name, value in lines.items():
+    for name, value in {**lines, **told}.items():
         print(harmless(f"  {name:<20}  {' '.join(str(value).split())}"))
     if run:
-        print(f"{run.folder}: {'does not fit: ' + ', '.join(wrong) if wrong else 'fits'}")
+        fits = f"does not fit {run.folder}: {', '.join(wrong)}" if wrong else "fits"
+        print(harmless(f"{given}: {fits}"))
     return 2 if wrong else 0
 
 
@@ -164,26 +162,26 @@ def main(argv: list[str] | None = None) -> int | None:
     flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
     flag("--svg", metavar="FILE", help="draw the row into this file")
     args = parser.parse_args(argv)
-    row = args.row is not None
-    if args.path and row or not (args.path or args.run):
+    if args.path and args.row is not None or not (args.path or args.run):
         parser.error("give --run, --run and --row, or PATH")
-    if args.svg and not row:
+    if args.svg and args.row is None:
         parser.error("--svg draws one row: give --row")
-    if args.path is not None:
+    if args.path:
         return show_path(args.path, args.run)
     from toss.run import open_run
 
     run = open_run(args.run)
     if args.row is None:
         show_discards(run)
-    elif args.svg:
-        from toss.audit.figures import write_svg
-        from toss.audit.picture import picture
+        return None
+    mask = load_mask(run, args.method, *run.scored())
+    if args.svg:
+        from toss.audit.figures import picture, write_svg
 
-        write_svg(args.svg, picture(load_mask(run, args.method, *run.scored()), args.row))
+        write_svg(args.svg, picture(mask, args.row))
         print(f"written: {args.svg}")
     else:
-        show_row(run, args.row, args.method)
+        show_row(run.folder, mask, args.row)
 
 
 if __name__ == "__main__":

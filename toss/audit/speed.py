@@ -16,13 +16,17 @@ import gc
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import fused, load_checkpoint
 from model.config import Config
@@ -42,6 +46,8 @@ from toss.training import train, training_steps
 OTHERS = all(map(find_spec, ("transformers", "peft")))
 RESPONSE = 0.6  # share of response tokens
 LONG = 60  # seconds
+KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+KERNELS += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Arms = dict[str, Callable[[], object]]  # each does the work once and returns its loss
 
 
@@ -84,8 +90,9 @@ def theirs(model: Transformer, raw: dict) -> nn.Module:
     config = AutoConfig.for_model(**{**raw, "use_cache": False, "dtype": model.dtype})
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    with model.device:  # the tables of the rotary embedding are not in the checkpoint
+    with model.device:  # what no checkpoint holds: rotary tables, and Gemma's scale
         made.model.rotary_emb = type(made.model.rotary_emb)(config)
+        made.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
     made.load_state_dict(model.state_dict(), assign=True)
     return made.requires_grad_(False).eval()
 
@@ -119,13 +126,11 @@ def sorted_losses(hf: nn.Module, tokens: Tokens, rows: list[int], n: int) -> Ite
         yield F.cross_entropy(hf.lm_head(hidden).float(), targets, reduction="none")
 
 
-def fewer(model: Transformer, config: TrainConfig) -> int:
-    """Tokens in a batch of `sorted`."""
-    return config.batch_tokens // (2 if model.device.type == "cpu" else 1)
+def scoring(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig, few: int) -> Arms:
+    """The arms that score; each returns the mean loss. `padded` is `ours` without packing.
 
-
-def scoring(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig) -> Arms:
-    """The arms that score; each returns the mean loss. `padded` is `ours` without packing."""
+    few: tokens in a batch of `sorted`.
+    """
     adapter = new_adapter(model, config.rank, config.alpha, config.targets.split(","), seed=0)
 
     def ours() -> float:
@@ -136,22 +141,19 @@ def scoring(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig) 
     def mean(net: nn.Module, losses: Callable, n: int) -> float:
         return float(torch.cat(list(losses(net, tokens, range(tokens.rows), n))).mean())
 
-    few, many = fewer(model, config), config.batch_tokens
-    arms = {"ours": ours, "padded": lambda: mean(use(model, adapter), sorted_losses, many)}
-    if not OTHERS:
-        return arms
-    hf = theirs(model, raw)
-    arms |= {"published": lambda: mean(hf, published_losses, 4)}
-    arms |= {"sorted": lambda: mean(hf, sorted_losses, few)}
-    if model.device.type == "cuda":
-        fast = theirs(model, raw)
+    padded = lambda: mean(use(model, adapter), sorted_losses, config.batch_tokens)
+    arms = {"ours": ours, "padded": padded}
+    if OTHERS:
+        hf, fast = theirs(model, raw), theirs(model, raw)
         fast.model.compile(dynamic=True)
-        arms |= {"compiled": lambda: mean(fast, sorted_losses, few)}
+        arms["published"] = lambda: mean(hf, published_losses, 4)
+        arms["sorted"] = lambda: mean(hf, sorted_losses, few)
+        arms["compiled"] = lambda: mean(fast, sorted_losses, few)
     return arms
 
 
-def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig) -> Arms:
-    """The arms that train an epoch; each returns the loss of the last step."""
+def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig, few: int) -> Arms:
+    """The arms that train an epoch; each returns the loss of the last step. few: see scoring."""
 
     def ours() -> float:
         steps: list[dict] = []
@@ -167,7 +169,6 @@ def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig)
     make = lambda: get_peft_model(theirs(model, raw), lora).base_model.model
     frugal, plain, fast = make(), make(), make()
     fast.model.compile(dynamic=True)
-    frugal.enable_input_require_grads()
     frugal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def epoch(hf: nn.Module, losses: Callable, n: int) -> float:  # goes on with hf's adapter
@@ -184,49 +185,38 @@ def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig)
             optimizer.step()
         return float(total)
 
-    arms, few = {"ours": ours}, fewer(model, config)
-    arms |= {"published": lambda: epoch(frugal, published_losses, 1)}
-    arms |= {"sorted": lambda: epoch(plain, sorted_losses, few)}
-    if model.device.type == "cuda":
-        arms |= {"compiled": lambda: epoch(fast, sorted_losses, few)}
-    return arms
+    return {
+        "ours": ours,
+        "published": lambda: epoch(frugal, published_losses, 1),
+        "sorted": lambda: epoch(plain, sorted_losses, few),
+        "compiled": lambda: epoch(fast, sorted_losses, few),
+    }
 
 
-def variants(part: str, arms: Arms) -> Arms:
+def variants(part: str, arms: Arms, device: torch.device) -> Arms:
     """The arms of a part: score, train, sdp or compile."""
 
-    def under(switch: Callable[[bool], None]) -> Callable[[], object]:
-        def work() -> object:
-            switch(True)
-            try:
-                return arms["ours"]()
-            finally:
-                switch(False)
-
-        return work
-
+    ours = arms["ours"]
     if part == "sdp":
-        return {"ours": arms["ours"], "cuDNN": under(torch.backends.cuda.enable_cudnn_sdp)}
+        return {"ours": ours, "cuDNN": sdpa_kernel(KERNELS)(ours)}
     if part == "compile":
-        usual = fused.SMALLEST
-        eager = under(lambda on: setattr(fused, "SMALLEST", math.inf if on else usual))
+        eager = patch.object(fused, "SMALLEST", math.inf)(ours)
         return {"eager": eager, **{n: arms[n] for n in ("ours", "padded") if n in arms}}
-    return {name: work for name, work in arms.items() if name != "padded"}
+    left_out = ("padded", *["compiled"] * (device.type == "cpu"))
+    return {name: work for name, work in arms.items() if name not in left_out}
 
 
 def paddings(kind: Callable, tokens: Tokens, config: TrainConfig, few: int) -> dict[str, int]:
-    """Tokens that each arm works on, padding included (of `ours`, that inside attention)."""
-    lengths = tokens.lengths
+    """The "real" tokens, and those of each arm with padding (in `ours` that inside attention)."""
     steps = training_steps(tokens, config) if kind is training else [range(tokens.rows)]
-    found = dict.fromkeys(("ours", "sorted", "published"), 0)
+    rows_each, lengths, found = 1 if kind is training else 4, tokens.lengths, Counter()
     for rows in map(list, steps):
-        some = 1 if kind is training else 4
-        plain = [rows[i : i + some] for i in range(0, len(rows), some)]
-        groups = batches(rows, lengths, config.batch_tokens), batches(rows, lengths, few), plain
-        for name, parts in zip(found, groups):
+        plain = [rows[i : i + rows_each] for i in range(0, len(rows), rows_each)]
+        cuts = {"ours": batches(rows, lengths, config.batch_tokens), "published": plain}
+        for name, parts in {**cuts, "sorted": batches(rows, lengths, few)}.items():
             found[name] += sum(len(part) * max(lengths[i] for i in part) for part in parts)
-    ours, ordered = found["ours"], found["sorted"]
-    return {**found, "eager": ours, "cuDNN": ours, "padded": ours, "compiled": ordered}
+    like_ours = dict.fromkeys(("eager", "cuDNN", "padded"), found["ours"])
+    return {"real": sum(lengths), **found, **like_ours, "compiled": found["sorted"]}
 
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple:
@@ -238,8 +228,8 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple:
     return seconds, cpu if device.type == "cpu" else seconds, peak, result
 
 
-def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP per second of work of the fastest square matrix product.
+def ceiling(device: torch.device, dtype: torch.dtype) -> dict:
+    """The dtype, and FLOP per second of work of the fastest square matrix product.
 
     "sustained": half a second of each size. "burst": 20 products (of 8192 on CUDA), before a GPU
     that gets warm slows down. On the CPU the better of PyTorch's default and oneDNN, if that is
@@ -247,7 +237,7 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """
     sizes, times = ((4096, 8192, 16384), 16) if device.type == "cuda" else ((512, 1024, 2048), 1)
     kinds = [DEFAULT, ONEDNN] if device.type == "cpu" and exact() else [chosen()]
-    best = {"burst": 0.0, "sustained": 0.0}
+    best = {"dtype": str(dtype).removeprefix("torch."), "burst": 0.0, "sustained": 0.0}
     for n, kind in product(sizes, kinds):
         a, b = torch.randn(2, n, n, device=device, dtype=dtype)
         out, done, work = a @ b, 0, 0.0
@@ -291,8 +281,7 @@ def take_turns(arms: Arms, device: torch.device, repeats: int) -> dict[str, dict
 def speed(arms: Arms, model: Transformer, sizes: dict, work: int, best: dict, n: int) -> dict:
     """Measure arms in n turns.
 
-    sizes: tokens, "real" and, per arm, with padding. work: FLOP per token and parameter; best:
-    ceiling.
+    sizes: of paddings. work: FLOP per token and parameter. best: of ceiling.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
     if not model.config.tie_word_embeddings:
@@ -305,8 +294,7 @@ def speed(arms: Arms, model: Transformer, sizes: dict, work: int, best: dict, n:
             arm[f"{key}tokens_per_second"] = rate = tokens / arm["work"]
             arm[f"{key}share_of_ceiling"] = rate * work * count / best["sustained"]
         arm |= {f"to_{name}": found[name]["work"] / arm["work"] for name in found}
-    about = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
-    about |= {"ceiling": best, "parameters": count, "tokens": sizes["real"]}
+    about = {"device": model.device.type, "ceiling": best, "parameters": count}
     return {**about, "arms": found, "notes": notes}
 
 
@@ -325,15 +313,20 @@ SCORE, TRAIN = (scoring, torch.float16, 2), (training, torch.bfloat16, 4)  # FLO
 KINDS = {"score": [SCORE], "train": [TRAIN]}  # other parts have both
 
 
-def measure(args, raw: dict, device: torch.device, competing: int) -> Iterator[tuple[str, dict]]:
-    """Yield "about" with facts about rows and settings; then each part's name and what it found."""
+def measure(
+    args, raw: dict, folder: Path | None, device: torch.device, competing: int
+) -> Iterator[tuple[str, dict]]:
+    """Yield "about" with facts about rows and settings; then each part's name and what it found.
+
+    raw: a config.json. folder: of the checkpoint; None: random weights.
+    """
     cuda = device.type == "cuda"
     rows, mean, step, budget = (384, 368, 64, 8192) if cuda else (16, 128, 8, 1024)
     config = TrainConfig(epochs=1, batch_size=step, batch_tokens=args.batch_tokens or budget)
+    few = config.batch_tokens // (1 if cuda else 2)
     vocabulary, lognormal = raw["vocab_size"], args.lengths == "lognormal"
     tokens = random_rows(args.rows or rows, args.tokens or mean, vocabulary, lognormal)
-    total, make = sum(tokens.lengths), load_checkpoint if args.model else random_model
-    facts = {"rows": tokens.rows, "lengths": args.lengths, "tokens": total}
+    facts = {"rows": tokens.rows, "lengths": args.lengths, "tokens": sum(tokens.lengths)}
     facts |= {"response_tokens": int(tokens.response.sum()), "batch_tokens": config.batch_tokens}
     facts |= {"rows_per_step": step, "rank": config.rank, "targets": config.targets}
     yield "about", {**facts, "repeats": args.repeats}
@@ -346,12 +339,13 @@ def measure(args, raw: dict, device: torch.device, competing: int) -> Iterator[t
             dtype = dtype if cuda else torch.float32
             best = ceiling(device, dtype)
             if part == "ceiling":
-                yield part, {"dtype": str(dtype).removeprefix("torch."), **best}
+                yield part, best
                 continue
-            model = make(args.model or raw, device, dtype)
+            load = load_checkpoint if folder else random_model
+            model = load(folder or raw, device, dtype)
             model.onednn = not args.no_onednn
-            arms = variants(part, kind(model, raw, tokens, config))
-            sizes = {"real": total, **paddings(kind, tokens, config, fewer(model, config))}
+            arms = variants(part, kind(model, raw, tokens, config, few), device)
+            sizes = paddings(kind, tokens, config, few)
             found = speed(arms, model, sizes, work, best, args.repeats)
             yield part, {"kind": kind.__name__, **found}
             del model, arms

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.io import InputError
+from toss.audit.command import last_round, methods_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RawTokenizer
@@ -75,15 +76,11 @@ class Mask:
         if not 0 <= row < tokens.rows:
             raise InputError(f"there is no row {row}: the rows are 0 to {tokens.rows - 1}")
         at = tokens.places([row])
-        before = (tokens.response, tokens.harmful, losses["utility"], losses["degraded"])
-        after = (self.S, self.score, self.order, self.keep)
-        columns = [
-            token_texts(self.raw, tokens.input_ids[at].tolist()),
-            *(tensor[at].tolist() for tensor in before),
-            losses["base"][at].tolist() if "base" in losses else [None] * len(at),
-            *(tensor[at].tolist() for tensor in after),
-        ]
-        return [Token(position, *values) for position, values in enumerate(zip(*columns))]
+        flat = (tokens.response, tokens.harmful, losses["utility"], losses["degraded"])
+        flat += (losses.get("base"), self.S, self.score, self.order, self.keep)
+        columns = ([None] * len(at) if x is None else x[at].tolist() for x in flat)
+        texts = token_texts(self.raw, tokens.input_ids[at].tolist())
+        return [Token(*values) for values in zip(range(len(at)), texts, *columns)]
 
 
 def load_mask(run: "Run", name: str, tokens: "Tokens", losses: "dict[str, Tensor]") -> Mask:
@@ -97,15 +94,16 @@ def load_mask(run: "Run", name: str, tokens: "Tokens", losses: "dict[str, Tensor
     from toss.files import load_selection, read_scores
     from toss.selection import competing_tokens
 
-    folder, record = run.path(f"methods/{name}"), run.check(f"methods/{name}", INPUTS)
+    folder, there = run.path(f"methods/{name}"), methods_of(run)
+    if there and name not in there:
+        raise InputError(f"{run.folder} has no method {name!r}; it has {', '.join(there)}")
+    record = run.check(f"methods/{name}", INPUTS)
     chosen = load_selection(folder / "selection.safetensors", tokens)
-    rounds = sorted(folder.glob("round-[0-9]*"), key=lambda f: int(f.name.removeprefix("round-")))
-    for last in rounds[-1:]:
+    if last := last_round(folder):
         refined = read_scores(last / "scores.safetensors", tokens.name)[1]
         losses = {**losses, "degraded": refined["degraded"]}
-    S = losses["utility"] - losses["degraded"]
+    S, how = losses["utility"] - losses["degraded"], record.get("settings", {})
     score = chosen.get("score", S)
-    how = record.get("settings", {})
     competing = competing_tokens(tokens, run.tokenizer.eos_id if how.get("keep_eos") else None)
     order = torch.zeros(len(S), dtype=torch.int64)
     ranked = competing[score[competing].argsort(descending=True, stable=True)]
