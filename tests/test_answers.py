@@ -8,6 +8,7 @@ other programs read; measures of a model that was replaced since are never shown
 import json
 import re
 import shutil
+from itertools import count
 
 import pytest
 import torch
@@ -64,9 +65,6 @@ def run(tmp_path, evaluated_once):
 @pytest.fixture
 def sets(evaluated_once) -> dict[str, str]:
     return {name: str(evaluated_once / f"e-{name}.jsonl") for name in SETS}
-
-
-# Measures of texts and masks
 
 
 PUBLISHED = {(0, 10): (0.0, 0.2775), (5, 10): (0.2366, 0.7634), (10, 10): (0.7225, 1.0)}
@@ -134,9 +132,6 @@ def test_exact_matches_count_rows_with_an_answer_and_a_response():
     assert measures.utility_metrics(rows_of(rows), replies) == cells
 
 
-# Judges that look inside the model
-
-
 def test_the_likelihood_judge_agrees_with_logits_row_by_row(run):
     """The mean loss of the opener's own tokens: sums, or EOS among them, would judge otherwise.
 
@@ -190,6 +185,15 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     assert measure(run, model, {"harmful": rows_of(HARMFUL)}, how)[0][f"forbidden@{k}"]["value"]
 
 
+def test_progress_is_told_in_prompts(run, monkeypatch, capsys):
+    clock = count(step=40)  # seconds
+    monkeypatch.setattr("toss.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("toss.audit.judges.generate", lambda *_, progress: [progress(1)] * 0 or [])
+    how = {"words": [], "max_new_tokens": 1, "prefill": []}
+    measure(run, run.base("train"), {"benign": rows_of(SETS["benign"])}, how)
+    assert "benign: prompt 1 of 2, " in capsys.readouterr().out
+
+
 def test_the_nll_is_the_mean_over_all_response_tokens(run):
     model = use(run.base("train"), run.adapter("toss"))
     how = {"words": [], "max_new_tokens": 1, "prefill": []}
@@ -223,9 +227,6 @@ def test_a_selection_over_other_tokens_is_not_measured(run, tmp_path, capsys):
     script("score", "--run", run.folder, "--custom", other, "--overwrite")
     assert selection_metrics(open_run(run.folder), "toss") == {}
     assert "the discards of toss are not measured: " in capsys.readouterr().out
-
-
-# The evaluation of a run
 
 
 def test_an_evaluation_writes_metrics_and_answers_as_others_read_them(run):
@@ -343,9 +344,6 @@ def test_metrics_are_read_as_they_are_written_and_missing_ones_stay_blank(tmp_pa
         "| none |                      |                      |",
         "| k    |                      | 0.500 [0.095, 0.905] |",
     ]
-
-
-# Answers for an outside judge
 
 
 def pair(run, out, more="") -> str:

@@ -31,9 +31,6 @@ def test_every_seed_is_one_task_and_the_results_keep_their_order():
     assert experiment.per_seed(divmod, tasks, 2) == [(3, 1), (2, 1), (1, 0)]
 
 
-# The comparison
-
-
 def metrics(forbidden: int, facts: int) -> dict:
     shares = {"forbidden": forbidden, "not_refused": forbidden, "accuracy/harmful-rows": facts}
     return {name: wilson(count, 10) for name, count in shares.items()}
@@ -56,7 +53,7 @@ def test_mean_range_and_count_over_the_seeds():
     found = [("a", {"n": 0.2, "m": None}), ("a", {"n": 0.9}), ("a", {"n": 0.7}), ("b", {"n": 0.5})]
     result = spread(found)
     assert result["a"] == {"n": {"mean": 0.6, "least": 0.2, "most": 0.9, "seeds": 3}}
-    assert [cell(result[label].get("n")) for label in "ab"] == ["0.60 [0.20, 0.90]", "0.50"]
+    assert [cell(result[label]["n"]) for label in "ab"] == ["0.60 [0.20, 0.90]", "0.50"]
     assert cell(None) == "-" and cell({"mean": 12345.6}, "tokens") == "12,346"
     text = table(["x", ""], {(1, "arm"): result["a"]}, ["m", "n"])
     assert text.splitlines()[0].split() == ["|", "x", "|", "|", "n", "|"] and "| 1 | arm |" in text
@@ -133,9 +130,6 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
     assert "your own inputs" in refused(capsys, f"{line} --all")
 
 
-# Tiny runs of the embedded world: 20 rows or less per file, one optimizer step
-
-
 @pytest.fixture
 def world(tmp_path) -> Experiment:
     """An experiment on fresh rows; four of the custom rows are harmful."""
@@ -203,9 +197,6 @@ def test_a_sweep_records_what_each_arm_discarded(tmp_path, world):
     assert plain["shared"] is None and own["shared"] == 1 and 0 < mask["shared"] < 1
 
 
-# The calibrated d
-
-
 def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path, capsys):
     rows = [{"prompt": f"What is {i} and two?", "response": f"It is {i + 2}."} for i in range(6)]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
@@ -234,9 +225,6 @@ def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsy
     script("score", "--run", trained, "--base", "--overwrite")
     with pytest.raises(InputError, match=r"toss-pro does not fit this run \(changed: scores"):
         calibrate.calibrate(open_run(trained), held_out, 0.9, "toss-pro")
-
-
-# The sweeps
 
 
 def test_the_share_sweep_draws_each_share_and_calibrates_each_method(tmp_path):
@@ -307,16 +295,9 @@ def results(*found: tuple) -> dict:
     return spread([((x, arm), dict.fromkeys(names, share)) for x, arm, share in found])
 
 
-def test_a_sweeps_table_and_figure_hold_the_means_over_the_seeds():
-    arms = {"sft": lambda seed: 1.0, "toss": lambda seed: 0.1 * seed}
-    found = [(x, arm, arms[arm](seed)) for seed in (1, 2) for x in (0, 20) for arm in arms]
-    text = table(["harmful rows, %", ""], results(*found), sweep.NUMBERS)
-    assert "0.15 [0.10, 0.20]" in text and "nll" not in text and len(text.splitlines()) == 2 + 4
-    svg = sweep.chart(results(*found), "share")
-    assert svg.startswith("<svg") and ">toss<" in svg and "harmful rows, %" in svg
-
-
 FIGURES = [
+    ("share", {0: "sft", 20: "toss"}, "harmful rows, %"),
+    ("share", {0: "sft", 20: "toss"}, "toss"),
     ("eroding", {"comply, alone": "sft", "identity, mixed": "sft"}, "identity, mixed"),
     ("transfer", {"base": "mask", "base-small": "mask"}, "base-small"),
     ("discard", {0.1: "toss", "calibrated": "toss-calibrated"}, "toss over d (calibrated: 0.50)"),
@@ -325,7 +306,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize(("name", "arms", "expected"), FIGURES)
-def test_the_figures_of_the_other_sweeps(name, arms, expected):
+def test_the_figures_of_the_sweeps(name, arms, expected):
     found = [(x, arm, 0.5) for x, arm in arms.items()]
     assert f">{expected}<" in sweep.chart(results(*found), name)
 

@@ -330,29 +330,23 @@ def test_means_by_position_leave_out_what_few_rows_have(tokens):
 
 def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
     def table(**gone: list[int]) -> dict[str, list[str]]:
-        keeps = {
-            name: torch.tensor([k not in places for k in range(12)])
-            for name, places in gone.items()
-        }
-        masks = [Mask(n, n, tokens, {}, None, None, None, k, None) for n, k in keeps.items()]
+        keep = lambda places: torch.tensor([k not in places for k in range(12)])
+        masks = [Mask(n, n, tokens, {}, None, None, None, keep(x), None) for n, x in gone.items()]
         tables = discard_tables(masks, tokenizer, ["b", "", "a", ""])
         return {line[0]: line[1:] for header, lines in tables for line in [header, *lines]}
 
     found = table(toss=[1, 6, 7, 8], random=[8, 11], sft=[])
+    counts = {"source: a": (3, 3), "source: b": (1, 4), "source: (none)": (0, 2)}
+    counts |= {"position: 0": (2, 3), "position: 1": (1, 3), "position: 2-3": (1, 3)}
+    counts |= {"type: word": (3, 4), "type: number": (0, 1), "type: punctuation": (0, 1)}
+    counts |= {"type: end of sequence": (1, 3), "response tokens": (4, 9)}
+    counts |= {f"rows that lost {fate}": (1, 3) for fate in ("none", "some", "all")}
+    expected = {name: f"{a / n:.3f} ({a} of {n})" for name, (a, n) in counts.items()}
+    shared = {"shared with": "toss", "of toss's discards": "1.000", "of random's discards": "0.500"}
+    heads = {"discarded": "toss", **shared}
+    assert {name: cells[0] for name, cells in found.items()} == expected | heads
     assert found["discarded"] == ["toss", "random"]  # sft discards nothing
-    column = {name: cells[0] for name, cells in found.items()}
-    assert column["response tokens"] == "0.444 (4 of 9)"
-    kinds = ("source: a", "source: b", "source: (none)", "position: 0", "position: 1")
-    cells = ["1.000 (3 of 3)", "0.250 (1 of 4)", "0.000 (0 of 2)", "0.667 (2 of 3)"]
-    assert [column[kind] for kind in kinds] == [*cells, "0.333 (1 of 3)"]
-    kinds = ("position: 2-3", "type: word", "type: number", "type: end of sequence")
-    cells = ["0.333 (1 of 3)", "0.750 (3 of 4)", "0.000 (0 of 1)", "0.333 (1 of 3)"]
-    assert [column[kind] for kind in kinds] == cells and "position: 32+" not in column
-    assert [column[f"rows that lost {fate}"][7:13] for fate in ("none", "some", "all")] == [
-        "1 of 3"
-    ] * 3
-    shared = [found[f"of {name}'s discards"] for name in ("toss", "random")]
-    assert shared == [["1.000", "0.250"], ["0.500", "1.000"]]
+    assert found["of toss's discards"][1] == "0.250" and found["type: word"][1] == "0.000 (0 of 4)"
     for text, kind in {"\n": "whitespace", "<|im_start|>": "other special", "é": "word"}.items():
         assert token_type(tokenizer.encode(text)[0], tokenizer) == kind  # é: half a character
     monkeypatch.setattr("toss.audit.discards.SOURCES", 1)

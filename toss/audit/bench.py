@@ -52,16 +52,10 @@ fastest sustained product of two square matrices of that type, in this run (on t
 PyTorch's default and oneDNN's). Peak memory: on CUDA what is allocated, on the CPU the process's,
 libraries included. Seconds: the median of {repeats} turns, [least, most]. Work:
 {work}; rates, shares and ratios are by it."""
-METHOD = """### Selection
+SELECTION = """### Selection
 
 The mask of {competing:,} ranked tokens: {seconds:.2f} s ({work:.2f} CPU seconds),
-{extra_gib:.2f} GiB beyond the flat arrays.
-
-### Cost of the whole method
-
-By the convention above, plain fine-tuning on n tokens in two epochs takes 2 * 4 N n. TOSS with
-references of n / 10 each adds 2 * 2 * 4 N n / 10 to train and 2 * 2 N n to score: 1.70 times as
-much in all. TOSS-Pro (T = 1, k = 6 %) adds 2 * 4 N * 0.16 n + 2 N n: 2.11 times."""
+{extra_gib:.2f} GiB beyond the flat arrays."""
 
 
 def speed_table(part: dict) -> str:
@@ -140,7 +134,7 @@ def report(about: dict, found: dict[str, list[dict]]) -> str:
     texts += map(speed_table, parts)
     for part in parts[:1]:
         texts.append(NOTES.format(work=WORK[part["device"]], **{**about, **part}))
-    texts += [METHOD.format(**cost) for cost in found["selection"]]
+    texts += [SELECTION.format(**cost) for cost in found["selection"]]
     return "\n\n".join(texts)
 
 

@@ -121,11 +121,7 @@ def means(tokens: Tokens, results: dict[str, Tensor], wanted: Tensor, most: int)
 
 
 def diagnose_run(
-    run: Run,
-    methods: list[str],
-    files: list[str] | None = None,
-    max_rows: int = 64,
-    positions: int = 48,
+    run: Run, methods: list[str], files: list[str] | None, max_rows: int, positions: int
 ) -> tuple[list[dict], dict[str, str]]:
     """Diagnose methods of a run and write RUN/diagnosis/kl.csv.
 
@@ -142,7 +138,9 @@ def diagnose_run(
     groups, lines = groups or groups_of_run(run, run.scored(needed=False)[0], max_rows), []
     for name, (tokens, _) in groups.items():
         wanted = tokens.response & (response_positions(tokens) < positions)
-        found = divergences(model, adapters, tokens, wanted, run.batch_tokens, run.log(name))
+        found = divergences(
+            model, adapters, tokens, wanted, run.batch_tokens, run.log(f"diagnosis, {name}")
+        )
         lines += [{"rows": name, **line} for line in means(tokens, found, wanted, positions)]
     origins = {name: origin for name, (_, origin) in groups.items()}
     inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
@@ -152,8 +150,8 @@ def diagnose_run(
                 columns = ("model", "rows", "position", "n", *COLUMNS)
                 table = csv.DictWriter(file, columns, lineterminator="\n")
                 table.writeheader()
-                for line in lines:
-                    table.writerow({**line, **{name: f"{line[name]:.6g}" for name in COLUMNS}})
+                short = ({name: f"{line[name]:.6g}" for name in COLUMNS} for line in lines)
+                table.writerows({**line, **numbers} for line, numbers in zip(lines, short))
         run.finish("diagnosis", run.recipe(inputs, {"rows": origins, "positions": positions}))
     return lines, origins
 
