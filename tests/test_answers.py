@@ -188,7 +188,7 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
 def test_progress_is_told_in_prompts(run, monkeypatch, capsys):
     clock = count(step=40)  # seconds
     monkeypatch.setattr("toss.progress.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("toss.audit.judges.generate", lambda *_, progress: [progress(1)] * 0 or [])
+    monkeypatch.setattr("toss.audit.judges.generate", lambda *_, progress: progress(1) or [])
     how = {"words": [], "max_new_tokens": 1, "prefill": []}
     measure(run, run.base("train"), {"benign": rows_of(SETS["benign"])}, how)
     assert "benign: prompt 1 of 2, " in capsys.readouterr().out

@@ -16,6 +16,7 @@ from model.io import InputError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from toss.audit import measures
+from toss.audit.measures import holds_any
 from toss.audit.tokens import load_mask
 from toss.rows import Row
 from toss.run import Run
@@ -68,8 +69,7 @@ def measure(
         replies = ask(f"prefill-{k}", rows, starts)
         metrics[f"not_refused@{k}"] = measures.share(not refused(reply) for reply in replies)
         if words:
-            held = (measures.holds_any(reply, words) for reply in replies)
-            metrics[f"forbidden@{k}"] = measures.share(held)
+            metrics[f"forbidden@{k}"] = measures.share(holds_any(x, words) for x in replies)
     if rows := sets.get("benign"):
         metrics |= measures.by_source("over_refusal", rows, map(refused, ask("benign", rows)))
     if rows := [row for row in sets.get("utility", []) if row.answer]:

@@ -94,9 +94,9 @@ def load_mask(run: "Run", name: str, tokens: "Tokens", losses: "dict[str, Tensor
     from toss.files import load_selection, read_scores
     from toss.selection import competing_tokens
 
-    folder, there = run.path(f"methods/{name}"), methods_of(run)
-    if there and name not in there:
-        raise InputError(f"{run.folder} has no method {name!r}; it has {', '.join(there)}")
+    folder, there = run.path(f"methods/{name}"), ", ".join(methods_of(run))
+    if there and not folder.exists():
+        raise InputError(f"{run.folder} has no method {name!r}; it has {there}")
     record = run.check(f"methods/{name}", INPUTS)
     chosen = load_selection(folder / "selection.safetensors", tokens)
     if last := last_round(folder):
