@@ -402,17 +402,12 @@ def test_groups_of_other_custom_sets(trained, spans):
     assert {origin[:6] for _, origin in groups.values()} <= {"3 of 4", "3 of 5"}
 
 
-class Tags(HTMLParser):
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-
 def tags_of(text: str, word: str = "") -> list[tuple[str, dict]]:
     """The tags of a page with their attributes: all, or those of a class."""
-    page = Tags()
-    page.found = []
+    page, found = HTMLParser(), []
+    page.handle_starttag = lambda tag, attrs: found.append((tag, dict(attrs)))
     page.feed(text)
-    return [tag for tag in page.found if not word or word in tag[1].get("class", "").split()]
+    return [tag for tag in found if not word or word in tag[1].get("class", "").split()]
 
 
 def plain(text: str) -> str:
