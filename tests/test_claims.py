@@ -14,6 +14,7 @@ from conftest import edit_json, read_jsonl, run, script, tree, write_jsonl
 from helpers import refused, said
 
 from model.io import InputError, load_tensors, read_json
+from model.peft import read_adapter
 from toss import cli
 from toss.audit import calibrate, compare, experiment, sweep
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
@@ -21,6 +22,7 @@ from toss.audit.experiment import Experiment, cell, spread, table, value, world_
 from toss.audit.measures import wilson
 from toss.rows import read_rows
 from toss.run import open_run
+from toss.scoring import score
 
 lines = lambda path: Path(path).read_text(encoding="utf-8").splitlines()
 
@@ -221,6 +223,11 @@ def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsy
     scores = load_tensors(trained / "methods/toss-pro/round-2/scores.safetensors")
     S = (scores["loss_utility"] - scores["loss_degraded"])[scores["response"]]
     assert found["discard"] == float((S > found["threshold"]).double().mean())
+    run = open_run(trained)
+    theta_h = read_adapter(run.base("score"), trained / "methods/toss-pro/round-2/degraded")
+    calm, models = run.tokens(held_out), (run.adapter("utility"), theta_h)
+    L_u, L_h = (score(run.base("score", adapter), calm)[calm.response] for adapter in models)
+    assert found["threshold"] == calibrate.threshold_of(L_u - L_h, S, 0.9)[0]
     assert found != calibrate.calibrate(open_run(trained), held_out, 0.9)
     script("score", "--run", trained, "--base", "--overwrite")
     with pytest.raises(InputError, match=r"toss-pro does not fit this run \(changed: scores"):
