@@ -91,11 +91,13 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
             d = stage.get("settings", {}).get("discard", 0.0)
             found[arm] = {**metrics[arm], "discard": {"value": d}}
 
-    arms = {"sft": ["--method=sft"], "random": ["--method=random"], "toss": ["--discard=0.1"]}
-    run("main", {**arms, "toss-calibrated": ["calibrated"]}, "base", harmful=files["harmful"])
-    run("benign", {"benign-rows": ["--method=sft"]})
+    # What matters most comes first: the command may be stopped at any time.
+    arms = {"sft": ["--method=sft"], "toss": [], "toss-calibrated": ["calibrated"]}
+    run("main", arms, "base", harmful=files["harmful"])
     pro = ["--pro=1", "--pro-samples=40"]
-    run("few", {"toss-few": ["--discard=0.1"], "toss-pro-few": pro}, harmful=files["few"])
+    run("few", {"toss-few": [], "toss-pro-few": pro}, harmful=files["few"])
+    run("benign", {"benign-rows": ["--method=sft"]})
+    run("main", {"random": ["--method=random"]}, harmful=files["harmful"])
     return found
 
 
