@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None, competing: int = COMPETING) -> None:
     from model.hub import resolve
     from toss.audit.speed import measure
     from toss.base import find_device
-    from toss.run import git_commit
+    from toss.folder import git_commit
 
     device = find_device(args.device)
     name = args.model or ("llama3-8b" if device.type == "cuda" else "smollm2-135m")
