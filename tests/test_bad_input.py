@@ -32,9 +32,10 @@ SELECT = "select.py --run {run} --name new"
 NAME = "select.py --run {run} --name "
 BENCH = {"--repeats 0": "--repeats", "--rows 0": "--rows", "--device abacus": "abacus"}
 BENCH |= {f"{flag} nowhere": "nowhere" for flag in ("--run", "--model", "--shape")}
-NAMES = ("../up", "a/b", "base", "degraded")  # that methods/NAME must not have
+NAMES = ("../up", "a/b", "base", "degraded", "x.lock")  # that methods/NAME must not have
 MASK = "select.py --run {run} --name new --mask {tmp}/mask.safetensors"
 TRAIN = "train.py --run {tmp}/new --model {base} --harmful {harmful} --utility {utility}"
+OTHER = "train.py --run {run} --model {base} --harmful {harmful} --utility {utility} --lr 0.5"
 PLAIN = "select.py --run {tmp}/new --method sft --custom {custom} --model {tmp}/bad"
 
 
@@ -63,11 +64,14 @@ at = lambda place, value: lambda t: t.index_fill(0, torch.tensor([place % len(t)
 
 
 def scores(name, change, fits=False, **header):
-    """Change a tensor of scores.safetensors, or remove it; its record stays, or `fits`."""
+    """Change a tensor of scores.safetensors, or remove it; its record stays, or `fits`.
+
+    header: fields of its record; ... removes one.
+    """
 
     def edit(tmp):
         path = tmp / "run" / "scores.safetensors"
-        record = {**made_from(path), **header}
+        record = {k: v for k, v in {**made_from(path), **header}.items() if v is not ...}
         edit_tensors(path, name, change)
         tensors = load_file(path)
         if fits:
@@ -76,6 +80,12 @@ def scores(name, change, fits=False, **header):
         save_tensors(tensors, path, record)
 
     return edit
+
+
+def one_bit(tmp):
+    """A number in the header of scores.safetensors, that of the skipped rows, is another one."""
+    path, count = tmp / "run/scores.safetensors", b'skipped\\": '
+    path.write_bytes(path.read_bytes().replace(count + b"0", count + b"1"))
 
 
 def mask(change=lambda t: None, **header):
@@ -106,6 +116,10 @@ def base(name, content):
     return copy
 
 
+# What stands in run.json about a stage.
+made = lambda **settings: {"recipe": {"inputs": {}, "settings": settings}}
+STAGES = [{}, made(lr=-1), made(lr="x"), made(rank=True)]
+STAGES += [made() | wrong for wrong in ({"seconds": "x"}, {"torch": 3}, {"threads": "1"})]
 JINJA = "chat_template.jinja"
 PACKED = gzip.compress(b"".join(GOOD.replace("Hi", f"{i * i}").encode() for i in range(99)))
 TRAVEL = "0" * 64  # of a mask over other tokens
@@ -164,8 +178,13 @@ TABLE = [
     (SELECT + " --pro 1", file(GOOD, "harmful.jsonl"), "--harmful"),
     (SELECT + " --pro 1", gone("degraded/record.json"), "no record"),
     (SELECT + " --pro 1", degraded(settings={"rank": "x"}), "a setting in its record is damaged"),
-    (SELECT + " --pro 1", degraded(settings=3), "no record"),
+    *(
+        (SELECT + " --pro 1", degraded(**x), "no record")
+        for x in ({"settings": 3}, {"files": None})
+    ),
     ("train.py --run {run}", gone("degraded/record.json"), "degraded .*--overwrite"),
+    (OTHER, file("{", "run/degraded/record.json"), "degraded .*lr 0.01 there, 0.5 now"),
+    (OTHER, file("{", "run/run.json"), "degraded .*lr 0.01 there, 0.5 now"),
     (SELECT + " --method base", None, "run score.py --base --overwrite"),
     (SELECT + " --method oracle", scores("harmful", torch.zeros_like), "harm"),
     (SELECT + " --method sample-all", scores("harmful", torch.zeros_like), "harm"),
@@ -196,8 +215,9 @@ TABLE = [
     (SELECT, scores("loss_utility", at(-1, -1.0)), "loss_utility is .*negative.* on row 9"),
     (SELECT, scores("loss_utility", at(0, 1.0)), "loss_utility is .* not of a response token"),
     (SELECT, scores("harmful", at(0, True)), "its flags or ids"),
-    (SELECT, scores("loss_utility", torch.clone, dtype=[]), "its header"),
+    *((SELECT, scores("loss_utility", torch.clone, dtype=x), "its header") for x in ([], ...)),
     (SELECT, scores("loss_utility", torch.clone, skipped="x"), "its header"),
+    (SELECT, one_bit, "scores.safetensors: the header is not as it was written"),
     *((SELECT, scores("input_ids", at(0, id)), "scores.*: its tokens") for id in (384, -1)),
     (SELECT, scores("response", at(0, True)), "scores.safetensors: its tokens"),
     # Selection files
@@ -222,8 +242,11 @@ TABLE = [
     (SELECT, index(settings=[]), "run.json"),
     (SELECT, index(stages=3), "run.json"),
     (SELECT, index(identity={"max_length": []}), "run.json: .*name the inputs again"),
-    (SELECT, index(stages={"scores": {"seconds": "x"}}), "run.json: .*name the inputs again"),
-    (SELECT, index(hashes=3), "run.json"),
+    *(
+        (SELECT, index(stages={"x": stage}), "run.json: .*name the inputs again")
+        for stage in STAGES
+    ),
+    *((SELECT, index(hashes=hashes), "run.json: .*again") for hashes in (3, {"/x": 3})),
     # The base
     (PLAIN, None, "bad"),
     (PLAIN, base("model.safetensors", b"version https://git-lfs"), "model.safetensors: "),
@@ -242,6 +265,7 @@ TABLE = [
     (SELECT + " --rank 1000000", None, "the LoRA rank 1000000 .*q_proj, .32, 32"),
     (SELECT + " --threads 1000000", None, "--threads: '1000000' is not .* 1024"),
     ("select.py --run ''", None, "--run: '' is not"),
+    ("select.py --run /proc/x --method sft --model {base} --custom {custom}", None, "/proc/x"),
     (SELECT + " --alpha inf", None, "--alpha: 'inf' is not"),
     (SELECT + " --seed -1", None, "--seed"),
     (SELECT + " --epochs x", None, "--epochs: 'x' is not"),

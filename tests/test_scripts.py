@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_base, read_jsonl, run, script, sources, tree, write_jsonl
+from conftest import ROOT, damage, make_base, read_jsonl, run, script, sources, tree, write_jsonl
 from helpers import call, refused, said, same_tensors
 from safetensors.torch import load_file
 
@@ -219,14 +219,27 @@ def test_what_was_made_from_something_else_is_refused(trained, tmp_path, base, f
     assert open_run(trained).stale("scores") == ["degraded"]
 
 
-def test_run_json_is_an_index_that_can_be_rebuilt(trained, base, files, capsys):
+@pytest.mark.parametrize("damaged", [None, "{"])
+def test_run_json_is_an_index_that_can_be_rebuilt(damaged, trained, base, files, capsys):
     assert call(f"select.py --run {trained}") == 0
-    before = tensors(trained)
-    (trained / "run.json").unlink()
+    before, index = tensors(trained), trained / "run.json"
+    damage(trained, {"run.json": damaged})
     custom = f"--model {base} --custom {files['custom']}"
     for name, flags in (("train", sources(files, base)), ("score", custom), ("select", custom)):
         assert "skipped" in said(capsys, f"{name}.py --run {trained} {flags}")
-    assert tensors(trained) == before
+    assert tensors(trained) == before and read_json(index)["stages"].keys() >= {"methods/toss"}
+    assert [file.read_text() for file in trained.glob("*.damaged")] == [damaged] * bool(damaged)
+
+
+def test_run_json_follows_a_newer_record(trained, capsys):
+    index, line = trained / "run.json", f"select.py --run {trained}"
+    assert call(line) == 0
+    record, known = read_json(index), read_json(index)["stages"]["methods/toss"]["recipe"]
+    record["stages"]["methods/toss"]["recipe"] = {**known, "settings": {"lr": 9.0}}  # it lags
+    record["hashes"] = {name: ["x"] for name in record["hashes"]}  # of no use: made anew
+    index.write_text(json.dumps(record))
+    assert "skipped" in said(capsys, line)
+    assert read_json(index)["stages"]["methods/toss"]["recipe"] == known
 
 
 @pytest.mark.parametrize("name", ["score", "select"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from agreement import GOLDENS, REAL
-from conftest import ROOT, damage, edit_json, sources
+from conftest import ROOT, damage, edit_json, run, sources
 from helpers import call, refused, talk
 
 from model import InputError, load_tokenizer
@@ -342,6 +342,21 @@ def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, s
     with pytest.raises(InputError, match="template"):
         tokenizer.prompt_ids(messages)
     assert messages == talk("a")
+
+
+HASTE = """
+from model import limits, load_tokenizer
+limits.limited.__wrapped__.__defaults__ = (0.3, 1)
+load_tokenizer({folder!r}).prompt_ids([{{"role": "user", "content": "a"}}])
+"""
+
+
+def test_a_template_that_stays_in_one_call_into_c_ends_the_process(folder):
+    """It hears no alarm; this one would take an hour."""
+    long = "{{ ('a' * 4000000).rfind('a' * 1000000 + 'b' + 'a' * 1000000) }}"
+    (folder / JINJA).write_text(long)
+    done = run("-c", HASTE.format(folder=str(folder)))
+    assert done.returncode == 1 and "Timeout (0:00:00.6" in done.stderr
 
 
 THOUGHT = talk("Hi.", "<think>\nhm\n</think>\n\nYes?", "Bake.", "No.")

@@ -6,6 +6,7 @@ is then run again and must leave the bytes of an undisturbed run, and nothing be
 takes a sample of the places; with TOSS_TORTURE=1 (`make torture`) all of them are tried.
 """
 
+import datetime
 import errno
 import fcntl
 import os
@@ -16,14 +17,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, tree, write_files
+from conftest import ROOT, tree, write_files, write_jsonl
 from helpers import call, refused, said
 
-from model import process
+import toss.rows
+import toss.run
+from model import process, tokenizer
 from model.atomic import locked
 from model.io import read_json
+from toss.files import record_of
 from toss.progress import Progress
 from toss.run import open_run
 
@@ -86,9 +91,11 @@ def dies_at(n: int, line: str) -> int:
 
 
 def results(run: Path) -> dict[str, bytes]:
-    """All files of a run but run.json, which holds times; no other leftovers are allowed."""
-    files = tree(run)
-    assert read_json(run / "run.json")["format"]
+    """All files of a run but run.json, which holds times; its recipes must be the records'."""
+    files, index = tree(run), read_json(run / "run.json")
+    for stage, known in index["stages"].items():
+        made = record_of(run / ("scores.safetensors" if stage == "scores" else stage))
+        assert made.items() >= known["recipe"].items(), stage
     return {name: data for name, data in files.items() if name != "run.json"}
 
 
@@ -204,13 +211,33 @@ def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared,
     assert n >= 3
 
 
-def test_a_state_of_another_recipe_is_not_used_and_goes_when_the_work_is_done(prepared, capsys):
+@pytest.mark.parametrize("seed", ["--seed 7", ""])
+def test_a_state_of_another_recipe_or_changed_is_not_used_and_goes(seed, prepared, capsys):
     run, line = begin(prepared, "select")
     stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
     child(lambda: step_of(4, stop) or call(line + " --save-every 1e-9"))
-    assert list((run / ".state").rglob("*.safetensors"))
-    assert "goes on" not in said(capsys, line + " --seed 7")
+    states = list((run / ".state").rglob("*.safetensors"))
+    for state in states if not seed else []:  # its header says another step
+        state.write_bytes(re.sub(rb'(at\\": \[)\d', rb"\g<1>9", state.read_bytes()))
+    assert states and "goes on" not in said(capsys, f"{line} {seed}")
     assert not (run / ".state").exists()
+
+
+def test_an_unfinished_first_stage_keeps_the_day_that_its_template_took(
+    prepared, base, tmp_path, monkeypatch, capsys
+):
+    dated = Path(shutil.copytree(base, tmp_path / "dated"))
+    turns = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%d') }}" + turns)
+    words = {**prepared[1], "base": dated, "run": tmp_path / "run"}
+    for today in (1, 2):
+        day = type("Day", (datetime.date,), {"today": lambda: datetime.date(2030, 1, today)})
+        monkeypatch.setattr(tokenizer, "datetime", SimpleNamespace(date=day))
+        stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        if today == 1:
+            child(lambda: step_of(1, stop) or call(COMMANDS["train"].format(**words)))
+    assert "goes on after step 1" in said(capsys, COMMANDS["train"].format(**words))
+    assert read_json(tmp_path / "run/run.json")["identity"]["date"] == "2030-01-01"
 
 
 def test_one_process_at_a_time_works_on_a_result(prepared, capsys):
@@ -300,6 +327,28 @@ def test_rows_that_change_while_a_command_runs_are_an_error(prepared, tmp_path, 
     change = lambda: copies["utility"].write_text(copies["harmful"].read_text())
     status, out = child(lambda: step_of(2, change) or call(COMMANDS["train"].format(**words)))
     assert status == 1 and "utility.jsonl was changed after it was read" in out.splitlines()[-1]
+
+
+READERS = [(toss.rows, "read_rows"), (toss.run, "load_selection")]
+
+
+@pytest.mark.parametrize(("module", "name"), READERS)
+def test_what_changes_while_it_is_read_is_an_error(module, name, prepared, monkeypatch, capsys):
+    run, line = begin(prepared, "select again")
+    mask = run / "methods/toss-pro/selection.safetensors"
+    asked = write_jsonl(run.parent / "asked.jsonl", [{"prompt": "a"}])
+    evaluate = f"toss.audit.evaluate --run {run} --harmful {asked} --methods base"
+    line = evaluate if module is toss.rows else f"select.py --run {run} --mask {mask}"
+    read, before = getattr(module, name), tree(run / "methods")
+
+    def changing(path, *how, **more):
+        found = read(path, *how, **more)
+        Path(path).write_bytes(Path(path).read_bytes() + b"\n")
+        return found
+
+    monkeypatch.setattr(module, name, changing)
+    assert re.search("(asked.jsonl|selection.safetensors) was changed", refused(capsys, line))
+    assert tree(run / "methods").keys() == before.keys()
 
 
 def test_what_dead_processes_left_is_swept_and_a_living_ones_is_not(prepared):
