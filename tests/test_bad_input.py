@@ -239,7 +239,7 @@ TABLE = [
     (SELECT, file("[]", "run/run.json"), "run.json: .*JSON object"),
     (SELECT, index("format"), "run.json .*another version"),
     (SELECT, index(settings={}), "--model"),
-    (SELECT, index(settings=[]), "run.json"),
+    *((SELECT, index(settings=x), "run.json: .*again") for x in ([], {"max_length": True})),
     (SELECT, index(stages=3), "run.json"),
     (SELECT, index(identity={"max_length": []}), "run.json: .*name the inputs again"),
     *(

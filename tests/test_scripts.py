@@ -236,7 +236,7 @@ def test_run_json_follows_a_newer_record(trained, capsys):
     assert call(line) == 0
     record, known = read_json(index), read_json(index)["stages"]["methods/toss"]["recipe"]
     record["stages"]["methods/toss"]["recipe"] = {**known, "settings": {"lr": 9.0}}  # it lags
-    record["hashes"] = {name: ["x"] for name in record["hashes"]}  # of no use: made anew
+    record["hashes"] = {name: [*row[:-1], 3] for name, row in record["hashes"].items()}  # no hash
     index.write_text(json.dumps(record))
     assert "skipped" in said(capsys, line)
     assert read_json(index)["stages"]["methods/toss"]["recipe"] == known
