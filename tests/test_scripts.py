@@ -242,25 +242,6 @@ def test_run_json_follows_a_newer_record(trained, capsys):
     assert read_json(index)["stages"]["methods/toss"]["recipe"] == known
 
 
-@pytest.mark.parametrize("name", ["score", "select"])
-def test_what_moved_is_found_by_its_flags(name, trained, tmp_path, base, files, capsys):
-    """A base, data and a run. The record follows, also where the stage is there and skipped."""
-    moved = Path(shutil.move(trained, tmp_path / "moved"))
-    model = shutil.copytree(base, tmp_path / "model")
-    custom = shutil.move(files["custom"], tmp_path / "c.jsonl")
-    record = (moved / "run.json").read_text().replace(str(base), "/gone")
-    (moved / "run.json").write_text(record)
-    assert "/gone" in refused(capsys, f"{name}.py --run {moved}")
-    stages = read_json(moved / "run.json")["stages"]
-    out = said(capsys, f"{name}.py --run {moved} --model {model} --custom {custom}")
-    assert ("skipped" in out) == (name == "score")
-    record = read_json(moved / "run.json")
-    assert (record["settings"]["model"], record["settings"]["custom"]) == (str(model), str(custom))
-    assert record["stages"].items() >= stages.items()
-    assert "skipped" in said(capsys, f"{name}.py --run {moved}")
-    assert call(f"select.py --run {moved}") == 0
-
-
 def test_rows_in_two_sets_are_warned_of(trained, tmp_path, files, capsys):
     copy = shutil.copyfile(files["harmful"], tmp_path / "copy.jsonl")
     out = said(capsys, f"score.py --run {trained} --custom {copy} --overwrite")
@@ -327,32 +308,6 @@ def test_a_whole_stage_runs_as_a_program_and_fails_as_one(tmp_path, base, files)
     assert bad.returncode == 1 and re.fullmatch("error: .*absent.jsonl.*\n", bad.stderr)
 
 
-@pytest.mark.parametrize("name", ["train.py", "score.py", "select.py"])
-def test_help_and_usage_errors_come_without_torch(name):
-    done = run("-X", "importtime", name, "--help")
-    assert done.returncode == 0 and "--overwrite" in done.stdout and name in done.stdout
-    assert "toss.cli" in done.stderr and not re.search(r"\| +(torch|numpy)\n", done.stderr)
-    done = run(name, "--no-such-flag")
-    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr) and not done.stdout
-
-
-HELP = """
-import sys
-from importlib import import_module
-for name in sys.argv[1:]:
-    try:
-        import_module(name).main(["--help"])
-    except SystemExit as stop:
-        assert stop.code == 0
-assert "torch" not in sys.modules, name
-"""
-
-
-def test_the_commands_of_the_audit_help_without_torch():
-    done = run("-c", HELP, *(name for name in COMMANDS if "audit" in name))
-    assert done.returncode == 0 and done.stdout.count("usage: ") == len(AUDIT) > 9, done.stderr
-
-
 ASYNC = "import select, subprocess, asyncio; assert select.select([], [], [], 0) == ([], [], [])"
 
 
@@ -392,6 +347,16 @@ TORCHRUN = {"--standalone", "--nproc-per-node"}
 def test_the_examples_in_the_docstrings(file):
     module = import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
     assert doctest.testmod(module) == (0, file.read_text().count(">>> "))
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "audit" in name or ".py" in name])
+def test_help_and_usage_errors_come_without_torch(name):
+    command = [name] if name.endswith(".py") else ["-m", name]
+    done = run("-X", "importtime", *command, "--help")
+    assert done.returncode == 0 and "usage: " in done.stdout and name in done.stdout
+    assert "toss.cli" in done.stderr and not re.search(r"\| +torch\n", done.stderr)
+    done = run(*command, "--no-such-flag")
+    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr) and not done.stdout
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import damage, edit_json, tree, write_jsonl
-from helpers import call, refused, said
+from helpers import call, refused, said, talk
 
 from model import load_tokenizer
 from model.io import InputError, read_json
@@ -179,35 +179,41 @@ def test_what_forbids_a_conclusion_is_said():
 # Folders that moved, dry runs, progress, prompt forms
 
 
-def test_a_moved_run_base_and_data_are_found_again_by_their_flags(
-    trained, base, files, tmp_path, capsys
-):
+@pytest.mark.parametrize("name", ["score", "select"])
+def test_what_moved_is_found_by_its_flags(name, trained, base, files, tmp_path, capsys):
+    """A base, data and a run. The record follows, also where the stage is there and skipped."""
     model = Path(shutil.copytree(base, tmp_path / "base"))
     edit_json(trained / "run.json", settings={"model": str(model), **files})
-    run, new = tmp_path / "elsewhere", tmp_path / "moved"
+    stages, new = read_json(trained / "run.json")["stages"], tmp_path / "moved"
     new.mkdir()
-    shutil.move(trained, run)
     moved = {name: shutil.move(file, new) for name, file in files.items()}
-    base_now = shutil.move(model, new)
-    line = f"select.py --run {run}"
+    run, base_now = shutil.move(trained, tmp_path / "elsewhere"), shutil.move(model, new)
+    line = f"{name}.py --run {run}"
     assert "if it was moved, name it once" in refused(capsys, line)
     assert "--custom says where it is now" in refused(capsys, f"{line} --model {base_now}")
-    said(capsys, f"{line} --model {base_now} --custom {moved['custom']}")
-    pro = f"{line} --pro 1 --pro-samples 1"
+    out = said(capsys, f"{line} --model {base_now} --custom {moved['custom']}")
+    assert ("inputs, skipped" in out) == (name == "score")
+    record = read_json(run / "run.json")
+    assert (record["settings"]["model"], record["settings"]["custom"]) == (
+        base_now,
+        moved["custom"],
+    )
+    assert record["stages"].items() >= stages.items()
+    assert "inputs, skipped" in said(capsys, line)
+    pro = f"select.py --run {run} --pro 1 --pro-samples 1"
     assert "--harmful says where it is now" in refused(capsys, pro)
     said(capsys, f"{pro} --harmful {moved['harmful']}")
-    assert said(capsys, line).count("inputs, skipped") == 1  # the record follows
 
 
-@pytest.mark.parametrize(
-    ("line", "plan"),
-    [
-        ("train.py --rank 3", "utility: optimizer steps: 2 (rows: 5, epochs: 1)"),
-        ("score.py --base", "scores-utility: rows: 10, tokens: 530, the longest rows first"),
-        ("select.py --pro 1", "toss-pro-round-1: optimizer steps: 2 (rows: 6, epochs: 1)"),
-        ("select.py --merge", "toss: optimizer steps: 3 (rows: 10, epochs: 1)"),
-    ],
-)
+PLANS = {
+    "train.py --rank 3": "utility: optimizer steps: 2 (rows: 5, epochs: 1)",
+    "score.py --base": "scores-utility: rows: 10, tokens: 530, the longest rows first",
+    "select.py --pro 1": "toss-pro-round-1: optimizer steps: 2 (rows: 6, epochs: 1)",
+    "select.py --merge": "toss: optimizer steps: 3 (rows: 10, epochs: 1)",
+}
+
+
+@pytest.mark.parametrize(("line", "plan"), PLANS.items())
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(line, plan, trained, capsys):
     before = tree(trained)
     assert f"{plan}\n" in said(capsys, f"{line} --run {trained} --overwrite --dry-run")
@@ -231,23 +237,16 @@ def test_without_a_terminal_the_time_left_is_told(trained, monkeypatch, capsys):
 
 def test_template_kwargs_are_used_recorded_inherited_and_checked(base, files, tmp_path, capsys):
     model = Path(shutil.copytree(base, tmp_path / "base"))
-    damage(model, {"tokenizer_config.json": {"chat_template": ...}})
     text = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
-    (model / "chat_template.jinja").write_text(
-        "{{ 'think ' if enable_thinking else 'plain ' }}" + text
-    )
-    prompt = lambda **more: load_tokenizer(model, template_kwargs=more).chat.render(
-        [{"role": "user", "content": "hi"}], True
-    )
+    thinking = "{{ 'think ' if enable_thinking else 'plain ' }}"
+    (model / "chat_template.jinja").write_text(thinking + text)
+    prompt = lambda **more: load_tokenizer(model, template_kwargs=more).chat.render(talk("a"), True)
     assert prompt().startswith("plain") and prompt(enable_thinking=True).startswith("think")
     with pytest.raises(InputError, match="has no enable_thinkng"):
         prompt(enable_thinkng=True)
-    line = f"select.py --run {tmp_path}/run --method sft"
-    said(
-        capsys,
-        f"{line} --model {model} --custom {files['custom']} "
-        "--chat-template-kwargs '{\"enable_thinking\": true}'",
-    )
-    assert 'chat_template_kwargs = {"enable_thinking": true}' in said(capsys, line)
+    line, given = f"select.py --run {tmp_path}/run --method sft", '{"enable_thinking": true}'
+    begin = f"{line} --model {model} --custom {files['custom']}"
+    said(capsys, f"{begin} --chat-template-kwargs '{given}'")
+    assert f"chat_template_kwargs = {given}" in said(capsys, line)
     other = refused(capsys, f"{line} --chat-template-kwargs '{{}}'")
     assert "was begun with --chat-template-kwargs" in other
