@@ -132,15 +132,14 @@ def test_pefts_adapter_here_written_again_and_merged(name, tmp_path):
     assert torch.equal(logits_of(load_checkpoint(tmp_path / "merged"), ids), merged)
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["down_proj", "o_proj", "k_proj"], ["lm_head"]])
-def test_our_adapter_survives_the_round_trip_exactly(model, targets, tmp_path):
-    for rank, alpha in ((3, 16), (2, 0.3)):
-        adapter = noisy(model, targets, rank=rank, alpha=alpha)
-        write_adapter(adapter, use(model, None), tmp_path)
-        assert active(model) is None
-        again = read_adapter(load_checkpoint(GOLDENS / "gqa-tied"), tmp_path)
-        assert again.scale == adapter.scale and again.A.keys() == adapter.A.keys()
-        assert all(torch.equal(a, b) for a, b in zip(again.tensors(), adapter.tensors()))
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 16), (2, 0.3)])
+def test_our_adapter_survives_the_round_trip_exactly(model, rank, alpha, tmp_path):
+    adapter = noisy(model, ["down_proj", "k_proj", "lm_head"], rank=rank, alpha=alpha)
+    write_adapter(adapter, model, tmp_path)
+    again = read_adapter(model, tmp_path)
+    assert again.scale == adapter.scale and again.A.keys() == adapter.A.keys()
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors(), adapter.tensors()))
+    assert active(model) is None
 
 
 def test_half_precision_files_patterns_and_copies_of_the_base_are_read(model, folder):
@@ -158,23 +157,23 @@ def test_half_precision_files_patterns_and_copies_of_the_base_are_read(model, fo
     assert read_adapter(skeleton(GOLDENS / "gqa-tied"), folder)  # to see whether it fits
 
 
-@pytest.mark.parametrize(
-    ("config", "want"),
-    [
-        ({"target_modules": ["proj"]}, ""),
-        ({"target_modules": "all-linear"}, "q0 v11"),
-        ({"target_modules": ".*"}, "q0 v11 head"),
-        ({"target_modules": "q_proj"}, ""),  # an expression of the whole name
-        ({"target_modules": r".*\.1\..*"}, ""),
-        ({"layers_to_transform": [1, 11]}, "v11 head"),  # the name in full needs no number
-        ({"layers_to_transform": 0, "layers_pattern": ["h", "layers"]}, "q0 head"),
-        ({"layers_to_transform": [0, 11], "layers_pattern": "blocks"}, "head"),
-        ({"layers_to_transform": []}, "q0 v11 head"),
-        ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "q0 v11"),
-        ({"target_modules": ".*", "exclude_modules": r".*\.0\..*"}, "v11 head"),
-        ({"exclude_modules": ["layers.11.self_attn.v_proj"]}, "q0 head"),
-    ],
-)
+PICKED = [
+    ({"target_modules": ["proj"]}, ""),
+    ({"target_modules": "all-linear"}, "q0 v11"),
+    ({"target_modules": ".*"}, "q0 v11 head"),
+    ({"target_modules": "q_proj"}, ""),  # an expression of the whole name
+    ({"target_modules": r".*\.1\..*"}, ""),
+    ({"layers_to_transform": [1, 11]}, "v11 head"),  # the name in full needs no number
+    ({"layers_to_transform": 0, "layers_pattern": ["h", "layers"]}, "q0 head"),
+    ({"layers_to_transform": [0, 11], "layers_pattern": "blocks"}, "head"),
+    ({"layers_to_transform": []}, "q0 v11 head"),
+    ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "q0 v11"),
+    ({"target_modules": ".*", "exclude_modules": r".*\.0\..*"}, "v11 head"),
+    ({"exclude_modules": ["layers.11.self_attn.v_proj"]}, "q0 head"),
+]
+
+
+@pytest.mark.parametrize(("config", "want"), PICKED)
 def test_layers_are_picked_by_pefts_rules(config, want):
     config = {"target_modules": ["q_proj", "v_proj", "lm_head"]} | config
     q0, v11 = "model.layers.0.self_attn.q_proj", "model.layers.11.self_attn.v_proj"
@@ -184,8 +183,6 @@ def test_layers_are_picked_by_pefts_rules(config, want):
 
 HEAD, EMBED = "lm_head", "model.embed_tokens"
 Q, V = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
-
-
 tensor = lambda name, change: (f"base_model.model.{name}", change)
 a = lambda layer, change: tensor(f"{layer}.lora_A.weight", change)
 b = lambda layer, change: tensor(f"{layer}.lora_B.weight", change)

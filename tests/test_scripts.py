@@ -148,22 +148,6 @@ def test_a_merged_checkpoint_is_the_adapters_fits_and_has_the_dtype(trained, bas
         assert {str(w.dtype) for w in weights.values()} == {f"torch.{dtype}"}
 
 
-def test_what_lost_a_part_or_is_damaged_is_made_again(trained, capsys):
-    line = f"select.py --run {trained} --pro 1"
-    assert call(line) == 0
-    whole = {name: data for name, data in tree(trained).items() if name != "run.json"}
-    (trained / "degraded" / ADAPTER).unlink()
-    assert "incomplete" in said(capsys, f"train.py --run {trained}")
-    for part in ("round-1", "model"):
-        shutil.rmtree(trained / "methods/toss-pro" / part)
-        assert "incomplete" in said(capsys, line)
-    assert tree(trained).items() >= whole.items()
-    (trained / "scores.safetensors").write_bytes(b"cut off")
-    assert "cannot be read" in refused(capsys, line)
-    assert "is made again" in said(capsys, f"score.py --run {trained}")
-    assert call(line) == 0
-
-
 def test_a_mask_travels_to_another_model(trained, tmp_path, base, files, capsys):
     assert call(f"select.py --run {trained} --keep-eos --discard 0.2") == 0
     mask, new = trained / "methods/toss/selection.safetensors", tmp_path / "new"

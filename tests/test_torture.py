@@ -154,19 +154,26 @@ def test_killed_at_any_write_the_same_command_finishes_the_work(name, prepared):
     assert n > 20  # a command writes many times
 
 
-def test_a_result_that_was_damaged_without_a_trace_is_made_again(prepared, capsys):
-    """As after a power cut: full length, all zeros, the same time."""
+def test_a_result_that_lost_a_part_or_was_damaged_without_a_trace_is_made_again(prepared, capsys):
+    """As after a power cut: full length, all zeros, the same time. Every second part is gone."""
     parts = {"train": ["degraded", "utility"], "score": ["scores.safetensors"]}
     for name in ("train", "score", "select"):
         run, line = begin(prepared, name)
         assert call(line) == 0
         own = [run / part for part in parts.get(name, ["methods/toss-pro"])]
         files = [f for part in own for f in (part.rglob("*") if part.is_dir() else [part])]
-        for file in [f for f in files if f.is_file() and f.name != "README.md"][:: 1 if ALL else 3]:
+        files = [f for f in files if f.is_file() and f.name != "README.md"][:: 1 if ALL else 3]
+        for n, file in enumerate(files):
             stat, data = file.stat(), file.read_bytes()
-            file.write_bytes(bytes(len(data)))
-            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            assert call(line) == 0 and file.read_bytes() == data, file
+            if n % 2:
+                file.unlink()
+            else:
+                file.write_bytes(bytes(len(data)))
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            again = "merged checkpoint" if "merged" in str(file) else "so it is made again"
+            assert again in said(capsys, line) and file.read_bytes() == data, file
+    (run / "scores.safetensors").write_bytes(b"cut off")
+    assert "cannot be read" in refused(capsys, line)
     (run / "utility/adapter_model.safetensors").write_bytes(b"")
     assert "utility is damaged" in refused(capsys, COMMANDS["score"].format(**prepared[1]))
 
