@@ -192,19 +192,20 @@ def step_of(n: int, act):
     Progress.__call__ = wrapper
 
 
+def stopped(line: str, n: int, number: signal.Signals) -> tuple[int, str]:
+    """Send a child that runs a command a signal after the n-th step; its status and output."""
+    signalled = lambda: os.kill(os.getpid(), number)
+    line += " --save-every 1e-9" * (number == signal.SIGKILL)
+    return child(lambda: step_of(n, signalled) or call(line))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("name", ["train", "score", "select"])
 def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared, capsys):
     after = prepared[2]
     for n in range(1, 99, 1 if ALL else 4):
         run, line = begin(prepared, name)
-        every = line if number != signal.SIGKILL else line + " --save-every 1e-9"
-
-        def work():
-            step_of(n, lambda: os.kill(os.getpid(), number))
-            return call(every)
-
-        status, out = child(work)
+        status, out = stopped(line, n, number)
         if status == 0:
             break
         if number == signal.SIGKILL:
@@ -222,8 +223,7 @@ def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared,
 @pytest.mark.parametrize("seed", ["--seed 7", ""])
 def test_a_state_of_another_recipe_or_changed_is_not_used_and_goes(seed, prepared, capsys):
     run, line = begin(prepared, "select")
-    stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    child(lambda: step_of(4, stop) or call(line + " --save-every 1e-9"))
+    stopped(line, 4, signal.SIGKILL)
     states = list((run / ".state").rglob("*.safetensors"))
     for state in states if not seed else []:  # its header says another step
         state.write_bytes(re.sub(rb'(at\\": \[)\d', rb"\g<1>9", state.read_bytes()))
@@ -237,14 +237,12 @@ def test_an_unfinished_first_stage_keeps_the_day_that_its_template_took(
     dated = Path(shutil.copytree(base, tmp_path / "dated"))
     turns = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     (dated / "chat_template.jinja").write_text("{{ strftime_now('%d') }}" + turns)
-    words = {**prepared[1], "base": dated, "run": tmp_path / "run"}
-    for today in (1, 2):
-        day = type("Day", (datetime.date,), {"today": lambda: datetime.date(2030, 1, today)})
-        monkeypatch.setattr(tokenizer, "datetime", SimpleNamespace(date=day))
-        stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
-        if today == 1:
-            child(lambda: step_of(1, stop) or call(COMMANDS["train"].format(**words)))
-    assert "goes on after step 1" in said(capsys, COMMANDS["train"].format(**words))
+    line = COMMANDS["train"].format(**prepared[1] | {"base": dated, "run": tmp_path / "run"})
+    day = type("Day", (datetime.date,), {"today": lambda: datetime.date(2030, 1, 1)})
+    monkeypatch.setattr(tokenizer, "datetime", SimpleNamespace(date=day))
+    stopped(line, 1, signal.SIGTERM)
+    day.today = lambda: datetime.date(2030, 1, 2)
+    assert "goes on after step 1" in said(capsys, line)
     assert read_json(tmp_path / "run/run.json")["identity"]["date"] == "2030-01-01"
 
 
@@ -371,13 +369,8 @@ def test_a_full_disk_is_one_line_and_the_next_try_works(prepared):
     for name in ("train", "score", "select"):
         for size in (100, 2000, 9000) if ALL else (2000,):
             run, line = begin(prepared, name)
-
-            def work():
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-                return call(line)
-
-            before = tree(run)
-            status, out = child(work)
+            limit, before = (resource.RLIMIT_FSIZE, (size, size)), tree(run)
+            status, out = child(lambda: resource.setrlimit(*limit) or call(line))
             last = out.splitlines()[-1]
             assert status == 1 and last.startswith("error: ") and str(run) in last, out
             assert "cannot be written" in last and "Traceback" not in out, out

@@ -23,14 +23,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import ADAPTERS, GOLDENS, MODELS, REAL, apart, golden, logits_of, losses_of
-from conftest import damage, edit_tensors, make_base, script, with_one
+from conftest import damage, edit_tensors, make_base, sources, with_one
+from helpers import call, refused, said
 from safetensors.torch import load_file
 
 from model import InputError, load_checkpoint, load_tokenizer, save_adapter, save_checkpoint
 from model.config import FAMILIES, Config
-from model.generate import generate, main
+from model.generate import generate
 from model.hub import resolve
-from model.io import NotFinite
+from model.io import NotFinite, read_json
 from model.lora import new_adapter, use
 from model.packed import Rows
 
@@ -365,9 +366,9 @@ def test_answers_with_a_cache_are_those_without(name):
     longer = [[3 + (7 * i + k) % 70 for k in range(i)] for i in (2, 9, 30)]
     prompts, eos = want["prompts"] + longer, int(want["eos_id"])
     for prompt, answer in zip(prompts, generate(loaded(name), prompts, 20, eos)):
-        said = [*answer, eos] if len(answer) < 20 else answer
-        logits = logits_of(loaded(name), torch.tensor([prompt + said]))[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == said and eos not in answer
+        whole = [*answer, eos] if len(answer) < 20 else answer
+        logits = logits_of(loaded(name), torch.tensor([prompt + whole]))[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == whole and eos not in answer
 
 
 def test_batches_change_neither_answers_nor_their_order_and_end_with_their_last_row():
@@ -413,15 +414,10 @@ def test_the_command_answers_with_an_adapter_and_names_what_is_wrong(base, tmp_p
     model = load_checkpoint(base)
     adapter = new_adapter(model, 4, 64, ["v_proj"], seed=0)
     save_adapter(use(model, replace(adapter, B={k: b + 1 for k, b in adapter.B.items()})), tmp_path)
-    command = ["--model", str(base), "--device", "cpu", "--max-new-tokens", "8", "--prompt", "Hi"]
-    said = []
-    for more in ([], ["--template", "human"], ["--adapter", str(tmp_path)]):
-        assert main(command + more) == 0
-        said.append(capsys.readouterr())
-    assert len({out for out, _ in said}) == 3 and not any(err for _, err in said)
-    assert main([*command, "--adapter", str(tmp_path / "nowhere")]) == 1
-    out, err = capsys.readouterr()
-    assert not out and err.startswith("error: ") and "nowhere" in err and err.count("\n") == 1
+    line = f"model.generate --model {base} --device cpu --max-new-tokens 8 --prompt Hi"
+    ways = "", "--template human", f"--adapter {tmp_path}"
+    assert len({said(capsys, f"{line} {way}") for way in ways}) == 3
+    assert "nowhere" in refused(capsys, f"{line} --adapter {tmp_path}/nowhere")
 
 
 UNWANTED = """consolidated.safetensors original/model.safetensors model.fp16.safetensors
@@ -572,21 +568,17 @@ def test_a_local_folder_never_touches_the_hub_and_wins_over_an_id(base, tmp_path
         load_checkpoint("someone/model", revision="main")
 
 
-def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, files):
-    commit, run = hub.put("someone/model", base), ["--run", tmp_path / "run"]
-    references = ["--harmful", files["harmful"], "--utility", files["utility"]]
-    script("train", *run, "--model", "someone/model", *references)
+def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, files, capsys):
+    commit, run = hub.put("someone/model", base), tmp_path / "run"
+    assert call(f"train.py --run {run} {sources(files, 'someone/model')}") == 0
     hub.put("someone/model", make_base(tmp_path / "other", seed=1))  # main is another model now
-    custom = ["--custom", files["custom"]]
-    with pytest.raises(InputError, match="begun with another"):
-        script("score", *run, *custom, "--revision", "main")
+    line = f"score.py --run {run} --custom {files['custom']}"
+    assert "begun with another" in refused(capsys, f"{line} --revision main")
     hub.close()  # the rest needs no network
-    script("score", *run, *custom)
-    script("select", *run, "--method", "toss", "--merge")
-    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert call(line) == 0 and call(f"select.py --run {run} --merge") == 0
+    settings, model = read_json(run / "run.json")["settings"], run / "methods/toss/model"
     assert (settings["model"], settings["revision"]) == ("someone/model", commit)
-    model = tmp_path / "run/methods/toss/model"
-    config = json.loads((model / "adapter_config.json").read_text())
+    config = read_json(model / "adapter_config.json")
     assert config["base_model_name_or_path"] == "someone/model"
     assert load_tokenizer(model / "merged").fingerprint() == load_tokenizer(base).fingerprint()
 

@@ -1,18 +1,15 @@
 """What users bring: other trainers, adapters from elsewhere, moved folders, own settings."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import damage, edit_json, tree, write_jsonl
+from conftest import damage, edit_json, read_jsonl, tree, write_jsonl
 from helpers import call, refused, said, talk
 
 from model import load_tokenizer
 from model.io import InputError, read_json
-from toss import cli, export
-from toss.audit import diagnose, evaluate
 from toss.audit.command import cautions
 from toss.files import load_selection
 from toss.progress import Progress
@@ -21,25 +18,11 @@ from toss.run import open_run
 # The mask for other trainers
 
 
-@pytest.fixture
-def exported(trained, tmp_path):
-    """A function: a method's exported lines, and what the file beside them holds."""
-
-    def lines_of(method: str) -> tuple[list[dict], dict]:
-        out = tmp_path / "train.jsonl"
-        argv = ["--run", str(trained), "--method", method, "--out", str(out)]
-        assert cli.run(lambda: export.main(argv)) == 0
-        lines = [json.loads(line) for line in out.read_text().splitlines()]
-        return lines, read_json(out.with_suffix(".about.json"))
-
-    return lines_of
-
-
 @pytest.mark.parametrize("how", ["toss --discard 0.4", "sft", "sample --discard 0.2"])
-def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(how, trained, exported, capsys):
+def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(how, trained, tmp_path, capsys):
     assert call(f"select.py --run {trained} --name m --method {how}") == 0
-    capsys.readouterr()
-    (lines, about), run = exported("m"), open_run(trained)
+    out = said(capsys, f"toss.export --run {trained} --method m --out {tmp_path}/m.jsonl")
+    about, run = read_json(tmp_path / "m.about.json"), open_run(trained)
     tokens, _ = run.scored()
     keep = load_selection(run.path("methods/m") / "selection.safetensors", tokens)["keep"]
     found = []
@@ -52,39 +35,41 @@ def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(how, trained, 
             ones = [1] * len(ids)
             found.append({"input_ids": ids.tolist(), "attention_mask": ones, "labels": labels})
         assert about["line"][i] == (len(found) - 1 if wanted.any() else None)
-    assert lines == found and about["tokenizer_sha256"] == run.identity["tokenizer_sha256"]
-    out = capsys.readouterr().out
+    assert read_jsonl(tmp_path / "m.jsonl") == found
+    assert about["tokenizer_sha256"] == run.identity["tokenizer_sha256"]
     assert f"{len(found)} rows, {sum(about['kept'])} of {sum(about['response'])} response" in out
     assert f"{tokens.rows - len(found)} without a kept token" in out
     assert how != "sample --discard 0.2" or len(found) < tokens.rows
 
 
-def test_a_run_without_scores_exports_and_another_custom_set_is_refused(base, files, tmp_path):
-    run, out = tmp_path / "plain", tmp_path / "o.jsonl"
-    inputs = f"--model {base} --custom {files['custom']}"
-    assert call(f"select.py --run {run} --method sft {inputs}") == 0
-    assert len(export.export(open_run(run), "sft", out)["line"]) == 10
-    with pytest.raises(InputError, match="replace the custom set"):
-        export.export(open_run(run), "sft", Path(files["custom"]))
+def test_a_run_without_scores_exports_and_another_custom_set_is_refused(
+    base, files, tmp_path, capsys
+):
+    custom = f"--run {tmp_path}/plain --custom {files['custom']}"
+    assert call(f"select.py {custom} --method sft --model {base}") == 0
+    line = f"toss.export --run {tmp_path}/plain --method sft --out"
+    said(capsys, f"{line} {tmp_path}/o.jsonl")
+    assert len(read_jsonl(tmp_path / "o.jsonl")) == 10
+    assert "replace the custom set" in refused(capsys, f"{line} {files['custom']}")
     write_jsonl(Path(files["custom"]), [{"prompt": "a", "response": "b"}])
-    with pytest.raises(InputError, match="--custom"):
-        export.export(open_run(run), "sft", out)
+    assert "--custom" in refused(capsys, f"{line} {tmp_path}/o.jsonl")
 
 
-def test_trl_and_transformers_begin_with_our_loss(trained, base, exported, tmp_path):
+def test_trl_and_transformers_begin_with_our_loss(trained, base, tmp_path):
     """They divide by the kept tokens, the paper by all response tokens of the step."""
     trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
     from datasets import load_dataset
 
     assert call(f"select.py --run {trained} --discard 0.3 --batch-size 64") == 0
-    about = exported("toss")[1]
-    ours = json.loads((trained / "log/toss.jsonl").read_text().splitlines()[0])["loss"]
+    file = str(tmp_path / "train.jsonl")
+    assert call(f"toss.export --run {trained} --method toss --out {file}") == 0
+    about = read_json(tmp_path / "train.about.json")
+    ours = read_jsonl(trained / "log/toss.jsonl")[0]["loss"]
     wanted = ours * sum(about["response"]) / sum(about["kept"])
     how = {"output_dir": str(tmp_path / "out"), "max_steps": 1, "report_to": [], "use_cpu": True}
     how |= {"per_device_train_batch_size": 16, "save_strategy": "no", "bf16": False}
     load = transformers.AutoModelForCausalLM.from_pretrained
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    file = str(tmp_path / "train.jsonl")
     for packing in (False, True):
         config = trl.SFTConfig(max_length=2048, packing=packing, **how)
         data = load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "c"))
@@ -133,15 +118,15 @@ def test_references_from_elsewhere_begin_a_run_and_score_alike(
 
 def test_evaluate_and_diagnose_take_an_adapter_as_a_method(theirs, trained, files, tmp_path):
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "Do harm 77?", "response": "No."}])
-    argv = ["--run", str(trained), "--adapter", f"theirs={theirs}/utility"]
-    more = ["--harmful", asked, "--max-new-tokens", "3"]
-    assert cli.run(lambda: evaluate.main([*argv, *more])) == 0
+    flags = f"--run {trained} --adapter theirs={theirs}/utility"
+    evaluate = f"toss.audit.evaluate {flags} --harmful {asked} --max-new-tokens 3"
+    assert call(evaluate) == 0
     assert read_json(trained / "metrics.json").keys() == {"base", "theirs"}
     assert not (trained / "methods/theirs").exists()
-    assert cli.run(lambda: diagnose.main([*argv, "--rows", files["harmful"]])) == 0
+    assert call(f"toss.audit.diagnose {flags} --rows {files['harmful']}") == 0
     assert "\ntheirs," in (trained / "diagnosis/kl.csv").read_text()
     assert call(f"select.py --run {trained} --name theirs") == 0
-    assert cli.run(lambda: evaluate.main([*argv, *more])) == 1  # two of this name
+    assert call(evaluate) == 1  # two of this name
 
 
 # How a method is trained, and what may not be compared
@@ -152,7 +137,7 @@ def test_training_settings_come_from_the_first_method_then_from_the_references(t
     for name, flags in (("one", ""), ("two", "--lr 0.5"), ("three", "")):
         line = f"select.py --run {trained} --method sft --name {name} {flags}"
         whose = "degraded" if name == "one" else "methods/one"
-        assert cli.run(lambda: call(line, fast=False)) == 0
+        assert call(line, fast=False) == 0
         assert f"training settings as for {whose}: " in capsys.readouterr().out
     assert (lr("one"), lr("two"), lr("three")) == (0.01, 0.5, 0.01)
     assert call(f"train.py --run {trained}", fast=False) == 0  # as it was: nothing to do
