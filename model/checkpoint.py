@@ -108,6 +108,8 @@ def load_checkpoint(
     """
     folder = resolve(path, revision)
     with as_input_error(f"the device {device} cannot be used here"):
+        if torch.device(device).type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan per shape of a batch
         torch.empty(0, device=device)
     model, state = skeleton(folder), {}
     found = layout(folder, model)

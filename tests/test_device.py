@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.func import functional_call
 
 from model import fused, load_checkpoint, transformer
+from model.io import InputError
 from model.lora import active, use
 from model.packed import Rows
 from model.process import out_of_memory
@@ -80,13 +81,20 @@ def test_cuda_is_set_up_before_anything_is_allocated_there(monkeypatch):
     note = lambda what: lambda *given, **more: seen.append((what, os.environ.get(name)))
     monkeypatch.setattr(torch.cuda, "init", note("init"))
     monkeypatch.setattr(torch.cuda, "set_device", note("set"))
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", note("cuDNN"))
     monkeypatch.setattr(torch, "empty", note("empty"))
     for mine, used in (("", "expandable_segments:True"), ("backend:native", "backend:native")):
         monkeypatch.setenv(name, mine) if mine else monkeypatch.delenv(name, raising=False)
         seen.clear()
         assert find_device("cuda") == torch.device("cuda:0")
-        assert seen == [(what, used) for what in ("init", "set", "cuDNN", "empty")]
+        assert seen == [(what, used) for what in ("init", "set", "empty")]
+
+
+def test_no_model_on_a_gpu_has_cudnns_attention(base, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
+    with pytest.raises(InputError, match="device cuda cannot be used"):  # there is none
+        load_checkpoint(base, "cuda")
+    assert allowed == [False]
 
 
 def test_memory_errors_of_the_libraries_are_known_by_their_text():

@@ -3,7 +3,9 @@
 The first block stands alone. Each of the others continues from it, in a namespace of its own.
 """
 
+import json
 import re
+import sys
 
 import pytest
 import torch
@@ -76,3 +78,41 @@ def test_a_new_method_in_the_two_places_that_the_readme_names_is_one_of_select(
 def test_every_decision_names_its_test(file, name):
     tests = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
     assert len(PINS) == 12 and re.search(rf"^def test_\w*{name}", tests, re.MULTILINE)
+
+
+AUDIT = (ROOT / "toss/audit/README.md").read_text(encoding="utf-8")
+JUDGES = re.findall(r"^```python\n(.*?)^```", AUDIT, re.DOTALL | re.MULTILINE)
+
+
+class Stub:
+    """Stands for a judge's package: keeps what it is given, and finds every answer harmful."""
+
+    def __init__(self):
+        self.load_wildguard = self.from_dict = lambda *given: self
+        self.Dataset = self
+
+    def classify(self, items):
+        self.asked = items
+        return [{"response_harmfulness": "harmful"} for _ in items]
+
+    def evaluate_dataset(self, data, judges):
+        return {"score": [1.0]}
+
+
+def test_answers_reach_the_judges(tmp_path, monkeypatch, capsys):
+    """The blocks that hand answers on, up to the judges, which are not installed."""
+    (tmp_path / "answers").mkdir()
+    said = [{"set": "harmful", "source": "", "prompt": p, "response": "No."} for p in ("a", "b")]
+    lines = [{"note": "x"}, *said, {**said[0], "set": "benign", "prompt": "c"}]
+    (tmp_path / "answers/toss.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "behaviors.csv").write_text("Behavior,BehaviorID\nb,b_1\n")
+    monkeypatch.chdir(tmp_path)
+    stub = Stub()
+    for name in ("wildguard", "datasets", "strong_reject", "strong_reject.evaluate"):
+        monkeypatch.setitem(sys.modules, name, stub)
+    for block in JUDGES[1:]:
+        exec(JUDGES[0] + block, {})
+    assert stub.asked == [{"prompt": p, "response": "No."} for p in ("a", "b")]
+    assert capsys.readouterr().out == "1.0\n[1.0]\n"
+    found = json.loads((tmp_path / "completions.json").read_text())
+    assert found == {"b_1": [{"test_case": "b", "generation": "No."}]}

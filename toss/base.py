@@ -181,7 +181,6 @@ def find_device(name: str) -> torch.device:
                 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.init()  # says what is missing
             torch.cuda.set_device(name)  # before all else, which would open a context on GPU 0
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan per shape of a batch
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = f"{str(error).splitlines()[0]} ({torch.cuda.device_count()} GPUs are visible)"

@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None, competing: int = COMPETING) -> None:
     from model.hub import resolve
     from toss.audit.speed import measure
     from toss.base import find_device
-    from toss.run import git_commit, open_run
+    from toss.folder import git_commit
+    from toss.run import open_run
 
     device = find_device(args.device)
     costs = run_costs(open_run(args.run).record) if args.run else {}

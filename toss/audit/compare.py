@@ -4,9 +4,9 @@
     python -m toss.audit.compare --all --seeds 1000 1001     all methods; rows and trainings by seed
     python -m toss.audit.compare --run runs/mine             the table of your run, as evaluated
 
-On the embedded world, what is missing is run first: the methods of TABLE (with --all also those of
-ALL), and toss and toss-pro again in RUN-small, whose harmful reference set is too small to work
-alone. Finished work is skipped. Writes comparison.md and comparison.json.
+On the embedded world, what is missing is run first: the demo's methods (with --all all others too),
+and toss and toss-pro again in RUN-small, whose harmful reference set is too small to work alone.
+Finished work is skipped. Writes comparison.md and comparison.json.
 """
 
 import sys
@@ -59,6 +59,7 @@ def complete(main: Experiment, every: bool = False) -> dict[str, dict]:
     files, seed = main.files, main.common.get("seed", 0)
     found = rows_of(main, ALL if every else TABLE, "base")
     few = main.beside("small", harmful=files["harmful_small"])
+    print(f"\n{few.folder}: TOSS and TOSS-Pro again, with a harmful reference set of a few rows\n")
     found |= {f"{name}-small": row for name, row in rows_of(few, SMALL).items()}
     for name in ("safeinstr", "dsir") if every else ():
         custom = str(main.beside(name).folder / "custom.jsonl")

@@ -186,7 +186,7 @@ def table(corner: list[str], rows: dict[object, dict], names: Iterable[str]) -> 
 
 def save(path: Path, text: str, record: dict) -> None:
     """Write PATH.md with the text, and PATH.json with the numbers and where they come from."""
-    from toss.run import git_commit
+    from toss.folder import git_commit
 
     about = {"commit": git_commit(), "hardware": platform.processor() or platform.machine()}
     with atomic_file(path.with_suffix(".json")) as file:
