@@ -231,9 +231,7 @@ def test_a_state_of_another_recipe_or_changed_is_not_used_and_goes(seed, prepare
     assert not (run / ".state").exists()
 
 
-def test_an_unfinished_first_stage_keeps_the_day_that_its_template_took(
-    prepared, base, tmp_path, monkeypatch, capsys
-):
+def test_an_unfinished_first_stage_keeps_its_day(prepared, base, tmp_path, monkeypatch, capsys):
     dated = Path(shutil.copytree(base, tmp_path / "dated"))
     turns = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     (dated / "chat_template.jinja").write_text("{{ strftime_now('%d') }}" + turns)

@@ -195,9 +195,8 @@ def test_a_weight_beyond_float16_is_refused_in_float16_only(tmp_path):
 
 
 of = lambda family, **fields: {"model_type": family, **fields}
-rope = lambda kind, **more: {
-    "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more},
-}
+typed = lambda kind, **more: {"rope_type": kind, "rope_theta": 1e4, **more}
+rope = lambda kind, **more: {"rope_parameters": typed(kind, **more)}
 SLIDING, FULL = "sliding_attention", "full_attention"
 SIZES = {"vocab_size": 80, "hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 30}
 SIZES |= {"num_attention_heads": 64}
