@@ -27,10 +27,17 @@ from conftest import damage, edit_tensors, make_base, sources, with_one
 from helpers import call, refused, said
 from safetensors.torch import load_file
 
-from model import InputError, load_checkpoint, load_tokenizer, save_adapter, save_checkpoint
+from model import (
+    InputError,
+    load_adapter,
+    load_checkpoint,
+    load_tokenizer,
+    save_adapter,
+    save_checkpoint,
+)
 from model.config import FAMILIES, Config
 from model.generate import generate
-from model.hub import resolve
+from model.hub import resolve, resolve_adapter
 from model.io import NotFinite, read_json
 from model.lora import new_adapter, use
 from model.packed import Rows
@@ -508,6 +515,11 @@ def test_only_the_files_that_are_needed_are_fetched(hub):
     assert sorted(hub.sent) == sorted([*more, *SMALL])
     assert_same_weights(load_checkpoint("someone/model"), loaded("gqa-tied-shards"))
     assert sorted(hub.sent) == sorted([*more, *SMALL, *SHARDS, INDEX])
+    hub.sent.clear()
+    hub.put("someone/adapter", GOLDENS / "adapters/qv", TOKENIZER, **UNWANTED)
+    adapter = resolve_adapter("someone/adapter")
+    assert sorted(hub.sent) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert load_adapter(load_checkpoint(GOLDENS / "gqa-tied"), adapter)
 
 
 def test_a_revision_is_found_and_a_complete_cache_needs_no_network(hub, monkeypatch):
