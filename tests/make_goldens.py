@@ -29,18 +29,15 @@ import peft
 import tokenizers
 import torch
 import transformers
+from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-GOLDENS = Path(__file__).resolve().parent / "goldens"
-NEW_TOKENS = 12
+from model.io import read_json
+
 BASES = {"head": "plain", "all-linear-mistral": "mistral-window"}
 BASES |= {"all-linear-qwen2": "qwen2", "all-linear-qwen3": "qwen3"}
 BASES |= {"all-linear-smollm3": "smollm3", "all-linear-gemma3": "gemma3"}
-
-
-def read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -53,7 +50,7 @@ def losses_of(logits, ids):
     return losses
 
 
-def greedy(model, prompt: list[int], eos: int | None, new_tokens: int = NEW_TOKENS) -> list[int]:
+def greedy(model, prompt: list[int], eos: int | None, new_tokens: int = 12) -> list[int]:
     """transformers' own greedy answer, without the EOS."""
     limits = dict(do_sample=False, max_new_tokens=new_tokens, eos_token_id=eos, pad_token_id=0)
     ids, mask = torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long)
@@ -189,7 +186,6 @@ def write_real(folder: Path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     for folder in map(Path, sys.argv[1:]):
         (write_model if folder.resolve().parent == GOLDENS else write_real)(folder)

@@ -32,9 +32,16 @@ SELECT = "select.py --run {run} --name new"
 NAME = "select.py --run {run} --name "
 BENCH = {"--repeats 0": "--repeats", "--rows 0": "--rows", "--device abacus": "abacus"}
 BENCH |= {f"{flag} nowhere": "nowhere" for flag in ("--part", "--model")}
-NAMES = ("../up", "a/b", "base", "degraded")  # that methods/NAME must not have
+NAMES = ("../up", "a/b", "base", "degraded", "x.lock")  # that methods/NAME must not have
+OUT_OF_RANGE = {"--discard": "1 -0.1", "--method": "best toss-pro", "--lr": "nan 1e38"}
+OUT_OF_RANGE |= {"--alpha": "inf", "--seed": "-1", "--epochs": "x", "--max-length": "0"}
+OUT_OF_RANGE |= {"--schedule": "linear", "--pro": "-1"}
+OUT_OF_RANGE = [(flag, x) for flag, values in OUT_OF_RANGE.items() for x in values.split()]
+BAD = "('{0}' is not|invalid choice: '{0}')"
+DEVICES = ("abacus", "mps", "meta")
 MASK = "select.py --run {run} --name new --mask {tmp}/mask.safetensors"
 TRAIN = "train.py --run {tmp}/new --model {base} --harmful {harmful} --utility {utility}"
+OTHER = "train.py --run {run} --model {base} --harmful {harmful} --utility {utility} --lr 0.5"
 PLAIN = "select.py --run {tmp}/new --method sft --custom {custom} --model {tmp}/bad"
 
 
@@ -59,15 +66,19 @@ turns = lambda *messages, **more: row({"messages": [*messages], **more})
 record = lambda file, *drop, **fields: lambda tmp: edit_json(tmp / "run" / file, *drop, **fields)
 index = partial(record, "run.json")
 degraded = partial(record, "degraded/record.json")
+column, first = lambda t: t[:, None].clone(), lambda t: t[0].clone()
 at = lambda place, value: lambda t: t.index_fill(0, torch.tensor([place % len(t)]), value)
 
 
 def scores(name, change, fits=False, **header):
-    """Change a tensor of scores.safetensors, or remove it; its record stays, or `fits`."""
+    """Change a tensor of scores.safetensors, or remove it; its record stays, or `fits`.
+
+    header: fields of its record; ... removes one.
+    """
 
     def edit(tmp):
         path = tmp / "run" / "scores.safetensors"
-        record = {**made_from(path), **header}
+        record = {k: v for k, v in {**made_from(path), **header}.items() if v is not ...}
         edit_tensors(path, name, change)
         tensors = load_file(path)
         if fits:
@@ -76,6 +87,15 @@ def scores(name, change, fits=False, **header):
         save_tensors(tensors, path, record)
 
     return edit
+
+
+unmarked = scores("harmful", torch.zeros_like)
+
+
+def one_bit(tmp):
+    """A number in the header of scores.safetensors, that of the skipped rows, is another one."""
+    path, count = tmp / "run/scores.safetensors", b'skipped\\": '
+    path.write_bytes(path.read_bytes().replace(count + b"0", count + b"1"))
 
 
 def mask(change=lambda t: None, **header):
@@ -106,6 +126,10 @@ def base(name, content):
     return copy
 
 
+# What stands in run.json about a stage.
+made = lambda **settings: {"recipe": {"inputs": {}, "settings": settings}}
+STAGES = [{}, made(lr=-1), made(lr="x"), made(rank=True)]
+STAGES += [made() | wrong for wrong in ({"seconds": "x"}, {"torch": 3}, {"threads": "1"})]
 JINJA = "chat_template.jinja"
 PACKED = gzip.compress(b"".join(GOOD.replace("Hi", f"{i * i}").encode() for i in range(99)))
 TRAVEL = "0" * 64  # of a mask over other tokens
@@ -114,6 +138,7 @@ HUGE = lambda tmp: file(gzip.compress(b"a" * (2**26 + 1), 1), "bad.jsonl.gz")(tm
 WORDS = {"type": "WordLevel", "vocab": {"a": 0, "Ċ": 1}, "unk_token": "<unk>"}  # no <unk>
 SPANS = ([0, 9], [2, 1], [False, True])  # of a response of three characters
 ECHO = b"{{ messages[-1].content if messages|length > 1 }}"  # a template of responses alone
+ARRAYS = ("loss_utility", "input_ids", "response")
 TABLE = [
     # Rows
     (ROWS, row("{"), "bad.jsonl:2: not JSON"),
@@ -158,17 +183,20 @@ TABLE = [
     (SELECT, gone("scores.safetensors"), "run score.py --run .*/run"),
     (SELECT, gone("degraded"), "run train.py --run .*/run"),
     (SCORE, gone("utility/adapter_model.safetensors"), "run train.py --run .*/run"),
-    (SCORE + " --custom {tmp}/bad.jsonl", file(GOOD), "--custom"),
-    (SELECT + " --custom {tmp}/bad.jsonl", file(GOOD), "--custom"),
+    *((x + " --custom {tmp}/bad.jsonl", file(GOOD), "--custom") for x in (SCORE, SELECT)),
     (SELECT, file(GOOD, "custom.jsonl"), "--custom"),  # the same path, other rows
     (SELECT + " --pro 1", file(GOOD, "harmful.jsonl"), "--harmful"),
     (SELECT + " --pro 1", gone("degraded/record.json"), "no record"),
     (SELECT + " --pro 1", degraded(settings={"rank": "x"}), "a setting in its record is damaged"),
-    (SELECT + " --pro 1", degraded(settings=3), "no record"),
+    *(
+        (SELECT + " --pro 1", degraded(**x), "no record")
+        for x in ({"settings": 3}, {"files": None})
+    ),
     ("train.py --run {run}", gone("degraded/record.json"), "degraded .*--overwrite"),
+    (OTHER, file("{", "run/degraded/record.json"), "degraded .*lr 0.01 there, 0.5 now"),
+    (OTHER, file("{", "run/run.json"), "degraded .*lr 0.01 there, 0.5 now"),
     (SELECT + " --method base", None, "run score.py --base --overwrite"),
-    (SELECT + " --method oracle", scores("harmful", torch.zeros_like), "harm"),
-    (SELECT + " --method sample-all", scores("harmful", torch.zeros_like), "harm"),
+    *((f"{SELECT} --method {x}", unmarked, "harm") for x in ("oracle", "sample-all")),
     (SCORE + " --base", None, "base False there, True now.*--overwrite"),
     (SCORE + " --max-length 64", None, "begun with --max-length 2048"),
     (SELECT + " --template human", None, "begun with --template chat"),
@@ -178,26 +206,26 @@ TABLE = [
     (SELECT, file(b"", "run/scores.safetensors"), "scores.safetensors: cannot be read"),
     (SELECT, file(b"\x10\0\0\0\0\0\0\0{}", "run/scores.safetensors"), "scores.safetensors: "),
     (SELECT, file(b"\xff" * 500, "run/scores.safetensors"), "scores.safetensors: "),
-    (SELECT, scores("input_ids", lambda t: None), "input_ids is missing"),
-    (SELECT, scores("loss_utility", lambda t: None), "loss_utility is missing"),
+    *(
+        (SELECT, scores(x, lambda t: None), f"{x} is missing")
+        for x in ("input_ids", "loss_utility")
+    ),
     (SELECT, scores("loss_utility", lambda t: t[1:].clone()), "loss_utility has the shape"),
     (SELECT, scores("response", lambda t: t[:, None]), "response has the shape"),
-    (SELECT, scores("loss_utility", torch.Tensor.double), "loss_utility has the dtype"),
-    (SELECT, scores("input_ids", torch.Tensor.float), "input_ids has the dtype"),
-    (SELECT, scores("response", torch.Tensor.float), "response has the dtype"),
+    *((SELECT, scores(x, lambda t: t.double()), f"{x} has the dtype") for x in ARRAYS),
     (SELECT, scores("loss_degraded", at(-1, math.nan)), "loss_degraded is not finite.* on row 9"),
     (SELECT, scores("loss_utility", at(0, math.inf)), "loss_utility is not finite.* on row 0"),
     *((SELECT, scores("offsets", at(*one)), "offsets") for one in ((-1, 3), (0, 1), (3, 0))),
-    (SELECT, scores("offsets", lambda t: t[:, None].clone()), "offsets has the shape"),
-    (SELECT, scores("offsets", lambda t: t[0].clone()), "offsets has the shape"),
+    *((SELECT, scores("offsets", x), "offsets has the shape") for x in (column, first)),
     (SELECT, scores("input_ids", at(0, 384), True), "has the id 384"),
     (SELECT, scores("input_ids", at(0, -1), True), "its flags or ids"),
     (SELECT, scores("response", lambda t: t | True, True), "its flags or ids"),
     (SELECT, scores("loss_utility", at(-1, -1.0)), "loss_utility is .*negative.* on row 9"),
     (SELECT, scores("loss_utility", at(0, 1.0)), "loss_utility is .* not of a response token"),
     (SELECT, scores("harmful", at(0, True)), "its flags or ids"),
-    (SELECT, scores("loss_utility", torch.clone, dtype=[]), "its header"),
+    *((SELECT, scores("loss_utility", torch.clone, dtype=x), "its header") for x in ([], ...)),
     (SELECT, scores("loss_utility", torch.clone, skipped="x"), "its header"),
+    (SELECT, one_bit, "scores.safetensors: the header is not as it was written"),
     *((SELECT, scores("input_ids", at(0, id)), "scores.*: its tokens") for id in (384, -1)),
     (SELECT, scores("response", at(0, True)), "scores.safetensors: its tokens"),
     # Selection files
@@ -219,11 +247,14 @@ TABLE = [
     (SELECT, file("[]", "run/run.json"), "run.json: .*JSON object"),
     (SELECT, index("format"), "run.json .*another version"),
     (SELECT, index(settings={}), "--model"),
-    (SELECT, index(settings=[]), "run.json"),
+    *((SELECT, index(settings=x), "run.json: .*again") for x in ([], {"max_length": True})),
     (SELECT, index(stages=3), "run.json"),
     (SELECT, index(identity={"max_length": []}), "run.json: .*name the inputs again"),
-    (SELECT, index(stages={"scores": {"seconds": "x"}}), "run.json: .*name the inputs again"),
-    (SELECT, index(hashes=3), "run.json"),
+    *(
+        (SELECT, index(stages={"x": stage}), "run.json: .*name the inputs again")
+        for stage in STAGES
+    ),
+    *((SELECT, index(hashes=hashes), "run.json: .*again") for hashes in (3, {"/x": 3})),
     # The base
     (PLAIN, None, "bad"),
     (PLAIN, base("model.safetensors", b"version https://git-lfs"), "model.safetensors: "),
@@ -234,31 +265,21 @@ TABLE = [
     (PLAIN, base(JINJA, b"{{ 'a' * 10**10 }}"), "custom.jsonl:1: .* 1 GiB"),
     (PLAIN, base("tokenizer.json", {"model": WORDS}), "custom.jsonl:1: .*tokenizer.json: .*UNK"),
     # Flags out of range, unknown, or contradicting each other
-    (SELECT + " --discard 1", None, "--discard: '1' is not"),
-    (SELECT + " --discard -0.1", None, "--discard"),
-    *((f"{SELECT} --method {x}", None, f"invalid choice: '{x}'") for x in ("best", "toss-pro")),
-    (SELECT + " --lr nan", None, "--lr: 'nan' is not"),
-    (SELECT + " --lr 1e38", None, "--lr: '1e38' is not"),
-    (SELECT + " --rank 1000000", None, "the LoRA rank 1000000 .*q_proj, .32, 32"),
+    *((f"{SELECT} {flag}={x}", None, f"{flag}: {BAD.format(x)}") for flag, x in OUT_OF_RANGE),
     (SELECT + " --threads 1000000", None, "--threads: '1000000' is not .* 1024"),
+    (SELECT + " --rank 1000000", None, "the LoRA rank 1000000 .*q_proj, .32, 32"),
     ("select.py --run ''", None, "--run: '' is not"),
-    (SELECT + " --alpha inf", None, "--alpha: 'inf' is not"),
-    (SELECT + " --seed -1", None, "--seed"),
-    (SELECT + " --epochs x", None, "--epochs: 'x' is not"),
-    (SELECT + " --max-length 0", None, "--max-length: '0' is not"),
-    (SELECT + " --schedule linear", None, "--schedule: invalid choice"),
+    ("select.py --run /proc/x --method sft --model {base} --custom {custom}", None, "/proc/x"),
     (SELECT + " --targets q_proj,mystery", None, "mystery"),
     (SELECT + " --targets ,", None, "targets"),
-    (SELECT + " --device abacus", None, "--device abacus is unknown"),
-    (SELECT + " --device mps", None, "--device mps is unknown"),
-    (SELECT + " --device meta", None, "--device meta is unknown"),
+    *((f"{SELECT} --device {x}", None, f"--device {x} is unknown") for x in DEVICES),
     (SELECT + " --device cuda:99", None, "--device cuda:99 cannot be used"),
-    (SELECT + " --discrad 0.1", None, "--discrad"),
-    (SELECT + " --disc 0.1", None, "--disc"),
-    (SELECT + " --pro -1", None, "--pro"),
+    *((f"{SELECT} {x} 0.1", None, x) for x in ("--discrad", "--disc")),
     (SELECT + " --pro 1 --method sft", None, "--pro .*--method toss"),
-    (SELECT + " --pro-samples 3", None, "--pro-samples .*--pro T"),
-    (SELECT + " --pro-train top", None, "--pro-train .*--pro T"),
+    *(
+        (f"{SELECT} {x}", None, "--pro-train .*--pro T")
+        for x in ("--pro-samples 3", "--pro-train top")
+    ),
     (SELECT + " --shard", None, "start it with torchrun|needs PyTorch 2.7"),
     (SELECT + " --shard --merge", None, "without --shard"),
     *((f"{NAME}{name}", None, f"'{name}' cannot name a folder") for name in NAMES),

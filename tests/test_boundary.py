@@ -25,10 +25,7 @@ PROMPT = {"prompt": "Hi?", "response": "Hello."}
 ALPACA = {"instruction": "Hi?", "input": "", "output": "Hello."}
 
 
-def turns(role, text, *values):
-    return [{role: r, text: t} for r, t in zip(values[::2], values[1::2])]
-
-
+turns = lambda role, text, *said: [{role: r, text: t} for r, t in zip(said[::2], said[1::2])]
 PARTS = [{"type": "text", "text": text} for text in ("H", "i?")]
 SAME = {
     "messages": {"messages": TWO},

@@ -83,10 +83,17 @@ def test_two_processes_do_what_one_does(tmp_path, base, files, trained):
 
 
 HELD = """
+    from pathlib import Path
     from model import load_checkpoint
-    sizes = [getattr(p, "to_local", lambda: p)().shape.numel()
-             for p in load_checkpoint({base!r}, shard=True).parameters()]
+    from toss.files import read_scores
+    from toss.scoring import score
+    model = load_checkpoint({base!r}, shard=True)
+    sizes = [getattr(p, "to_local", lambda: p)().shape.numel() for p in model.parameters()]
     open(f"{out}-{{torch.distributed.get_rank()}}", "w").write(str(sum(sizes)))
+    tokens, known = read_scores(Path({scores!r}), "rows")
+    whole = known["utility"]  # as if both processes had saved all of it
+    again = score(model, tokens, start=lambda losses, plan: losses.copy_(whole))
+    assert again.equal(whole)
 """
 
 
@@ -104,7 +111,8 @@ def test_a_base_spread_over_two_processes_does_what_a_whole_one_does(tmp_path, f
         calls[name] += [[*audit, "--run", str(tmp_path / name)] for audit in audits]
     for name, *argv in calls["one"]:
         script(name, *argv)
-    held = HELD.format(base=str(base), out=tmp_path / "held")
+    scores = str(tmp_path / "one/scores.safetensors")
+    held = HELD.format(base=str(base), out=tmp_path / "held", scores=scores)
     done = job(tmp_path, [[*call, "--shard"] for call in calls["two"]], held)
 
     assert done.returncode == 0, done.stderr

@@ -132,15 +132,14 @@ def test_pefts_adapter_here_written_again_and_merged(name, tmp_path):
     assert torch.equal(logits_of(load_checkpoint(tmp_path / "merged"), ids), merged)
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["down_proj", "o_proj", "k_proj"], ["lm_head"]])
-def test_our_adapter_survives_the_round_trip_exactly(model, targets, tmp_path):
-    for rank, alpha in ((3, 16), (2, 0.3)):
-        adapter = noisy(model, targets, rank=rank, alpha=alpha)
-        write_adapter(adapter, use(model, None), tmp_path)
-        assert active(model) is None
-        again = read_adapter(load_checkpoint(GOLDENS / "gqa-tied"), tmp_path)
-        assert again.scale == adapter.scale and again.A.keys() == adapter.A.keys()
-        assert all(torch.equal(a, b) for a, b in zip(again.tensors(), adapter.tensors()))
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 16), (2, 0.3)])
+def test_our_adapter_survives_the_round_trip_exactly(model, rank, alpha, tmp_path):
+    adapter = noisy(model, ["down_proj", "k_proj", "lm_head"], rank=rank, alpha=alpha)
+    write_adapter(adapter, model, tmp_path)
+    again = read_adapter(model, tmp_path)
+    assert again.scale == adapter.scale and again.A.keys() == adapter.A.keys()
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors(), adapter.tensors()))
+    assert active(model) is None
 
 
 def test_half_precision_files_patterns_and_copies_of_the_base_are_read(model, folder):
@@ -151,30 +150,31 @@ def test_half_precision_files_patterns_and_copies_of_the_base_are_read(model, fo
         for name in ("lm_head", "model.embed_tokens"):  # PEFT may add them, rounded like the rest
             key = f"base_model.model.{name}.weight"
             edit_tensors(folder / WEIGHTS, key, lambda _: own.to(dtype))
-        edit_json(folder / CONFIG, alpha_pattern={r"layers\.1\..*v_proj": 3})
+        settings = {"init_lora_weights": "orthogonal" if dtype == torch.float16 else "gaussian"}
+        edit_json(folder / CONFIG, alpha_pattern={r"layers\.1\..*v_proj": 3}, **settings)
         adapter = read_adapter(model, folder)
         assert {tensor.dtype for tensor in adapter.tensors()} == {torch.float32}
         assert sorted(adapter.scale.values()) == [0.75, 2, 2, 2]
     assert read_adapter(skeleton(GOLDENS / "gqa-tied"), folder)  # to see whether it fits
 
 
-@pytest.mark.parametrize(
-    ("config", "want"),
-    [
-        ({"target_modules": ["proj"]}, ""),
-        ({"target_modules": "all-linear"}, "q0 v11"),
-        ({"target_modules": ".*"}, "q0 v11 head"),
-        ({"target_modules": "q_proj"}, ""),  # an expression of the whole name
-        ({"target_modules": r".*\.1\..*"}, ""),
-        ({"layers_to_transform": [1, 11]}, "v11 head"),  # the name in full needs no number
-        ({"layers_to_transform": 0, "layers_pattern": ["h", "layers"]}, "q0 head"),
-        ({"layers_to_transform": [0, 11], "layers_pattern": "blocks"}, "head"),
-        ({"layers_to_transform": []}, "q0 v11 head"),
-        ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "q0 v11"),
-        ({"target_modules": ".*", "exclude_modules": r".*\.0\..*"}, "v11 head"),
-        ({"exclude_modules": ["layers.11.self_attn.v_proj"]}, "q0 head"),
-    ],
-)
+PICKED = [
+    ({"target_modules": ["proj"]}, ""),
+    ({"target_modules": "all-linear"}, "q0 v11"),
+    ({"target_modules": ".*"}, "q0 v11 head"),
+    ({"target_modules": "q_proj"}, ""),  # an expression of the whole name
+    ({"target_modules": r".*\.1\..*"}, ""),
+    ({"layers_to_transform": [1, 11]}, "v11 head"),  # the name in full needs no number
+    ({"layers_to_transform": 0, "layers_pattern": ["h", "layers"]}, "q0 head"),
+    ({"layers_to_transform": [0, 11], "layers_pattern": "blocks"}, "head"),
+    ({"layers_to_transform": []}, "q0 v11 head"),
+    ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "q0 v11"),
+    ({"target_modules": ".*", "exclude_modules": r".*\.0\..*"}, "v11 head"),
+    ({"exclude_modules": ["layers.11.self_attn.v_proj"]}, "q0 head"),
+]
+
+
+@pytest.mark.parametrize(("config", "want"), PICKED)
 def test_layers_are_picked_by_pefts_rules(config, want):
     config = {"target_modules": ["q_proj", "v_proj", "lm_head"]} | config
     q0, v11 = "model.layers.0.self_attn.q_proj", "model.layers.11.self_attn.v_proj"
@@ -184,8 +184,6 @@ def test_layers_are_picked_by_pefts_rules(config, want):
 
 HEAD, EMBED = "lm_head", "model.embed_tokens"
 Q, V = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
-
-
 tensor = lambda name, change: (f"base_model.model.{name}", change)
 a = lambda layer, change: tensor(f"{layer}.lora_A.weight", change)
 b = lambda layer, change: tensor(f"{layer}.lora_B.weight", change)
@@ -313,45 +311,16 @@ def test_through_transformers_and_peft_and_back(live, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_pefts_adapter_written_here_is_read_by_peft(live, name, tmp_path):
+def test_pefts_adapter_written_here_and_again_by_peft_is_the_same(live, name, tmp_path):
     (read, peft), ours, want = live, load_checkpoint(base_of(name)), golden(f"adapters/{name}")
     load_adapter(ours, GOLDENS / "adapters" / name)
     save_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(read(base_of(name), dtype=torch.float32), tmp_path)
     with torch.no_grad():
         assert apart(theirs.eval()(want["input_ids"]).logits, want["logits"]) < BOUND
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": r".*\.(0\.self_attn\.[qk]|1\.mlp\.\w+)_proj"},
-        {"target_modules": "all-linear", "exclude_modules": r".*\.0\.mlp\..*"},
-        {"target_modules": ["layers.1.mlp.up_proj", "lm_head"]},
-        {"layers_to_transform": 1, "layers_pattern": ["h", "layers"]},
-        {"rank_pattern": {r"1\..*q_proj": 5}, "alpha_pattern": {"v_proj": 7}, "use_rslora": True},
-        {"init_lora_weights": "gaussian"},
-        {"init_lora_weights": "orthogonal"},
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pefts_adapter_of_any_dtype_reads_here_as_there(live, settings, dtype, tmp_path):
-    read, peft = live
-    read(GOLDENS / "plain", dtype=dtype).save_pretrained(tmp_path / "base")
-    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]} | settings
-    base, config = read(tmp_path / "base", dtype=dtype), peft.LoraConfig(**settings)
-    theirs = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
-    theirs.save_pretrained(tmp_path)
-    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {dtype}
-    ours = load_checkpoint(tmp_path / "base")
-    load_adapter(ours, tmp_path)
-    base = read(tmp_path / "base", dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    with torch.no_grad():
-        assert apart(logits_of(ours, IDS), theirs(IDS).logits) < BOUND
+    theirs.save_pretrained(tmp_path / "again")
+    load_adapter(use(ours, None), tmp_path / "again")
+    assert apart(logits_of(ours, want["input_ids"]), want["logits"]) < BOUND
 
 
 def test_every_setting_of_pefts_is_known(live):

@@ -85,22 +85,21 @@ def test_competing_tokens_are_all_response_tokens_or_all_but_eos():
     assert competing_tokens(tokens, eos_id=9).tolist() == [i for i in places if IDS[i] != 9]
 
 
-@pytest.mark.parametrize(
-    ("method", "d", "expected"),
-    [
-        ("sft", 0.3, []),  # plain fine-tuning
-        ("first-k", 0.3, [1, 4, 8]),  # the first token of each row
-        ("first-k", 0.5, [1, 2, 4, 5, 8]),  # then the second of each, the earlier row first
-        ("local", 0.5, [1, 6, 8, 12]),  # 1 of 2 (a tie: the earlier), 1 of 3, 2 of 5
-        ("local", 0.3, [8]),  # floor(0.3 * 5) = 1 in the last row, 0 in the others
-        ("sample", 0.3, [4, 5, 6]),  # the row of the highest mean; the next exceeds the budget
-        ("sample", 0.2, []),
-        ("sample-all", 0.01, [4, 5, 6]),  # as many rows as hold harm: 1
-        ("utility-only", 0.3, [5, 6, 8]),
-        ("oracle", 0.0, [HARMFUL]),  # whatever d
-        ("oracle", 0.9, [HARMFUL]),
-    ],
-)
+GONE = [
+    ("sft", 0.3, []),  # plain fine-tuning
+    ("first-k", 0.3, [1, 4, 8]),  # the first token of each row
+    ("first-k", 0.5, [1, 2, 4, 5, 8]),  # then the second of each, the earlier row first
+    ("local", 0.5, [1, 6, 8, 12]),  # 1 of 2 (a tie: the earlier), 1 of 3, 2 of 5
+    ("local", 0.3, [8]),  # floor(0.3 * 5) = 1 in the last row, 0 in the others
+    ("sample", 0.3, [4, 5, 6]),  # the row of the highest mean; the next exceeds the budget
+    ("sample", 0.2, []),
+    ("sample-all", 0.01, [4, 5, 6]),  # as many rows as hold harm: 1
+    ("utility-only", 0.3, [5, 6, 8]),
+    *(("oracle", d, [HARMFUL]) for d in (0.0, 0.9)),  # whatever d
+]
+
+
+@pytest.mark.parametrize(("method", "d", "expected"), GONE)
 def test_each_method_by_hand(method, d, expected):
     assert gone(method, d) == expected
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from agreement import GOLDENS, REAL
-from conftest import ROOT, damage, edit_json, sources
+from conftest import ROOT, damage, edit_json, run, sources
 from helpers import call, refused, talk
 
 from model import InputError, load_tokenizer
@@ -292,56 +292,71 @@ def test_the_fingerprint_covers_vocabulary_template_special_tokens_and_date(fold
     assert len({x.fingerprint() for x in found}) == 6
 
 
-@pytest.mark.parametrize(
-    ("source", "text"),
-    [
-        ("{% if tools is none and documents is none %}none{% endif %}", "none"),
-        ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}a{% endfor %}", "a"),
-        ("{% for m in messages %}{% continue %}{{ m.content }}{% endfor %}.", "."),
-        ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "a!"),
-        ("{{ eos_token }}{{ missing_token }}", "<|im_end|>"),
-        ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),  # trim_blocks and lstrip_blocks
-        ("{% set n = namespace(x=0) %}{% if true %}{% set n.x = 1 %}{% endif %}{{ n.x }}", "1"),
-        ("{{ {'a': '<b> & é'} | tojson }}", '{"a": "<b> & é"}'),
-        ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
-        ("{{ strftime_now('%d.%m. %H:%M:%S') }}", "09.03. 00:00:00"),
-    ],
-)
+GIVEN = [
+    ("{% if tools is none and documents is none %}none{% endif %}", "none"),
+    ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}a{% endfor %}", "a"),
+    ("{% for m in messages %}{% continue %}{{ m.content }}{% endfor %}.", "."),
+    ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "a!"),
+    ("{{ eos_token }}{{ missing_token }}", "<|im_end|>"),
+    ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),  # trim_blocks and lstrip_blocks
+    ("{% set n = namespace(x=0) %}{% if true %}{% set n.x = 1 %}{% endif %}{{ n.x }}", "1"),
+    ("{{ {'a': '<b> & é'} | tojson }}", '{"a": "<b> & é"}'),
+    ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
+    ("{{ strftime_now('%d.%m. %H:%M:%S') }}", "09.03. 00:00:00"),
+]
+
+
+@pytest.mark.parametrize(("source", "text"), GIVEN)
 def test_templates_find_what_transformers_gives_them(folder, source, text):
     assert first_text(with_template(folder, source, date="2025-03-09")) == text
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.__class__.__base__.__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{{ raise_exception.__globals__['os'] }}",
-        "{{ '{0.__class__.__mro__}'.format(messages) }}",
-        "{{ messages.append(messages) }}",
-        "{{ messages[0].update({'role': 'system'}) }}",
-        "{% include '/etc/hostname' %}",
-        "{{ range(1000000000) | list }}",
-        "{{ nothing.at.all }}",
-        "{{ raise_exception('not this way') }}",
-        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-        "{{ messages[0].content * 10**10 }}",
-        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x*2 %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ (messages|length + 9) ** (10 ** 8) }}",
-        "{{ '%10000000000d' % 1 }}",
-        "{{ 'a'.ljust(10**10) }}",
-        "{{ 'ab' * 10**5 }}",
-        "{{ messages[0].content }}{{ '\\ud800' }}",
-        "Hi!",
-    ],
-)
+FAILING = [
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ raise_exception.__globals__['os'] }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "{{ messages.append(messages) }}",
+    "{{ messages[0].update({'role': 'system'}) }}",
+    "{% include '/etc/hostname' %}",
+    "{{ range(1000000000) | list }}",
+    "{{ nothing.at.all }}",
+    "{{ raise_exception('not this way') }}",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "{{ messages[0].content * 10**10 }}",
+    "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x*2 %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ (messages|length + 9) ** (10 ** 8) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ 'a'.ljust(10**10) }}",
+    "{{ 'ab' * 10**5 }}",
+    "{{ messages[0].content }}{{ '\\ud800' }}",
+    "Hi!",
+]
+
+
+@pytest.mark.parametrize("source", FAILING)
 def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, source, hurried):
     tokenizer, messages = with_template(folder, source), talk("a")
     with pytest.raises(InputError, match="template"):
         tokenizer.prompt_ids(messages)
     assert messages == talk("a")
+
+
+HASTE = """
+from model import limits, load_tokenizer
+limits.limited.__wrapped__.__defaults__ = (0.3, 1)
+load_tokenizer({folder!r}).prompt_ids([{{"role": "user", "content": "a"}}])
+"""
+
+
+def test_a_template_that_stays_in_one_call_into_c_ends_the_process(folder):
+    """It hears no alarm; this one would take an hour."""
+    long = "{{ ('a' * 4000000).rfind('a' * 1000000 + 'b' + 'a' * 1000000) }}"
+    (folder / JINJA).write_text(long)
+    done = run("-c", HASTE.format(folder=str(folder)))
+    assert done.returncode == 1 and "Timeout (0:00:00.6" in done.stderr
 
 
 THOUGHT = talk("Hi.", "<think>\nhm\n</think>\n\nYes?", "Bake.", "No.")

@@ -6,6 +6,7 @@ is then run again and must leave the bytes of an undisturbed run, and nothing be
 takes a sample of the places; with TOSS_TORTURE=1 (`make torture`) all of them are tried.
 """
 
+import datetime
 import errno
 import fcntl
 import os
@@ -16,14 +17,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, tree, write_files
 from helpers import call, refused, said
 
-from model import process
+import toss.base
+import toss.rows
+import toss.run
+from model import process, tokenizer
 from model.atomic import locked
 from model.io import read_json
+from toss.files import record_of
 from toss.progress import Progress
 from toss.run import open_run
 
@@ -86,9 +92,11 @@ def dies_at(n: int, line: str) -> int:
 
 
 def results(run: Path) -> dict[str, bytes]:
-    """All files of a run but run.json, which holds times; no other leftovers are allowed."""
-    files = tree(run)
-    assert read_json(run / "run.json")["format"]
+    """All files of a run but run.json, which holds times; its recipes must be the records'."""
+    files, index = tree(run), read_json(run / "run.json")
+    for stage, known in index["stages"].items():
+        made = record_of(run / ("scores.safetensors" if stage == "scores" else stage))
+        assert made.items() >= known["recipe"].items(), stage
     return {name: data for name, data in files.items() if name != "run.json"}
 
 
@@ -146,19 +154,26 @@ def test_killed_at_any_write_the_same_command_finishes_the_work(name, prepared):
     assert n > 20  # a command writes many times
 
 
-def test_a_result_that_was_damaged_without_a_trace_is_made_again(prepared, capsys):
-    """As after a power cut: full length, all zeros, the same time."""
+def test_a_result_that_lost_a_part_or_was_damaged_without_a_trace_is_made_again(prepared, capsys):
+    """As after a power cut: full length, all zeros, the same time. Every second part is gone."""
     parts = {"train": ["degraded", "utility"], "score": ["scores.safetensors"]}
     for name in ("train", "score", "select"):
         run, line = begin(prepared, name)
         assert call(line) == 0
         own = [run / part for part in parts.get(name, ["methods/toss-pro"])]
         files = [f for part in own for f in (part.rglob("*") if part.is_dir() else [part])]
-        for file in [f for f in files if f.is_file() and f.name != "README.md"][:: 1 if ALL else 3]:
+        files = [f for f in files if f.is_file() and f.name != "README.md"][:: 1 if ALL else 3]
+        for n, file in enumerate(files):
             stat, data = file.stat(), file.read_bytes()
-            file.write_bytes(bytes(len(data)))
-            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            assert call(line) == 0 and file.read_bytes() == data, file
+            if n % 2:
+                file.unlink()
+            else:
+                file.write_bytes(bytes(len(data)))
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            again = "merged checkpoint" if "merged" in str(file) else "so it is made again"
+            assert again in said(capsys, line) and file.read_bytes() == data, file
+    (run / "scores.safetensors").write_bytes(b"cut off")
+    assert "cannot be read" in refused(capsys, line)
     (run / "utility/adapter_model.safetensors").write_bytes(b"")
     assert "utility is damaged" in refused(capsys, COMMANDS["score"].format(**prepared[1]))
 
@@ -177,19 +192,20 @@ def step_of(n: int, act):
     Progress.__call__ = wrapper
 
 
+def stopped(line: str, n: int, number: signal.Signals) -> tuple[int, str]:
+    """Send a child that runs a command a signal after the n-th step; its status and output."""
+    signalled = lambda: os.kill(os.getpid(), number)
+    line += " --save-every 1e-9" * (number == signal.SIGKILL)
+    return child(lambda: step_of(n, signalled) or call(line))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("name", ["train", "score", "select"])
 def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared, capsys):
     after = prepared[2]
     for n in range(1, 99, 1 if ALL else 4):
         run, line = begin(prepared, name)
-        every = line if number != signal.SIGKILL else line + " --save-every 1e-9"
-
-        def work():
-            step_of(n, lambda: os.kill(os.getpid(), number))
-            return call(every)
-
-        status, out = child(work)
+        status, out = stopped(line, n, number)
         if status == 0:
             break
         if number == signal.SIGKILL:
@@ -204,13 +220,28 @@ def test_stopped_after_any_step_the_same_command_goes_on(name, number, prepared,
     assert n >= 3
 
 
-def test_a_state_of_another_recipe_is_not_used_and_goes_when_the_work_is_done(prepared, capsys):
+@pytest.mark.parametrize("seed", ["--seed 7", ""])
+def test_a_state_of_another_recipe_or_changed_is_not_used_and_goes(seed, prepared, capsys):
     run, line = begin(prepared, "select")
-    stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    child(lambda: step_of(4, stop) or call(line + " --save-every 1e-9"))
-    assert list((run / ".state").rglob("*.safetensors"))
-    assert "goes on" not in said(capsys, line + " --seed 7")
+    stopped(line, 4, signal.SIGKILL)
+    states = list((run / ".state").rglob("*.safetensors"))
+    for state in states if not seed else []:  # its header says another step
+        state.write_bytes(re.sub(rb'(at\\": \[)\d', rb"\g<1>9", state.read_bytes()))
+    assert states and "goes on" not in said(capsys, f"{line} {seed}")
     assert not (run / ".state").exists()
+
+
+def test_an_unfinished_first_stage_keeps_its_day(prepared, base, tmp_path, monkeypatch, capsys):
+    dated = Path(shutil.copytree(base, tmp_path / "dated"))
+    turns = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%d') }}" + turns)
+    line = COMMANDS["train"].format(**prepared[1] | {"base": dated, "run": tmp_path / "run"})
+    day = type("Day", (datetime.date,), {"today": lambda: datetime.date(2030, 1, 1)})
+    monkeypatch.setattr(tokenizer, "datetime", SimpleNamespace(date=day))
+    stopped(line, 1, signal.SIGTERM)
+    day.today = lambda: datetime.date(2030, 1, 2)
+    assert "goes on after step 1" in said(capsys, line)
+    assert read_json(tmp_path / "run/run.json")["identity"]["date"] == "2030-01-01"
 
 
 def test_one_process_at_a_time_works_on_a_result(prepared, capsys):
@@ -293,13 +324,31 @@ def test_a_result_is_on_the_disk_before_it_is_published(prepared, monkeypatch):
     assert results <= set(published)
 
 
-def test_rows_that_change_while_a_command_runs_are_an_error(prepared, tmp_path, capsys):
-    files = {k: v for k, v in prepared[1].items() if k not in ("base", "run")}
-    copies = {name: shutil.copy(file, tmp_path / f"{name}.jsonl") for name, file in files.items()}
-    words = {**copies, "base": prepared[1]["base"], "run": tmp_path / "run"}
-    change = lambda: copies["utility"].write_text(copies["harmful"].read_text())
-    status, out = child(lambda: step_of(2, change) or call(COMMANDS["train"].format(**words)))
-    assert status == 1 and "utility.jsonl was changed after it was read" in out.splitlines()[-1]
+READERS = [
+    (toss.base, "read_rows", "train.py --run {run} --model {base} --harmful {tmp} --utility {tmp}"),
+    (toss.rows, "read_rows", "toss.audit.evaluate --run {run} --harmful {tmp} --methods base"),
+    (toss.run, "load_selection", "select.py --run {run} --mask {mask}"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "line"), READERS)
+def test_what_changes_while_it_is_read_is_an_error(
+    module, name, line, prepared, tmp_path, monkeypatch, capsys
+):
+    run = begin(prepared, "train" if module is toss.base else "select again")[0]
+    rows = shutil.copy(prepared[1]["utility"], tmp_path / "rows.jsonl")
+    mask = run / "methods/toss-pro/selection.safetensors"
+    line = line.format(**prepared[1] | {"tmp": rows, "mask": mask})
+    read, before = getattr(module, name), tree(run)
+
+    def changing(path, *how, **more):
+        found = read(path, *how, **more)
+        Path(path).write_bytes(Path(path).read_bytes() + b"\n")
+        return found
+
+    monkeypatch.setattr(module, name, changing)
+    assert re.search("(rows.jsonl|selection.safetensors) was changed", refused(capsys, line))
+    assert all(x.startswith(("log/", ".state")) for x in tree(run).keys() - before.keys())
 
 
 def test_what_dead_processes_left_is_swept_and_a_living_ones_is_not(prepared):
@@ -318,13 +367,8 @@ def test_a_full_disk_is_one_line_and_the_next_try_works(prepared):
     for name in ("train", "score", "select"):
         for size in (100, 2000, 9000) if ALL else (2000,):
             run, line = begin(prepared, name)
-
-            def work():
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-                return call(line)
-
-            before = tree(run)
-            status, out = child(work)
+            limit, before = (resource.RLIMIT_FSIZE, (size, size)), tree(run)
+            status, out = child(lambda: resource.setrlimit(*limit) or call(line))
             last = out.splitlines()[-1]
             assert status == 1 and last.startswith("error: ") and str(run) in last, out
             assert "cannot be written" in last and "Traceback" not in out, out

@@ -142,6 +142,12 @@ def test_training_halves_its_micro_batches_and_makes_the_step_again(model, token
     assert len(remarks) == 2 and len(events) == 2 + 4  # 400, 200; and 100 for the other steps
 
 
+def test_a_resumed_training_takes_the_smaller_of_the_states_and_the_given_batches(model, tokens):
+    for state, given in ((4096, 64), (64, 4096)):
+        events = fit(model, tokens, start=lambda *_: (0, state), batch_tokens=given)[1]
+        assert {event["tokens_per_batch"] for event in events} == {64}
+
+
 def test_a_single_row_that_does_not_fit_says_what_to_do_unless_it_is_unused(model, tokenizer):
     rows = [{"prompt": "a", "response": "yes " * n} for n in (120, 1, 1, 1, 1, 1)]
     long = tokens_of(rows, tokenizer)

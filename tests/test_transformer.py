@@ -23,14 +23,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import ADAPTERS, GOLDENS, MODELS, REAL, apart, golden, logits_of, losses_of
-from conftest import damage, edit_tensors, make_base, script, with_one
+from conftest import damage, edit_tensors, make_base, sources, with_one
+from helpers import call, refused, said
 from safetensors.torch import load_file
 
-from model import InputError, load_checkpoint, load_tokenizer, save_adapter, save_checkpoint
+from model import (
+    InputError,
+    load_adapter,
+    load_checkpoint,
+    load_tokenizer,
+    save_adapter,
+    save_checkpoint,
+)
 from model.config import FAMILIES, Config
-from model.generate import generate, main
-from model.hub import resolve
-from model.io import NotFinite
+from model.generate import generate
+from model.hub import resolve, resolve_adapter
+from model.io import NotFinite, read_json
 from model.lora import new_adapter, use
 from model.packed import Rows
 
@@ -62,25 +70,12 @@ def test_logits_losses_and_answers_are_those_of_transformers(name):
     torch.testing.assert_close(rms, torch.ones_like(rms), atol=0.02, rtol=0)
 
 
-def lacking() -> list[str]:
-    """What each family without golden files still needs."""
-    configs = [json.loads((GOLDENS / name / "config.json").read_text()) for name in MODELS]
-    families = FAMILIES.keys() - {config["model_type"] for config in configs}
-    return [
-        f"{name}: write tests/goldens/{name}/config.json, then {MAKE}{name}" for name in families
-    ]
-
-
-def test_of_a_new_family_it_is_said_how_its_golden_files_are_made(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "new", {})
-    assert f"new: write tests/goldens/new/config.json, then {MAKE}new" in lacking()
-
-
 def test_the_table_of_agreement_covers_every_family(capsys):
     agreement.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
-    assert set(FAMILIES) <= set(head[1:]), lacking()
+    for name in FAMILIES:
+        assert name in head, f"write tests/goldens/{name}/config.json, then {MAKE}{name}"
     assert len(MODELS) >= 15 and len(ADAPTERS) >= 15  # none was lost
     golden_logits = rows[0][1 : 1 + len(FAMILIES)]  # a real checkpoint's column has none
     assert len(rows) >= 4 and all(float(cell.split(" (")[0]) < BOUND for cell in golden_logits)
@@ -103,28 +98,18 @@ def test_a_mask_exists_only_where_a_row_is_longer_than_the_window():
 
 
 @pytest.mark.parametrize("name", VARIED)
-def test_right_padding_leaves_the_real_positions_alone(name):
-    model, row, lengths = loaded(name), golden(name)["input_ids"][0], [1, 5, 17, 24]
-    batch = torch.full((len(lengths), 24), 7)
-    for i, n in enumerate(lengths):
-        batch[i, :n] = row[:n]
-    with torch.no_grad():
-        padded = model(batch)
-        for i, n in enumerate(lengths):
-            torch.testing.assert_close(padded[i, :n], model(row[None, :n])[0], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("name", VARIED)
-def test_packed_rows_are_the_rows_by_themselves(name):
+def test_right_padding_and_packing_leave_each_row_as_it_is(name):
     model, rows = loaded(name), golden(name)["input_ids"]
     lengths = torch.tensor([5, 0, 24, 1, 17])  # an empty row, as that of a skipped prompt
-    ids = torch.cat([row[:n] for row, n in zip(rows[torch.arange(5) % len(rows)], lengths)])
+    parts = [row[:n] for row, n in zip(rows[torch.arange(5) % len(rows)], lengths)]
     with torch.no_grad():
-        packed = model(ids, bounds=F.pad(lengths.cumsum(0), (1, 0)))
-        assert packed.shape == (len(ids), model.config.hidden_size)
-        for part, row in zip(packed.split(lengths.tolist()), ids.split(lengths.tolist())):
-            if len(row):
-                torch.testing.assert_close(part, model(row[None])[0], atol=1e-5, rtol=0)
+        packed = model(torch.cat(parts), bounds=F.pad(lengths.cumsum(0), (1, 0)))
+        padded = model(torch.nn.utils.rnn.pad_sequence(parts, True, 7))
+        assert packed.shape == (sum(lengths), model.config.hidden_size)
+        for row, one, two in zip(parts, packed.split(lengths.tolist()), padded):
+            alone = model(row[None])[0] if len(row) else one
+            torch.testing.assert_close(one, alone, atol=1e-5, rtol=0)
+            torch.testing.assert_close(two[: len(row)], alone, atol=1e-5, rtol=0)
         bounds = torch.arange(len(rows) + 1) * rows.shape[1]  # rows of one length: to the bit
         assert torch.equal(model(rows.flatten(), bounds=bounds), model(rows).flatten(0, 1))
 
@@ -164,10 +149,7 @@ def test_what_is_loaded_is_frozen_named_as_in_the_file_and_the_same_in_shards(tm
     assert_same_weights(load_checkpoint(folder), tied)
 
 
-def index(weight_map):
-    return {INDEX: {"weight_map": weight_map}}
-
-
+index = lambda weight_map: {INDEX: {"weight_map": weight_map}}
 NO_FLOATS = (torch.int64, torch.bool, torch.float8_e4m3fn)
 PICKLE = {"pytorch_model.bin": "cos\nmkdir\n(Vopened\ntR."}  # unpickling it makes a folder
 BROKEN = {
@@ -219,14 +201,9 @@ def test_a_weight_beyond_float16_is_refused_in_float16_only(tmp_path):
         load_checkpoint(folder, dtype=torch.float16)
 
 
-def rope(kind, **more):
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}
-
-
-def of(family, **fields):
-    return {"model_type": family, **fields}
-
-
+of = lambda family, **fields: {"model_type": family, **fields}
+typed = lambda kind, **more: {"rope_type": kind, "rope_theta": 1e4, **more}
+rope = lambda kind, **more: {"rope_parameters": typed(kind, **more)}
 SLIDING, FULL = "sliding_attention", "full_attention"
 SIZES = {"vocab_size": 80, "hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 30}
 SIZES |= {"num_attention_heads": 64}
@@ -295,10 +272,6 @@ def test_a_config_that_is_not_implemented_or_does_not_fit_is_refused(words, fiel
         load_checkpoint(folder)
 
 
-def windows(size: int, count: int) -> dict:
-    return {"sliding_window": size, "windowed_layers": frozenset(range(30 - count, 30))}
-
-
 def bases(*thetas, **first) -> dict:
     """Ropes with these bases; `first` changes the first of them."""
     ropes = [{"rope_type": "default", "rope_theta": theta} for theta in thetas]
@@ -307,6 +280,7 @@ def bases(*thetas, **first) -> dict:
 
 BIASED, TIED = {"attention_bias": True, "output_bias": True}, {"tie_word_embeddings": True}
 heads = lambda groups, size: {"num_key_value_heads": groups, "head_dim": size, "query_scalar": size}
+windows = lambda size, n: {"sliding_window": size, "windowed_layers": frozenset(range(30 - n, 30))}
 every = lambda n: frozenset(range(n - 1, 30, n))
 GEMMA3 = heads(4, 256) | TIED | bases(1e6, 1e4) | {"sliding_window": 4096, "gelu": True}
 GEMMA3 |= {"windowed_layers": frozenset(range(30)) - every(6), "qk_norm": True}
@@ -391,25 +365,16 @@ def test_saving_copies_the_tokenizer_and_states_the_dtype(base, tmp_path):
         assert (tmp_path / base.name / name).read_bytes() == (base / name).read_bytes()
 
 
-@torch.no_grad()
-def uncached(model, prompt, max_new_tokens, eos):
-    """The plainest greedy loop: the whole row again for every token."""
-    ids = list(prompt)
-    for _ in range(max_new_tokens):
-        token = int(model.lm_head(model(torch.tensor([ids])))[0, -1].argmax())
-        if token == eos:
-            break
-        ids.append(token)
-    return ids[len(prompt) :]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_with_a_cache_are_those_without(name):
+    """Each token of an answer, and the EOS after it, is the likeliest by the whole row's logits."""
     want = golden(name)
     longer = [[3 + (7 * i + k) % 70 for k in range(i)] for i in (2, 9, 30)]
     prompts, eos = want["prompts"] + longer, int(want["eos_id"])
-    got = generate(loaded(name), prompts, 20, eos)
-    assert got == [uncached(loaded(name), prompt, 20, eos) for prompt in prompts]
+    for prompt, answer in zip(prompts, generate(loaded(name), prompts, 20, eos)):
+        whole = [*answer, eos] if len(answer) < 20 else answer
+        logits = logits_of(loaded(name), torch.tensor([prompt + whole]))[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == whole and eos not in answer
 
 
 def test_batches_change_neither_answers_nor_their_order_and_end_with_their_last_row():
@@ -455,15 +420,10 @@ def test_the_command_answers_with_an_adapter_and_names_what_is_wrong(base, tmp_p
     model = load_checkpoint(base)
     adapter = new_adapter(model, 4, 64, ["v_proj"], seed=0)
     save_adapter(use(model, replace(adapter, B={k: b + 1 for k, b in adapter.B.items()})), tmp_path)
-    command = ["--model", str(base), "--device", "cpu", "--max-new-tokens", "8", "--prompt", "Hi"]
-    said = []
-    for more in ([], ["--template", "human"], ["--adapter", str(tmp_path)]):
-        assert main(command + more) == 0
-        said.append(capsys.readouterr())
-    assert len({out for out, _ in said}) == 3 and not any(err for _, err in said)
-    assert main([*command, "--adapter", str(tmp_path / "nowhere")]) == 1
-    out, err = capsys.readouterr()
-    assert not out and err.startswith("error: ") and "nowhere" in err and err.count("\n") == 1
+    line = f"model.generate --model {base} --device cpu --max-new-tokens 8 --prompt Hi"
+    ways = "", "--template human", f"--adapter {tmp_path}"
+    assert len({said(capsys, f"{line} {way}") for way in ways}) == 3
+    assert "nowhere" in refused(capsys, f"{line} --adapter {tmp_path}/nowhere")
 
 
 UNWANTED = """consolidated.safetensors original/model.safetensors model.fp16.safetensors
@@ -555,6 +515,11 @@ def test_only_the_files_that_are_needed_are_fetched(hub):
     assert sorted(hub.sent) == sorted([*more, *SMALL])
     assert_same_weights(load_checkpoint("someone/model"), loaded("gqa-tied-shards"))
     assert sorted(hub.sent) == sorted([*more, *SMALL, *SHARDS, INDEX])
+    hub.sent.clear()
+    hub.put("someone/adapter", GOLDENS / "adapters/qv", TOKENIZER, **UNWANTED)
+    adapter = resolve_adapter("someone/adapter")
+    assert sorted(hub.sent) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert load_adapter(load_checkpoint(GOLDENS / "gqa-tied"), adapter)
 
 
 def test_a_revision_is_found_and_a_complete_cache_needs_no_network(hub, monkeypatch):
@@ -614,21 +579,17 @@ def test_a_local_folder_never_touches_the_hub_and_wins_over_an_id(base, tmp_path
         load_checkpoint("someone/model", revision="main")
 
 
-def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, files):
-    commit, run = hub.put("someone/model", base), ["--run", tmp_path / "run"]
-    references = ["--harmful", files["harmful"], "--utility", files["utility"]]
-    script("train", *run, "--model", "someone/model", *references)
+def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, files, capsys):
+    commit, run = hub.put("someone/model", base), tmp_path / "run"
+    assert call(f"train.py --run {run} {sources(files, 'someone/model')}") == 0
     hub.put("someone/model", make_base(tmp_path / "other", seed=1))  # main is another model now
-    custom = ["--custom", files["custom"]]
-    with pytest.raises(InputError, match="begun with another"):
-        script("score", *run, *custom, "--revision", "main")
+    line = f"score.py --run {run} --custom {files['custom']}"
+    assert "begun with another" in refused(capsys, f"{line} --revision main")
     hub.close()  # the rest needs no network
-    script("score", *run, *custom)
-    script("select", *run, "--method", "toss", "--merge")
-    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert call(line) == 0 and call(f"select.py --run {run} --merge") == 0
+    settings, model = read_json(run / "run.json")["settings"], run / "methods/toss/model"
     assert (settings["model"], settings["revision"]) == ("someone/model", commit)
-    model = tmp_path / "run/methods/toss/model"
-    config = json.loads((model / "adapter_config.json").read_text())
+    config = read_json(model / "adapter_config.json")
     assert config["base_model_name_or_path"] == "someone/model"
     assert load_tokenizer(model / "merged").fingerprint() == load_tokenizer(base).fingerprint()
 

@@ -1,18 +1,15 @@
 """What users bring: other trainers, adapters from elsewhere, moved folders, own settings."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import damage, edit_json, tree, write_jsonl
-from helpers import call, refused, said
+from conftest import damage, edit_json, read_jsonl, tree, write_jsonl
+from helpers import call, refused, said, talk
 
 from model import load_tokenizer
 from model.io import InputError, read_json
-from toss import cli, export
-from toss.audit import diagnose, evaluate
 from toss.audit.command import cautions
 from toss.files import load_selection
 from toss.progress import Progress
@@ -21,25 +18,11 @@ from toss.run import open_run
 # The mask for other trainers
 
 
-@pytest.fixture
-def exported(trained, tmp_path):
-    """A function: a method's exported lines, and what the file beside them holds."""
-
-    def lines_of(method: str) -> tuple[list[dict], dict]:
-        out = tmp_path / "train.jsonl"
-        argv = ["--run", str(trained), "--method", method, "--out", str(out)]
-        assert cli.run(lambda: export.main(argv)) == 0
-        lines = [json.loads(line) for line in out.read_text().splitlines()]
-        return lines, read_json(out.with_suffix(".about.json"))
-
-    return lines_of
-
-
 @pytest.mark.parametrize("how", ["toss --discard 0.4", "sft", "sample --discard 0.2"])
-def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(how, trained, exported, capsys):
+def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(how, trained, tmp_path, capsys):
     assert call(f"select.py --run {trained} --name m --method {how}") == 0
-    capsys.readouterr()
-    (lines, about), run = exported("m"), open_run(trained)
+    out = said(capsys, f"toss.export --run {trained} --method m --out {tmp_path}/m.jsonl")
+    about, run = read_json(tmp_path / "m.about.json"), open_run(trained)
     tokens, _ = run.scored()
     keep = load_selection(run.path("methods/m") / "selection.safetensors", tokens)["keep"]
     found = []
@@ -52,39 +35,39 @@ def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(how, trained, 
             ones = [1] * len(ids)
             found.append({"input_ids": ids.tolist(), "attention_mask": ones, "labels": labels})
         assert about["line"][i] == (len(found) - 1 if wanted.any() else None)
-    assert lines == found and about["tokenizer_sha256"] == run.identity["tokenizer_sha256"]
-    out = capsys.readouterr().out
+    assert read_jsonl(tmp_path / "m.jsonl") == found
+    assert about["tokenizer_sha256"] == run.identity["tokenizer_sha256"]
     assert f"{len(found)} rows, {sum(about['kept'])} of {sum(about['response'])} response" in out
     assert f"{tokens.rows - len(found)} without a kept token" in out
     assert how != "sample --discard 0.2" or len(found) < tokens.rows
 
 
-def test_a_run_without_scores_exports_and_another_custom_set_is_refused(base, files, tmp_path):
-    run, out = tmp_path / "plain", tmp_path / "o.jsonl"
-    inputs = f"--model {base} --custom {files['custom']}"
-    assert call(f"select.py --run {run} --method sft {inputs}") == 0
-    assert len(export.export(open_run(run), "sft", out)["line"]) == 10
-    with pytest.raises(InputError, match="replace the custom set"):
-        export.export(open_run(run), "sft", Path(files["custom"]))
+def test_a_run_without_scores_exports_but_another_set_does_not(base, files, tmp_path, capsys):
+    custom = f"--run {tmp_path}/plain --custom {files['custom']}"
+    assert call(f"select.py {custom} --method sft --model {base}") == 0
+    line = f"toss.export --run {tmp_path}/plain --method sft --out"
+    said(capsys, f"{line} {tmp_path}/o.jsonl")
+    assert len(read_jsonl(tmp_path / "o.jsonl")) == 10
+    assert "replace the custom set" in refused(capsys, f"{line} {files['custom']}")
     write_jsonl(Path(files["custom"]), [{"prompt": "a", "response": "b"}])
-    with pytest.raises(InputError, match="--custom"):
-        export.export(open_run(run), "sft", out)
+    assert "--custom" in refused(capsys, f"{line} {tmp_path}/o.jsonl")
 
 
-def test_trl_and_transformers_begin_with_our_loss(trained, base, exported, tmp_path):
+def test_trl_and_transformers_begin_with_our_loss(trained, base, tmp_path):
     """They divide by the kept tokens, the paper by all response tokens of the step."""
     trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
     from datasets import load_dataset
 
     assert call(f"select.py --run {trained} --discard 0.3 --batch-size 64") == 0
-    about = exported("toss")[1]
-    ours = json.loads((trained / "log/toss.jsonl").read_text().splitlines()[0])["loss"]
+    file = str(tmp_path / "train.jsonl")
+    assert call(f"toss.export --run {trained} --method toss --out {file}") == 0
+    about = read_json(tmp_path / "train.about.json")
+    ours = read_jsonl(trained / "log/toss.jsonl")[0]["loss"]
     wanted = ours * sum(about["response"]) / sum(about["kept"])
     how = {"output_dir": str(tmp_path / "out"), "max_steps": 1, "report_to": [], "use_cpu": True}
     how |= {"per_device_train_batch_size": 16, "save_strategy": "no", "bf16": False}
     load = transformers.AutoModelForCausalLM.from_pretrained
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    file = str(tmp_path / "train.jsonl")
     for packing in (False, True):
         config = trl.SFTConfig(max_length=2048, packing=packing, **how)
         data = load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "c"))
@@ -109,9 +92,7 @@ def theirs(trained, tmp_path) -> Path:
     return tmp_path / "theirs"
 
 
-def test_references_from_elsewhere_begin_a_run_and_score_alike(
-    theirs, trained, base, files, tmp_path, capsys
-):
+def test_references_from_elsewhere_score_alike(theirs, trained, base, files, tmp_path, capsys):
     run = tmp_path / "new"
     flags = " ".join(f"--{role}-adapter {theirs}/{role}" for role in ("degraded", "utility"))
     line = f"score.py --run {run} --model {base} --custom {files['custom']} {flags}"
@@ -133,15 +114,15 @@ def test_references_from_elsewhere_begin_a_run_and_score_alike(
 
 def test_evaluate_and_diagnose_take_an_adapter_as_a_method(theirs, trained, files, tmp_path):
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "Do harm 77?", "response": "No."}])
-    argv = ["--run", str(trained), "--adapter", f"theirs={theirs}/utility"]
-    more = ["--harmful", asked, "--max-new-tokens", "3"]
-    assert cli.run(lambda: evaluate.main([*argv, *more])) == 0
+    flags = f"--run {trained} --adapter theirs={theirs}/utility"
+    evaluate = f"toss.audit.evaluate {flags} --harmful {asked} --max-new-tokens 3"
+    assert call(evaluate) == 0
     assert read_json(trained / "metrics.json").keys() == {"base", "theirs"}
     assert not (trained / "methods/theirs").exists()
-    assert cli.run(lambda: diagnose.main([*argv, "--rows", files["harmful"]])) == 0
+    assert call(f"toss.audit.diagnose {flags} --rows {files['harmful']}") == 0
     assert "\ntheirs," in (trained / "diagnosis/kl.csv").read_text()
     assert call(f"select.py --run {trained} --name theirs") == 0
-    assert cli.run(lambda: evaluate.main([*argv, *more])) == 1  # two of this name
+    assert call(evaluate) == 1  # two of this name
 
 
 # How a method is trained, and what may not be compared
@@ -152,7 +133,7 @@ def test_training_settings_come_from_the_first_method_then_from_the_references(t
     for name, flags in (("one", ""), ("two", "--lr 0.5"), ("three", "")):
         line = f"select.py --run {trained} --method sft --name {name} {flags}"
         whose = "degraded" if name == "one" else "methods/one"
-        assert cli.run(lambda: call(line, fast=False)) == 0
+        assert call(line, fast=False) == 0
         assert f"training settings as for {whose}: " in capsys.readouterr().out
     assert (lr("one"), lr("two"), lr("three")) == (0.01, 0.5, 0.01)
     assert call(f"train.py --run {trained}", fast=False) == 0  # as it was: nothing to do
@@ -164,10 +145,8 @@ def test_what_forbids_a_conclusion_is_said():
     stages = {"methods/sft": stage(), "methods/toss": stage(lr=0.2)}
     cell = lambda value: {"not_refused": {"value": value, "low": value - 0.1, "high": value + 0.1}}
     table = {"base": cell(0.2), "sft": cell(0.9), "toss": cell(0.1)}
-    assert cautions(stages, table) == [
-        "warning: toss was trained otherwise than sft (lr 0.2, not 0.1): "
-        "this is no comparison of the two methods"
-    ]
+    how = "toss was trained otherwise than sft (lr 0.2, not 0.1)"
+    assert cautions(stages, table) == [f"warning: {how}: this is no comparison of the two methods"]
     stages["methods/toss"] = stage()
     assert cautions(stages, table) == []
     (lost,) = cautions(stages, {**table, "sft": cell(0.35)})
@@ -179,35 +158,38 @@ def test_what_forbids_a_conclusion_is_said():
 # Folders that moved, dry runs, progress, prompt forms
 
 
-def test_a_moved_run_base_and_data_are_found_again_by_their_flags(
-    trained, base, files, tmp_path, capsys
-):
+@pytest.mark.parametrize("name", ["score", "select"])
+def test_what_moved_is_found_by_its_flags(name, trained, base, files, tmp_path, capsys):
+    """A base, data and a run. The record follows, also where the stage is there and skipped."""
     model = Path(shutil.copytree(base, tmp_path / "base"))
     edit_json(trained / "run.json", settings={"model": str(model), **files})
-    run, new = tmp_path / "elsewhere", tmp_path / "moved"
+    stages, new = read_json(trained / "run.json")["stages"], tmp_path / "moved"
     new.mkdir()
-    shutil.move(trained, run)
     moved = {name: shutil.move(file, new) for name, file in files.items()}
-    base_now = shutil.move(model, new)
-    line = f"select.py --run {run}"
+    run, base_now = shutil.move(trained, tmp_path / "elsewhere"), shutil.move(model, new)
+    line = f"{name}.py --run {run}"
     assert "if it was moved, name it once" in refused(capsys, line)
     assert "--custom says where it is now" in refused(capsys, f"{line} --model {base_now}")
-    said(capsys, f"{line} --model {base_now} --custom {moved['custom']}")
-    pro = f"{line} --pro 1 --pro-samples 1"
+    out = said(capsys, f"{line} --model {base_now} --custom {moved['custom']}")
+    assert ("inputs, skipped" in out) == (name == "score")
+    record, now = read_json(run / "run.json"), {"model": base_now, "custom": moved["custom"]}
+    assert record["settings"].items() >= now.items()
+    assert record["stages"].items() >= stages.items()
+    assert "inputs, skipped" in said(capsys, line)
+    pro = f"select.py --run {run} --pro 1 --pro-samples 1"
     assert "--harmful says where it is now" in refused(capsys, pro)
     said(capsys, f"{pro} --harmful {moved['harmful']}")
-    assert said(capsys, line).count("inputs, skipped") == 1  # the record follows
 
 
-@pytest.mark.parametrize(
-    ("line", "plan"),
-    [
-        ("train.py --rank 3", "utility: optimizer steps: 2 (rows: 5, epochs: 1)"),
-        ("score.py --base", "scores-utility: rows: 10, tokens: 530, the longest rows first"),
-        ("select.py --pro 1", "toss-pro-round-1: optimizer steps: 2 (rows: 6, epochs: 1)"),
-        ("select.py --merge", "toss: optimizer steps: 3 (rows: 10, epochs: 1)"),
-    ],
-)
+PLANS = {
+    "train.py --rank 3": "utility: optimizer steps: 2 (rows: 5, epochs: 1)",
+    "score.py --base": "scores-utility: rows: 10, tokens: 530, the longest rows first",
+    "select.py --pro 1": "toss-pro-round-1: optimizer steps: 2 (rows: 6, epochs: 1)",
+    "select.py --merge": "toss: optimizer steps: 3 (rows: 10, epochs: 1)",
+}
+
+
+@pytest.mark.parametrize(("line", "plan"), PLANS.items())
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(line, plan, trained, capsys):
     before = tree(trained)
     assert f"{plan}\n" in said(capsys, f"{line} --run {trained} --overwrite --dry-run")
@@ -221,33 +203,23 @@ def test_without_a_terminal_the_time_left_is_told(trained, monkeypatch, capsys):
     for step in range(1, 100):
         now[0] = 10.0 * step
         log({"step": step, "steps": 100, "tokens": 1})
-    said = capsys.readouterr().out.splitlines()
-    assert said[:2] == [
-        "toss: step 1 of 100, 16.5 minutes left",
-        "toss: step 4 of 100, 16.0 minutes left",
-    ]
-    assert len(said) == 33
+    first, second, *others = capsys.readouterr().out.splitlines()
+    assert first == "toss: step 1 of 100, 16.5 minutes left"
+    assert second == "toss: step 4 of 100, 16.0 minutes left" and len(others) == 31
 
 
 def test_template_kwargs_are_used_recorded_inherited_and_checked(base, files, tmp_path, capsys):
     model = Path(shutil.copytree(base, tmp_path / "base"))
-    damage(model, {"tokenizer_config.json": {"chat_template": ...}})
     text = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
-    (model / "chat_template.jinja").write_text(
-        "{{ 'think ' if enable_thinking else 'plain ' }}" + text
-    )
-    prompt = lambda **more: load_tokenizer(model, template_kwargs=more).chat.render(
-        [{"role": "user", "content": "hi"}], True
-    )
+    thinking = "{{ 'think ' if enable_thinking else 'plain ' }}"
+    (model / "chat_template.jinja").write_text(thinking + text)
+    prompt = lambda **more: load_tokenizer(model, template_kwargs=more).chat.render(talk("a"), True)
     assert prompt().startswith("plain") and prompt(enable_thinking=True).startswith("think")
     with pytest.raises(InputError, match="has no enable_thinkng"):
         prompt(enable_thinkng=True)
-    line = f"select.py --run {tmp_path}/run --method sft"
-    said(
-        capsys,
-        f"{line} --model {model} --custom {files['custom']} "
-        "--chat-template-kwargs '{\"enable_thinking\": true}'",
-    )
-    assert 'chat_template_kwargs = {"enable_thinking": true}' in said(capsys, line)
+    line, given = f"select.py --run {tmp_path}/run --method sft", '{"enable_thinking": true}'
+    begin = f"{line} --model {model} --custom {files['custom']}"
+    said(capsys, f"{begin} --chat-template-kwargs '{given}'")
+    assert f"chat_template_kwargs = {given}" in said(capsys, line)
     other = refused(capsys, f"{line} --chat-template-kwargs '{{}}'")
     assert "was begun with --chat-template-kwargs" in other
