@@ -100,6 +100,7 @@ def talk(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m model.generate", description=__doc__)
+    parser.error = lambda said: parser.exit(2, f"error: {said} (see {parser.prog} --help)\n")
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder or hub id")
     add("--revision", help="branch, tag or commit of a hub id (default: main)")
