@@ -165,7 +165,7 @@ def test_a_result_that_lost_a_part_or_was_damaged_without_a_trace_is_made_again(
         files = [f for f in files if f.is_file() and f.name != "README.md"][:: 1 if ALL else 3]
         for n, file in enumerate(files):
             stat, data = file.stat(), file.read_bytes()
-            if n % 2:
+            if n % 2 and file.name != "record.json":  # what has no record is not ours
                 file.unlink()
             else:
                 file.write_bytes(bytes(len(data)))
