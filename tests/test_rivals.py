@@ -19,12 +19,17 @@ from toss.config import TrainConfig
 WEIGHTS, MASK = "model/adapter_model.safetensors", "selection.safetensors"
 
 
+def size(tensors) -> float:
+    return sum(float(tensor.detach().double().sum()) for tensor in tensors)
+
+
 @pytest.fixture
 def rival(model, tokens) -> Rival:
-    """On a stand-in for a run; `fit` returns the objective."""
+    """On a stand-in for a run that begins with an adapter; `fit` returns the objective."""
     run = SimpleNamespace(model=model, device=model.device, base=lambda _: model)
     made = Rival(run, TrainConfig(), tokens, torch.ones_like(tokens.response))
     made.fit = lambda D, objective: objective
+    use(model, random_adapter(model))
     return made
 
 
@@ -34,34 +39,22 @@ def places(tokens):
     return (at := tokens.places([3]))[tokens.response[at]]
 
 
-def size(tensors) -> float:
-    return sum(float(tensor.detach().double().sum()) for tensor in tensors)
-
-
 def gradient(objective, log_p, places) -> list[float]:
     log_p = log_p.clone().requires_grad_()
     objective(log_p, torch.zeros(len(log_p), 1), places).backward()
     return pytest.approx(log_p.grad.tolist(), abs=1e-5)
 
 
-def test_dft_weighs_a_token_by_its_probability(rival):
+def test_dft_and_soft_sft_weigh_a_token_by_its_probability(rival, model, tokens, places):
     assert [-0.5, -0.25] == gradient(rival.dft(), torch.tensor([0.5, 0.25]).log(), None)
-
-
-def test_the_base_reads_the_same_tokens_and_the_adapter_stays(rival, model, tokens, places):
-    expected = -losses_by_hand(model, tokens, 3)
-    use(model, theta := random_adapter(model))
-    log_p, hidden = rival.base(places)
-    assert torch.allclose(log_p, expected, atol=1e-5) and hidden.shape == (len(places), 32)
-    assert all(a is b for a, b in zip(active(model).tensors(), theta.tensors()))
-
-
-def test_soft_sft_holds_the_first_five_tokens_of_a_row_back(rival, model, tokens, places):
-    objective, log_p = rival.soft_sft([0.5, 2.0, 0.1]), -losses_by_hand(model, tokens, 3)
+    objective, theta = rival.soft_sft([0.5, 2.0, 0.1]), active(model)
+    log_p = -losses_by_hand(use(model, None), tokens, 3)
+    use(model, theta)
     assert [-1.0] * len(places) == gradient(objective, log_p, places)  # at the base
     first, early, late = (-2 / (1 + torch.tensor([0.5, 2.0, 0.1]).exp())).tolist()
     weights = [first, *[early] * 4, *[late] * (len(places) - 5)]
     assert len(places) > 6 and weights == gradient(objective, log_p + 1, places)
+    assert all(a is b for a, b in zip(active(model).tensors(), theta.tensors()))
 
 
 def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(rival, model, places):
@@ -78,8 +71,8 @@ def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(rival, model
 
 @pytest.mark.parametrize("cosine", [-1.0, 1.0])
 def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path, cosine):
-    theta, before = random_adapter(model), load_checkpoint(make_base(tmp_path / "b", seed=1))
-    rival.run.adapter = lambda name: random_adapter(model)
+    theta, before = active(model), load_checkpoint(make_base(tmp_path / "b", seed=1))
+    rival.run.adapter = lambda name: random_adapter(model)  # the same
     rival.run.args = SimpleNamespace(unaligned=tmp_path / "b")
     for name, B in rival.safelora(cosine).B.items():
         V = model.get_submodule(name).weight - before.get_submodule(name).weight

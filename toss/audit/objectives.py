@@ -26,12 +26,12 @@ class Rival:
     D: Tokens  # the custom set
     keep: Tensor  # bool [N]: what is learnt by cross-entropy; all, unless a rival changes it
 
-    def fit(self, D: Tokens, objective: training.Objective = loss.token_loss, **how) -> Adapter:
+    def fit(self, D: Tokens, objective: training.Objective | None = None, **how) -> Adapter:
         """Fine-tune on all response tokens, plainly but for what is given."""
-        log, plain = self.run.log(self.run.args.name), objective is loss.token_loss
-        weights = D.response.float() if plain else torch.arange(len(D.response))  # 0: a prompt's
-        how = {"start": log.resume, "on_step": log, "config": self.config, **how}
-        return training.train(self.run.base("train"), D, weights, objective=objective, **how)
+        log, places = self.run.log(self.run.args.name), torch.arange(len(D.response))  # 0: a prompt
+        objective = objective or (lambda log_p, hidden, places: -log_p.sum())
+        how = {"config": self.config, "start": log.resume, "on_step": log, **how}
+        return training.train(self.run.base("train"), D, places, objective=objective, **how)
 
     @torch.no_grad()
     def base(self, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,9 +98,8 @@ class Rival:
     def pact_lite(self, words: int, T: float) -> Adapter:
         """PACT, arXiv 2603.07445: at every response token, the KL over the words of refusals alone.
 
-        Lite: those are the commonest tokens of the --safety rows, of equal weight (PACT: the
-        likeliest there, weighed by how far an unaligned base is from that), and the target is the
-        base as it sees the whole row (PACT: mixed with the base without the prompt).
+        Lite: those are the commonest tokens of the --safety rows, of equal weight (PACT: weighed by
+        an unaligned base), and the target is one base (PACT: mixed with one without the prompt).
         """
         D = self.run.tokens(self.run.args.safety)
         counts = torch.bincount(D.input_ids[D.response])

@@ -29,7 +29,9 @@ RIVALS = {  # what each is made from beside --custom, and its settings
 
 def main(argv: list[str] | None = None) -> None:
     safety = f"rows that refuse, for {', '.join(m for m in RIVALS if '--safety' in RIVALS[m][0])}"
-    parser = cli.parser("toss.audit.rivals", __doc__, custom="custom set D^cus", safety=safety)
+    parser = cli.parser(
+        "python -m toss.audit.rivals", __doc__, custom="custom set D^cus", safety=safety
+    )
     add = parser.add_argument
     add("--method", choices=RIVALS, required=True, help="the rival")
     add("--name", help="folder under RUN/methods (default: the method)")
