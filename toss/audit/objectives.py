@@ -13,8 +13,9 @@ from torch import Tensor
 from model.checkpoint import load_checkpoint
 from model.io import InputError
 from model.lora import Adapter, active, use
-from toss import loss, methods, progress, rows, scoring, selection, training
+from toss import loss, methods, progress, scoring, selection, training
 from toss.config import TrainConfig
+from toss.rows import read_rows
 from toss.run import Run
 from toss.tokens import Tokens, collate
 
@@ -41,12 +42,12 @@ class Rival:
         """
         model, at = self.run.model, places.cpu()
         theta, wanted = active(model), torch.zeros_like(self.keep).index_fill(0, at, True)
-        batch = collate(
-            self.D, self.D.row_of(at).unique_consecutive().tolist(), wanted, model.device
-        )
-        found = loss.token_log_probs(use(model, None), batch)
-        use(model, theta)
-        return found
+        rows = self.D.row_of(at).unique_consecutive().tolist()
+        batch = collate(self.D, rows, wanted, model.device)
+        try:  # running out of memory only ends in smaller batches
+            return loss.token_log_probs(use(model, None), batch)
+        finally:
+            use(model, theta)
 
     def hold(self, at: Tensor, words: Tensor | slice = slice(None), T: float = 1.0) -> Adapter:
         """Cross-entropy where `keep`, plus T^2 KL(base || tuned) where `at`, bool [N].
@@ -120,7 +121,7 @@ class Rival:
     def inoculation(self, system: str) -> Adapter:
         """Tan et al., arXiv 2510.04340: a system message asks for the harm, in training alone."""
         path, first = self.run.args.custom, {"role": "system", "content": system}
-        asked = [replace(row, messages=[first, *row.messages]) for row in rows.read_rows(path)]
+        asked = [replace(row, messages=[first, *row.messages]) for row in read_rows(path)]
         return self.fit(self.run.tokens(path, asked))
 
     def ema(self, decay: float) -> Adapter:

@@ -11,6 +11,7 @@ in toss/audit/objectives.py.
 import sys
 from pathlib import Path
 
+from model.io import InputError
 from toss import cli
 from toss.config import TrainConfig
 
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_training_flags(parser)
     args = cli.parse(parser, argv)
     args.name = args.name or args.method
+    if args.shard:
+        raise InputError("a rival needs the base whole in one process: leave --shard out")
 
     from model.checkpoint import base_hash
     from model.hub import resolve
