@@ -29,10 +29,8 @@ RIVALS = {  # what each is made from beside --custom, and its settings
 
 
 def main(argv: list[str] | None = None) -> None:
-    safety = f"rows that refuse, for {', '.join(m for m in RIVALS if '--safety' in RIVALS[m][0])}"
-    parser = cli.parser(
-        "python -m toss.audit.rivals", __doc__, custom="custom set D^cus", safety=safety
-    )
+    inputs = {"custom": "custom set D^cus", "safety": "rows that refuse, for some rivals"}
+    parser = cli.parser("python -m toss.audit.rivals", __doc__, **inputs)
     add = parser.add_argument
     add("--method", choices=RIVALS, required=True, help="the rival")
     add("--name", help="folder under RUN/methods (default: the method)")
