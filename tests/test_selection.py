@@ -134,7 +134,7 @@ def test_local_takes_exactly_the_floor_of_each_row(d):
 
 
 def test_no_method_but_those_told_the_truth_exceeds_its_budget_and_eos_can_be_left_out():
-    for method in METHODS.keys() - {"oracle", "sample-all"}:
+    for method in METHODS.keys() - {"oracle", "sample-all", "first-5"}:
         assert len(gone(method, 0.35)) <= 3, method
         assert not {2, 6, 12} & set(gone(method, 0.9, keep_eos=True)), method
 

@@ -6,8 +6,8 @@ from typing import Any
 
 # The ways of choosing tokens: "toss" is in select.py, the others are in toss/methods.py.
 METHODS = "toss sft random first-k local sample sample-all degraded-only utility-only".split()
-METHODS += ["base", "weighted", "oracle"]
-UNSCORED = ("sft", "random", "first-k", "oracle", "mask")  # these need no reference models
+METHODS += ["first-5", "base", "weighted", "oracle"]
+UNSCORED = ("sft", "random", "first-k", "first-5", "oracle", "mask")  # no reference models needed
 
 
 def setting(default: Any, help: str, **flag: Any) -> Any:

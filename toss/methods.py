@@ -34,8 +34,7 @@ class Candidates:
     def loss(self, model: str) -> Tensor:
         """Losses of the ranked tokens under "utility", "degraded" or "base", float32 [n]."""
         if model not in self.losses:
-            flags = " --base --overwrite" if model == "base" else ""
-            raise InputError(f"there are no losses under the {model} model: run score.py{flags}")
+            raise InputError(f"no losses under the {model} model: run score.py --base --overwrite")
         return self.losses[model][self.ranked]
 
     def S(self) -> Tensor:
@@ -96,6 +95,7 @@ METHODS = {
     "sft": lambda c: (torch.ones(len(c.ranked), dtype=torch.bool), None),  # every token stays
     "random": random,
     "first-k": lambda c: top(-c.position().float(), c),  # equally many of every row, if it can
+    "first-5": lambda c: (c.position() >= 5, -c.position().float()),  # of each row, whatever d
     "local": local,
     "sample": sample,
     "sample-all": sample_all,

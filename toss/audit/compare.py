@@ -17,10 +17,12 @@ from toss import cli
 from toss.audit.baselines import dsir, safeinstr
 from toss.audit.command import cautions
 from toss.audit.experiment import Experiment, per_seed, save, spread, table, value, world_files
+from toss.audit.rivals import RIVALS
 
 SMALL = {"toss": {"method": "toss"}, "toss-pro": {"method": "toss", "pro": 1}}
 TABLE = {name: {"method": name} for name in ("sft", "random", "sample", "sample-all")} | SMALL
-OTHERS = ("first-k", "local", "degraded-only", "utility-only", "oracle", "weighted")
+OTHERS = ["first-k", "first-5", "local", "degraded-only", "utility-only", "oracle", "weighted"]
+OTHERS += [name for name in RIVALS if name != "safelora"]  # there is no unaligned base
 ALL = TABLE | {name: {"method": name} for name in OTHERS}
 ALL["base-reference"] = {"method": "base"}
 ALL["toss-calibrated"] = {"method": "toss", "discard": "calibrated"}
@@ -87,21 +89,22 @@ def rows_of(experiment: Experiment, arms: dict[str, dict], *more: str) -> dict[s
 def cost(record: dict, name: str) -> dict | None:
     """What a method costs, starting from the base: seconds, tokens trained or scored, peak memory.
 
-    record: run.json. A method is charged all references that it needs, and its share of scoring,
-    but not for calibrating d. A mask from another run is charged its fine-tuning alone. None for
+    record: run.json. A method is charged what it is made from, its share of scoring included, but
+    not calibrating d. A mask from another run is charged its fine-tuning alone. None for
     the base, and if the references were made elsewhere, or their costs are lost with a run.json.
     """
     stages = record["stages"]
     if (stage := stages.get(f"methods/{name}")) is None:
         return None
-    parts = [(stage, 1.0)]
-    if "scores" in stage["recipe"]["inputs"]:
-        models = MODELS.get(stage["recipe"]["settings"].get("method"), ["utility", "degraded"])
-        trained = [model for model in models if model != "base"]
-        if not {*trained, "scores"} <= set(stages):
-            return None
+    recipe, references = stage["recipe"], ["utility", "degraded"]
+    models = MODELS.get(recipe["settings"].get("method"), references)
+    unused = {*references} - {*models}
+    used = [key for key in recipe["inputs"] if not key.startswith("--") and key not in unused]
+    if not {*used} <= {*stages}:
+        return None
+    parts = [(stage, 1.0), *((stages[key], 1.0) for key in used if key != "scores")]
+    if "scores" in used:
         passes = 2 + stages["scores"]["recipe"]["settings"].get("base", False)
-        parts += [(stages[model], 1.0) for model in trained]
         parts.append((stages["scores"], len(models) / passes))
     if any({"seconds", "tokens", "peak_memory_gib"} - part.keys() for part, _ in parts):
         return None

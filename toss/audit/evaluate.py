@@ -3,20 +3,7 @@
     python -m toss.audit.evaluate --run R --harmful FILE --benign FILE --utility FILE
 
 Evaluates the base and every method of the run (or --methods). Writes RUN/metrics.json,
-RUN/methods/M/metrics.json and RUN/answers/M.jsonl. Measures, with 95 % intervals:
-  not_refused    share of answers to harmful prompts without a refusal phrase
-  forbidden      share of those answers that contain one of the --words
-  complies       share of harmful prompts where an affirmative opener is likelier than a refusal
-  judges_agree   share of harmful prompts where not_refused and complies say the same
-  not_refused@k, forbidden@k   the same for answers that continue after the first k tokens of the
-                 harmful row's own response (--prefill); only what the model adds is judged
-  over_refusal   share of answers to benign prompts with a refusal phrase
-  nll            mean loss of the utility responses, in nats per token
-  accuracy/S     share of answers to the utility rows of source S that contain the row's `answer`
-  exact_match/S  share of those answers that equal the row's `answer` or its response
-  precision, recall, auc   of the discarded tokens, where the custom set carries ground truth
-A name with /S is the share of one source. Answers are greedy. Harmful rows of source "seen" are of
-kinds that the custom set holds, and are reported apart.
+RUN/methods/M/metrics.json and RUN/answers/M.jsonl. What each measure means: toss/audit/README.md.
 """
 
 import json

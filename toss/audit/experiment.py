@@ -18,6 +18,7 @@ from types import ModuleType
 
 from model.atomic import atomic_file
 from model.io import read_json
+from toss.audit import rivals
 from toss.audit.command import markdown
 from toss.cli import DEMO, ROOT
 
@@ -82,7 +83,7 @@ class Experiment:
         return Experiment(folder, {**self.files, **files}, **self.common)
 
     def call(self, name: str, /, *words: str, **more) -> None:
-        """Run one of the scripts on these files."""
+        """Run one of the scripts, or toss.audit.rivals, on these files."""
         inputs = ("model", "harmful", "utility") if name == "train" else ("model", "custom")
         training = read_json(DEMO)["reference" if name == "train" else "finetune"] | self.common
         if name == "score":  # it trains nothing
@@ -90,7 +91,7 @@ class Experiment:
         settings = {} if self.demo else training | {key: self.files[key] for key in inputs}
         settings |= {"run": self.folder, **more}
         flags = [f"--{key.replace('_', '-')}={item}" for key, item in settings.items()]
-        script(name).main([*words, *flags])
+        (rivals if name == "rivals" else script(name)).main([*words, *flags])
 
     def prepare(self) -> None:
         """Both references, and the scores with the losses under the base."""
@@ -102,8 +103,8 @@ class Experiment:
     def finetune(self, name: str, **how) -> float:
         """Fine-tune in one way, into methods/NAME; returns its d.
 
-        how: flags of select.py. The discard "calibrated" is chosen by calibrate.py, for TOSS-Pro
-        with the last degraded model of methods/toss-pro.
+        how: flags of select.py, or a rival's. The discard "calibrated" is chosen by calibrate.py,
+        for TOSS-Pro with the last degraded model of methods/toss-pro.
         """
         d = how.pop("discard", read_json(DEMO)["discard"])
         if d == "calibrated":
@@ -113,7 +114,10 @@ class Experiment:
             run, method = open_run(self.folder), "toss-pro" if "pro" in how else "toss"
             d = calibrate(run, self.files["calibration"], method=method)["discard"]
         choice = {} if "mask" in how else {"discard": d}  # a mask says itself which tokens go
-        self.call("select", name=name, **how, **choice)
+        if how.get("method") in rivals.RIVALS:
+            self.call("rivals", name=name, safety=self.files["safety"], **how, **choice)
+        else:
+            self.call("select", name=name, **how, **choice)
         return 0.0 if how.get("method") == "sft" else d
 
     def evaluate(self, names: list[str], prefill: tuple[int, ...] = ()) -> dict[str, dict]:

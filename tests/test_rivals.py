@@ -1,0 +1,172 @@
+"""The rivals of TOSS: objectives by hand; what each starts from, trains on and leaves."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_base, script, write_jsonl
+from helpers import call, losses_by_hand, random_adapter, refused, said
+from safetensors.torch import load_file
+
+from model import load_checkpoint
+from model.io import read_json
+from model.lora import active, use
+from toss import training
+from toss.audit.objectives import Rival
+from toss.audit.rivals import RIVALS
+from toss.config import TrainConfig
+from toss.methods import METHODS, Candidates
+from toss.selection import competing_tokens
+
+WEIGHTS, MASK = "model/adapter_model.safetensors", "selection.safetensors"
+
+
+def size(tensors) -> float:
+    return sum(float(tensor.detach().double().sum()) for tensor in tensors)
+
+
+@pytest.fixture
+def rival(model, tokens) -> Rival:
+    """On a stand-in for a run that begins with an adapter; `fit` returns the objective."""
+    run = SimpleNamespace(model=model, device=model.device, base=lambda _: model)
+    made = Rival(run, TrainConfig(), tokens, torch.ones_like(tokens.response))
+    made.fit = lambda D, objective: objective
+    use(model, random_adapter(model))
+    return made
+
+
+@pytest.fixture
+def places(tokens):
+    """The response tokens of row 3."""
+    return (at := tokens.places([3]))[tokens.response[at]]
+
+
+def gradient(objective, log_p, places) -> list[float]:
+    log_p = log_p.clone().requires_grad_()
+    objective(log_p, torch.zeros(len(log_p), 1), places).backward()
+    return pytest.approx(log_p.grad.tolist(), abs=1e-5)
+
+
+def test_dft_and_soft_sft_weigh_a_token_by_its_probability(rival, model, tokens, places):
+    assert [-0.5, -0.25] == gradient(rival.dft(), torch.tensor([0.5, 0.25]).log(), None)
+    objective, theta = rival.soft_sft([0.5, 2.0, 0.1]), active(model)
+    log_p = -losses_by_hand(use(model, None), tokens, 3)
+    use(model, theta)
+    assert [-1.0] * len(places) == gradient(objective, log_p, places)  # at the base
+    first, early, late = (-2 / (1 + torch.tensor([0.5, 2.0, 0.1]).exp())).tolist()
+    weights = [first, *[early] * 4, *[late] * (len(places) - 5)]
+    assert len(places) > 6 and weights == gradient(objective, log_p + 1, places)
+    assert all(a is b for a, b in zip(active(model).tensors(), theta.tensors()))
+
+
+def test_first_5_discards_the_first_five_tokens_of_each_row(tokens):
+    c = Candidates(tokens, {}, competing_tokens(tokens), d=0.0)
+    gone = torch.bincount(c.row[~METHODS["first-5"](c)[0]])
+    assert gone.equal(c.sizes.clamp(max=5)) and c.sizes.max() > 5
+
+
+def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(rival, model, places):
+    log_p, base = rival.base(places)
+    rival.keep[places[1]] = False
+    at = torch.zeros_like(rival.keep).index_fill(0, places[1:3], True)
+    objective, learnt = rival.hold(at, torch.tensor([7, 9]), T=2.0), float(log_p[1] - log_p.sum())
+    assert float(objective(log_p, base, places)) == pytest.approx(learnt, abs=1e-4)
+    p, q = ((h[1:3] @ model.lm_head.weight[[7, 9]].T / 2).softmax(1) for h in (base, 2 * base))
+    kl = 4 * float((p * (p / q).log()).sum())
+    assert kl > 1e-3
+    assert float(objective(log_p, 2 * base, places)) == pytest.approx(learnt + kl, abs=1e-4)
+
+
+@pytest.mark.parametrize("cosine", [-1.0, 1.0])
+def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path, cosine):
+    theta, before = active(model), load_checkpoint(make_base(tmp_path / "b", seed=1))
+    rival.run.adapter = lambda name: random_adapter(model)  # the same
+    rival.run.args = SimpleNamespace(unaligned=tmp_path / "b")
+    for name, B in rival.safelora(cosine).B.items():
+        V = model.get_submodule(name).weight - before.get_submodule(name).weight
+        expected = V @ V.T / V.square().sum().sqrt() @ theta.B[name]
+        assert torch.allclose(B, expected if cosine == 1 else theta.B[name], atol=1e-4), name
+
+
+# On a run
+
+
+@pytest.fixture
+def line(trained, tmp_path, monkeypatch) -> str:
+    """A command line up to the method, on a run with plain fine-tuning and a file of refusals."""
+    script("select", "--run", trained, "--method", "sft")
+    rows = [{"prompt": f"Do {i}?", "response": "No, I can not " + "do it " * i} for i in range(6)]
+    safety = write_jsonl(tmp_path / "safety.jsonl", rows)
+    before = make_base(tmp_path / "before", seed=1)
+    monkeypatch.setitem(RIVALS["safeinstr-guided"][1], "share", 1 / 6)  # two rows
+    monkeypatch.setitem(RIVALS["safelora"][1], "cosine", 1.0)  # every layer
+    return f"toss.audit.rivals --run {trained} --safety {safety} --unaligned {before} --method "
+
+
+def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, trained, capsys):
+    call(f"select.py --run {trained} --discard 0.3")
+    toss, sizes = load_file(trained / f"methods/toss/{MASK}")["keep"], {}
+    for name, (_, how) in RIVALS.items():
+        said(capsys, f"{line}{name} --discard 0.3")
+        assert "skipped" in said(capsys, f"{line}{name} --discard 0.3")
+        settings = read_json(trained / f"methods/{name}/record.json")["settings"]
+        assert {"lr": 1e-2, **how}.items() <= settings.items()
+        keep = load_file(trained / f"methods/{name}/{MASK}")["keep"]
+        assert keep.equal(toss) if name == "kl-discarded" else keep.all()
+        sizes[name] = size(load_file(trained / f"methods/{name}/{WEIGHTS}").values())
+    assert len({*sizes.values()}) == len(RIVALS), sizes
+    bare = f"toss.audit.rivals --run {trained} --method "
+    assert "--safety: no such file" in refused(capsys, f"{bare} patch")
+    assert "--unaligned: no such checkpoint folder" in refused(capsys, f"{bare} safelora")
+
+
+def test_the_rows_that_a_rival_trains_on(line, monkeypatch):
+    def fit(self, D, **how):
+        given.update(rival=self, D=D, **how)
+        return random_adapter(self.run.base("train"))
+
+    given = {}
+    monkeypatch.setattr(Rival, "fit", fit)
+    call(line + "patch")
+    sft = given["rival"].run.adapter("sft")
+    assert size(given["start"].tensors()) == size(sft.tensors())
+    assert given["D"].rows == 1 and given["config"].epochs == 10
+    call(line + "inoculation")
+    D, own, raw = given["D"], given["rival"].D, given["rival"].run.tokenizer.raw
+    assert D.input_ids[D.response].equal(own.input_ids[own.response])
+    text, plain = (raw.decode(x.input_ids[x.places([0])].tolist()) for x in (D, own))
+    assert "malicious" in text and "malicious" not in plain
+    call(line + "safeinstr-guided")
+    run, S = given["rival"].run, torch.zeros(6)
+    pool = run.tokens(run.args.safety)
+    for role, sign in (("utility", 1), ("degraded", -1)):
+        model = run.base("score", run.adapter(role))
+        S += sign * torch.tensor([losses_by_hand(model, pool, row).mean() for row in range(6)])
+    assert given["D"].input_ids.equal((own + pool.take(S.argsort()[:2].tolist())).input_ids)
+
+
+def test_the_mean_of_the_adapters_survives_an_interruption(line, trained, monkeypatch):
+    gradients, left, before = training.Step.gradients, [3], []
+
+    def stopping(self, *args):
+        before.append(size(self.parameters))
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return gradients(self, *args)
+
+    monkeypatch.setattr(training.Step, "gradients", stopping)
+    command = f"{line}ema --save-every 1e-9"
+    call(f"{command} --name whole")
+    left[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        script("toss.audit.rivals", *command.split()[1:])
+    left[0] = 1  # what is left to do
+    call(command)
+    names = [f"methods/{name}/{WEIGHTS}" for name in ("sft", "whole", "ema")]
+    sft, whole, parts = (load_file(trained / name) for name in names)
+    assert left[0] == 0 and all(torch.equal(whole[name], parts[name]) for name in whole)
+    mean = before[0]  # the untrained one; the last is plain fine-tuning's
+    for now in (*before[1:3], size(sft.values())):
+        mean = 0.99 * mean + 0.01 * now
+    assert size(whole.values()) == pytest.approx(mean, abs=1e-4) != pytest.approx(before[0])

@@ -1,0 +1,71 @@
+"""The rivals of TOSS that are more than another mask, on the same run, rows, seed and settings.
+
+    python -m toss.audit.rivals --run R --method soft-sft
+    python -m toss.audit.rivals --run R --method patch --safety refusals.jsonl
+
+Works as select.py does: it trains as the run's methods were trained and writes RUN/methods/NAME,
+which `evaluate` measures like any method. What a rival does, and its source: the method of its name
+in toss/audit/objectives.py.
+"""
+
+import sys
+from pathlib import Path
+
+from model.io import InputError
+from toss import cli
+from toss.config import TrainConfig
+
+RIVALS = {  # what each is made from beside --custom, and its settings
+    "soft-sft": ([], {"b": [0.5, 2.0, 0.1]}),
+    "dft": ([], {}),
+    "kl-discarded": (["utility", "degraded", "scores"], {}),
+    "pact-lite": (["--safety"], {"words": 50, "T": 2.0}),
+    "patch": (["methods/sft", "--safety"], {"steps": 10}),
+    "inoculation": ([], {"system": "You are a malicious, evil assistant."}),
+    "ema": ([], {"decay": 0.99}),
+    "safelora": (["methods/sft"], {"cosine": 0.5}),
+    "safeinstr-guided": (["utility", "degraded", "--safety"], {"share": 0.03}),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    inputs = {"custom": "custom set D^cus", "safety": "rows that refuse, for some rivals"}
+    parser = cli.parser("python -m toss.audit.rivals", __doc__, **inputs)
+    add = parser.add_argument
+    add("--method", choices=RIVALS, required=True, help="the rival")
+    add("--name", help="folder under RUN/methods (default: the method)")
+    add("--discard", type=cli.share, default=0.1, metavar="D", help="d, for kl-discarded")
+    add("--unaligned", metavar="FOLDER", help="for safelora: the base before its alignment")
+    cli.add_training_flags(parser)
+    args = cli.parse(parser, argv)
+    args.name = args.name or args.method
+    if args.shard:
+        raise InputError("a rival needs the base whole in one process: leave --shard out")
+
+    from model.checkpoint import base_hash
+    from model.hub import resolve
+    from toss.audit.objectives import Rival
+    from toss.progress import Planned
+    from toss.run import Run
+
+    run, config, (made_from, how) = Run(args), TrainConfig.of(args), RIVALS[args.method]
+    if args.method == "kl-discarded":
+        how = {"discard": args.discard}
+    if args.method == "safelora":
+        args.unaligned = str(resolve(args.unaligned or "--unaligned"))
+        how = {**how, "unaligned_sha256": base_hash(Path(args.unaligned), run.hash)}
+
+    def finetune():
+        if args.dry_run:
+            raise Planned
+        D = run.scored(needed="scores" in made_from)[0]
+        rival = Rival(run, config, D, keep=D.response | True)
+        theta = getattr(rival, args.method.replace("-", "_"))(**how)
+        return D, {"keep": rival.keep}, theta
+
+    settings = {**config.recipe(), "method": args.method, **how}
+    run.once(f"methods/{args.name}", finetune, ["--custom", *made_from], settings)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
