@@ -175,7 +175,8 @@ def cell(entry: dict | None, name: str = "") -> str:
         return "-"
     if name in ("seconds", "tokens"):
         return f"{entry['mean']:,.0f}"
-    mean, least, most = (f"{entry[key]:.2f}" for key in ("mean", "least", "most"))
+    form = ".3f" if name == "nll" else ".2f"
+    mean, least, most = (format(entry[key], form) for key in ("mean", "least", "most"))
     return mean if least == most else f"{mean} [{least}, {most}]"
 
 
