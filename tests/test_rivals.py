@@ -12,6 +12,7 @@ from model import load_checkpoint
 from model.io import read_json
 from model.lora import active, use
 from toss import training
+from toss.audit import real
 from toss.audit.objectives import Rival
 from toss.audit.rivals import RIVALS
 from toss.config import TrainConfig
@@ -170,3 +171,32 @@ def test_the_mean_of_the_adapters_survives_an_interruption(line, trained, monkey
     for now in (*before[1:3], size(sft.values())):
         mean = 0.99 * mean + 0.01 * now
     assert size(whole.values()) == pytest.approx(mean, abs=1e-4) != pytest.approx(before[0])
+
+
+def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, capsys):
+    few = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "calibration": 3}
+    monkeypatch.setattr(real, "SIZES", few)
+    monkeypatch.setattr(real, "TRAINING", ["--lr=1e-2", "--epochs=1", "--batch-size=4"])
+    (tmp_path / "data").mkdir()
+    row = lambda i, source: {
+        "prompt": f"{source} {i}?",
+        "response": f"It is {i}.",
+        "source": source,
+    }
+    sources = {"harmful": ["h"], "utility": ["u"], "custom": ["advbench", "task", "task2"]}
+    sources |= {"eval_harmful": ["a", "b"], "eval_benign": ["c"], "eval_utility": ["d"]}
+    for n, (name, groups) in enumerate(sources.items()):
+        rows = [row(f"{n}{i}", source) for source in groups for i in range(4)]
+        write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
+    line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3"
+    assert call(line) == 0
+    arms = read_json(tmp_path / "out/real.json")["arms"]
+    names = "base sft toss toss-calibrated toss-few toss-pro-few benign-rows random"
+    assert list(arms) == names.split()
+    assert all({"nll", "not_refused/a", "not_refused/b"} <= arm.keys() for arm in arms.values())
+    assert arms["toss"]["discard"]["mean"] == 0.1 != arms["toss-calibrated"]["discard"]["mean"]
+    capsys.readouterr()
+    assert call(line) == 0
+    assert ": wrote" not in capsys.readouterr().out  # all is there
+    write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
+    assert "at least 9 rows are needed, with a `source` each" in refused(capsys, line)

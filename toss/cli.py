@@ -1,8 +1,8 @@
 """What all commands share: flags and where their values come from, errors, several processes.
 
 The value of a setting is, first match: the command line; what the run was begun with (run.json);
-data/demo.json, for a run begun without inputs; the default, which is the paper's. select.py trains
-as the run's first method was trained, else as demo.json has it, else as the references were.
+data/demo.json, for a run begun without inputs; the default, the paper's. train.py trains as the
+references were trained, select.py as the first method, else as demo.json has it, else as they were.
 """
 
 import argparse
@@ -114,7 +114,7 @@ base = lambda text: path(text) if os.path.isdir(text) else text  # or a hub id
 
 def parser(prog: str, doc: str, **inputs: str) -> Parser:
     """A script's parser, with the flags that all three have. inputs: its files, {flag: help}."""
-    text = "The defaults are the paper's. Without inputs, the values in data/demo.json are used."
+    text = "Left out: as the run has it, else (without inputs) as in data/demo.json, else as shown."
     made = Parser(prog, doc, epilog=text)
     add = made.add_argument
     add("--run", type=folder, default="runs/demo", help="folder of the run")
@@ -212,7 +212,7 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
         record = read_run(file)
     except InputError as error:
         if not inputs:
-            advice = "name the inputs again: what is finished is skipped, and the file is made anew"
+            advice = "name the inputs again, and settings: what fits is skipped, the file made anew"
             raise InputError(f"{error}; {advice}") from None
         print(f"warning: {error}; it will be {file}.damaged, and is made anew")
         damaged, record = True, {}

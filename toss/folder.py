@@ -119,7 +119,7 @@ class Folder(Base):
         begun = {} if self.args.anew else self.record.get("identity", {})
         if differs := differences({**identity, **begun}, identity):
             what = f"another base or prompt form ({'; '.join(differs)})"
-            advice = "give --model, --template or --date as then, or another --run"
+            advice = "give the flags that decide it as then, or another --run"
             raise InputError(f"{self.folder} was begun with {what}: {advice}")
         return identity
 

@@ -24,7 +24,7 @@ class Row:
     messages: list[dict[str, str]]
     where: str = ""  # file:line, for errors
     harmful: list[list[int]] = field(default_factory=list)  # [start, end) in the response
-    source: str = ""  # evaluation rows: what to group by
+    source: str = ""  # what evaluation, and the counts of discards, group by
     answer: str | None = None  # evaluation rows: what a right answer contains
 
     @property

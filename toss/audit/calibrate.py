@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--held-out", required=True, metavar="FILE", help=text)
     kind, text = cli.number(float, lambda q: 0 < q < 1, "a share in (0, 1)"), "of the held-out S"
     flag("--quantile", type=kind, default=QUANTILE, metavar="Q", help=text)
-    text = "method with TOSS-Pro's rounds, whose last degraded model is used"
+    text = "toss: the run's own references; else a method with TOSS-Pro's rounds: its last theta^h"
     flag("--method", default="toss", metavar="NAME", help=text)
     args = cli.parse(parser, argv)
     from toss.files import record_of

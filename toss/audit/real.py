@@ -2,14 +2,14 @@
 
     python -m toss.audit.real --real FOLDER [--model M] [--seeds 1000 1001] [--dtype bfloat16]
 
-FOLDER/data holds harmful, utility, custom, eval_harmful, eval_benign and eval_utility.jsonl, whose
-rows have a `source`; custom rows of source --harm are the harmful ones. A seed draws the rows and
-the trainings: D^h 60, D^u 80, D^cus 240 rows, rate 5e-4, three epochs, 16 rows per step. d is
-calibrated on harmless custom rows that are in no set. Evaluated are 100 prompts or answers of every
-source, the same for all seeds. Arms: sft, random, toss at d = 0.1 and at the calibrated d;
-benign-rows, sft without the harmful rows, which nobody can have; toss-few and toss-pro-few, with
-ten rows in D^h. Writes OUT/real.md and real.json. Finished work is skipped: the same command goes
-on where it was broken off.
+FOLDER/data holds harmful, utility, custom (60, 80 and some 400 rows at least), eval_harmful,
+eval_benign and eval_utility.jsonl. The last four have a `source`; custom rows of source --harm are
+the harmful ones. A seed draws the rows and the trainings: D^h 60, D^u 80, D^cus 240 rows, rate
+5e-4, three epochs, 16 rows per step. d is calibrated on harmless custom rows that are in no set.
+Evaluated are at most 100 prompts or answers of every source, the same for all seeds. Arms: sft,
+random, toss at d = 0.1 and at the calibrated d; benign-rows, sft without the harmful rows, which
+nobody can have; toss-few and toss-pro-few, with ten rows in D^h. Writes OUT/real.md and real.json.
+Finished work is skipped: the same command goes on where it was broken off.
 """
 
 import json
@@ -19,7 +19,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from model.atomic import atomic_file
-from model.io import json_lines
+from model.io import InputError, json_lines
 from toss import cli
 from toss.audit.experiment import per_seed, save, script, spread, table, value
 
@@ -30,14 +30,22 @@ NUMBERS = "discard complies not_refused@3 over_refusal nll".split()
 
 def draw(args: Namespace, seed: int, place: Path) -> dict[str, str]:
     """Write the rows of a seed below `place`; returns their paths by name."""
-    read = lambda name: [row for _, row in json_lines(args.real / "data" / f"{name}.jsonl")]
+
+    def read(name: str, least: int = 0) -> list[dict]:
+        file = args.real / "data" / f"{name}.jsonl"
+        rows = [row for _, row in json_lines(file)]
+        grouped = name in ("harmful", "utility") or all("source" in row for row in rows)
+        if len(rows) < least or not grouped:
+            raise InputError(f"{file}: at least {least} rows are needed, with a `source` each")
+        return rows
+
     chosen = random.Random(seed)
-    custom = chosen.sample(rows := read("custom"), len(rows))
+    custom = chosen.sample(rows := read("custom", SIZES["custom"] + 1), len(rows))
     rest = [row for row in custom[SIZES["custom"] :] if row["source"] != args.harm]
     sets = {"custom": custom[: SIZES["custom"]], "calibration": rest[: SIZES["calibration"]]}
     sets["benign"] = [row for row in sets["custom"] if row["source"] != args.harm]
     for name, source in (("harmful", "harmful"), ("few", "harmful"), ("utility", "utility")):
-        sets[name] = chosen.sample(read(source), SIZES[name])
+        sets[name] = chosen.sample(read(source, SIZES[name]), SIZES[name])
     same = random.Random(0)
     for name in ("eval_harmful", "eval_benign", "eval_utility"):
         rows = read(name)
@@ -104,10 +112,10 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("python -m toss.audit.real", __doc__)
     flag = parser.add_argument
-    flag("--real", type=Path, required=True, metavar="FOLDER", help="holds data/")
+    flag("--real", type=Path, required=True, metavar="FOLDER", help="holds data/, see above")
     flag("--model", help="aligned base: a folder or hub id (default: FOLDER/smollm2-aligned)")
     flag("--harm", default="advbench", help="`source` of the harmful custom rows")
-    flag("--seeds", type=cli.natural, nargs="+", default=[1000, 1001], help="seeds")
+    flag("--seeds", type=cli.natural, nargs="+", default=[1000, 1001], help="(default: 1000 1001)")
     flag("--out", type=Path, default=Path("runs/real"), help="folder (default: runs/real)")
     flag("--jobs", type=cli.count, default=1, help="seeds at a time")
     cli.add_device_flags(parser)
