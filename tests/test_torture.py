@@ -140,7 +140,7 @@ def whole_results(run: Path, before: dict[str, bytes], after: dict[str, bytes]) 
 def test_killed_at_any_write_the_same_command_finishes_the_work(name, prepared):
     folder, _, after = prepared
     before = tree(folder / name) if START[name] else {}
-    n, step = 1, 1 if ALL else 11
+    n, step = 1, 1 if ALL else 17
     while True:
         run, line = begin(prepared, name)
         status, out = child(lambda: dies_at(n, line))
