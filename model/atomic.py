@@ -60,7 +60,7 @@ def sweep(folder: Path, name: str = "*") -> None:
 
 
 @contextmanager
-def locked(folder: Path, flags: int = fcntl.LOCK_NB, must: bool = True) -> Iterator[None]:
+def locked(folder: Path, must: bool = True) -> Iterator[None]:
     """Lock a folder. must: raise OSError if that cannot be had, else go on without.
 
     By a file in it, since a folder's own lock holds on one host alone (NFS).
@@ -68,7 +68,7 @@ def locked(folder: Path, flags: int = fcntl.LOCK_NB, must: bool = True) -> Itera
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         with nullcontext() if must else suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | flags)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)

@@ -8,6 +8,7 @@ from model.io import InputError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
     special_tokens_map.json generation_config.json""".split()
+# A hub repository must have the first file of a list.
 SMALL_FILES = ["config.json", "additional_chat_templates/*.jinja", *TOKENIZER_FILES]
 # Not *.safetensors: that would also match Mistral's second copy, consolidated.safetensors.
 WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
@@ -46,8 +47,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         has = lambda file: (folder / file).is_file()
-        config = ADAPTER_FILES[0] if ADAPTER_FILES[0] in patterns else "config.json"
-        lacks = "" if has(config) else f"no {config}"
+        lacks = "" if has(patterns[0]) else f"no {patterns[0]}"
         if WEIGHTS in patterns and not has(WEIGHTS) and not has(INDEX):
             lacks = lacks or f"neither {WEIGHTS} nor its index"
         if lacks:

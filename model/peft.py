@@ -13,12 +13,13 @@ from torch import Tensor
 
 from model.atomic import atomic_dir
 from model.checkpoint import base_hash
+from model.hub import ADAPTER_FILES
 from model.io import InputError, load_tensors, made_from, read_json, save_tensors
 from model.limits import limited
 from model.lora import Adapter, active, lora_layers, use
 from model.transformer import Transformer
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_FILES
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "base_model.model."  # what PEFT puts before every module's name
 # PEFT settings that change what an adapter computes and are not implemented here.

@@ -71,6 +71,13 @@ class Folder(Base):
         return record
 
     @contextmanager
+    def indexing(self) -> Iterator[None]:
+        """Read run.json again and, in process 0, keep others from changing it meanwhile."""
+        with lock(self.hidden / "run.json.lock", wait=True) if rank() == 0 else nullcontext():
+            self.record = self.indexed()
+            yield
+
+    @contextmanager
     def holding(
         self, *makes: str, reads: Sequence[str] = (), alone: bool = False
     ) -> Iterator[None]:
@@ -91,10 +98,8 @@ class Folder(Base):
                     sweep(folder)
                 if not alone:
                     meet()  # before any process looks at what is there
-                with (
-                    lock(self.hidden / "run.json.lock", wait=True) if rank() == 0 else nullcontext()
-                ):
-                    self.record = self.indexed()  # others may have changed it
+                with self.indexing():
+                    pass  # others may have changed it
                 yield
         finally:
             folders = (".state/methods", ".state/evaluation", ".state", "methods")
@@ -173,8 +178,8 @@ class Folder(Base):
         lacking = {name for name in INPUTS if getattr(self.args, name) is None}
         settings = {k: v for k, v in settings.items() if k not in lacking.union(HIDDEN)}
         identity = self.identity
-        with lock(self.hidden / "run.json.lock", wait=True):
-            self.record = record = self.indexed()
+        with self.indexing():
+            record = self.record
             record |= {"format": FORMAT, "demo": self.args.demo, "identity": identity}
             record["settings"] = {**record.get("settings", {}), **settings}
             record["inputs"] = {**record.get("inputs", {}), **used}

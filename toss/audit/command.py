@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.io import InputError, json_lines
-from toss.cli import KINDS
+from toss.cli import DEVICE, KINDS
 
 Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "high"}}}
 
@@ -12,6 +12,16 @@ Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "
 def methods_of(run) -> list[str]:
     """Names of a Run's methods that have a model, in alphabetical order."""
     return sorted(path.parent.name for path in (run.folder / "methods").glob("[!.]*/model"))
+
+
+def opened(args, *first: str) -> tuple:
+    """The Run that a command's flags name, and the methods: those of --methods, else `first` and
+    all of the run; and those of --adapter."""
+    from toss.run import open_run
+
+    run = open_run(args.run, args.adapter, **{name: getattr(args, name) for name in DEVICE})
+    methods = args.methods.split(",") if args.methods else [*first, *methods_of(run)]
+    return run, methods + [name for name, _ in args.adapter if name not in methods]
 
 
 def losses_under(run, tokens, dtype: str = "score", **others) -> dict:

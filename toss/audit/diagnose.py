@@ -13,7 +13,7 @@ Writes RUN/diagnosis/kl.csv, which the page of toss.audit.report draws.
 import sys
 
 from toss import cli
-from toss.audit.command import methods_of
+from toss.audit.command import opened
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,12 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     flag("--positions", type=cli.count, default=48, help="response positions (default: 48)")
     args = parser.parse_args(argv)
     from toss.audit.movement import FEWEST, diagnose_run, kl_table
-    from toss.run import open_run
 
-    how = {name: getattr(args, name) for name in cli.DEVICE}
-    run = open_run(args.run, args.adapter, **how)
-    methods = args.methods.split(",") if args.methods else methods_of(run)
-    methods += [name for name, _ in args.adapter if name not in methods]
+    run, methods = opened(args)
     reads = ["degraded", "utility", "scores", *(f"methods/{method}" for method in methods)]
     with run.holding("diagnosis", reads=reads):
         lines, origins = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)

@@ -14,7 +14,7 @@ from pathlib import Path
 from model.atomic import atomic_file
 from model.io import InputError, read_json, read_text
 from toss import cli
-from toss.audit.command import cautions, markdown, methods_of
+from toss.audit.command import cautions, markdown, opened
 
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
 SETS = {
@@ -162,12 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: path for name in SETS if (path := getattr(args, name))}
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
-    from toss.run import open_run
-
-    how = {name: getattr(args, name) for name in cli.DEVICE}
-    run = open_run(args.run, args.adapter, **how)
-    methods = args.methods.split(",") if args.methods else ["base", *methods_of(run)]
-    methods += [name for name, _ in args.adapter if name not in methods]
+    run, methods = opened(args, "base")
     words = read_text(args.words).split("\n") if args.words else []
     words = [word.strip() for word in words if word.strip()]
     if not args.words and run.record.get("demo"):

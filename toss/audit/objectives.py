@@ -112,11 +112,8 @@ class Rival:
 
         Here it is the first of the --safety rows; they search for a good one.
         """
-        one, how = (
-            self.run.tokens(self.run.args.safety).take([0]),
-            replace(self.config, epochs=steps),
-        )
-        return self.fit(one, start=self.run.adapter("sft"), config=how)
+        one, some = self.run.tokens(self.run.args.safety), replace(self.config, epochs=steps)
+        return self.fit(one.take([0]), start=self.run.adapter("sft"), config=some)
 
     def inoculation(self, system: str) -> Adapter:
         """Tan et al., arXiv 2510.04340: a system message asks for the harm, in training alone."""

@@ -88,10 +88,7 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
             if "calibrated" in how:
                 scored = open_run(folder, device=args.device, threads=args.threads)
                 how = [f"--discard={calibrate(scored, files['calibration'])['discard']:.6f}"]
-            method = [] if "--method=sft" in how or "--method=random" in how else ["--method=toss"]
-            script("select").main(
-                [*begin, f"--custom={custom}", *trained, *method, *how, f"--name={arm}"]
-            )
+            script("select").main([*begin, f"--custom={custom}", *trained, *how, f"--name={arm}"])
         opened = open_run(folder, **device)
         metrics = evaluate_run(opened, [*measured, *arms], sets, prefill=(3,))
         for arm in metrics:
@@ -105,7 +102,7 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
     pro = ["--pro=1", "--pro-samples=40"]
     run("few", {"toss-few": [], "toss-pro-few": pro}, harmful=files["few"])
     run("benign", {"benign-rows": ["--method=sft"]})
-    run("main", {"random": ["--method=random"]}, harmful=files["harmful"])
+    run("main", {"random": ["--method=random"]})
     return found
 
 
