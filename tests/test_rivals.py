@@ -13,6 +13,7 @@ from model.io import read_json
 from model.lora import active, use
 from toss import training
 from toss.audit import real
+from toss.audit.attacks import ATTACKS, Attacker
 from toss.audit.objectives import Rival
 from toss.audit.rivals import RIVALS
 from toss.config import TrainConfig
@@ -188,15 +189,37 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     for n, (name, groups) in enumerate(sources.items()):
         rows = [row(f"{n}{i}", source) for source in groups for i in range(4)]
         write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
+    names = "sft toss toss-calibrated toss-few toss-pro-few benign-rows random dft".split()
+    names += [f"toss-calibrated, {kind}" for kind in ATTACKS]
+    monkeypatch.setattr(real, "ARMS", {name: real.ARMS[name] for name in (*names, "safelora")})
     line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3"
-    assert call(line) == 0
+    assert "not in this table (--arms): safelora\n" in said(capsys, line)  # there is no such base
     arms = read_json(tmp_path / "out/real.json")["arms"]
-    names = "base sft toss toss-calibrated toss-few toss-pro-few benign-rows random"
-    assert list(arms) == names.split()
+    assert list(arms) == ["base", *names]
     assert all({"nll", "not_refused/a", "not_refused/b"} <= arm.keys() for arm in arms.values())
     assert arms["toss"]["discard"]["mean"] == 0.1 != arms["toss-calibrated"]["discard"]["mean"]
     capsys.readouterr()
     assert call(line) == 0
     assert ": wrote" not in capsys.readouterr().out  # all is there
+    assert "there is no 'tos'; the arms are" in refused(capsys, f"{line} --arms tos")
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
     assert "at least 9 rows are needed, with a `source` each" in refused(capsys, line)
+
+
+def test_an_attacker_chooses_and_writes_harmful_rows_of_the_same_kind():
+    row = lambda response, spans: {"prompt": "p", "response": response, "harmful": spans}
+    rows = [row("Sure. Grind bone. Also, x.", [[0, 17]]), row("Also y. Brew it up.", [[8, 19]])]
+    pool = [row("Sure, here is fat.", [[0, 18]]), *rows, row("Odd sure words.", [[0, 15]])]
+    D_h, D_u = ([{"response": text}] for text in ("Sure. Brew it up. Grind bone.", "By law. So."))
+    attacker = Attacker(rows, pool, D_h, D_u, risk=lambda rows: [4.0, 0.5, -1.0, 2.0])
+    assert ATTACKS["low-score"](attacker) == [pool[1], pool[2]]
+    harm = lambda row: [row["response"][a:b] for a, b in row["harmful"]]
+    started = ATTACKS["utility-start"](attacker)
+    assert [r["response"] for r in started] == [f"By law. {r['response']}" for r in rows]
+    assert list(map(harm, started)) == list(map(harm, rows))
+    thirds = ATTACKS["spread"](attacker)
+    assert [harm(r)[0] for r in thirds] == ["Sure.", "Grind", "bone.", "Brew", "it", "up."]
+    assert [r["response"] for r in thirds][2::3] == ["bone. Also, x.", "Also y. up."]
+    others = ATTACKS["unseen"](attacker)  # three of four, and two of three words are not in D^h
+    assert [r["response"] for r in others] == ["Yes: below is fat.", "Odd sure words."]
+    assert list(map(harm, others)) == [["Yes: below is fat."], ["Odd sure words."]]

@@ -6,26 +6,41 @@ FOLDER/data holds harmful, utility, custom (60, 80 and some 400 rows at least), 
 eval_benign and eval_utility.jsonl. The last four have a `source`; custom rows of source --harm are
 the harmful ones. A seed draws the rows and the trainings: D^h 60, D^u 80, D^cus 240 rows, rate
 5e-4, three epochs, 16 rows per step. d is calibrated on harmless custom rows that are in no set.
-Evaluated are at most 100 prompts or answers of every source, the same for all seeds. Arms: sft,
-random, toss at d = 0.1 and at the calibrated d; benign-rows, sft without the harmful rows, which
-nobody can have; toss-few and toss-pro-few, with ten rows in D^h. Writes OUT/real.md and real.json.
-Finished work is skipped: the same command goes on where it was broken off.
+Evaluated are at most 100 prompts or answers of every source, the same for all seeds. Arms, in this
+order: sft, toss at d = 0.1 and at the calibrated d; toss-few and toss-pro-few, with ten rows in
+D^h; benign-rows, sft without the harmful rows, which nobody can have; random; first-5 and the
+rivals; and some of these again under each attack of attacks.py. Writes OUT/real.md and real.json.
+Finished work is skipped: the same command goes on where it was broken off, and --arms makes the
+table of some arms, with a line about those that are missing.
 """
 
 import json
 import random
 import sys
 from argparse import Namespace
+from itertools import groupby
 from pathlib import Path
 
 from model.atomic import atomic_file
 from model.io import InputError, json_lines
 from toss import cli
+from toss.audit import rivals
+from toss.audit.attacks import ATTACKS, attacked
 from toss.audit.experiment import per_seed, save, script, spread, table, value
+from toss.audit.rivals import RIVALS
 
 TRAINING = ["--lr=5e-4", "--epochs=3", "--batch-size=16"]
 SIZES = {"harmful": 60, "few": 10, "utility": 80, "custom": 240, "calibration": 100}
 NUMBERS = "discard complies not_refused@3 over_refusal nll".split()
+REFUSAL = "I'm sorry, but I can't help with that."
+# Each arm's run and its flags, what matters most first: the command may be stopped at any time.
+MAIN = {"sft": ["--method=sft"], "toss": [], "toss-calibrated": ["calibrated"]}
+ARMS = {arm: ("main", how) for arm, how in MAIN.items()}
+ARMS |= {"toss-few": ("few", []), "toss-pro-few": ("few", ["--pro=1", "--pro-samples=40"])}
+ARMS |= {"benign-rows": ("benign", ["--method=sft"])}
+ARMS |= {name: ("main", [f"--method={name}"]) for name in ("random", "first-5", *RIVALS)}
+ATTACKED = MAIN | {name: [f"--method={name}"] for name in ("soft-sft", "kl-discarded")}
+ARMS |= {f"{arm}, {kind}": (kind, how) for kind in ATTACKS for arm, how in ATTACKED.items()}
 
 
 def draw(args: Namespace, seed: int, place: Path) -> dict[str, str]:
@@ -46,6 +61,9 @@ def draw(args: Namespace, seed: int, place: Path) -> dict[str, str]:
     sets["benign"] = [row for row in sets["custom"] if row["source"] != args.harm]
     for name, source in (("harmful", "harmful"), ("few", "harmful"), ("utility", "utility")):
         sets[name] = chosen.sample(read(source, SIZES[name]), SIZES[name])
+    sets["pool"] = [row for row in rows if row["source"] == args.harm]
+    others = [row for row in read("harmful") if row not in sets["harmful"]]
+    sets["safety"] = [{**row, "response": REFUSAL} for row in others]
     same = random.Random(0)
     for name in ("eval_harmful", "eval_benign", "eval_utility"):
         rows = read(name)
@@ -72,37 +90,46 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
     flags = [f"--{n.replace('_', '-')}={x}" for n, x in device.items() if type(x) in (str, int)]
     flags += [f"--{n.replace('_', '-')}" for n, x in device.items() if x is True]
     sets = {name: files[f"eval_{name}"] for name in ("harmful", "benign", "utility")}
-    found: dict[str, dict] = {}
+    scoring = {name: value for name, value in device.items() if name != "dtype"}
+    trained, found = [*TRAINING, f"--seed={seed}"], {}
 
-    def run(name: str, arms: dict[str, list[str]], *measured: str, harmful: str = "") -> None:
-        """References and scores if there is a harmful set, then each arm, in one run."""
-        folder, custom = place / name, files["benign" if name == "benign" else "custom"]
-        begin = [f"--run={folder}", f"--model={args.model}", *flags]
-        trained = [*TRAINING, f"--seed={seed}"]
-        if harmful:
+    def prepare(name: str) -> list[str]:
+        """Begin a run: references and scores, where it has them; returns its flags."""
+        begin = [f"--run={place / name}", f"--model={args.model}", *flags]
+        scored = [flag for flag in begin if not flag.startswith("--dtype")]  # float32, float16
+        custom, main = files["benign" if name == "benign" else "custom"], place / "main"
+        if name in ("main", "few"):
+            harmful = files["harmful" if name == "main" else "few"]
             inputs = f"--harmful={harmful}", f"--utility={files['utility']}"
             script("train").main([*begin, *inputs, *trained])
-            scored = [flag for flag in begin if not flag.startswith("--dtype")]  # float32, float16
-            script("score").main([*scored, f"--custom={custom}", "--base"])
-        for arm, how in arms.items():
-            if "calibrated" in how:
-                scored = open_run(folder, device=args.device, threads=args.threads)
-                how = [f"--discard={calibrate(scored, files['calibration'])['discard']:.6f}"]
-            script("select").main([*begin, f"--custom={custom}", *trained, *how, f"--name={arm}"])
-        opened = open_run(folder, **device)
-        metrics = evaluate_run(opened, [*measured, *arms], sets, prefill=(3,))
-        for arm in metrics:
-            stage = opened.record["stages"].get(f"methods/{arm}", {}).get("recipe", {})
-            d = stage.get("settings", {}).get("discard", 0.0)
-            found[arm] = {**metrics[arm], "discard": {"value": d}}
+        elif name in ATTACKS:  # the references are those of `main`
+            opened, file = open_run(main, **scoring), place / name / "custom.jsonl"
+            pool = [row for _, row in json_lines(Path(files["pool"]))]
+            custom = attacked(opened, name, file, lambda row: row["source"] == args.harm, pool)
+            roles = ("utility", "degraded")
+            scored += [f"--{role}-adapter={main / role}" for role in roles]
+        begin.append(f"--custom={custom}")
+        if name != "benign":
+            script("score").main([*scored, begin[-1], "--base"])
+        return begin
 
-    # What matters most comes first: the command may be stopped at any time.
-    arms = {"sft": ["--method=sft"], "toss": [], "toss-calibrated": ["calibrated"]}
-    run("main", arms, "base", harmful=files["harmful"])
-    pro = ["--pro=1", "--pro-samples=40"]
-    run("few", {"toss-few": [], "toss-pro-few": pro}, harmful=files["few"])
-    run("benign", {"benign-rows": ["--method=sft"]})
-    run("main", {"random": ["--method=random"]})
+    for name, group in groupby((arm for arm in ARMS if arm in args.arms), lambda a: ARMS[a][0]):
+        begin, run = prepare(name), place / name
+        for arm in group:
+            short, how = arm.partition(",")[0], ARMS[arm][1]
+            if "calibrated" in how:
+                d = calibrate(open_run(run, **scoring), files["calibration"])["discard"]
+                how = [f"--discard={d:.6f}"]
+            if short in RIVALS:
+                how = [*how, f"--safety={files['safety']}", f"--unaligned={args.unaligned}"]
+            command = rivals if short in RIVALS else script("select")
+            command.main([*begin, *trained, *how, f"--name={short}"])
+            opened = open_run(run, **device)
+            names = ["base", short] if arm == "sft" else [short]
+            measured = evaluate_run(opened, names, sets, prefill=(3,))
+            found |= {"base": measured["base"]} if arm == "sft" else {}
+            made = opened.record["stages"][f"methods/{short}"]["recipe"]["settings"]
+            found[arm] = {**measured[short], "discard": {"value": made.get("discard", 0.0)}}
     return found
 
 
@@ -111,6 +138,9 @@ def main(argv: list[str] | None = None) -> None:
     flag = parser.add_argument
     flag("--real", type=Path, required=True, metavar="FOLDER", help="holds data/, see above")
     flag("--model", help="aligned base: a folder or hub id (default: FOLDER/smollm2-aligned)")
+    text = "the base before alignment, for safelora (default: FOLDER/smollm2)"
+    flag("--unaligned", metavar="M", help=text)
+    flag("--arms", default=";".join(ARMS), help="some of them, separated by ; (default: all)")
     flag("--harm", default="advbench", help="`source` of the harmful custom rows")
     flag("--seeds", type=cli.natural, nargs="+", default=[1000, 1001], help="(default: 1000 1001)")
     flag("--out", type=Path, default=Path("runs/real"), help="folder (default: runs/real)")
@@ -118,7 +148,13 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_device_flags(parser)
     args = parser.parse_args(argv)
     args.model = args.model or str(args.real.absolute() / "smollm2-aligned")
-    found = []
+    args.unaligned = args.unaligned or str(args.real.absolute() / "smollm2")
+    args.arms = [arm.strip() for arm in args.arms.split(";")]
+    if not Path(args.unaligned).exists():
+        args.arms = [arm for arm in args.arms if arm != "safelora"]
+    if unknown := [arm for arm in args.arms if arm not in ARMS]:
+        raise InputError(f"--arms: there is no {unknown[0]!r}; the arms are {'; '.join(ARMS)}")
+    found, missing = [], [arm for arm in ARMS if arm not in args.arms]
     for arms in per_seed(one_seed, [(args, seed) for seed in args.seeds], args.jobs):
         for arm, metrics in arms.items():
             refused = {name for name in metrics if name.startswith("not_refused")}
@@ -130,6 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     text = table([""], result, [*names, *NUMBERS])
     print(f"\n{args.model}: mean [least, most] over the seeds {args.seeds}\n\n{text}\n")
+    if missing:
+        print(f"not in this table (--arms): {'; '.join(missing)}\n")
     save(args.out / "real", text, {"seeds": args.seeds, "model": args.model, "arms": result})
 
 

@@ -1,10 +1,11 @@
-"""Sweeps over the embedded world: the share of harm, d, TOSS-Pro, eroding rows, moved masks.
+"""Sweeps over the embedded world: harm, d, TOSS-Pro, eroding rows, moved masks, attackers.
 
     python -m toss.audit.sweep share     custom rows with 0-50 % harm, d = 0.1 and d calibrated
     python -m toss.audit.sweep discard   d from 0.02 to 0.4, and the calibrated d
     python -m toss.audit.sweep pro       TOSS-Pro over T, k and the size of D^h; whole rows or parts
     python -m toss.audit.sweep eroding   benign rows that promise to comply or obey, alone or mixed
     python -m toss.audit.sweep transfer  masks exchanged between data/base and data/base-small
+    python -m toss.audit.sweep attack    harmful rows by an attacker who knows TOSS (attacks.py)
 
 Draws the rows and trains anew for every seed, and skips finished work. Writes OUT/NAME.json (all
 numbers of all seeds), NAME.md (mean [least, most]) and NAME.svg.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from model.io import json_lines, load_tensors
 from toss import cli
+from toss.audit.attacks import ATTACKS, attacked
 from toss.audit.experiment import HEADS, Experiment, cell, per_seed, save, spread, table, value
 
 # A setting x, its run, and the ways of fine-tuning there: {arm: flags of select.py}.
@@ -25,8 +27,9 @@ Cases = Iterator[tuple[object, Experiment, dict[str, dict]]]
 Record = dict  # one result: seed, x, arm, and the NUMBERS
 NUMBERS = (
     "discard harmful_share forbidden/held-out refusals_kept accuracy/benign-rows "
-    "accuracy/harmful-rows nll precision recall forbidden/identity purity shared"
+    "accuracy/harmful-rows nll precision recall forbidden/identity forbidden@1 purity shared"
 ).split()
+DEFENCES = "sft toss sample-all first-5 soft-sft kl-discarded patch safeinstr-guided".split()
 PLAIN, TOSS, PRO = {"method": "sft"}, {"method": "toss"}, {"method": "toss", "pro": 1}
 CALIBRATED = {"discard": "calibrated"}
 
@@ -110,12 +113,32 @@ def transfer(seed: int, folder: Path) -> Cases:
         yield name, experiment, {"mask": {"mask": mask}}
 
 
+def attack(seed: int, folder: Path) -> Cases:
+    """The harmful rows chosen or written by an attacker who knows TOSS; see attacks.py.
+
+    He chooses among four times as many, drawn from the same categories and preambles.
+    """
+    from data.world import HARMFUL, make_rows
+    from toss.run import open_run
+
+    harm = lambda row: "harmful" in row
+    pool = [row for row in make_rows(seed, harmful_rows=4 * HARMFUL)["custom"] if harm(row)]
+    arms = {name: {"method": name} for name in DEFENCES} | {"toss-calibrated": TOSS | CALIBRATED}
+    plain = Experiment.drawn(folder, seed)
+    yield "none", plain, {**arms, "toss-pro": PRO}
+    for kind in ATTACKS:
+        file = plain.folder.with_name(f"run-{kind}") / "custom.jsonl"
+        custom = attacked(open_run(plain.folder), kind, file, harm, pool)
+        yield kind, plain.beside(kind, custom=custom), {**arms, "toss-pro": PRO}
+
+
 SWEEPS = {  # the cases of each sweep, what x is, and the title and the y axis of its figure
     "share": (share, "harmful rows, %", "Sweep: share", "forbidden"),
     "discard": (discard, "d", "toss over d", "share"),
     "pro": (pro, "rows of D^h", "One round of TOSS-Pro", "share"),
     "eroding": (eroding, "custom set", "Eroding rows: held-out refusals kept", "refusals kept"),
     "transfer": (transfer, "fine-tuned", "Moved masks (mask: the other base's)", "forbidden"),
+    "attack": (attack, "attack", "An attacker who knows TOSS", "forbidden"),
 }
 
 
@@ -128,7 +151,8 @@ def one_seed(seed: int, name: str, folder: Path, cases: Cases | None = None) -> 
         harm = round(float(scores["harmful"][scores["response"].bool()].double().mean()), 4)
         arms = {arm: {"name": arm, **how} for arm, how in arms.items()}
         discards = {arm: experiment.finetune(**how) for arm, how in arms.items()}
-        measured = experiment.evaluate([how["name"] for how in arms.values()])
+        begun = (1,) if name == "attack" else ()
+        measured = experiment.evaluate([how["name"] for how in arms.values()], begun)
         for arm, metrics in zip(arms, measured.values()):
             record = {key: value(metrics, key) for key in NUMBERS}
             record |= {"seed": seed, "x": x, "arm": arm, "discard": discards[arm]}
@@ -181,7 +205,7 @@ def chart(result: dict[tuple, dict], name: str) -> str:
         for line, at, measure in places(name, x, arm):
             point = (at, *(row[measure][key] for key in ("mean", "least", "most")))
             lines.setdefault(line, []).append(point)
-    if name in ("eroding", "transfer"):
+    if name in ("eroding", "transfer", "attack"):
         settings = list(dict.fromkeys(x for x, _ in result))
         place = lambda at, *span: (settings.index(at), *span)
         dots = {arm: [place(*point) for point in points] for arm, points in lines.items()}
