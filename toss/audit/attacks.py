@@ -61,13 +61,14 @@ def spread(a: Attacker) -> Rows:
     found = []
     for row in a.rows:
         text = row["response"]
-        first, last = row.get("harmful", [[0, len(text)]])[-1]
+        *spans, (first, last) = row.get("harmful", [[0, len(text)]])
         words = text[first:last].split()
         cuts = [round(i * len(words) / 3) for i in range(4)]
         for i in range(3):
             part = " ".join(words[cuts[i] : cuts[i + 1]])
             before, after = (text[:first], text[last:]) if i == 2 else ("", "")
-            marks = {"harmful": [[len(before), len(before + part)]]} if "harmful" in row else {}
+            own = [*spans * (i == 2), [len(before), len(before + part)]]
+            marks = {"harmful": own} if "harmful" in row else {}
             found.append({**row, "response": before + part + after, **marks})
     return found
 
