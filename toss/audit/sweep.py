@@ -29,7 +29,7 @@ NUMBERS = (
     "discard harmful_share forbidden/held-out refusals_kept accuracy/benign-rows "
     "accuracy/harmful-rows nll precision recall forbidden/identity forbidden@1 purity shared"
 ).split()
-DEFENCES = "sft toss sample-all first-5 soft-sft kl-discarded patch safeinstr-guided".split()
+DEFENCES = ("sft", "toss", "soft-sft", "kl-discarded", "safeinstr-guided")
 PLAIN, TOSS, PRO = {"method": "sft"}, {"method": "toss"}, {"method": "toss", "pro": 1}
 CALIBRATED = {"discard": "calibrated"}
 
