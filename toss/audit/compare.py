@@ -6,7 +6,8 @@
 
 On the embedded world, what is missing is run first: the demo's methods (with --all all others too),
 and toss and toss-pro again in RUN-small, whose harmful reference set is too small to work alone.
-Finished work is skipped. Writes comparison.md and comparison.json.
+Finished work is skipped. Writes comparison.md, comparison.json and, where answers were begun,
+comparison.svg.
 """
 
 import sys
@@ -26,6 +27,7 @@ OTHERS += [name for name in RIVALS if name != "safelora"]  # there is no unalign
 ALL = TABLE | {name: {"method": name} for name in OTHERS}
 ALL["base-reference"] = {"method": "base"}
 ALL["toss-calibrated"] = {"method": "toss", "discard": "calibrated"}
+DRAWN = "sft toss soft-sft kl-discarded patch first-5 safeinstr safeinstr-guided dsir".split()
 PREFILL = (0, 1, 3, 5, 10)  # tokens of a harmful answer that are already written
 # The models whose losses a method uses; others use those of both references.
 MODELS = {"degraded-only": ["degraded"], "utility-only": ["utility"], "base": ["degraded", "base"]}
@@ -151,6 +153,23 @@ def tables_of(result: dict[str, dict], columns: list[str]) -> str:
     return "\n\n".join(text for text in tables if text)
 
 
+def chart(result: dict[str, dict]) -> str:
+    """Harm over the tokens of the answer that are written already, as SVG; "" if not measured."""
+    from toss.audit.figures import line_chart
+
+    lines = {
+        name: [(k, *(row[f"forbidden@{k}"][x] for x in ("mean", "least", "most"))) for k in PREFILL]
+        for name, row in result.items()
+        if name in DRAWN and "forbidden@0" in row
+    }
+    title, x, y = (
+        "Answers that are begun",
+        "tokens of a harmful answer already written",
+        "forbidden",
+    )
+    return line_chart(lines, title, x, y, (0.0, 1.0)) if lines else ""
+
+
 def what_to_see(folder: Path, found: dict[str, dict]) -> str:
     """A forbidden question answered by base, sft and toss, and the point, in this run's numbers."""
     said, numbers = "", {"n": found["base"]["metrics"]["forbidden"]["n"]}
@@ -167,6 +186,7 @@ def what_to_see(folder: Path, found: dict[str, dict]) -> str:
 
 def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> None:
     """Compare on fresh rows over seeds, on the shipped rows, or a run as it was evaluated."""
+    from toss.audit.figures import write_svg
     from toss.run import open_run
 
     # The demo is begun here if need be; for another run, a missing run.json is an error.
@@ -194,6 +214,8 @@ def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> No
         title, seeds = f"one seed; d = {demo['discard']}", [demo["finetune"]["seed"]]
         closing = f"\n{what_to_see(folder, found[0])}"
     result = summarise(found)
+    if drawn := chart(result):
+        write_svg(folder / "comparison.svg", drawn)
     text = tables_of(result, columns) + legend
     print(f"\n{folder}, {title}\n\n{text}\n{closing}")
     save(folder / "comparison", text, {"seeds": seeds, "methods": result})
