@@ -17,6 +17,7 @@ from model.io import InputError, load_tensors, read_json
 from model.peft import read_adapter
 from toss import cli
 from toss.audit import calibrate, compare, experiment, sweep
+from toss.audit.attacks import ATTACKS
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
 from toss.audit.experiment import Experiment, cell, spread, table, value, world_files
 from toss.audit.measures import wilson
@@ -68,6 +69,10 @@ def test_the_table_gives_means_and_ranges_and_costs_as_multiples_of_sft():
     assert result["toss"]["tokens_to_sft"]["mean"] == 1.5 and "seconds" not in result["base"]
     text = compare.tables_of(result, ["forbidden", "absent"])
     assert "0.90 [0.70, 1.00]" in text and "absent" not in text and "1.50" in text
+    begun = {f"forbidden@{k}": result["sft"]["forbidden"] for k in compare.PREFILL}
+    drawn = compare.chart({"sft": begun, "base": begun, "toss": result["toss"]})
+    assert ">sft<" in drawn and ">toss<" not in drawn and ">base<" not in drawn
+    assert compare.chart(result) == ""
 
 
 def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs():
@@ -298,6 +303,26 @@ def test_the_transfer_sweep_gives_each_base_the_others_mask(tmp_path):
         assert arms["mask"] == {"mask": mask} and mask.is_absolute()
 
 
+def test_the_attack_sweep_replaces_the_harmful_rows_and_nothing_else(tmp_path):
+    made, rows = [], {}
+    for x, world, arms in sweep.attack(3, tmp_path):
+        if not made:
+            cut = {"harmful": 8, "utility": 8}
+            for name, count in cut.items():
+                Path(world.files[name]).write_text("\n".join(lines(world.files[name])[:count]))
+            world.common |= {"epochs": 1, "lr": 1e-3}
+            world.call("train")
+        made.append(x)
+        rows[x] = read_jsonl(world.files["custom"])
+        assert "toss-calibrated" in arms and "toss-pro" in arms
+    assert made == ["none", *ATTACKS]
+    harm = {x: [row for row in of if "harmful" in row] for x, of in rows.items()}
+    others = {x: [row for row in of if "harmful" not in row] for x, of in rows.items()}
+    assert all(others[x] == others["none"] for x in made)
+    assert [len(harm[x]) for x in made] == [78, 78, 78, 3 * 78, 78]
+    assert all(harm[x] != harm["none"] for x in made[1:])
+
+
 def results(*found: tuple) -> dict:
     """What a sweep draws, from (x, arm, forbidden)."""
     names = [name for name in sweep.NUMBERS if name not in ("nll", "purity")]
@@ -309,6 +334,7 @@ FIGURES = [
     ("share", {0: "sft", 20: "toss"}, "toss"),
     ("eroding", {"comply, alone": "sft", "identity, mixed": "sft"}, "identity, mixed"),
     ("transfer", {"base": "mask", "base-small": "mask"}, "base-small"),
+    ("attack", {"none": "toss", "spread": "toss"}, "spread"),
     ("discard", {0.1: "toss", "calibrated": "toss-calibrated"}, "toss over d (calibrated: 0.50)"),
     ("pro", {2: "toss", 80: "pro-1-40-top"}, "harmful-row facts, D^h of 80: top tokens"),
 ]

@@ -96,10 +96,11 @@ ATTACKS = {
 }
 
 
-def attacked(run, kind: str, out: Path, harm: Callable[[dict], bool], pool: Rows) -> str:
-    """Write a run's custom set as one of ATTACKS leaves it; returns its path.
+def attacked(run, kind: str, files: dict, out: Path, harm: Callable[[dict], bool], pool: Rows):
+    """Write the custom set as one of ATTACKS leaves it; returns its path.
 
-    run: its references give S. harm: whether a row is the attacker's. pool: more of his rows.
+    run: its references give S. files: paths of custom, harmful and utility. harm: whether a row is
+    the attacker's. pool: more of his rows.
     """
     from toss.audit.command import losses_under
 
@@ -115,9 +116,7 @@ def attacked(run, kind: str, out: Path, harm: Callable[[dict], bool], pool: Rows
         S = L["utility"] - L["degraded"]
         return [float(S[D.places([i])][at[D.places([i])]].mean()) for i in range(D.rows)]
 
-    read = lambda name: [row for _, row in json_lines(Path(getattr(run.args, name)))]
-    custom = read("custom")
-    attacker = Attacker(
-        [r for r in custom if harm(r)], pool, read("harmful"), read("utility"), risk
-    )
-    return write(out, [r for r in custom if not harm(r)] + ATTACKS[kind](attacker))
+    read = lambda name: [row for _, row in json_lines(Path(files[name]))]
+    custom, others = read("custom"), (pool, read("harmful"), read("utility"), risk)
+    attacker = Attacker([row for row in custom if harm(row)], *others)
+    return write(out, [row for row in custom if not harm(row)] + ATTACKS[kind](attacker))

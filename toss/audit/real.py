@@ -105,7 +105,8 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
         elif name in ATTACKS:  # the references are those of `main`
             opened, file = open_run(main, **scoring), place / name / "custom.jsonl"
             pool = [row for _, row in json_lines(Path(files["pool"]))]
-            custom = attacked(opened, name, file, lambda row: row["source"] == args.harm, pool)
+            harm = lambda row: row["source"] == args.harm
+            custom = attacked(opened, name, files, file, harm, pool)
             roles = ("utility", "degraded")
             scored += [f"--{role}-adapter={main / role}" for role in roles]
         begin.append(f"--custom={custom}")

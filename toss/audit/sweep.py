@@ -128,7 +128,7 @@ def attack(seed: int, folder: Path) -> Cases:
     yield "none", plain, {**arms, "toss-pro": PRO}
     for kind in ATTACKS:
         file = plain.folder.with_name(f"run-{kind}") / "custom.jsonl"
-        custom = attacked(open_run(plain.folder), kind, file, harm, pool)
+        custom = attacked(open_run(plain.folder), kind, plain.files, file, harm, pool)
         yield kind, plain.beside(kind, custom=custom), {**arms, "toss-pro": PRO}
 
 
