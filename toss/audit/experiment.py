@@ -118,7 +118,7 @@ class Experiment:
             self.call("rivals", name=name, safety=self.files["safety"], **how, **choice)
         else:
             self.call("select", name=name, **how, **choice)
-        return 0.0 if how.get("method") == "sft" else d
+        return 0.0 if how.get("method") in {"sft", *rivals.RIVALS} - {"kl-discarded"} else d
 
     def evaluate(self, names: list[str], prefill: tuple[int, ...] = ()) -> dict[str, dict]:
         """Metrics of the named methods; "base" is the model they all start from."""
