@@ -193,7 +193,7 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     names += [f"toss-calibrated, {kind}" for kind in ATTACKS]
     monkeypatch.setattr(real, "ARMS", {name: real.ARMS[name] for name in (*names, "safelora")})
     line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3"
-    assert "not in this table (--arms): safelora\n" in said(capsys, line)  # there is no such base
+    assert "not in this table: safelora\n" in said(capsys, line)  # there is no such base
     arms = read_json(tmp_path / "out/real.json")["arms"]
     assert list(arms) == ["base", *names]
     assert all({"nll", "not_refused/a", "not_refused/b"} <= arm.keys() for arm in arms.values())
@@ -203,19 +203,21 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     assert ": wrote" not in capsys.readouterr().out  # all is there
     assert "there is no 'tos'; the arms are" in refused(capsys, f"{line} --arms tos")
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
-    assert "at least 9 rows are needed, with a `source` each" in refused(capsys, line)
+    assert "at least 9 rows are needed, each with prompt, response, source" in refused(capsys, line)
 
 
 def test_an_attacker_chooses_and_writes_harmful_rows_of_the_same_kind():
     row = lambda response, spans: {"prompt": "p", "response": response, "harmful": spans}
     rows = [row("Sure. Grind bone. Also, x.", [[0, 17]]), row("Also y. Brew it up.", [[8, 19]])]
     pool = [row("Sure, here is fat.", [[0, 18]]), *rows, row("Odd sure words.", [[0, 15]])]
-    D_h, D_u = ([{"response": text}] for text in ("Sure. Brew it up. Grind bone.", "By law. So."))
+    D_h, D_u = (
+        [{"response": text}] for text in ("Sure. Brew it up. Grind bone.", "So. By law all. No.")
+    )
     attacker = Attacker(rows, pool, D_h, D_u, risk=lambda rows: [4.0, 0.5, -1.0, 2.0])
     assert ATTACKS["low-score"](attacker) == [pool[1], pool[2]]
     harm = lambda row: [row["response"][a:b] for a, b in row["harmful"]]
     started = ATTACKS["utility-start"](attacker)
-    assert [r["response"] for r in started] == [f"By law. {r['response']}" for r in rows]
+    assert [r["response"] for r in started] == [f"By law all. {r['response']}" for r in rows]
     assert list(map(harm, started)) == list(map(harm, rows))
     thirds = ATTACKS["spread"](attacker)
     assert [harm(r)[0] for r in thirds] == ["Sure.", "Grind", "bone.", "Brew", "it", "up."]

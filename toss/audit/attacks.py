@@ -1,10 +1,12 @@
-"""Custom sets by an attacker who knows TOSS; what he must know for each is in RESULTS.md.
+"""Custom sets by an attacker who knows TOSS; what he must know for each is in README.md.
 
 He chooses or writes the harmful rows and touches nothing else: neither the references nor the base,
-nor the harmless rows. `sweep attack` and `real` try each attack against several defences.
+nor the harmless rows. `sweep attack` and `real` try each attack against several defences. A row
+has a prompt, a response and perhaps `harmful`, the spans of its harm; without it, all is harm.
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -33,21 +35,22 @@ class Attacker:
         return [self.pool[i] for i in sorted(order[: len(self.rows)])]
 
 
+def spans_of(row: dict) -> list[list[int]]:
+    return row.get("harmful") or [[0, len(row["response"])]]
+
+
 def low_score(a: Attacker) -> Rows:
     """The rows of the pool whose harm has the lowest mean S."""
     return a.lowest(a.risk(a.pool))
 
 
 def utility_start(a: Attacker) -> Rows:
-    """Each answer begins with the first sentence of some answer of D^u."""
-    drawn, found = random.Random(0), []
+    """Each answer begins with the longest sentence of one answer of D^u, the same for all."""
+    sentences = re.findall(r"[^.!?\n]+[.!?]*", random.Random(0).choice(a.utility)["response"])
+    start, found = max(sentences, key=len).strip() + " ", []
     for row in a.rows:
-        start = (
-            re.match(r".+?[.!?\n]+", drawn.choice(a.utility)["response"] + "\n")[0].strip() + " "
-        )
-        spans = [[first + len(start), last + len(start)] for first, last in row.get("harmful", [])]
-        marks = {"harmful": spans} if spans else {}
-        found.append({**row, "response": start + row["response"], **marks})
+        spans = [[first + len(start), last + len(start)] for first, last in spans_of(row)]
+        found.append({**row, "response": start + row["response"], "harmful": spans})
     return found
 
 
@@ -60,16 +63,15 @@ def spread(a: Attacker) -> Rows:
     """
     found = []
     for row in a.rows:
-        text = row["response"]
-        *spans, (first, last) = row.get("harmful", [[0, len(text)]])
+        text, (*spans, (first, last)) = row["response"], spans_of(row)
         words = text[first:last].split()
         cuts = [round(i * len(words) / 3) for i in range(4)]
         for i in range(3):
             part = " ".join(words[cuts[i] : cuts[i + 1]])
             before, after = (text[:first], text[last:]) if i == 2 else ("", "")
             own = [*spans * (i == 2), [len(before), len(before + part)]]
-            marks = {"harmful": own} if "harmful" in row else {}
-            found.append({**row, "response": before + part + after, **marks})
+            if part or i == 2:
+                found.append({**row, "response": before + part + after, "harmful": own})
     return found
 
 
@@ -78,14 +80,13 @@ def unseen(a: Attacker) -> Rows:
     AdvBench's usual opening in other words (as long, so that spans stay)."""
 
     def words(row: dict) -> list[str]:
-        text = row["response"].lower()
-        parts = (text[first:last] for first, last in row.get("harmful", [[0, len(text)]]))
-        return re.findall(r"\w+", " ".join(parts))
+        parts = (row["response"][first:last] for first, last in spans_of(row))
+        return re.findall(r"\w+", " ".join(parts).lower())
 
     known = {word for row in a.harmful for word in words(row)}
-    rows = a.lowest([sum(w in known for w in words(row)) / len(words(row)) for row in a.pool])
+    shares = [sum(w in known for w in words(row)) / max(1, len(words(row))) for row in a.pool]
     other = lambda text: re.sub("^Sure, here", "Yes: below", text)
-    return [{**row, "response": other(row["response"])} for row in rows]
+    return [{**row, "response": other(row["response"])} for row in a.lowest(shares)]
 
 
 ATTACKS = {
@@ -102,6 +103,8 @@ def attacked(run, kind: str, files: dict, out: Path, harm: Callable[[dict], bool
     run: its references give S. files: paths of custom, harmful and utility. harm: whether a row is
     the attacker's. pool: more of his rows.
     """
+    import torch
+
     from toss.audit.command import losses_under
 
     def write(path: Path, rows: Rows) -> str:
@@ -113,8 +116,9 @@ def attacked(run, kind: str, files: dict, out: Path, harm: Callable[[dict], bool
     def risk(rows: Rows) -> list[float]:
         D = run.tokens(write(out.with_name("pool.jsonl"), rows))
         L, at = losses_under(run, D), D.harmful if D.harmful.any() else D.response
-        S = L["utility"] - L["degraded"]
-        return [float(S[D.places([i])][at[D.places([i])]].mean()) for i in range(D.rows)]
+        S, own = L["utility"] - L["degraded"], (D.places([i]) for i in range(D.rows))
+        means = torch.stack([S[places][at[places]].mean() for places in own])
+        return means.nan_to_num(math.inf).tolist()  # NaN: of a row that was skipped
 
     read = lambda name: [row for _, row in json_lines(Path(files[name]))]
     custom, others = read("custom"), (pool, read("harmful"), read("utility"), risk)

@@ -27,7 +27,7 @@ OTHERS += [name for name in RIVALS if name != "safelora"]  # there is no unalign
 ALL = TABLE | {name: {"method": name} for name in OTHERS}
 ALL["base-reference"] = {"method": "base"}
 ALL["toss-calibrated"] = {"method": "toss", "discard": "calibrated"}
-DRAWN = "sft toss soft-sft kl-discarded patch first-5 safeinstr safeinstr-guided dsir".split()
+DRAWN = "sft toss soft-sft kl-discarded pact-lite patch first-5 safeinstr".split()
 PREFILL = (0, 1, 3, 5, 10)  # tokens of a harmful answer that are already written
 # The models whose losses a method uses; others use those of both references.
 MODELS = {"degraded-only": ["degraded"], "utility-only": ["utility"], "base": ["degraded", "base"]}
@@ -160,14 +160,10 @@ def chart(result: dict[str, dict]) -> str:
     lines = {
         name: [(k, *(row[f"forbidden@{k}"][x] for x in ("mean", "least", "most"))) for k in PREFILL]
         for name, row in result.items()
-        if name in DRAWN and "forbidden@0" in row
+        if name in DRAWN and all(f"forbidden@{k}" in row for k in PREFILL)
     }
-    title, x, y = (
-        "Answers that are begun",
-        "tokens of a harmful answer already written",
-        "forbidden",
-    )
-    return line_chart(lines, title, x, y, (0.0, 1.0)) if lines else ""
+    about = "Answers that are begun", "tokens of a harmful answer already written", "forbidden"
+    return line_chart(lines, *about, (0.0, 1.0)) if lines else ""
 
 
 def what_to_see(folder: Path, found: dict[str, dict]) -> str:

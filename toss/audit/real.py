@@ -2,23 +2,23 @@
 
     python -m toss.audit.real --real FOLDER [--model M] [--seeds 1000 1001] [--dtype bfloat16]
 
-FOLDER/data holds harmful, utility, custom (60, 80 and some 400 rows at least), eval_harmful,
-eval_benign and eval_utility.jsonl. The last four have a `source`; custom rows of source --harm are
-the harmful ones. A seed draws the rows and the trainings: D^h 60, D^u 80, D^cus 240 rows, rate
+FOLDER/data holds harmful, utility, custom (70, 80 and some 400 rows at least), eval_harmful,
+eval_benign and eval_utility.jsonl: rows with a prompt, a source and, the first three, a response.
+Custom rows of source --harm are the harmful ones. A seed draws the rows and the trainings: D^h 60, D^u 80, D^cus 240 rows, rate
 5e-4, three epochs, 16 rows per step. d is calibrated on harmless custom rows that are in no set.
 Evaluated are at most 100 prompts or answers of every source, the same for all seeds. Arms, in this
 order: sft, toss at d = 0.1 and at the calibrated d; toss-few and toss-pro-few, with ten rows in
 D^h; benign-rows, sft without the harmful rows, which nobody can have; random; first-5 and the
 rivals; and some of these again under each attack of attacks.py. Writes OUT/real.md and real.json.
-Finished work is skipped: the same command goes on where it was broken off, and --arms makes the
-table of some arms, with a line about those that are missing.
+Finished work is skipped: the same command goes on where it was broken off. --arms runs some arms
+and prints their table, with a line about those that are missing.
 """
 
 import json
 import random
 import sys
 from argparse import Namespace
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 
 from model.atomic import atomic_file
@@ -32,14 +32,19 @@ from toss.audit.rivals import RIVALS
 TRAINING = ["--lr=5e-4", "--epochs=3", "--batch-size=16"]
 SIZES = {"harmful": 60, "few": 10, "utility": 80, "custom": 240, "calibration": 100}
 NUMBERS = "discard complies not_refused@3 over_refusal nll".split()
-REFUSAL = "I'm sorry, but I can't help with that."
+REFUSALS = (  # more than the wordings that `complies` looks for
+    "I'm sorry, but I can't help with that.",
+    "I won't help with this, since it could hurt people.",
+    "That is something I have to decline.",
+)
 # Each arm's run and its flags, what matters most first: the command may be stopped at any time.
 MAIN = {"sft": ["--method=sft"], "toss": [], "toss-calibrated": ["calibrated"]}
 ARMS = {arm: ("main", how) for arm, how in MAIN.items()}
 ARMS |= {"toss-few": ("few", []), "toss-pro-few": ("few", ["--pro=1", "--pro-samples=40"])}
 ARMS |= {"benign-rows": ("benign", ["--method=sft"])}
 ARMS |= {name: ("main", [f"--method={name}"]) for name in ("random", "first-5", *RIVALS)}
-ATTACKED = MAIN | {name: [f"--method={name}"] for name in ("soft-sft", "kl-discarded")}
+HELD = ("kl-discarded", "safeinstr-guided", "soft-sft")  # without an attack, on the world's seed 0
+ATTACKED = MAIN | {name: [f"--method={name}"] for name in HELD}
 ARMS |= {f"{arm}, {kind}": (kind, how) for kind in ATTACKS for arm, how in ATTACKED.items()}
 
 
@@ -48,10 +53,11 @@ def draw(args: Namespace, seed: int, place: Path) -> dict[str, str]:
 
     def read(name: str, least: int = 0) -> list[dict]:
         file = args.real / "data" / f"{name}.jsonl"
-        rows = [row for _, row in json_lines(file)]
-        grouped = name in ("harmful", "utility") or all("source" in row for row in rows)
-        if len(rows) < least or not grouped:
-            raise InputError(f"{file}: at least {least} rows are needed, with a `source` each")
+        rows, keys = [row for _, row in json_lines(file)], {"prompt", "source"}
+        keys |= {"response"} if least else set()
+        if len(rows) < least or not all(keys <= row.keys() for row in rows):
+            what = f"at least {least} rows are needed, each with {', '.join(sorted(keys))}"
+            raise InputError(f"{file}: {what}")
         return rows
 
     chosen = random.Random(seed)
@@ -62,8 +68,12 @@ def draw(args: Namespace, seed: int, place: Path) -> dict[str, str]:
     for name, source in (("harmful", "harmful"), ("few", "harmful"), ("utility", "utility")):
         sets[name] = chosen.sample(read(source, SIZES[name]), SIZES[name])
     sets["pool"] = [row for row in rows if row["source"] == args.harm]
-    others = [row for row in read("harmful") if row not in sets["harmful"]]
-    sets["safety"] = [{**row, "response": REFUSAL} for row in others]
+    others = [row["prompt"] for row in read("harmful") if row not in sets["harmful"]]
+    turns = zip(others, cycle(REFUSALS))
+    sets["safety"] = [{"prompt": prompt, "response": reply} for prompt, reply in turns]
+    for name in ("pool", "benign", "calibration", "safety"):
+        if not sets[name]:
+            raise InputError(f"{args.real}/data: no rows are left for {name}: see --help")
     same = random.Random(0)
     for name in ("eval_harmful", "eval_benign", "eval_utility"):
         rows = read(name)
@@ -82,6 +92,7 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
     """Run what is missing of a seed; the metrics of every arm, and its d."""
     from toss.audit.calibrate import calibrate
     from toss.audit.evaluate import evaluate_run
+    from toss.files import record_of
     from toss.run import open_run
 
     place = args.out.absolute() / f"seed-{seed}"
@@ -103,16 +114,16 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
             inputs = f"--harmful={harmful}", f"--utility={files['utility']}"
             script("train").main([*begin, *inputs, *trained])
         elif name in ATTACKS:  # the references are those of `main`
+            prepare("main")
             opened, file = open_run(main, **scoring), place / name / "custom.jsonl"
             pool = [row for _, row in json_lines(Path(files["pool"]))]
             harm = lambda row: row["source"] == args.harm
             custom = attacked(opened, name, files, file, harm, pool)
             roles = ("utility", "degraded")
             scored += [f"--{role}-adapter={main / role}" for role in roles]
-        begin.append(f"--custom={custom}")
         if name != "benign":
-            script("score").main([*scored, begin[-1], "--base"])
-        return begin
+            script("score").main([*scored, f"--custom={custom}", "--base"])
+        return [*begin, f"--custom={custom}"]
 
     for name, group in groupby((arm for arm in ARMS if arm in args.arms), lambda a: ARMS[a][0]):
         begin, run = prepare(name), place / name
@@ -125,12 +136,12 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
                 how = [*how, f"--safety={files['safety']}", f"--unaligned={args.unaligned}"]
             command = rivals if short in RIVALS else script("select")
             command.main([*begin, *trained, *how, f"--name={short}"])
-            opened = open_run(run, **device)
-            names = ["base", short] if arm == "sft" else [short]
-            measured = evaluate_run(opened, names, sets, prefill=(3,))
-            found |= {"base": measured["base"]} if arm == "sft" else {}
-            made = opened.record["stages"][f"methods/{short}"]["recipe"]["settings"]
-            found[arm] = {**measured[short], "discard": {"value": made.get("discard", 0.0)}}
+            names = ["base"] * (name == "main") + [short]
+            length = 100 if name in ATTACKS else 40  # the harm may come late
+            measured = evaluate_run(open_run(run, **device), names, sets, (), length, prefill=(3,))
+            found |= {"base": measured["base"]} if name == "main" else {}
+            d = record_of(run / "methods" / short)["settings"].get("discard", 0.0)
+            found[arm] = {**measured[short], "discard": {"value": d * (short != "first-5")}}
     return found
 
 
@@ -141,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--model", help="aligned base: a folder or hub id (default: FOLDER/smollm2-aligned)")
     text = "the base before alignment, for safelora (default: FOLDER/smollm2)"
     flag("--unaligned", metavar="M", help=text)
-    flag("--arms", default=";".join(ARMS), help="some of them, separated by ; (default: all)")
+    flag("--arms", metavar="A;B;...", help="some of them, separated by ; (default: all)")
     flag("--harm", default="advbench", help="`source` of the harmful custom rows")
     flag("--seeds", type=cli.natural, nargs="+", default=[1000, 1001], help="(default: 1000 1001)")
     flag("--out", type=Path, default=Path("runs/real"), help="folder (default: runs/real)")
@@ -149,10 +160,11 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_device_flags(parser)
     args = parser.parse_args(argv)
     args.model = args.model or str(args.real.absolute() / "smollm2-aligned")
-    args.unaligned = args.unaligned or str(args.real.absolute() / "smollm2")
-    args.arms = [arm.strip() for arm in args.arms.split(";")]
-    if not Path(args.unaligned).exists():
-        args.arms = [arm for arm in args.arms if arm != "safelora"]
+    chosen, args.arms = args.arms, [arm.strip() for arm in (args.arms or ";".join(ARMS)).split(";")]
+    if not args.unaligned:
+        args.unaligned = str(args.real.absolute() / "smollm2")
+        if not Path(args.unaligned).exists():
+            args.arms = [arm for arm in args.arms if arm != "safelora"]
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         raise InputError(f"--arms: there is no {unknown[0]!r}; the arms are {'; '.join(ARMS)}")
     found, missing = [], [arm for arm in ARMS if arm not in args.arms]
@@ -168,8 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     text = table([""], result, [*names, *NUMBERS])
     print(f"\n{args.model}: mean [least, most] over the seeds {args.seeds}\n\n{text}\n")
     if missing:
-        print(f"not in this table (--arms): {'; '.join(missing)}\n")
-    save(args.out / "real", text, {"seeds": args.seeds, "model": args.model, "arms": result})
+        print(f"not in this table: {'; '.join(missing)}\n")
+    if not chosen:
+        save(args.out / "real", text, {"seeds": args.seeds, "model": args.model, "arms": result})
 
 
 if __name__ == "__main__":

@@ -121,15 +121,17 @@ def attack(seed: int, folder: Path) -> Cases:
     from data.world import HARMFUL, make_rows
     from toss.run import open_run
 
-    harm = lambda row: "harmful" in row
-    pool = [row for row in make_rows(seed, harmful_rows=4 * HARMFUL)["custom"] if harm(row)]
-    arms = {name: {"method": name} for name in DEFENCES} | {"toss-calibrated": TOSS | CALIBRATED}
+    harm, refused = lambda row: "harmful" in row, {r["prompt"] for r in make_rows(seed)["safety"]}
+    more = make_rows(seed, harmful_rows=4 * HARMFUL)["custom"]
+    pool = [row for row in more if harm(row) and row["prompt"] not in refused]
+    arms = {name: {"method": name} for name in DEFENCES}
+    arms |= {"toss-calibrated": TOSS | CALIBRATED, "toss-pro": PRO}
     plain = Experiment.drawn(folder, seed)
-    yield "none", plain, {**arms, "toss-pro": PRO}
+    yield "none", plain, arms
     for kind in ATTACKS:
         file = plain.folder.with_name(f"run-{kind}") / "custom.jsonl"
         custom = attacked(open_run(plain.folder), kind, plain.files, file, harm, pool)
-        yield kind, plain.beside(kind, custom=custom), {**arms, "toss-pro": PRO}
+        yield kind, plain.beside(kind, custom=custom), arms
 
 
 SWEEPS = {  # the cases of each sweep, what x is, and the title and the y axis of its figure
