@@ -4,12 +4,13 @@
 
 FOLDER/data holds harmful, utility, custom (70, 80 and some 400 rows at least), eval_harmful,
 eval_benign and eval_utility.jsonl: rows with a prompt, a source and, the first three, a response.
-Custom rows of source --harm are the harmful ones. A seed draws the rows and the trainings: D^h 60, D^u 80, D^cus 240 rows, rate
-5e-4, three epochs, 16 rows per step. d is calibrated on harmless custom rows that are in no set.
-Evaluated are at most 100 prompts or answers of every source, the same for all seeds. Arms, in this
-order: sft, toss at d = 0.1 and at the calibrated d; toss-few and toss-pro-few, with ten rows in
-D^h; benign-rows, sft without the harmful rows, which nobody can have; random; first-5 and the
-rivals; and some of these again under each attack of attacks.py. Writes OUT/real.md and real.json.
+Custom rows of source --harm are the harmful ones. A seed draws the rows and the trainings: D^h 60,
+D^u 80, D^cus 240 rows, rate 5e-4, three epochs, 16 rows per step. d is calibrated on harmless
+custom rows that are in no set. Evaluated are at most 100 prompts or answers of every source, the
+same for all seeds. Arms, in this order: sft, toss at d = 0.1 and at the calibrated d; toss-few and
+toss-pro-few, with ten rows in D^h; benign-rows, sft without the harmful rows, which nobody can
+have; random; first-5 and the rivals; and some of these again under each attack of attacks.py,
+where answers may be longer (100 tokens, else 40). Writes OUT/real.md and real.json.
 Finished work is skipped: the same command goes on where it was broken off. --arms runs some arms
 and prints their table, with a line about those that are missing.
 """
