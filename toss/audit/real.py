@@ -131,7 +131,8 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
         for arm in group:
             short, how = arm.partition(",")[0], ARMS[arm][1]
             if "calibrated" in how:
-                d = calibrate(open_run(run, **scoring), files["calibration"])["discard"]
+                d = record_of(run / "methods" / short).get("settings", {}).get("discard")
+                d = d or calibrate(open_run(run, **scoring), files["calibration"])["discard"]
                 how = [f"--discard={d:.6f}"]
             if short in RIVALS:
                 how = [*how, f"--safety={files['safety']}", f"--unaligned={args.unaligned}"]
