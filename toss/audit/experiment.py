@@ -175,7 +175,7 @@ def cell(entry: dict | None, name: str = "") -> str:
         return "-"
     if name in ("seconds", "tokens"):
         return f"{entry['mean']:,.0f}"
-    form = ".3f" if name == "nll" else ".2f"
+    form = ".3f" if name in ("nll", "discard") else ".2f"
     mean, least, most = (format(entry[key], form) for key in ("mean", "least", "most"))
     return mean if least == most else f"{mean} [{least}, {most}]"
 
