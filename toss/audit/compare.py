@@ -26,7 +26,8 @@ OTHERS = ["first-k", "first-5", "local", "degraded-only", "utility-only", "oracl
 OTHERS += [name for name in RIVALS if name != "safelora"]  # there is no unaligned base
 ALL = TABLE | {name: {"method": name} for name in OTHERS}
 ALL["base-reference"] = {"method": "base"}
-ALL["toss-calibrated"] = {"method": "toss", "discard": "calibrated"}
+for arm, method in {"toss-calibrated": "toss", "kl-calibrated": "kl-discarded"}.items():
+    ALL[arm] = {"method": method, "discard": "calibrated"}
 DRAWN = "sft toss soft-sft kl-discarded pact-lite patch first-5 safeinstr".split()
 PREFILL = (0, 1, 3, 5, 10)  # tokens of a harmful answer that are already written
 # The models whose losses a method uses; others use those of both references.
