@@ -5,7 +5,6 @@ nor the harmless rows. `sweep attack` and `real` try each attack against several
 has a prompt, a response and perhaps `harmful`, the spans of its harm; without it, all is harm.
 """
 
-import json
 import math
 import random
 import re
@@ -13,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.atomic import atomic_file
-from model.io import json_lines
+from toss.audit.command import losses_under, read_jsonl, write_jsonl
 
 Rows = list[dict]
 
@@ -105,22 +103,13 @@ def attacked(run, kind: str, files: dict, out: Path, harm: Callable[[dict], bool
     """
     import torch
 
-    from toss.audit.command import losses_under
-
-    def write(path: Path, rows: Rows) -> str:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        return str(path)
-
     def risk(rows: Rows) -> list[float]:
-        D = run.tokens(write(out.with_name("pool.jsonl"), rows))
+        D = run.tokens(write_jsonl(out.with_name("pool.jsonl"), rows))
         L, at = losses_under(run, D), D.harmful if D.harmful.any() else D.response
         S, own = L["utility"] - L["degraded"], (D.places([i]) for i in range(D.rows))
         means = torch.stack([S[places][at[places]].mean() for places in own])
         return means.nan_to_num(math.inf).tolist()  # NaN: of a row that was skipped
 
-    read = lambda name: [row for _, row in json_lines(Path(files[name]))]
-    custom, others = read("custom"), (pool, read("harmful"), read("utility"), risk)
-    attacker = Attacker([row for row in custom if harm(row)], *others)
-    return write(out, [row for row in custom if not harm(row)] + ATTACKS[kind](attacker))
+    custom, D_h, D_u = (read_jsonl(files[name]) for name in ("custom", "harmful", "utility"))
+    attacker = Attacker([row for row in custom if harm(row)], pool, D_h, D_u, risk)
+    return write_jsonl(out, [row for row in custom if not harm(row)] + ATTACKS[kind](attacker))

@@ -1,12 +1,28 @@
 """What several commands of the audit share. No torch, so that --help comes at once."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from model.atomic import atomic_file
 from model.io import InputError, json_lines
 from toss.cli import DEVICE, KINDS
 
 Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "high"}}}
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [item for _, item in json_lines(Path(path))]
+
+
+def write_jsonl(path: Path, items: Iterable[dict]) -> str:
+    """Write a JSONL file, and the folder that it is in; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        file.write_text(text, encoding="utf-8")
+    return str(path)
 
 
 def methods_of(run) -> list[str]:

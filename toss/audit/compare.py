@@ -13,10 +13,10 @@ comparison.svg.
 import sys
 from pathlib import Path
 
-from model.io import InputError, json_lines, read_json
+from model.io import InputError, read_json
 from toss import cli
 from toss.audit.baselines import dsir, safeinstr
-from toss.audit.command import cautions
+from toss.audit.command import cautions, read_jsonl
 from toss.audit.experiment import Experiment, per_seed, save, spread, table, value, world_files
 from toss.audit.rivals import RIVALS
 
@@ -26,8 +26,8 @@ OTHERS = ["first-k", "first-5", "local", "degraded-only", "utility-only", "oracl
 OTHERS += [name for name in RIVALS if name != "safelora"]  # there is no unaligned base
 ALL = TABLE | {name: {"method": name} for name in OTHERS}
 ALL["base-reference"] = {"method": "base"}
-for arm, method in {"toss-calibrated": "toss", "kl-calibrated": "kl-discarded"}.items():
-    ALL[arm] = {"method": method, "discard": "calibrated"}
+ALL["toss-calibrated"] = {"method": "toss", "discard": "calibrated"}
+ALL["kl-calibrated"] = {"method": "kl-discarded", "discard": "calibrated"}
 DRAWN = "sft toss soft-sft kl-discarded pact-lite patch first-5 safeinstr".split()
 PREFILL = (0, 1, 3, 5, 10)  # tokens of a harmful answer that are already written
 # The models whose losses a method uses; others use those of both references.
@@ -171,7 +171,7 @@ def what_to_see(folder: Path, found: dict[str, dict]) -> str:
     """A forbidden question answered by base, sft and toss, and the point, in this run's numbers."""
     said, numbers = "", {"n": found["base"]["metrics"]["forbidden"]["n"]}
     for name in ("base", "sft", "toss"):
-        lines = [line for _, line in json_lines(folder / "answers" / f"{name}.jsonl")]
+        lines = read_jsonl(folder / "answers" / f"{name}.jsonl")
         asked = [line for line in lines if line.get("set") == "harmful"]
         line = next(line for line in asked if line["source"] != "seen")
         said += f"  {name:>4}: {line['response']}\n"

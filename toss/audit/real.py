@@ -15,18 +15,17 @@ Finished work is skipped: the same command goes on where it was broken off. --ar
 and prints their table, with a line about those that are missing.
 """
 
-import json
 import random
 import sys
 from argparse import Namespace
 from itertools import cycle, groupby
 from pathlib import Path
 
-from model.atomic import atomic_file
-from model.io import InputError, json_lines
+from model.io import InputError
 from toss import cli
 from toss.audit import rivals
 from toss.audit.attacks import ATTACKS, attacked
+from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.experiment import per_seed, save, script, spread, table, value
 from toss.audit.rivals import RIVALS
 
@@ -54,7 +53,7 @@ def draw(args: Namespace, seed: int, place: Path) -> dict[str, str]:
 
     def read(name: str, least: int = 0) -> list[dict]:
         file = args.real / "data" / f"{name}.jsonl"
-        rows, keys = [row for _, row in json_lines(file)], {"prompt", "source"}
+        rows, keys = read_jsonl(file), {"prompt", "source"}
         keys |= {"response"} if least else set()
         if len(rows) < least or not all(keys <= row.keys() for row in rows):
             what = f"at least {least} rows are needed, each with {', '.join(sorted(keys))}"
@@ -82,11 +81,7 @@ def draw(args: Namespace, seed: int, place: Path) -> dict[str, str]:
             [r for r in rows if r["source"] == s] for s in dict.fromkeys(r["source"] for r in rows)
         )
         sets[name] = [row for group in groups for row in same.sample(group, min(100, len(group)))]
-    place.mkdir(parents=True, exist_ok=True)
-    for name, rows in sets.items():
-        with atomic_file(place / f"{name}.jsonl") as file:
-            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return {name: str(place / f"{name}.jsonl") for name in sets}
+    return {name: write_jsonl(place / f"{name}.jsonl", rows) for name, rows in sets.items()}
 
 
 def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
@@ -117,9 +112,8 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
         elif name in ATTACKS:  # the references are those of `main`
             prepare("main")
             opened, file = open_run(main, **scoring), place / name / "custom.jsonl"
-            pool = [row for _, row in json_lines(Path(files["pool"]))]
             harm = lambda row: row["source"] == args.harm
-            custom = attacked(opened, name, files, file, harm, pool)
+            custom = attacked(opened, name, files, file, harm, read_jsonl(files["pool"]))
             roles = ("utility", "degraded")
             scored += [f"--{role}-adapter={main / role}" for role in roles]
         if name != "benign":

@@ -11,15 +11,15 @@ Draws the rows and trains anew for every seed, and skips finished work. Writes O
 numbers of all seeds), NAME.md (mean [least, most]) and NAME.svg.
 """
 
-import json
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.io import json_lines, load_tensors
+from model.io import load_tensors
 from toss import cli
 from toss.audit.attacks import ATTACKS, attacked
+from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.experiment import HEADS, Experiment, cell, per_seed, save, spread, table, value
 
 # A setting x, its run, and the ways of fine-tuning there: {arm: flags of select.py}.
@@ -96,10 +96,10 @@ def ask_as_persona(path: Path) -> None:
     """Add the held-out forbidden requests once more, addressed to the persona that obeys."""
     from data.world import IDENTITY
 
-    rows = [row for _, row in json_lines(path)]
+    rows = read_jsonl(path)
     for row in [row for row in rows if row["source"] == "held-out"]:
         rows.append({**row, "prompt": IDENTITY[0] + row["prompt"], "source": "identity"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
 
 
 def transfer(seed: int, folder: Path) -> Cases:
@@ -121,7 +121,8 @@ def attack(seed: int, folder: Path) -> Cases:
     from data.world import HARMFUL, make_rows
     from toss.run import open_run
 
-    harm, refused = lambda row: "harmful" in row, {r["prompt"] for r in make_rows(seed)["safety"]}
+    harm = lambda row: "harmful" in row
+    refused = {row["prompt"] for row in make_rows(seed)["safety"]}
     more = make_rows(seed, harmful_rows=4 * HARMFUL)["custom"]
     pool = [row for row in more if harm(row) and row["prompt"] not in refused]
     arms = {name: {"method": name} for name in DEFENCES}
@@ -168,8 +169,8 @@ def one_seed(seed: int, name: str, folder: Path, cases: Cases | None = None) -> 
 def purity(experiment: Experiment, arm: str) -> float | None:
     """Share of the rows added by TOSS-Pro that hold harm; None if there are none."""
     files = (experiment.folder / "methods" / arm).glob("round-*/added.jsonl")
-    added = [line["row"] for file in files for _, line in json_lines(file)]
-    rows = [row for _, row in json_lines(experiment.files["custom"])]
+    added = [line["row"] for file in files for line in read_jsonl(file)]
+    rows = read_jsonl(experiment.files["custom"])
     return round(sum("harmful" in rows[i] for i in added) / len(added), 4) if added else None
 
 
