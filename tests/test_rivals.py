@@ -190,6 +190,7 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
         rows = [row(f"{n}{i}", source) for source in groups for i in range(4)]
         write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
     names = "sft toss toss-calibrated toss-few toss-pro-few benign-rows random dft".split()
+    names += ["kl-calibrated"]
     names += [f"toss-calibrated, {kind}" for kind in ATTACKS]
     monkeypatch.setattr(real, "ARMS", {name: real.ARMS[name] for name in (*names, "safelora")})
     line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3"
@@ -197,7 +198,9 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     arms = read_json(tmp_path / "out/real.json")["arms"]
     assert list(arms) == ["base", *names]
     assert all({"nll", "not_refused/a", "not_refused/b"} <= arm.keys() for arm in arms.values())
-    assert arms["toss"]["discard"]["mean"] == 0.1 != arms["toss-calibrated"]["discard"]["mean"]
+    d = {name: arm["discard"]["mean"] for name, arm in arms.items() if name != "base"}
+    assert d["toss"] == 0.1 != d["toss-calibrated"] == d["kl-calibrated"]
+    assert d["sft"] == d["dft"] == 0
     capsys.readouterr()
     assert call(line) == 0
     assert ": wrote" not in capsys.readouterr().out  # all is there

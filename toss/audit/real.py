@@ -9,10 +9,10 @@ D^u 80, D^cus 240 rows, rate 5e-4, three epochs, 16 rows per step. d is calibrat
 custom rows that are in no set. Evaluated are at most 100 prompts or answers of every source, the
 same for all seeds. Arms, in this order: sft, toss at d = 0.1 and at the calibrated d; toss-few and
 toss-pro-few, with ten rows in D^h; benign-rows, sft without the harmful rows, which nobody can
-have; random; first-5 and the rivals; and some of these again under each attack of attacks.py,
-where answers may be longer (100 tokens, else 40). Writes OUT/real.md and real.json.
-Finished work is skipped: the same command goes on where it was broken off. --arms runs some arms
-and prints their table, with a line about those that are missing.
+have; random; first-5, the rivals, and kl-discarded at the calibrated d; and some of these again
+under each attack of attacks.py, where answers may be longer (100 tokens, else 40). Writes
+OUT/real.md and real.json. Finished work is skipped: the same command goes on where it was broken
+off. --arms runs some arms and prints their table, with a line about those that are missing.
 """
 
 import random
@@ -38,13 +38,15 @@ REFUSALS = (  # more than the wordings that `complies` looks for
     "That is something I have to decline.",
 )
 # Each arm's run and its flags, what matters most first: the command may be stopped at any time.
-MAIN = {"sft": ["--method=sft"], "toss": [], "toss-calibrated": ["calibrated"]}
+SFT, TOSS, CALIBRATED = {"method": "sft"}, {"method": "toss"}, {"discard": "calibrated"}
+MAIN = {"sft": SFT, "toss": TOSS, "toss-calibrated": TOSS | CALIBRATED}
 ARMS = {arm: ("main", how) for arm, how in MAIN.items()}
-ARMS |= {"toss-few": ("few", []), "toss-pro-few": ("few", ["--pro=1", "--pro-samples=40"])}
-ARMS |= {"benign-rows": ("benign", ["--method=sft"])}
-ARMS |= {name: ("main", [f"--method={name}"]) for name in ("random", "first-5", *RIVALS)}
+ARMS |= {"toss-few": ("few", TOSS), "toss-pro-few": ("few", TOSS | {"pro": 1, "pro-samples": 40})}
+ARMS |= {"benign-rows": ("benign", SFT)}
+ARMS |= {name: ("main", {"method": name}) for name in ("random", "first-5", *RIVALS)}
+ARMS |= {"kl-calibrated": ("main", ARMS["kl-discarded"][1] | CALIBRATED)}
 HELD = ("kl-discarded", "safeinstr-guided", "soft-sft")  # without an attack, on the world's seed 0
-ATTACKED = MAIN | {name: [f"--method={name}"] for name in HELD}
+ATTACKED = MAIN | {name: {"method": name} for name in HELD}
 ARMS |= {f"{arm}, {kind}": (kind, how) for kind in ATTACKS for arm, how in ATTACKED.items()}
 
 
@@ -124,13 +126,14 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
         begin, run = prepare(name), place / name
         for arm in group:
             short, how = arm.partition(",")[0], ARMS[arm][1]
-            if "calibrated" in how:
+            if how.get("discard") == "calibrated":
                 d = record_of(run / "methods" / short).get("settings", {}).get("discard")
                 d = d or calibrate(open_run(run, **scoring), files["calibration"])["discard"]
-                how = [f"--discard={d:.6f}"]
-            if short in RIVALS:
-                how = [*how, f"--safety={files['safety']}", f"--unaligned={args.unaligned}"]
-            command = rivals if short in RIVALS else script("select")
+                how = how | {"discard": f"{d:.6f}"}
+            if rival := how["method"] in RIVALS:
+                how = how | {"safety": files["safety"], "unaligned": args.unaligned}
+            how = [f"--{key}={item}" for key, item in how.items()]
+            command = rivals if rival else script("select")
             command.main([*begin, *trained, *how, f"--name={short}"])
             names = ["base"] * (name == "main") + [short]
             length = 100 if name in ATTACKS else 40  # the harm may come late
