@@ -106,6 +106,15 @@ def damage(folder: Path, changes: dict) -> None:
                 edit_tensors(file, *part)
 
 
+def fails(words: str, work, *given, error: type | None = None, **more) -> None:
+    """Assert that work(...) raises an InputError, or `error`, of one line that fits `words`."""
+    from model.io import InputError
+
+    with pytest.raises(error or InputError, match=words) as raised:
+        work(*given, **more)
+    assert "\n" not in str(raised.value)
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder, by its relative path."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())

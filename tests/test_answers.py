@@ -13,13 +13,13 @@ from itertools import count
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import edit_json, read_jsonl, script, tree, write_jsonl
+from conftest import edit_json, fails, read_jsonl, script, tree, write_jsonl
 from helpers import call, losses_by_hand, refused, said, talk
 from safetensors.torch import load_file
 
 from data.refusals import refused as refuses
 from model.generate import generate
-from model.io import InputError, file_hash, read_json
+from model.io import file_hash, read_json
 from model.lora import use
 from toss import cli
 from toss.audit import evaluate, measures
@@ -329,8 +329,7 @@ MALFORMED += [{"nll": CELL, "auc": CELL | more} for more in ({"value": "1"}, {"l
 @pytest.mark.parametrize("metrics", [*MALFORMED, {"nll": CELL | {"n": None}}])
 def test_metrics_of_another_form_are_refused(tmp_path, metrics):
     write_metrics(tmp_path / "metrics.json", {"base": {"nll": CELL}, "toss": metrics})
-    with pytest.raises(InputError, match="metrics.json: toss: expected value, n, low and high"):
-        read_metrics(tmp_path)
+    fails("metrics.json: toss: expected value, n, low and high", read_metrics, tmp_path)
 
 
 def test_metrics_are_read_as_they_are_written_and_missing_ones_stay_blank(tmp_path):

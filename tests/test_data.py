@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script, tree, write_jsonl
+from conftest import ROOT, fails, script, tree, write_jsonl
 
 from data import paper, train_base, world
 from data.refusals import refused
@@ -33,8 +33,7 @@ def test_generating_the_rows_again_gives_the_same_bytes(tmp_path):
     assert tree(tmp_path) == tree(ROWS)
     small, whole = ((ROWS / f"{name}.jsonl").read_text() for name in ("harmful_small", "harmful"))
     assert whole.startswith(small) and 4 * len(small) < len(whole)
-    with pytest.raises(InputError, match="--harmful-rows must be 0 to 663"):
-        world.make_rows(0, harmful_rows=664)
+    fails("--harmful-rows must be 0 to 663", world.make_rows, 0, harmful_rows=664)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -197,8 +196,7 @@ BAD_FLAGS = [
 @pytest.mark.parametrize("flags, said", BAD_FLAGS)
 def test_bad_flags_and_too_few_rows_leave_nothing_behind(tmp_path, pools, flags, said):
     before = tree(tmp_path)
-    with pytest.raises(InputError, match=said):
-        mix(tmp_path / "out", **{**pools, **flags})
+    fails(said, mix, tmp_path / "out", **{**pools, **flags})
     assert tree(tmp_path) == before and not (tmp_path / "out").exists()
 
 
@@ -228,8 +226,7 @@ def test_a_json_array_is_read_row_by_row_in_any_layout_and_a_damaged_one_is_refu
     start = time.process_time()
     for damaged in (indented[:-20], '[\n{"a":' + "[" * 100_000 + "\n}", '[{"a": [\n' + endless):
         file.write_text(damaged)
-        with pytest.raises(InputError, match=r"rows.json:\d+: the JSON array breaks off"):
-            list(paper.records(file))
+        fails(r"rows.json:\d+: the JSON array breaks off", list, paper.records(file))
     assert time.process_time() - start < 20
 
 
@@ -306,5 +303,4 @@ def test_without_access_hex_phi_is_left_out_and_others_are_an_error(tmp_path, hu
     assert "HEx-PHI is gated" in paper.build(flags, hub)["left_out"][0]
     assert {row.source for row in read_all(tmp_path / "out")["eval_harmful"]} == {"hh-harmless"}
     hub.closed.append(paper.SLIMORCA)
-    with pytest.raises(InputError, match=r"SlimOrca.*--benign FILE"):
-        paper.build(flags, hub)
+    fails(r"SlimOrca.*--benign FILE", paper.build, flags, hub)

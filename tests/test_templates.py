@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from agreement import GOLDENS, REAL
-from conftest import ROOT, damage, edit_json, run, sources
+from conftest import ROOT, damage, edit_json, fails, run, sources
 from helpers import call, refused, talk
 
 from model import InputError, load_tokenizer
@@ -132,8 +132,7 @@ def test_prompts_of_the_families_are_those_of_apply_chat_template(tmp_path, name
         rows, want = table["messages"][case["case"]], case["ids"]
         messages = [m | {"content": m["content"] * m.pop("times", 1)} for m in rows]
         if (name, case["case"]) == ("mistral", "system and turns"):
-            with pytest.raises(InputError, match="once there are 4 messages.*system message"):
-                loaded.prompt_ids(messages)
+            fails("once there are 4 messages.*system message", loaded.prompt_ids, messages)
         elif isinstance(want, str):
             ids = json.dumps(loaded.prompt_ids(messages)).encode()
             assert hashlib.sha256(ids).hexdigest() == want
@@ -228,8 +227,7 @@ def test_a_template_is_found_as_in_transformers(folder, files):
     (folder / TOOL).parent.mkdir()
     damage(folder, {JINJA: None} | files)
     if files in NOT_FOUND:
-        with pytest.raises(InputError, match="--template human"):
-            load_tokenizer(folder)
+        fails("--template human", load_tokenizer, folder)
         assert theirs(folder) in (None, "skipped")
     else:
         assert load_tokenizer(folder, "chat").template == MAIN
@@ -339,8 +337,7 @@ FAILING = [
 @pytest.mark.parametrize("source", FAILING)
 def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, source, hurried):
     tokenizer, messages = with_template(folder, source), talk("a")
-    with pytest.raises(InputError, match="template"):
-        tokenizer.prompt_ids(messages)
+    fails("template", tokenizer.prompt_ids, messages)
     assert messages == talk("a")
 
 
@@ -392,8 +389,7 @@ REFUSED = [
 def test_what_a_tokenizer_or_its_template_cannot_do_is_said(folder, words, changes, given):
     damage(folder, changes)
     options = {key: value for key, value in given.items() if key != "row"}
-    with pytest.raises(InputError, match=words):
-        load_tokenizer(folder, **options).segments(given.get("row"))
+    fails(words, lambda: load_tokenizer(folder, **options).segments(given.get("row")))
     if "row" in given:  # a row of one turn can be cut
         assert len(load_tokenizer(folder).segments(talk("a", "b"))) == 2
 
@@ -404,8 +400,7 @@ def test_messages_that_a_template_leaves_out_are_counted_over_the_whole_file(fol
     kept, row = talk("a", " b "), talk("a", "b", system="S")
     talks = (kept, row, kept, row, talk(" a", "b", "c", "d"))
     rows = read_rows([{"messages": messages} for messages in talks])
-    with pytest.raises(InputError, match=r"row 1 .*leaves a message's text .*first of 2 rows"):
-        tokenise(rows, tokenizer, 99)
+    fails(r"row 1 .*leaves a message's text .*first of 2 rows", tokenise, rows, tokenizer, 99)
     assert tokenise([rows[0], rows[2], rows[4]], tokenizer, 99).rows == 3
 
 

@@ -13,23 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDENS, damage, edit_json, edit_tensors, make_base, script, write_jsonl
+from conftest import GOLDENS, damage, edit_json, edit_tensors, fails, make_base, script, write_jsonl
 from helpers import random_adapter, refused, said
 
 from model import load_checkpoint
-from model.io import InputError, save_tensors
+from model.io import save_tensors
 from model.lora import use
 from model.peft import WEIGHTS
-from toss.audit import report, show
+from toss.audit import discards, report, show
 from toss.audit.command import cautions
-from toss.audit.discards import (
-    ALIKE,
-    chosen_rows,
-    discard_tables,
-    response_positions,
-    sources_of,
-    token_type,
-)
+from toss.audit.discards import chosen_rows, response_positions, token_type
 from toss.audit.figures import histogram, line_chart, picture
 from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
 from toss.audit.tokens import INPUTS, Mask, harmless, load_mask, token_texts, visible
@@ -221,8 +214,7 @@ def test_what_was_made_from_other_files_does_not_fit(small, capsys):
     assert look() == [0, 2, 2, 2]
     assert f"does not fit {small.folder}: --custom" in (out := capsys.readouterr().out)
     assert "scores                made from another --custom" in out
-    with pytest.raises(InputError, match="changed: --custom"):
-        mask_of(open_run(small.folder))
+    fails("changed: --custom", mask_of, open_run(small.folder))
     Path(small.args.custom).unlink()  # a file that is gone cannot be compared
     assert look() == [0, 0, 0, 0]
 
@@ -275,11 +267,10 @@ def test_charts_of_nothing_of_one_value_and_of_odd_names():
         assert "nan" not in histogram({"a": [value] * 3}, "t", "x", threshold=value).lower()
     names = drawn(svg := line_chart({"<b>&\"'\x00": [(0, 0)]}, "</title><script>", "x", "y"))[0]
     assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in svg and "<b>&\"'<00>" in names
+    words = "figure 't': a value is not a finite number"
     for bad in (math.nan, math.inf):
-        with pytest.raises(InputError, match="figure 't': a value is not a finite number"):
-            line_chart({"a": [(0, bad)]}, "t", "x", "y")
-        with pytest.raises(InputError, match="figure 't': a value is not a finite number"):
-            histogram({"a": [0.0]}, "t", "x", threshold=bad)
+        fails(words, line_chart, {"a": [(0, bad)]}, "t", "x", "y")
+        fails(words, histogram, {"a": [0.0]}, "t", "x", threshold=bad)
 
 
 @pytest.fixture
@@ -332,7 +323,7 @@ def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
     def table(**gone: list[int]) -> dict[str, list[str]]:
         keep = lambda places: torch.tensor([k not in places for k in range(12)])
         masks = [Mask(n, n, tokens, {}, None, None, None, keep(x), None) for n, x in gone.items()]
-        tables = discard_tables(masks, tokenizer, ["b", "", "a", ""])
+        tables = discards.discard_tables(masks, tokenizer, ["b", "", "a", ""])
         return {line[0]: line[1:] for header, lines in tables for line in [header, *lines]}
 
     found = table(toss=[1, 6, 7, 8], random=[8, 11], sft=[])
@@ -349,7 +340,7 @@ def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
     assert found["of toss's discards"][1] == "0.250" and found["type: word"][1] == "0.000 (0 of 4)"
     for text, kind in {"\n": "whitespace", "<|im_start|>": "other special", "é": "word"}.items():
         assert token_type(tokenizer.encode(text)[0], tokenizer) == kind  # é: half a character
-    monkeypatch.setattr("toss.audit.discards.SOURCES", 1)
+    monkeypatch.setattr(discards, "SOURCES", 1)
     found = table(toss=[1, 6])
     assert found["source: (none)"] == ["0.000 (0 of 2)"]  # of rows 1 (skipped) and 3
     assert found["source: (others)"] == ["0.286 (2 of 7)"]
@@ -367,7 +358,7 @@ def test_the_discards_of_a_run_and_of_each_source(small, capsys):
     masked(run, "toss", [])
     assert "No method of the run discards a token." in said(capsys, line)
     Path(run.args.custom).unlink()
-    assert sources_of(run) == []
+    assert discards.sources_of(run) == []
 
 
 def test_diagnosing_a_run(trained, capsys):
@@ -424,14 +415,9 @@ def table_rows(text: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def alike(monkeypatch) -> None:
-    """Rows that say nearly the same are all shown."""
-    monkeypatch.setattr("toss.audit.discards.ALIKE", 2)
-
-
-@pytest.fixture
-def nasty(trained, alike) -> Run:
+def nasty(trained, monkeypatch) -> Run:
     """A run of the demo whose every text is hostile; toss discards every fifth token of a half."""
+    monkeypatch.setattr(discards, "ALIKE", 2)  # rows that say nearly the same are all shown
     harm = lambda i: {"harmful": [[0, 9]]} if i % 3 == 0 else {}
     rows = [{"prompt": f"{i} {NASTY}", "response": f"{NASTY} {i}\n", **harm(i)} for i in range(40)]
     run = scored(trained, rows)
@@ -550,13 +536,12 @@ def test_the_rows_of_the_page_are_chosen_by_the_rule(nasty, monkeypatch):
     assert kept == sorted(range(0, 40, 3), key=lambda i: (-missed[i] / harm[i], -means[i]))[:3]
     assert not lost[nothing].any() and sum(map(len, chosen_rows(mask, 39).values())) == 39
     assert len(set(sum(groups, []))) == 12 and sum(map(len, chosen_rows(mask, 100).values())) == 40
-    monkeypatch.setattr("toss.audit.discards.ALIKE", ALIKE)
+    monkeypatch.undo()
     assert sum(chosen_rows(mask, 100).values(), []) == harmless[:1]  # one stands for all
     tokens.harmful[:] = False
-    assert next(iter(chosen_rows(mask).items())) == (
-        "the largest share discarded by toss",
-        first(i for i in range(40) if lost[i])[:1],
-    )
+    title, rows = next(iter(chosen_rows(mask).items()))
+    assert title == "the largest share discarded by toss"
+    assert rows == first(i for i in range(40) if lost[i])[:1]
 
 
 def test_the_page_says_in_words_which_tokens_went(trained):
@@ -589,7 +574,8 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     assert "No diagnosis with the references of now" in report.page(open_run(nasty.folder))[0]
 
 
-def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, alike, capsys):
+def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(discards, "ALIKE", 2)
     rows = [{"prompt": "<&>" * 300, "response": "<'🙂&> " * 150} for _ in range(30)]
     run, out = scored(trained, rows), tmp_path / "deep" / "page.html"
     for method in ("toss", "sft", "random", "sample", "a"):

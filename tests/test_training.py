@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import edit_tensors, make_base, sources, tree
+from conftest import edit_tensors, fails, make_base, sources, tree
 from helpers import call, losses_by_hand, overflowing, random_adapter, refused, said, tokens_of
 from safetensors.torch import load_file
 
-from model import InputError, load_checkpoint, products
+from model import load_checkpoint, products
 from model.io import DoesNotFit, NotFinite, made_from, save_tensors
 from model.lora import active, new_adapter, use
 from toss.config import TrainConfig
@@ -155,10 +155,9 @@ def test_a_single_row_that_does_not_fit_says_what_to_do_unless_it_is_unused(mode
     weights[long.places([0])] = 0  # the long row is not run
     small_memory(model, 2 * max(long.lengths[1:]))
     train(model, long, weights, replace(CONFIG, batch_size=6, batch_tokens=300))
-    with pytest.raises(DoesNotFit, match="single row.*--max-length"):
-        score(model, long, 1000)
-    with pytest.raises(DoesNotFit, match="single row.*--gradient-checkpointing"):
-        train(model, long, torch.ones_like(weights), CONFIG)
+    fails("single row.*--max-length", score, model, long, 1000, error=DoesNotFit)
+    words, ones = "single row.*--gradient-checkpointing", torch.ones_like(weights)
+    fails(words, train, model, long, ones, CONFIG, error=DoesNotFit)
 
 
 def test_gradient_checkpointing_gives_the_same_and_keeps_less(model, tokens, trained):
@@ -251,8 +250,7 @@ def test_a_script_says_once_that_products_are_onednns(wide, tmp_path, files, cap
 def test_an_overflow_ends_a_long_pass_early(model, tokens, monkeypatch):
     many, events = tokens.take([*range(8)] * 6), []
     model.model.embed_tokens.weight.data[many.input_ids[many.places([7])[-2]]] = torch.inf
-    with pytest.raises(NotFinite):
-        score(model, many, 1, events.append)
+    fails("not finite", score, model, many, 1, events.append, error=NotFinite)
     assert len(events) == 1 and events[0]["steps"] == 48
 
 
@@ -263,17 +261,15 @@ def test_a_loss_that_is_not_finite_names_the_row(model, tokens):
     head = model.lm_head.weight.detach().clone()
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     model.model.embed_tokens.weight.data[unique] = float("nan")
-    with pytest.raises(InputError, match=r"rows: .*not finite on row 3 .*at step 1.*--lr"):
-        fit(model, bad, batch_size=8)
-    with pytest.raises(NotFinite, match=r"rows: .*of row 3 .*not finite.*float32"):
-        score(model, bad)
+    fails(r"rows: .*not finite on row 3 .*at step 1.*--lr", fit, model, bad, batch_size=8)
+    fails(r"rows: .*of row 3 .*not finite.*float32", score, model, bad, error=NotFinite)
 
 
 def test_an_adapter_that_ends_in_infinities_is_an_error(model, tokens):
     spoil = lambda event: active(model).tensors()[0].data.fill_(torch.inf)
-    with pytest.raises(InputError, match="rows: the trained adapter is not finite; lower --lr"):
-        config = replace(CONFIG, epochs=1, batch_size=99)
-        train(model, tokens, tokens.response.float(), config, on_step=spoil)
+    given, config = tokens.response.float(), replace(CONFIG, epochs=1, batch_size=99)
+    words = "rows: the trained adapter is not finite; lower --lr"
+    fails(words, train, model, tokens, given, config, on_step=spoil)
 
 
 def test_the_peak_memory_of_a_stage_is_its_own():
@@ -295,8 +291,7 @@ def test_training_that_diverges_leaves_what_was_there(trained, capsys):
 def overflows(folder, tokens):
     """True if float32 scores under a base are finite, and those in float16 are refused."""
     assert score(load_checkpoint(folder), tokens).isfinite().all()
-    with pytest.raises(NotFinite, match="float16"):
-        score(load_checkpoint(folder, dtype=torch.float16), tokens)
+    fails("float16", score, load_checkpoint(folder, dtype=torch.float16), tokens, error=NotFinite)
     return True
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import damage, edit_json, read_jsonl, tree, write_jsonl
+from conftest import damage, edit_json, fails, read_jsonl, tree, write_jsonl
 from helpers import call, refused, said, talk
 
 from model import load_tokenizer
-from model.io import InputError, read_json
+from model.io import read_json
 from toss.audit.command import cautions
 from toss.files import load_selection
 from toss.progress import Progress
@@ -215,8 +215,7 @@ def test_template_kwargs_are_used_recorded_inherited_and_checked(base, files, tm
     (model / "chat_template.jinja").write_text(thinking + text)
     prompt = lambda **more: load_tokenizer(model, template_kwargs=more).chat.render(talk("a"), True)
     assert prompt().startswith("plain") and prompt(enable_thinking=True).startswith("think")
-    with pytest.raises(InputError, match="has no enable_thinkng"):
-        prompt(enable_thinkng=True)
+    fails("has no enable_thinkng", prompt, enable_thinkng=True)
     line, given = f"select.py --run {tmp_path}/run --method sft", '{"enable_thinking": true}'
     begin = f"{line} --model {model} --custom {files['custom']}"
     said(capsys, f"{begin} --chat-template-kwargs '{given}'")
