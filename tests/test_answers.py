@@ -13,7 +13,7 @@ from itertools import count
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import edit_json, fails, read_jsonl, script, tree, write_jsonl
+from conftest import edit_json, fails, read_jsonl, script, write_jsonl
 from helpers import call, losses_by_hand, refused, said, talk
 from safetensors.torch import load_file
 
@@ -294,31 +294,6 @@ def test_the_evaluation_files_do_not_become_the_runs_and_shared_prompts_are_name
     assert record["settings"].items() >= {k: settings[k] for k in cli.INPUTS}.items()
     how = record["stages"]["evaluation/base"]["recipe"]["settings"]
     assert how["words"] == ["moonrot", "nightshade"] and how["harmful_sha256"] == file_hash(prompts)
-
-
-BAD = [  # argv, exit status, what the error says
-    ("--run {tmp}/typo --benign {benign}", 1, "typo has no run.json"),
-    ("--run {run} --dtype int8 --benign {benign}", 2, "--dtype: invalid choice"),
-    ("--run {run}", 1, "at least one of --harmful, --benign and --utility"),
-    ("--run {run} --benign {tmp}/none.jsonl", 1, "none.jsonl: no such file"),
-    ("--run {run} --benign {benign} --words {tmp}/w.txt", 1, "w.txt: no such file"),
-    ("--run {run} --benign {benign} --methods base,tosss", 1, "tosss.* run select.py"),
-    ("--run {run} --benign {benign} --max-new-tokens 0", 2, "--max-new-tokens: '0' is not a whole"),
-    ("--run {run} --benign {benign} --prefill 1", 1, "--harmful was not given"),
-    ("--run {run} --harmful {benign} --prefill 1", 1, "e-benign.jsonl: --prefill needs harmful"),
-    *[
-        (f"--run {{run}} --harmful {{harmful}} --prefill={value}", 2, "is not a whole number")
-        for value in ("-1", "1,,3", "x", "1.5", "1,", "²")
-    ],
-]
-
-
-@pytest.mark.parametrize(("argv", "status", "message"), BAD)
-def test_bad_calls_are_refused_in_one_line(run, sets, tmp_path, capsys, argv, status, message):
-    line, before = argv.format(run=run.folder, tmp=tmp_path, **sets), tree(tmp_path)
-    assert call(f"toss.audit.evaluate {line}") == status
-    assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
-    assert tree(tmp_path) == before
 
 
 CELL = {"value": 1, "n": 2, "low": 3, "high": 4}

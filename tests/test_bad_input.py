@@ -24,12 +24,13 @@ from toss.files import fingerprint
 from toss.tokens import Tokens
 
 GOOD = '{"prompt": "Hi?", "response": "Yes."}\n'
+ASKED = '{"prompt": "Hi?"}\n'
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SCORE = "score.py --run {run}"
 GZIP = "score.py --run {run} --overwrite --custom {tmp}/bad.jsonl.gz"
 ROWS = "score.py --run {run} --overwrite --custom {tmp}/bad.jsonl"
 SELECT = "select.py --run {run} --name new"
-NAME = "select.py --run {run} --name "
+PRO = SELECT + " --pro 1"
 BENCH = {"--repeats 0": "--repeats", "--rows 0": "--rows", "--device abacus": "abacus"}
 BENCH |= {f"{flag} nowhere": "nowhere" for flag in ("--part", "--model")}
 NAMES = ("../up", "a/b", "base", "degraded", "x.lock")  # that methods/NAME must not have
@@ -38,7 +39,10 @@ OUT_OF_RANGE |= {"--alpha": "inf", "--seed": "-1", "--epochs": "x", "--max-lengt
 OUT_OF_RANGE |= {"--schedule": "linear", "--pro": "-1"}
 OUT_OF_RANGE = [(flag, x) for flag, values in OUT_OF_RANGE.items() for x in values.split()]
 BAD = "('{0}' is not|invalid choice: '{0}')"
+PRO_ALONE = ("--pro-samples 3", "--pro-train top")
 DEVICES = ("abacus", "mps", "meta")
+EVAL = "toss.audit.evaluate --run {run}"
+PREFILL = ("-1", "1,,3", "x", "1.5", "1,", "²")
 MASK = "select.py --run {run} --name new --mask {tmp}/mask.safetensors"
 TRAIN = "train.py --run {tmp}/new --model {base} --harmful {harmful} --utility {utility}"
 OTHER = "train.py --run {run} --model {base} --harmful {harmful} --utility {utility} --lr 0.5"
@@ -130,6 +134,9 @@ def base(name, content):
 made = lambda **settings: {"recipe": {"inputs": {}, "settings": settings}}
 STAGES = [{}, made(lr=-1), made(lr="x"), made(rank=True)]
 STAGES += [made() | wrong for wrong in ({"seconds": "x"}, {"torch": 3}, {"threads": "1"})]
+INDEX = [{"settings": []}, {"settings": {"max_length": True}}, {"identity": {"max_length": []}}]
+INDEX += [{"stages": 3}, *({"stages": {"x": stage}} for stage in STAGES)]
+INDEX += [{"hashes": 3}, {"hashes": {"/x": 3}}]
 JINJA = "chat_template.jinja"
 PACKED = gzip.compress(b"".join(GOOD.replace("Hi", f"{i * i}").encode() for i in range(99)))
 TRAVEL = "0" * 64  # of a mask over other tokens
@@ -185,13 +192,10 @@ TABLE = [
     (SCORE, gone("utility/adapter_model.safetensors"), "run train.py --run .*/run"),
     *((x + " --custom {tmp}/bad.jsonl", file(GOOD), "--custom") for x in (SCORE, SELECT)),
     (SELECT, file(GOOD, "custom.jsonl"), "--custom"),  # the same path, other rows
-    (SELECT + " --pro 1", file(GOOD, "harmful.jsonl"), "--harmful"),
-    (SELECT + " --pro 1", gone("degraded/record.json"), "no record"),
-    (SELECT + " --pro 1", degraded(settings={"rank": "x"}), "a setting in its record is damaged"),
-    *(
-        (SELECT + " --pro 1", degraded(**x), "no record")
-        for x in ({"settings": 3}, {"files": None})
-    ),
+    (PRO, file(GOOD, "harmful.jsonl"), "--harmful"),
+    (PRO, gone("degraded/record.json"), "no record"),
+    (PRO, degraded(settings={"rank": "x"}), "a setting in its record is damaged"),
+    *((PRO, degraded(**x), "no record") for x in ({"settings": 3}, {"files": None})),
     ("train.py --run {run}", gone("degraded/record.json"), "degraded .*--overwrite"),
     (OTHER, file("{", "run/degraded/record.json"), "degraded .*lr 0.01 there, 0.5 now"),
     (OTHER, file("{", "run/run.json"), "degraded .*lr 0.01 there, 0.5 now"),
@@ -206,10 +210,7 @@ TABLE = [
     (SELECT, file(b"", "run/scores.safetensors"), "scores.safetensors: cannot be read"),
     (SELECT, file(b"\x10\0\0\0\0\0\0\0{}", "run/scores.safetensors"), "scores.safetensors: "),
     (SELECT, file(b"\xff" * 500, "run/scores.safetensors"), "scores.safetensors: "),
-    *(
-        (SELECT, scores(x, lambda t: None), f"{x} is missing")
-        for x in ("input_ids", "loss_utility")
-    ),
+    *((SELECT, scores(x, lambda t: None), f"{x} is missing") for x in ARRAYS),
     (SELECT, scores("loss_utility", lambda t: t[1:].clone()), "loss_utility has the shape"),
     (SELECT, scores("response", lambda t: t[:, None]), "response has the shape"),
     *((SELECT, scores(x, lambda t: t.double()), f"{x} has the dtype") for x in ARRAYS),
@@ -231,7 +232,7 @@ TABLE = [
     # Selection files
     (MASK, None, "mask.safetensors: no such file"),
     (MASK, file("keep", "mask.safetensors"), "mask.safetensors: cannot be read"),
-    (MASK, mask(lambda t: t.pop("keep")), "keep"),
+    (MASK, mask(lambda t: t.pop("keep")), "it has no tensor `keep`"),
     (MASK, mask(lambda t: t.update(keep=t["keep"][1:].clone())), "keep has the shape"),
     (MASK, mask(lambda t: t.update(keep=t["keep"].float())), "keep has the dtype"),
     (MASK, mask(lambda t: t.update(keep=~t["keep"])), "tokens of prompts"),
@@ -247,14 +248,7 @@ TABLE = [
     (SELECT, file("[]", "run/run.json"), "run.json: .*JSON object"),
     (SELECT, index("format"), "run.json .*another version"),
     (SELECT, index(settings={}), "--model"),
-    *((SELECT, index(settings=x), "run.json: .*again") for x in ([], {"max_length": True})),
-    (SELECT, index(stages=3), "run.json"),
-    (SELECT, index(identity={"max_length": []}), "run.json: .*name the inputs again"),
-    *(
-        (SELECT, index(stages={"x": stage}), "run.json: .*name the inputs again")
-        for stage in STAGES
-    ),
-    *((SELECT, index(hashes=hashes), "run.json: .*again") for hashes in (3, {"/x": 3})),
+    *((SELECT, index(**fields), "run.json: .*name the inputs again") for fields in INDEX),
     # The base
     (PLAIN, None, "bad"),
     (PLAIN, base("model.safetensors", b"version https://git-lfs"), "model.safetensors: "),
@@ -275,15 +269,22 @@ TABLE = [
     *((f"{SELECT} --device {x}", None, f"--device {x} is unknown") for x in DEVICES),
     (SELECT + " --device cuda:99", None, "--device cuda:99 cannot be used"),
     *((f"{SELECT} {x} 0.1", None, x) for x in ("--discrad", "--disc")),
-    (SELECT + " --pro 1 --method sft", None, "--pro .*--method toss"),
-    *(
-        (f"{SELECT} {x}", None, "--pro-train .*--pro T")
-        for x in ("--pro-samples 3", "--pro-train top")
-    ),
+    (PRO + " --method sft", None, "--pro .*--method toss"),
+    *((f"{SELECT} {x}", None, "--pro-train .*--pro T") for x in PRO_ALONE),
     (SELECT + " --shard", None, "start it with torchrun|needs PyTorch 2.7"),
     (SELECT + " --shard --merge", None, "without --shard"),
-    *((f"{NAME}{name}", None, f"'{name}' cannot name a folder") for name in NAMES),
+    *((f"{SELECT} --name {x}", None, f"'{x}' cannot name a folder") for x in NAMES),
     # Commands of the audit
+    ("toss.audit.evaluate --run {tmp}/new --benign {utility}", None, "new has no run.json"),
+    (EVAL, None, "at least one of --harmful, --benign and --utility"),
+    (EVAL + " --benign {tmp}/none.jsonl", None, "none.jsonl: no such file"),
+    (EVAL + " --benign {utility} --dtype int8", None, "--dtype: invalid choice"),
+    (EVAL + " --benign {utility} --words {tmp}/w.txt", None, "w.txt: no such file"),
+    (EVAL + " --benign {utility} --methods base,tosss", None, "tosss.* run select.py"),
+    (EVAL + " --benign {utility} --max-new-tokens 0", None, "'0' is not a whole number"),
+    (EVAL + " --benign {utility} --prefill 1", None, "--harmful was not given"),
+    (EVAL + " --harmful {tmp}/bad.jsonl --prefill 1", file(ASKED), "bad.jsonl: --prefill needs"),
+    *((f"{EVAL} --prefill={x}", None, "--prefill: .* is not a whole number") for x in PREFILL),
     *((f"toss.audit.bench --out {{tmp}}/new {flag}", None, words) for flag, words in BENCH.items()),
     ("toss.audit.noise --run {tmp}/new", None, "new has no run.json"),
     ("toss.audit.noise --run {run}", gone("scores.safetensors"), "run score.py"),
