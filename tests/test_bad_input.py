@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json, edit_tensors, tree
+from conftest import ROOT, damage, edit_json, edit_tensors, tree
 from helpers import refused
 from safetensors.torch import load_file
 
@@ -42,6 +42,14 @@ BAD = "('{0}' is not|invalid choice: '{0}')"
 PRO_ALONE = ("--pro-samples 3", "--pro-train top")
 DEVICES = ("abacus", "mps", "meta")
 EVAL = "toss.audit.evaluate --run {run}"
+DIAGNOSE = "toss.audit.diagnose --run {run}"
+NO_PATH, NOTHING = "--run and --row, or PATH", ("{tmp}/no", ROOT / "tests/goldens/tokenizer-chatml")
+DRAWN = " --custom {custom} --out {tmp}/o.jsonl"
+DSIR = "toss.audit.baselines dsir --target {utility}" + DRAWN
+KEEPS = {"1.1": "custom.jsonl: --keep 1.1 is 11 of", "0.01": "custom.jsonl: --keep 0.01 is 0 of 10"}
+SAFEINSTR = "toss.audit.baselines safeinstr --safety {harmful}" + DRAWN
+SHARES = {"0": "asks for 0 safety rows", "0.001": "harmful.jsonl: --share 0.001 of 10 custom rows"}
+SHARES |= {"0.375": "asks for 6 safety rows, not 1 to 5", "1": "'1' is not a share in .0, 1."}
 PREFILL = ("-1", "1,,3", "x", "1.5", "1,", "²")
 MASK = "select.py --run {run} --name new --mask {tmp}/mask.safetensors"
 TRAIN = "train.py --run {tmp}/new --model {base} --harmful {harmful} --utility {utility}"
@@ -65,6 +73,7 @@ def gone(name):
     return lambda tmp: shutil.rmtree(path(tmp)) if path(tmp).is_dir() else path(tmp).unlink()
 
 
+cut = lambda name: lambda tmp: damage(tmp / "run", {name: -1})
 said = lambda response, **more: row({"prompt": "a", "response": response, **more})
 turns = lambda *messages, **more: row({"messages": [*messages], **more})
 record = lambda file, *drop, **fields: lambda tmp: edit_json(tmp / "run" / file, *drop, **fields)
@@ -286,6 +295,34 @@ TABLE = [
     (EVAL + " --harmful {tmp}/bad.jsonl --prefill 1", file(ASKED), "bad.jsonl: --prefill needs"),
     *((f"{EVAL} --prefill={x}", None, "--prefill: .* is not a whole number") for x in PREFILL),
     *((f"toss.audit.bench --out {{tmp}}/new {flag}", None, words) for flag, words in BENCH.items()),
+    ("toss.audit.show", None, NO_PATH),
+    *((f"toss.audit.show {words}", None, NO_PATH) for words in ("--row 0", "{run} --row 0")),
+    ("toss.audit.show --run {run} --svg {tmp}/row.svg", None, "give --row"),
+    ("toss.audit.show --run {run}/degraded --row 0", None, "is not a run directory"),
+    *((f"toss.audit.show {path}", None, "no run directory, adapter or check") for path in NOTHING),
+    ("toss.audit.show {tmp}/bad.jsonl", file(b"\x80\x02}q\0."), "cannot be read as safetensors"),
+    ("toss.audit.show {run}/scores.safetensors", cut("scores.safetensors"), "cannot be read as s"),
+    ("toss.audit.show {run}/degraded", cut("degraded/adapter_model.safetensors"), "d/adapter_m"),
+    ("toss.audit.diagnose --run {tmp}/new", None, "is not a run directory"),
+    (DIAGNOSE, gone("utility/adapter_model.safetensors"), "run train.py"),
+    (DIAGNOSE + " --methods random", None, "run select.py --run"),
+    (DIAGNOSE + " --rows {tmp}/none.jsonl", None, "none.jsonl: no such file"),
+    (DIAGNOSE + " --rows x/a.jsonl y/a.jsonl", None, "have the same name"),
+    (DIAGNOSE + " --max-rows 0", None, "'0' is not a whole number of at least 1"),
+    *((f"{SAFEINSTR} --share {x}", None, words) for x, words in SHARES.items()),
+    (SAFEINSTR + " --safety {tmp}/bad.jsonl", row(ASKED), "bad.jsonl:2: the row has no response"),
+    (SAFEINSTR + " --share 0.2 --out {harmful}", None, "harmful.jsonl: --out would replace"),
+    *((f"{DSIR} --keep {x}", None, words) for x, words in KEEPS.items()),
+    (DSIR + " --keep 0", None, "'0' is not a finite number above 0"),
+    (DSIR + " --buckets 0", None, "'0' is not a whole number of at least 1"),
+    (DSIR + " --custom {tmp}/bad.jsonl", row(ASKED), "bad.jsonl:2: the row has no response"),
+    (DSIR + " --target none.jsonl", None, "none.jsonl: no such file"),
+    (DSIR + " --out {custom}", None, "custom.jsonl: --out would replace"),
+    ("toss.audit.calibrate --run x --held-out f --quantile 1", None, "'1' is not a share in .0, 1"),
+    ("toss.audit.compare --run {tmp}/new", None, "has no run.json: it is not a run directory"),
+    ("toss.audit.compare --seeds 1 --jobs 0", None, "'0' is not a whole number of at least 1"),
+    ("toss.audit.sweep share --seeds -1", None, "'-1' is not a whole number from 0"),
+    ("toss.audit.sweep speed", None, "invalid choice: 'speed'"),
     ("toss.audit.noise --run {tmp}/new", None, "new has no run.json"),
     ("toss.audit.noise --run {run}", gone("scores.safetensors"), "run score.py"),
 ]
@@ -295,8 +332,8 @@ TABLE = [
 def test_bad_input(line, damage, message, trained, base, files, tmp_path, capsys):
     if damage:
         damage(tmp_path)
-    before = tree(trained)
+    before = tree(tmp_path)
     error = refused(capsys, line.format(run=trained, tmp=tmp_path, base=base, **files))
     assert re.search(message, error), error
     assert "\x1b" not in error and len(error) < 1100
-    assert tree(trained) == before and not tree(tmp_path / "new")
+    assert tree(tmp_path) == before

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import edit_json, read_jsonl, run, script, tree, write_jsonl
+from conftest import edit_json, read_jsonl, run, script, write_jsonl
 from helpers import refused, said
 
 from model.io import InputError, load_tensors, read_json
@@ -348,9 +348,6 @@ def test_the_figures_of_the_sweeps(name, arms, expected):
 
 # The data-level baselines
 
-DSIR = "toss.audit.baselines dsir --custom {custom} --target {target} --out {out}"
-SAFEINSTR = "toss.audit.baselines safeinstr --custom {custom} --safety {safety} --out {out}"
-
 
 @pytest.fixture
 def sets(tmp_path) -> dict[str, str]:
@@ -393,7 +390,7 @@ def test_rows_like_the_target_stay_and_keep_their_order(tmp_path, sets, capsys):
     rows = [{"prompt": "Say.", "response": words[i % 2], **marks[i % 2]} for i in range(40)]
     custom, out = write_jsonl(tmp_path / "c.jsonl", rows), tmp_path / "out.jsonl"
     target = write_jsonl(tmp_path / "t.jsonl", [rows[0] | {"response": "fern moss fern moss"}] * 40)
-    line = DSIR.format(custom=custom, target=target, out=out) + " --keep 0.5"
+    line = f"toss.audit.baselines dsir --custom {custom} --target {target} --out {out} --keep 0.5"
     counts = "read 40, written 20, harmful kept 0, harmful dropped 20"
     assert said(capsys, line) == f"{out}: {counts}\n"
     assert lines(out) == lines(custom)[::2]
@@ -424,34 +421,3 @@ def test_compressed_files(tmp_path, sets):
     safeinstr(str(packed), sets["safety"], f"{out}.gz")
     safeinstr(sets["custom"], sets["safety"], str(out))
     assert gzip.decompress(Path(f"{out}.gz").read_bytes()) == out.read_bytes()
-
-
-REFUSED = [  # of a flag given twice the last counts
-    (SAFEINSTR + " --share 0", "asks for 0 safety rows"),
-    (SAFEINSTR + " --share 0.001", "safety.jsonl: --share 0.001 of 97 custom rows"),
-    (SAFEINSTR + f" --share {11 / 108}", "asks for 11 safety rows, not 1 to 10"),
-    (SAFEINSTR + " --share 1", "'1' is not a share in [0, 1)"),
-    (SAFEINSTR + " --safety {broken}", "broken.jsonl:2: the row has no response"),
-    (SAFEINSTR + " --out {safety}", "safety.jsonl: --out would replace"),
-    (DSIR + " --keep 0", "'0' is not a finite number above 0"),
-    (DSIR + " --keep 1.1", "custom.jsonl: --keep 1.1 is 106 of 97 rows"),
-    (DSIR + " --keep 0.01", "custom.jsonl: --keep 0.01 is 0 of 97 rows"),
-    (DSIR + " --buckets 0", "'0' is not a whole number of at least 1"),
-    (DSIR + " --custom {broken}", "broken.jsonl:2: the row has no response"),
-    (DSIR + " --target none.jsonl", "none.jsonl: no such file"),
-    (DSIR + " --out {custom}", "custom.jsonl: --out would replace"),
-    ("toss.audit.calibrate --run none --held-out f --quantile 1", "'1' is not a share in (0, 1)"),
-    ("toss.audit.compare --run {out}", "has no run.json: it is not a run directory"),
-    ("toss.audit.compare --seeds 1 --jobs 0", "'0' is not a whole number of at least 1"),
-    ("toss.audit.sweep share --seeds -1", "'-1' is not a whole number from 0"),
-    ("toss.audit.sweep speed", "invalid choice: 'speed'"),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), REFUSED)
-def test_bad_input_writes_nothing(tmp_path, sets, capsys, line, expected):
-    good = {"prompt": "a", "response": "b"}
-    sets["broken"] = write_jsonl(tmp_path / "broken.jsonl", [good, {"prompt": "a"}])
-    before = tree(tmp_path)
-    assert expected in refused(capsys, line.format(**sets, out=tmp_path / "out.jsonl"))
-    assert tree(tmp_path) == before

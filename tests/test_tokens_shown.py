@@ -139,7 +139,12 @@ def test_a_threshold_is_told_only_where_it_holds_for_all_tokens():
 
 
 def test_a_row_in_the_terminal(small, capsys):
-    out = said(capsys, f"toss.audit.show --run {small.folder} --row 0")
+    line = f"toss.audit.show --run {small.folder} --row 0"
+    assert "has no method 'no'; it has sft, toss\n" in refused(capsys, f"{line} --method no")
+    for row in (2, -1):
+        error = refused(capsys, f"{line} --row {row}")  # of a flag given twice the last counts
+        assert f"there is no row {row}: the rows are 0 to 1" in error
+    out = said(capsys, line)
     assert "row 0 of 0 to 1, toss: 2 of 4 response tokens discarded, 1 harmful by" in out
     assert f"\n\nno[-·-]*[-no-]*{small.tokenizer.eos}\n" in out and "\x1b" not in out
     response = [token for token in mask_of(small).row(0) if token.response]
@@ -151,35 +156,6 @@ def test_a_row_in_the_terminal(small, capsys):
         cells = [cell.strip() for cell in line[2:-2].split(" | ")]
         assert cells[:2] == [str(token.position), visible(token.text)]
         assert cells[2:] == [*losses, *parts, str(token.order), mark]
-
-
-def test_what_cannot_be_shown_or_diagnosed_is_one_line(small, tmp_path, capsys):
-    place = small.folder
-    (place / "cut.safetensors").write_bytes(small.path("scores").read_bytes()[:-1])
-    (place / "pickle.bin").write_bytes(b"\x80\x02}q\0.")
-    damage(shutil.copytree(place / "degraded", place / "damaged"), {WEIGHTS: 100})
-    damage(shutil.copytree(place, tmp_path / "gone"), {f"utility/{WEIGHTS}": None})
-    usage, unknown = "--run and --row, or PATH", "no run directory, adapter or checkpoint"
-    for line, message in {
-        f"show --run {place} --row 2": "there is no row 2: the rows are 0 to 1",
-        f"show --run {place} --row -1": "there is no row -1",
-        f"show --run {place} --row 0 --method no": "has no method 'no'; it has sft, toss\n",
-        f"show --run {place}/model --row 0": "is not a run directory",
-        **{"show": usage, "show --row 0": usage, f"show {place} --row 0": usage},
-        f"show --run {place} --svg {place}/row.svg": "give --row",
-        **{f"show {folder}": unknown for folder in (place / "no", GOLDENS / "tokenizer-chatml")},
-        f"show {place}/cut.safetensors": "cannot be read as safetensors",
-        f"show {place}/pickle.bin": "cannot be read as safetensors",
-        f"show {place}/damaged": "damaged/adapter_model.safetensors",
-        f"diagnose --run {tmp_path}/typo": "is not a run directory",
-        f"diagnose --run {place} --methods random": "run select.py --run",
-        f"diagnose --run {place} --rows {tmp_path}/none.jsonl": "none.jsonl: no such file",
-        f"diagnose --run {place} --rows x/a.jsonl y/a.jsonl": "have the same name",
-        f"diagnose --run {place} --max-rows 0": "'0' is not a whole number of at least 1",
-        f"diagnose --run {tmp_path}/gone": "run train.py",
-    }.items():
-        assert message in refused(capsys, f"toss.audit.{line}"), line
-    assert not (place / "diagnosis").exists()
 
 
 def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
