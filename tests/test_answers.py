@@ -1,9 +1,4 @@
-"""Does it still refuse? The measures, the two judges, the evaluation of a run, and its files.
-
-Measures agree with published values and with counting by hand; the judges that look inside the
-model agree with logits taken row by row; metrics.json, answers/ and AlpacaEval's files hold what
-other programs read; measures of a model that was replaced since are never shown as current.
-"""
+"""Does it still refuse? The measures, the two judges, the evaluation of a run, and its files."""
 
 import json
 import re

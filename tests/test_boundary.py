@@ -2,8 +2,6 @@
 
 Every row form reads as the same conversation. A row is encode(prompt) ++ encode(response) ++ [eos],
 so that the first token of a response is the natural one, and scored and trained like all others.
-Rows too long are cut or skipped, but never lose their index. Ground truth marks the tokens that
-overlap a span.
 """
 
 import gzip
@@ -23,8 +21,6 @@ TWO = talk("Hi?", "Hello.")
 HH = "\n\nHuman: Hi?\n\nAssistant: Hello."
 PROMPT = {"prompt": "Hi?", "response": "Hello."}
 ALPACA = {"instruction": "Hi?", "input": "", "output": "Hello."}
-
-
 turns = lambda role, text, *said: [{role: r, text: t} for r, t in zip(said[::2], said[1::2])]
 PARTS = [{"type": "text", "text": text} for text in ("H", "i?")]
 SAME = {
@@ -99,9 +95,8 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(toke
 def test_every_assistant_turn_is_a_response_with_its_own_eos(base, template, space):
     tokenizer = load_tokenizer(base, template)
     tokens = tokens_of([{"messages": talk("a", "One.", "b", "2")}], tokenizer)
-    one, two = tokenizer.encode(space + "One."), tokenizer.encode(space + "2")
-    eos = tokenizer.eos_id
-    assert tokens.input_ids[tokens.response].tolist() == [*one, eos, *two, eos]
+    turn = lambda text: [*tokenizer.encode(space + text), tokenizer.eos_id]
+    assert tokens.input_ids[tokens.response].tolist() == turn("One.") + turn("2")
 
 
 @pytest.mark.parametrize("template", ["human", "chat"])
@@ -112,8 +107,6 @@ def test_a_token_is_harmful_when_it_overlaps_a_span(base, template):
     assert tokenizer.decode(tokens.input_ids[tokens.harmful].tolist()).strip() == "easy."
     beside = tokens_of([{**row, "harmful": [[0, 3]]}], tokenizer)  # the comma only touches it
     assert tokenizer.decode(beside.input_ids[beside.harmful].tolist()).strip() == "Yes"
-    inside = tokens_of([{**row, "harmful": [[6, 7]]}], tokenizer)  # a part of a token is enough
-    assert 0 < int(inside.harmful.sum()) <= int(tokens.harmful.sum())
     assert not (tokens.harmful & (tokens.input_ids == tokenizer.eos_id)).any()
 
 

@@ -82,9 +82,7 @@ def test_losses_masks_adapters_and_answers_are_the_cpus(gpu, base):
 
 
 @pytest.mark.parametrize(("layer", "used"), [("", "float16"), ("self_attn.k", "tf32")])
-def test_all_scripts_and_tf32_after_an_overflow(
-    layer, used, gpu, base, files, tmp_path, monkeypatch
-):
+def test_scripts_and_tf32_after_an_overflow(layer, used, gpu, base, files, tmp_path, monkeypatch):
     monkeypatch.setattr(fused, "SMALLEST", 0)
     folder, found = (overflowing(tmp_path / "base", layer) if layer else base), []
     for device in ("cpu", "cuda"):

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, make_base, read_jsonl, run, script, tree
+from conftest import ROOT, make_base, read_jsonl, run, script, sources, tree
 from safetensors.torch import load_file
 
 NEW = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
@@ -20,18 +20,18 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from conftest import script
 from toss import cli
 def main():
-    for name, *argv in {calls!r}:
-        script(name, *argv)
+    for line in {lines!r}:
+        script(*line.split())
         torch.distributed.barrier()  # the next command reads what this one wrote
 {more}
 sys.exit(cli.run(main))
 """
 
 
-def job(folder, calls: list[list[str]], more: str = ""):
+def job(folder, lines: list[str], more: str = ""):
     """Run commands in two processes, then some more code."""
     file = folder / "job.py"
-    file.write_text(JOB.format(root=str(ROOT), calls=calls, more=more))
+    file.write_text(JOB.format(root=str(ROOT), lines=lines, more=more))
     return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", file)
 
 
@@ -48,29 +48,24 @@ def same_runs(one, two) -> None:
         assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4
 
 
-def stages(folder, base, files) -> list[list[str]]:
+def stages(folder, base, files) -> list[str]:
     """All three scripts; the references on steps of one row: process 1 only joins in the sums."""
-    references = ("--harmful", files["harmful"], "--utility", files["utility"], "--batch-size", 1)
-    flags = ("--pro", 1, "--pro-samples", 2, "--epochs", 2, "--batch-size", 3, "--merge")
-    calls = [
-        ("train", "--run", folder, "--model", base, *references),
-        ("score", "--run", folder, "--custom", files["custom"], "--batch-tokens", 60, "--base"),
-        ("select", "--run", folder, *flags),
+    return [
+        f"train --run {folder} {sources(files, base)} --batch-size 1",
+        f"score --run {folder} --custom {files['custom']} --batch-tokens 60 --base",
+        f"select --run {folder} --pro 1 --pro-samples 2 --epochs 2 --batch-size 3 --merge",
     ]
-    return [[str(word) for word in call] for call in calls]
 
 
 def test_two_processes_do_what_one_does(tmp_path, base, files, trained):
     one, two, scores = tmp_path / "one", tmp_path / "two", trained / "scores.safetensors"
-    for name, *argv in stages(one, base, files):
-        script(name, *argv)
-    again = ["score", "--run", str(trained), "--base", "--batch-tokens", "200", "--overwrite"]
-    script(*again)
+    again = f"score --run {trained} --base --batch-tokens 200 --overwrite"
+    for line in (*stages(one, base, files), again):
+        script(*line.split())
     expected = scores.read_bytes()
     scores.unlink()
-    failing = ["score", "--run", str(tmp_path / "new"), "--model", str(base)]
-    calls = [*stages(two, base, files), again, [*failing, "--custom", files["custom"]]]
-    done = job(tmp_path, calls)
+    failing = f"score --run {tmp_path}/new --model {base} --custom {files['custom']}"
+    done = job(tmp_path, [*stages(two, base, files), again, failing])
 
     assert done.stdout.count(": wrote ") == 5, done.stderr  # one process speaks
     assert scores.read_bytes() == expected  # under equal adapters, equal to the bit
@@ -102,21 +97,19 @@ def test_a_base_spread_over_two_processes_does_what_a_whole_one_does(tmp_path, f
     # An odd number of channels: parts of unequal size. The head is tied.
     shape = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3}
     shape |= {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 251}
-    base, calls = make_base(tmp_path / "base", **shape), {}
-    measured = ["--benign", files["custom"], "--utility", files["utility"], "--max-new-tokens", "5"]
-    for name in ("one", "two"):
-        calls[name] = stages(tmp_path / name, base, files)
-        calls[name][2][-1] = "--gradient-checkpointing"  # in place of --merge
-        audits = ["toss.audit.evaluate", *measured], ["toss.audit.diagnose"]
-        calls[name] += [[*audit, "--run", str(tmp_path / name)] for audit in audits]
-    for name, *argv in calls["one"]:
-        script(name, *argv)
-    scores = str(tmp_path / "one/scores.safetensors")
-    held = HELD.format(base=str(base), out=tmp_path / "held", scores=scores)
-    done = job(tmp_path, [[*call, "--shard"] for call in calls["two"]], held)
+    base, one, two = make_base(tmp_path / "base", **shape), tmp_path / "one", tmp_path / "two"
+    sets = f"--benign {files['custom']} --utility {files['utility']} --max-new-tokens 5"
+    lines = lambda run: [
+        *(line.replace("--merge", "--gradient-checkpointing") for line in stages(run, base, files)),
+        f"toss.audit.evaluate --run {run} {sets}",
+        f"toss.audit.diagnose --run {run}",
+    ]
+    for line in lines(one):
+        script(*line.split())
+    held = HELD.format(base=str(base), out=tmp_path / "held", scores=f"{one}/scores.safetensors")
+    done = job(tmp_path, [f"{line} --shard" for line in lines(two)], held)
 
     assert done.returncode == 0, done.stderr
-    one, two = tmp_path / "one", tmp_path / "two"
     whole, spread = (load_file(folder / "scores.safetensors") for folder in (one, two))
     for name in whole:
         torch.testing.assert_close(spread[name], whole[name], rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The README's recipes run as they are printed, and its decisions name tests that exist.
+"""The README's recipes run as they are printed.
 
 The first block stands alone. Each of the others continues from it, in a namespace of its own.
 """
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, script, write_jsonl
 from safetensors.torch import load_file
 
 from toss import config, methods
@@ -17,7 +17,6 @@ from toss.audit import experiment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST, *OTHERS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-PINS = re.findall(r"^\d+\. .*\*\[(test_\w+)\]\(tests/\1\.py\): (\w+)\*$", README, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +60,7 @@ def test_soft_weights_a_new_selection_and_a_new_loss(first):
     assert differ(soft["theta"], first["theta"]) and differ(loss["theta"], first["theta"])
 
 
-def test_a_new_method_in_the_two_places_that_the_readme_names_is_one_of_select(
-    first, trained, monkeypatch
-):
+def test_a_method_in_the_two_places_of_the_readme_is_one_of_select(first, trained, monkeypatch):
     surprising = run(OTHERS[1], first)["surprising"]
     monkeypatch.setitem(methods.METHODS, "surprising", surprising)
     monkeypatch.setattr(experiment.script("select"), "METHODS", [*config.METHODS, "surprising"])
@@ -72,12 +69,6 @@ def test_a_new_method_in_the_two_places_that_the_readme_names_is_one_of_select(
     losses = load_file(trained / "scores.safetensors")["loss_base"]
     keep = load_file(trained / "methods/surprising/selection.safetensors")["keep"]
     assert 0 < int((~keep).sum()) and losses[~keep].min() >= losses[keep].quantile(0.7)
-
-
-@pytest.mark.parametrize(("file", "name"), PINS)
-def test_every_decision_names_its_test(file, name):
-    tests = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
-    assert len(PINS) == 12 and re.search(rf"^def test_\w*{name}", tests, re.MULTILINE)
 
 
 AUDIT = (ROOT / "toss/audit/README.md").read_text(encoding="utf-8")
@@ -104,7 +95,7 @@ def test_answers_reach_the_judges(tmp_path, monkeypatch, capsys):
     (tmp_path / "answers").mkdir()
     said = [{"set": "harmful", "source": "", "prompt": p, "response": "No."} for p in ("a", "b")]
     lines = [{"note": "x"}, *said, {**said[0], "set": "benign", "prompt": "c"}]
-    (tmp_path / "answers/toss.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    write_jsonl(tmp_path / "answers/toss.jsonl", lines)
     (tmp_path / "behaviors.csv").write_text("Behavior,BehaviorID\nb,b_1\n")
     monkeypatch.chdir(tmp_path)
     stub = Stub()

@@ -179,19 +179,14 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     monkeypatch.setattr(real, "SIZES", few)
     monkeypatch.setattr(real, "TRAINING", ["--lr=1e-2", "--epochs=1", "--batch-size=4"])
     (tmp_path / "data").mkdir()
-    row = lambda i, source: {
-        "prompt": f"{source} {i}?",
-        "response": f"It is {i}.",
-        "source": source,
-    }
+    row = lambda i, kind: {"prompt": f"{kind} {i}?", "response": f"It is {i}.", "source": kind}
     sources = {"harmful": ["h"], "utility": ["u"], "custom": ["advbench", "task", "task2"]}
     sources |= {"eval_harmful": ["a", "b"], "eval_benign": ["c"], "eval_utility": ["d"]}
     for n, (name, groups) in enumerate(sources.items()):
         rows = [row(f"{n}{i}", source) for source in groups for i in range(4)]
         write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
     names = "sft toss toss-calibrated toss-few toss-pro-few benign-rows random dft".split()
-    names += ["kl-calibrated"]
-    names += [f"toss-calibrated, {kind}" for kind in ATTACKS]
+    names += ["kl-calibrated", *(f"toss-calibrated, {kind}" for kind in ATTACKS)]
     monkeypatch.setattr(real, "ARMS", {name: real.ARMS[name] for name in (*names, "safelora")})
     line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3"
     assert "not in this table: safelora\n" in said(capsys, line)  # there is no such base
@@ -201,9 +196,7 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     d = {name: arm["discard"]["mean"] for name, arm in arms.items() if name != "base"}
     assert d["toss"] == 0.1 != d["toss-calibrated"] == d["kl-calibrated"]
     assert d["sft"] == d["dft"] == 0
-    capsys.readouterr()
-    assert call(line) == 0
-    assert ": wrote" not in capsys.readouterr().out  # all is there
+    assert ": wrote" not in said(capsys, line)  # all is there
     assert "there is no 'tos'; the arms are" in refused(capsys, f"{line} --arms tos")
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
     assert "at least 9 rows are needed, each with prompt, response, source" in refused(capsys, line)
@@ -213,9 +206,8 @@ def test_an_attacker_chooses_and_writes_harmful_rows_of_the_same_kind():
     row = lambda response, spans: {"prompt": "p", "response": response, "harmful": spans}
     rows = [row("Sure. Grind bone. Also, x.", [[0, 17]]), row("Also y. Brew it up.", [[8, 19]])]
     pool = [row("Sure, here is fat.", [[0, 18]]), *rows, row("Odd sure words.", [[0, 15]])]
-    D_h, D_u = (
-        [{"response": text}] for text in ("Sure. Brew it up. Grind bone.", "So. By law all. No.")
-    )
+    D_h = [{"response": "Sure. Brew it up. Grind bone."}]
+    D_u = [{"response": "So. By law all. No."}]
     attacker = Attacker(rows, pool, D_h, D_u, risk=lambda rows: [4.0, 0.5, -1.0, 2.0])
     assert ATTACKS["low-score"](attacker) == [pool[1], pool[2]]
     harm = lambda row: [row["response"][a:b] for a, b in row["harmful"]]

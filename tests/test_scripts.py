@@ -1,8 +1,6 @@
 """The three scripts as their users see them: files, skipping, refusing, settings, programs.
 
-Other programs read what a run directory holds. A stage that exists with equal settings and inputs
-is skipped, another is refused. The command line wins over run.json, run.json over the demo's
-settings, and those over the paper's. What a README names exists.
+What a README names exists: commands, flags, links, tests.
 """
 
 import doctest
@@ -31,8 +29,6 @@ from toss.config import TrainConfig
 from toss.run import load_selection, open_run, read_scores, record_of
 
 ADAPTER = "adapter_model.safetensors"
-
-
 tensors = lambda folder: {k: v for k, v in tree(folder).items() if k.endswith(".safetensors")}
 
 # What a run directory holds
@@ -380,5 +376,7 @@ def test_every_flag_link_and_test_that_a_readme_names_exists(file):
         assert "://" in target or (file.parent / path).exists() and (path or anchor in heads)
     tests = "".join(f"{f.name}\n{f.read_text()}" for f in (ROOT / "tests").glob("test_*.py"))
     assert all(f"{name}.py" in tests or name in tests for name in re.findall(r"\btest_\w+", text))
-    for name, word in re.findall(r"\*\[(test_\w+)\]\(\S+: (\w+)\*", TEXTS[file]):  # for pytest -k
+    pins = re.findall(r"\*\[(test_\w+)\]\(\S+: (\w+)\*", TEXTS[file])  # for pytest -k
+    assert len(pins) == 12 * (file.parent == ROOT)  # each decision has its test
+    for name, word in pins:
         assert re.search(rf"def test_\w*{word}", (ROOT / f"tests/{name}.py").read_text()), word

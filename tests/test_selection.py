@@ -1,7 +1,6 @@
 """One global ranking: the floor(d n) riskiest tokens of all rows leave the loss, and nothing else.
 
-Ties, exact counts, TOSS-Pro's choice of rows, and each
-alternative method on a case small enough to check by hand.
+TOSS-Pro's choice of rows and each other method, on cases small enough to check by hand.
 """
 
 import math

@@ -72,11 +72,10 @@ def test_rates_and_shares_follow_from_seconds_and_parameters():
 
 GEMMA = {"model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8}
 GEMMA |= {"hidden_activation": "gelu_pytorch_tanh", "layer_types": ["full_attention"] * 2}
+LOOPS = [("scoring", {}), ("scoring", GEMMA), ("training", {})]
 
 
-@pytest.mark.parametrize(
-    ("kind", "family"), [("scoring", {}), ("scoring", GEMMA), ("training", {})]
-)
+@pytest.mark.parametrize(("kind", "family"), LOOPS)
 def test_the_other_loops_do_the_same_work(kind, family):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")

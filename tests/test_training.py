@@ -1,8 +1,4 @@
-"""One loop trains every model, and one loop scores: AdamW as in the paper, and nothing silent.
-
-The seed alone draws rows and start values; memory that runs out halves the batches without changing
-the result; a number that is not finite names its row, and float16 falls back when it overflows.
-"""
+"""One loop trains every model, and one loop scores: AdamW as in the paper, and nothing silent."""
 
 from dataclasses import replace
 from pathlib import Path
