@@ -304,29 +304,21 @@ def test_the_transfer_sweep_gives_each_base_the_others_mask(tmp_path):
 
 
 def test_the_attack_sweep_replaces_the_harmful_rows_and_nothing_else(tmp_path):
-    made, rows = [], {}
+    rows = {}
     for x, world, arms in sweep.attack(3, tmp_path):
-        if not made:
-            cut = {"harmful": 8, "utility": 8}
-            for name, count in cut.items():
-                Path(world.files[name]).write_text("\n".join(lines(world.files[name])[:count]))
+        if not rows:
+            for name in ("harmful", "utility"):
+                write_jsonl(Path(world.files[name]), lines(world.files[name])[:8])
             world.common |= {"epochs": 1, "lr": 1e-3}
             world.call("train")
-        made.append(x)
         rows[x] = read_jsonl(world.files["custom"])
         assert "toss-calibrated" in arms and "toss-pro" in arms
-    assert made == ["none", *ATTACKS]
+    assert [*rows] == ["none", *ATTACKS]
     harm = {x: [row for row in of if "harmful" in row] for x, of in rows.items()}
     others = {x: [row for row in of if "harmful" not in row] for x, of in rows.items()}
-    assert all(others[x] == others["none"] for x in made)
-    assert [len(harm[x]) for x in made] == [78, 78, 78, 3 * 78, 78]
-    assert all(harm[x] != harm["none"] for x in made[1:])
-
-
-def results(*found: tuple) -> dict:
-    """What a sweep draws, from (x, arm, forbidden)."""
-    names = [name for name in sweep.NUMBERS if name not in ("nll", "purity")]
-    return spread([((x, arm), dict.fromkeys(names, share)) for x, arm, share in found])
+    assert all(others[x] == others["none"] for x in rows)
+    assert [len(harm[x]) for x in rows] == [78, 78, 78, 3 * 78, 78]
+    assert all(harm[x] != harm["none"] for x in ATTACKS)
 
 
 FIGURES = [
@@ -342,8 +334,9 @@ FIGURES = [
 
 @pytest.mark.parametrize(("name", "arms", "expected"), FIGURES)
 def test_the_figures_of_the_sweeps(name, arms, expected):
-    found = [(x, arm, 0.5) for x, arm in arms.items()]
-    assert f">{expected}<" in sweep.chart(results(*found), name)
+    numbers = dict.fromkeys([name for name in sweep.NUMBERS if name not in ("nll", "purity")], 0.5)
+    found = spread([(x_and_arm, numbers) for x_and_arm in arms.items()])
+    assert f">{expected}<" in sweep.chart(found, name)
 
 
 # The data-level baselines

@@ -24,7 +24,6 @@ ROWS = ROOT / "data" / "rows"
 DEMO = json.loads((ROOT / "data" / "demo.json").read_text())
 BASES = [ROOT / "data" / "base", ROOT / "data" / "base-small"]
 
-
 # The embedded world
 
 

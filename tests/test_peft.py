@@ -187,10 +187,9 @@ a = lambda layer, change: tensor(f"{layer}.lora_A.weight", change)
 b = lambda layer, change: tensor(f"{layer}.lora_B.weight", change)
 new = lambda *shape: lambda _: torch.ones(shape)
 remove = lambda _: None
+TARGET = a(Q, remove), b(Q, remove)
 TENSORS = [
-    ("1.self_attn.q_proj", a(Q, remove)),
-    ("1.self_attn.q_proj", b(Q, remove)),
-    ("1.self_attn.q_proj", [a(Q, remove), b(Q, remove)]),  # a target, whole
+    *(("1.self_attn.q_proj", gone) for gone in (*TARGET, [*TARGET])),
     ("v_proj", b(V, lambda t: t[:-1])),
     ("v_proj", a(V, lambda t: t[:, :-1])),
     ("v_proj", [a(V, new(2, 32)), b(V, new(16, 2))]),
@@ -216,8 +215,7 @@ SETTINGS = [
     *((field, {field: ...}) for field in ("r", "lora_alpha", "peft_type", "target_modules")),
     ("IA3", {"peft_type": "IA3"}),
     *(("bias", {"bias": value}) for value in ("all", "lora_only")),
-    ("pissa", {"init_lora_weights": "pissa_niter_4"}),  # starts from a changed base
-    ("OLoRA", {"init_lora_weights": "OLoRA"}),
+    *((x, {"init_lora_weights": x}) for x in ("pissa_niter_4", "OLoRA")),  # from a changed base
     ("q_proj|v_proj", {"r": 8}),
     (r"\br\b", {"r": None}),
     ("q_proj", {"rank_pattern": {"q_proj": 2}}),

@@ -1,7 +1,6 @@
 """Text becomes the ids that transformers makes of it: plain, in chat templates, in the human form.
 
-A row is cut into prompts and responses that are encoded one by one; a chat template is a program
-from a stranger and stays in its sandbox.
+A chat template is a program from a stranger and stays in its sandbox.
 """
 
 import datetime
@@ -41,8 +40,6 @@ DATED = """{% set day = strftime_now('%d %b %Y') if strftime_now is defined else
 THINKING = """{% for m in messages %}
 {% set text = m.content if loop.last else m.content.split('</think>')[-1].lstrip('\n') %}"""
 DATED, THINKING = DATED + TURNS, THINKING + TURNS
-
-
 golden = lambda name: read_json(GOLDENS / f"{name}/golden.json")
 first_text = lambda tokenizer: tokenizer.segments(talk("a"))[0][0]
 
