@@ -1,7 +1,7 @@
 """Whatever is wrong with the input, the answer is one line that names it, and nothing is changed.
 
 One table: what is damaged, how, and what the error says. Each case starts from a finished run with
-references and scores, calls a script as from the shell, and compares all files before and after.
+references and scores, calls a command as from the shell, and compares all files before and after.
 """
 
 import gzip

@@ -1,6 +1,4 @@
-"""Does the claim hold? The comparison's figures and costs, the calibrated d, the sweeps and the
-data-level baselines, on cases worked out by hand and on tiny runs of the embedded world.
-"""
+"""Does the claim hold? The comparison, the calibrated d, the sweeps, the data-level baselines."""
 
 import gzip
 import json
@@ -337,9 +335,6 @@ def test_the_figures_of_the_sweeps(name, arms, expected):
     numbers = dict.fromkeys([name for name in sweep.NUMBERS if name not in ("nll", "purity")], 0.5)
     found = spread([(x_and_arm, numbers) for x_and_arm in arms.items()])
     assert f">{expected}<" in sweep.chart(found, name)
-
-
-# The data-level baselines
 
 
 @pytest.fixture

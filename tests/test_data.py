@@ -24,8 +24,6 @@ ROWS = ROOT / "data" / "rows"
 DEMO = json.loads((ROOT / "data" / "demo.json").read_text())
 BASES = [ROOT / "data" / "base", ROOT / "data" / "base-small"]
 
-# The embedded world
-
 
 def test_generating_the_rows_again_gives_the_same_bytes(tmp_path):
     world.write_rows(DEMO["finetune"]["seed"], tmp_path)
@@ -63,9 +61,6 @@ def test_the_scripts_take_the_embedded_default_and_its_scores_find_the_harm(tmp_
     tokens, loss = open_run(tmp_path).scored()
     S = (loss["utility"] - loss["degraded"])[tokens.response]
     assert auc(S, tokens.harmful[tokens.response])["value"] >= 0.94
-
-
-# The base checkpoints
 
 
 @pytest.mark.parametrize("folder", BASES)

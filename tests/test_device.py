@@ -1,7 +1,4 @@
-"""What a GPU does differently, as far as it shows without one: compiled kernels, no waiting.
-
-That the host reads nothing back from the device is seen on tensors without data.
-"""
+"""What a GPU does differently, as far as it shows without one: compiled kernels, no waiting."""
 
 import os
 from dataclasses import replace
@@ -54,7 +51,7 @@ def test_a_few_graphs_serve_fifty_shapes_and_give_the_same(backend, base, monkey
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_micro_batch_reads_nothing_back_from_the_device(dtype, base, monkeypatch):
-    """Under the branches that CUDA takes; the rows' arithmetic is the CPU's."""
+    """Seen on tensors without data, in CUDA's branches; the rows' arithmetic is the CPU's."""
     model, tokens = load_checkpoint(base, dtype=dtype), random_rows(6, 40, 384)
     batch = collate(tokens, [0, 3, 5], tokens.response, CPU)
     rows, adapter = Rows(batch.ids, None, batch.bounds), random_adapter(model)

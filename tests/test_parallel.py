@@ -1,7 +1,4 @@
-"""Two processes under torchrun on the CPU do what one does, and one of them writes.
-
-Scores are equal to the bit; adapters up to the rounding of one sum; an error is one clear line.
-"""
+"""Two processes under torchrun on the CPU do what one does, and one of them writes."""
 
 import re
 

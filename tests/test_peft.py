@@ -1,7 +1,4 @@
-"""LoRA adapters and PEFT's files: the same numbers in both, both ways, and nothing half understood.
-
-The live tests need transformers and peft; the golden files hold what the two computed.
-"""
+"""LoRA adapters and PEFT's files: equal numbers in both, both ways, and nothing half understood."""
 
 import dataclasses
 import json

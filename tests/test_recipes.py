@@ -1,7 +1,4 @@
-"""The README's recipes run as they are printed.
-
-The first block stands alone. Each of the others continues from it, in a namespace of its own.
-"""
+"""The README's recipes run as they are printed."""
 
 import json
 import re
@@ -29,6 +26,7 @@ def first() -> dict:
 
 
 def run(block: str, first: dict) -> dict:
+    """Run another block, which continues from the first, in a namespace of its own."""
     exec(block, names := dict(first))
     return names
 

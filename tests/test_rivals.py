@@ -90,9 +90,6 @@ def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path
         assert torch.allclose(B, expected if cosine == 1 else theta.B[name], atol=1e-4), name
 
 
-# On a run
-
-
 @pytest.fixture
 def line(trained, tmp_path, monkeypatch) -> str:
     """A command line up to the method, on a run with plain fine-tuning and a file of refusals."""

@@ -1,7 +1,4 @@
-"""The three scripts as their users see them: files, skipping, refusing, settings, programs.
-
-What a README names exists: commands, flags, links, tests.
-"""
+"""The three scripts as their users see them: files, skipping, refusing, settings, texts."""
 
 import doctest
 import json
@@ -30,8 +27,6 @@ from toss.run import load_selection, open_run, read_scores, record_of
 
 ADAPTER = "adapter_model.safetensors"
 tensors = lambda folder: {k: v for k, v in tree(folder).items() if k.endswith(".safetensors")}
-
-# What a run directory holds
 
 
 def test_scores_and_selection_keep_the_contract(trained, files, capsys):
@@ -105,9 +100,6 @@ def test_run_json_is_the_index_and_the_logs_hold_each_step(trained, files, base)
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in steps)
 
 
-# Ways to make a result
-
-
 def test_plain_fine_tuning_needs_no_references_or_scores(tmp_path, base, files, trained, capsys):
     plain, adapter = tmp_path / "plain", f"methods/sft/model/{ADAPTER}"
     custom = f"--model {base} --custom {files['custom']}"
@@ -165,9 +157,6 @@ def test_a_mask_travels_to_another_model(trained, tmp_path, base, files, capsys)
     assert call(f"{third} --mask {mask}") == 0
     mask.write_bytes(made.read_bytes())  # the same flags, another file
     assert "--mask" in refused(capsys, line)
-
-
-# Skipping and refusing
 
 
 def test_what_exists_is_skipped_and_what_differs_is_refused(trained, capsys):
@@ -228,11 +217,8 @@ def test_rows_in_two_sets_are_warned_of(trained, tmp_path, files, capsys):
     assert f"warning: 5 of 5 rows of {copy} are in {files['harmful']} too" in out
 
 
-# Settings: the paper's < data/demo.json < run.json < the command line
-
-
 def settings(line: str):
-    """The settings in force for a command line, by the parser that the scripts have."""
+    """The settings in force: the paper's < data/demo.json < run.json < the command line."""
     name, *argv = line.split()
     parser = cli.parser(name, "", harmful="", utility="", custom="")
     parser.add_argument("--discard", type=float, default=0.1)
@@ -275,9 +261,6 @@ def test_the_run_comes_between_the_demo_and_the_command_line(trained, files, tmp
     new = settings(f"train.py --run {tmp_path} --overwrite --model /n --harmful h --utility u")
     assert (new.model, new.template, new.max_length) == ("/n", None, 2048)  # begun anew
     assert new.lr == 1e-5 and not new.demo
-
-
-# As programs
 
 
 def test_a_whole_stage_runs_as_a_program_and_fails_as_one(tmp_path, base, files):

@@ -1,7 +1,4 @@
-"""One global ranking: the floor(d n) riskiest tokens of all rows leave the loss, and nothing else.
-
-TOSS-Pro's choice of rows and each other method, on cases small enough to check by hand.
-"""
+"""One global ranking: the floor(d n) riskiest tokens of all rows leave the loss, no others."""
 
 import math
 

@@ -1,7 +1,4 @@
-"""Text becomes the ids that transformers makes of it: plain, in chat templates, in the human form.
-
-A chat template is a program from a stranger and stays in its sandbox.
-"""
+"""Text becomes the ids that transformers makes of it: plain, in templates, in the human form."""
 
 import datetime
 import hashlib

@@ -15,8 +15,6 @@ from toss.files import load_selection
 from toss.progress import Progress
 from toss.run import open_run
 
-# The mask for other trainers
-
 
 @pytest.mark.parametrize("how", ["toss --discard 0.4", "sft", "sample --discard 0.2"])
 def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(how, trained, tmp_path, capsys):
@@ -80,9 +78,6 @@ def test_trl_and_transformers_begin_with_our_loss(trained, base, tmp_path):
     assert trainer.train().training_loss == pytest.approx(wanted, abs=1e-5)
 
 
-# Adapters from elsewhere
-
-
 @pytest.fixture
 def theirs(trained, tmp_path) -> Path:
     """The run's references as an outsider would publish them: no record, no header of ours."""
@@ -125,9 +120,6 @@ def test_evaluate_and_diagnose_take_an_adapter_as_a_method(theirs, trained, file
     assert call(evaluate) == 1  # two of this name
 
 
-# How a method is trained, and what may not be compared
-
-
 def test_training_settings_come_from_the_first_method_then_from_the_references(trained, capsys):
     lr = lambda method: read_json(trained / f"methods/{method}/record.json")["settings"]["lr"]
     for name, flags in (("one", ""), ("two", "--lr 0.5"), ("three", "")):
@@ -153,9 +145,6 @@ def test_what_forbids_a_conclusion_is_said():
     assert "did not clearly lose the base's safety (not_refused 0.35, base 0.20" in lost
     (unknown,) = cautions(stages, {**table, "x": cell(0.1)})
     assert "x was made elsewhere" in unknown
-
-
-# Folders that moved, dry runs, progress, prompt forms
 
 
 @pytest.mark.parametrize("name", ["score", "select"])
