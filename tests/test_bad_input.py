@@ -24,7 +24,7 @@ from toss.files import fingerprint
 from toss.tokens import Tokens
 
 GOOD = '{"prompt": "Hi?", "response": "Yes."}\n'
-ASKED = '{"prompt": "Hi?"}\n'
+ASKED = '{"prompt": "Hi?"}'
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SCORE = "score.py --run {run}"
 GZIP = "score.py --run {run} --overwrite --custom {tmp}/bad.jsonl.gz"
@@ -42,6 +42,7 @@ BAD = "('{0}' is not|invalid choice: '{0}')"
 PRO_ALONE = ("--pro-samples 3", "--pro-train top")
 DEVICES = ("abacus", "mps", "meta")
 EVAL = "toss.audit.evaluate --run {run}"
+NEED_A_RUN = ("compare", "diagnose", "evaluate --benign {utility}", "noise")
 DIAGNOSE = "toss.audit.diagnose --run {run}"
 NO_PATH, NOTHING = "--run and --row, or PATH", ("{tmp}/no", ROOT / "tests/goldens/tokenizer-chatml")
 DRAWN = " --custom {custom} --out {tmp}/o.jsonl"
@@ -154,14 +155,14 @@ HUGE = lambda tmp: file(gzip.compress(b"a" * (2**26 + 1), 1), "bad.jsonl.gz")(tm
 WORDS = {"type": "WordLevel", "vocab": {"a": 0, "Ċ": 1}, "unk_token": "<unk>"}  # no <unk>
 SPANS = ([0, 9], [2, 1], [False, True])  # of a response of three characters
 ECHO = b"{{ messages[-1].content if messages|length > 1 }}"  # a template of responses alone
+SCORES, NO_TENSORS = "run/scores.safetensors", (b"", b"\x10\0\0\0\0\0\0\0{}", b"\xff" * 500)
 ARRAYS = ("loss_utility", "input_ids", "response")
 TABLE = [
     # Rows
-    (ROWS, row("{"), "bad.jsonl:2: not JSON"),
-    (ROWS, row("[" * 100_000), "bad.jsonl:2: not JSON"),
+    *((ROWS, row(x), "bad.jsonl:2: not JSON") for x in ("{", "[" * 100_000)),
     (ROWS, row("[1]"), "bad.jsonl:2: .*JSON object"),
-    (ROWS, row({"text": "Hi"}), "bad.jsonl:2: .*none of the known forms"),
-    (ROWS, row({"prompt": "Hi?"}), "bad.jsonl:2: .*no response"),
+    *((ROWS, x, "bad.jsonl:2: .*none of the known forms") for x in (row({"text": "Hi"}), turns())),
+    *((ROWS, x, "bad.jsonl:2: .*no response") for x in (row(ASKED), turns(ASK))),
     (ROWS, said(" "), "bad.jsonl:2: .*empty response"),
     (ROWS, said(3), "bad.jsonl:2: .*not a string but 3"),
     (ROWS, row('{"prompt": "a", "response": "\\ud83d"}'), "bad.jsonl:2: .*half a character"),
@@ -171,8 +172,6 @@ TABLE = [
     (ROWS, turns({"role": "\x1b[31m\n" * 10**5, "content": "a"}), r"role '\\x1b\[31m.* \.\.\. "),
     (ROWS, lambda tmp: os.mkfifo(tmp / "bad.jsonl"), "bad.jsonl: "),
     ("score.py --run {run} --overwrite --custom /dev/zero", None, "/dev/zero: "),
-    (ROWS, turns(), "bad.jsonl:2: .*none of the known forms"),
-    (ROWS, turns(ASK), "bad.jsonl:2: .*no response"),
     (ROWS, turns(ANSWER), "bad.jsonl:2: .*no prompt"),
     (ROWS, turns({"role": "user"}, ANSWER), "bad.jsonl:2: .*not a string but null"),
     (ROWS, turns({"role": "robot", "content": "a"}), "bad.jsonl:2: .*role 'robot'"),
@@ -216,9 +215,7 @@ TABLE = [
     (SELECT, base("config.json", {"rms_norm_eps": 1e-6}), "base_sha256"),
     (SCORE, base("tokenizer_config.json", {"a_token": "."}), "tokenizer_sha256"),
     # scores.safetensors
-    (SELECT, file(b"", "run/scores.safetensors"), "scores.safetensors: cannot be read"),
-    (SELECT, file(b"\x10\0\0\0\0\0\0\0{}", "run/scores.safetensors"), "scores.safetensors: "),
-    (SELECT, file(b"\xff" * 500, "run/scores.safetensors"), "scores.safetensors: "),
+    *((SELECT, file(x, SCORES), "scores.safetensors: cannot be read as safe") for x in NO_TENSORS),
     *((SELECT, scores(x, lambda t: None), f"{x} is missing") for x in ARRAYS),
     (SELECT, scores("loss_utility", lambda t: t[1:].clone()), "loss_utility has the shape"),
     (SELECT, scores("response", lambda t: t[:, None]), "response has the shape"),
@@ -284,7 +281,7 @@ TABLE = [
     (SELECT + " --shard --merge", None, "without --shard"),
     *((f"{SELECT} --name {x}", None, f"'{x}' cannot name a folder") for x in NAMES),
     # Commands of the audit
-    ("toss.audit.evaluate --run {tmp}/new --benign {utility}", None, "new has no run.json"),
+    *((f"toss.audit.{x} --run {{tmp}}/new", None, "new has no run.json") for x in NEED_A_RUN),
     (EVAL, None, "at least one of --harmful, --benign and --utility"),
     (EVAL + " --benign {tmp}/none.jsonl", None, "none.jsonl: no such file"),
     (EVAL + " --benign {utility} --dtype int8", None, "--dtype: invalid choice"),
@@ -303,7 +300,6 @@ TABLE = [
     ("toss.audit.show {tmp}/bad.jsonl", file(b"\x80\x02}q\0."), "cannot be read as safetensors"),
     ("toss.audit.show {run}/scores.safetensors", cut("scores.safetensors"), "cannot be read as s"),
     ("toss.audit.show {run}/degraded", cut("degraded/adapter_model.safetensors"), "d/adapter_m"),
-    ("toss.audit.diagnose --run {tmp}/new", None, "is not a run directory"),
     (DIAGNOSE, gone("utility/adapter_model.safetensors"), "run train.py"),
     (DIAGNOSE + " --methods random", None, "run select.py --run"),
     (DIAGNOSE + " --rows {tmp}/none.jsonl", None, "none.jsonl: no such file"),
@@ -319,11 +315,9 @@ TABLE = [
     (DSIR + " --target none.jsonl", None, "none.jsonl: no such file"),
     (DSIR + " --out {custom}", None, "custom.jsonl: --out would replace"),
     ("toss.audit.calibrate --run x --held-out f --quantile 1", None, "'1' is not a share in .0, 1"),
-    ("toss.audit.compare --run {tmp}/new", None, "has no run.json: it is not a run directory"),
     ("toss.audit.compare --seeds 1 --jobs 0", None, "'0' is not a whole number of at least 1"),
     ("toss.audit.sweep share --seeds -1", None, "'-1' is not a whole number from 0"),
     ("toss.audit.sweep speed", None, "invalid choice: 'speed'"),
-    ("toss.audit.noise --run {tmp}/new", None, "new has no run.json"),
     ("toss.audit.noise --run {run}", gone("scores.safetensors"), "run score.py"),
 ]
 

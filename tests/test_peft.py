@@ -184,16 +184,12 @@ a = lambda layer, change: tensor(f"{layer}.lora_A.weight", change)
 b = lambda layer, change: tensor(f"{layer}.lora_B.weight", change)
 new = lambda *shape: lambda _: torch.ones(shape)
 remove = lambda _: None
-TARGET = a(Q, remove), b(Q, remove)
-TENSORS = [
-    *(("1.self_attn.q_proj", gone) for gone in (*TARGET, [*TARGET])),
-    ("v_proj", b(V, lambda t: t[:-1])),
-    ("v_proj", a(V, lambda t: t[:, :-1])),
+TENSORS = [  # what the error says, and changes
+    ("1.self_attn.q_proj", a(Q, remove), b(Q, remove), [a(Q, remove), b(Q, remove)]),
+    ("v_proj", b(V, lambda t: t[:-1]), a(V, lambda t: t[:, :-1]), b(V, new(16, 4, 1))),
     ("v_proj", [a(V, new(2, 32)), b(V, new(16, 2))]),
-    ("v_proj", b(V, new(16, 4, 1))),
     ("layers.2", a("model.layers.2.self_attn.q_proj", new(4, 32))),
-    ("lm_head", a(HEAD, new(4, 32))),
-    ("lm_head", [a(HEAD, new(4, 32)), b(HEAD, new(80, 4))]),  # no target
+    ("lm_head", a(HEAD, new(4, 32)), [a(HEAD, new(4, 32)), b(HEAD, new(80, 4))]),  # no target
     ("lm_head", tensor(f"{HEAD}.weight", new(80, 32))),
     ("lm_head", tensor(f"{HEAD}.base_layer.weight", new(80, 32))),
     ("embed_tokens", tensor(f"{EMBED}.lora_embedding_A", new(4, 80))),
@@ -201,9 +197,8 @@ TENSORS = [
     ("q_proj", tensor(f"{Q}.base_layer.weight", new(32, 32))),
     ("q_proj", tensor(f"{Q}.lora_B.bias", new(32))),
     ("magnitude", tensor(f"{Q}.lora_magnitude_vector", new(32))),
-    ("q_proj", a(Q, with_one(torch.nan))),
-    ("q_proj", b(Q, with_one(torch.inf))),
-    *(("dtype", a(Q, lambda t, d=d: t.to(d))) for d in (torch.int64, torch.float8_e4m3fn)),
+    ("q_proj", a(Q, with_one(torch.nan)), b(Q, with_one(torch.inf))),
+    ("dtype", a(Q, lambda t: t.to(torch.int64)), a(Q, lambda t: t.to(torch.float8_e4m3fn))),
     ("not finite", b(Q, lambda t: t.double() * 1e200)),
 ]
 BACKTRACK = "(([a-z._0-9]+)*)*!"  # takes ages to find that it does not match
@@ -211,33 +206,32 @@ SETTINGS = [
     *((field, {field: [1]}) for field in REFUSED),
     *((field, {field: ...}) for field in ("r", "lora_alpha", "peft_type", "target_modules")),
     ("IA3", {"peft_type": "IA3"}),
-    *(("bias", {"bias": value}) for value in ("all", "lora_only")),
+    ("bias", {"bias": "all"}, {"bias": "lora_only"}),
     *((x, {"init_lora_weights": x}) for x in ("pissa_niter_4", "OLoRA")),  # from a changed base
     ("q_proj|v_proj", {"r": 8}),
-    (r"\br\b", {"r": None}),
     ("q_proj", {"rank_pattern": {"q_proj": 2}}),
     ("pattern", {"rank_pattern": {"(": 2}}),
-    *((r"\br\b", {"r": value}) for value in (True, 4.0, 0, -4, "4")),
-    *(("lora_alpha", {"lora_alpha": value}) for value in (True, 1e308, "8", float("nan"))),
+    (r"\br\b", *({"r": value} for value in (None, True, 4.0, 0, -4, "4"))),
+    ("lora_alpha", *({"lora_alpha": value} for value in (True, 1e308, "8", float("nan")))),
     ("lora_alpha", {"alpha_pattern": {"q_proj": float("nan")}}),
     ("use_rslora", {"use_rslora": "false"}),
-    ("malformed", {"rank_pattern": {"a{99999999999}": 2}}),
-    ("malformed", {"target_modules": "(" * 5000}),
+    ("malformed", {"rank_pattern": {"a{99999999999}": 2}}, {"target_modules": "(" * 5000}),
     ("malformed", {"layers_to_transform": True}),
-    *(("seconds", {field: BACKTRACK}) for field in ("target_modules", "exclude_modules")),
-    *(("seconds", {f"{kind}_pattern": {BACKTRACK: 2}}) for kind in ("rank", "alpha")),
+    ("seconds", {"target_modules": BACKTRACK}, {"exclude_modules": BACKTRACK}),
+    ("seconds", {"rank_pattern": {BACKTRACK: 2}}, {"alpha_pattern": {BACKTRACK: 2}}),
     ("seconds", {"layers_to_transform": 0, "layers_pattern": BACKTRACK}),
-    *(("target_modules", {"target_modules": value}) for value in (None, "(q_proj")),
+    ("target_modules", {"target_modules": None}, {"target_modules": "(q_proj"}),
     ("o_proj", {"target_modules": ["q_proj", "v_proj", "o_proj"]}),
-    ("v_proj", {"target_modules": ["q_proj"]}),  # peft would leave v_proj's tensors out
-    ("v_proj", {"target_modules": r".*q_proj"}),
-    ("k_proj", {"target_modules": "all-linear"}),
+    # PEFT would leave the tensors of v_proj out.
+    ("v_proj", {"target_modules": ["q_proj"]}, {"target_modules": r".*q_proj"}),
     ("v_proj", {"exclude_modules": ["v_proj"]}),
+    ("k_proj", {"target_modules": "all-linear"}),
     ("layers.1", {"layers_to_transform": 0}),
     ("q_proj", {"layers_to_transform": [0, 1], "layers_pattern": "blocks"}),
 ]
 DAMAGES = [(file, file, change) for file in (WEIGHTS, CONFIG) for change in (-9, None)]
-DAMAGES += [(WEIGHTS, *row) for row in TENSORS] + [(CONFIG, *row) for row in SETTINGS]
+for file, rows in ((WEIGHTS, TENSORS), (CONFIG, SETTINGS)):
+    DAMAGES += [(file, words, change) for words, *changes in rows for change in changes]
 
 
 @pytest.mark.parametrize(("file", "words", "change"), DAMAGES)

@@ -17,15 +17,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, tree, write_files
 from helpers import call, refused, said
 
-import toss.base
-import toss.rows
-import toss.run
 from model import process, tokenizer
 from model.atomic import locked
 from model.io import read_json
@@ -324,29 +322,27 @@ def test_a_result_is_on_the_disk_before_it_is_published(prepared, monkeypatch):
     assert results <= set(published)
 
 
-READERS = [
-    (toss.base, "read_rows", "train.py --run {run} --model {base} --harmful {tmp} --utility {tmp}"),
-    (toss.rows, "read_rows", "toss.audit.evaluate --run {run} --harmful {tmp} --methods base"),
-    (toss.run, "load_selection", "select.py --run {run} --mask {mask}"),
-]
+READERS = {
+    "toss.base.read_rows": "train.py --run {run} --model {base} --harmful {tmp} --utility {tmp}",
+    "toss.rows.read_rows": "toss.audit.evaluate --run {run} --harmful {tmp} --methods base",
+    "toss.run.load_selection": "select.py --run {run} --mask {mask}",
+}
 
 
-@pytest.mark.parametrize(("module", "name", "line"), READERS)
-def test_what_changes_while_it_is_read_is_an_error(
-    module, name, line, prepared, tmp_path, monkeypatch, capsys
-):
-    run = begin(prepared, "train" if module is toss.base else "select again")[0]
+@pytest.mark.parametrize("reader", READERS)
+def test_what_changes_while_it_is_read_is_an_error(reader, prepared, tmp_path, monkeypatch, capsys):
+    run = begin(prepared, "train" if reader == "toss.base.read_rows" else "select again")[0]
     rows = shutil.copy(prepared[1]["utility"], tmp_path / "rows.jsonl")
     mask = run / "methods/toss-pro/selection.safetensors"
-    line = line.format(**prepared[1] | {"tmp": rows, "mask": mask})
-    read, before = getattr(module, name), tree(run)
+    line = READERS[reader].format(**prepared[1] | {"tmp": rows, "mask": mask})
+    read, before = resolve_name(reader), tree(run)
 
     def changing(path, *how, **more):
         found = read(path, *how, **more)
         Path(path).write_bytes(Path(path).read_bytes() + b"\n")
         return found
 
-    monkeypatch.setattr(module, name, changing)
+    monkeypatch.setattr(reader, changing)
     assert re.search("(rows.jsonl|selection.safetensors) was changed", refused(capsys, line))
     assert all(x.startswith(("log/", ".state")) for x in tree(run).keys() - before.keys())
 

@@ -144,15 +144,14 @@ def test_what_is_loaded_is_frozen_named_as_in_the_file_and_the_same_in_shards(tm
 index = lambda weight_map: {INDEX: {"weight_map": weight_map}}
 NO_FLOATS = (torch.int64, torch.bool, torch.float8_e4m3fn)
 PICKLE = {"pytorch_model.bin": "cos\nmkdir\n(Vopened\ntR."}  # unpickling it makes a folder
-BROKEN = {
+BROKEN = {  # by the checkpoint: what the error says, and changes
     "plain": [
         *((name, {FILE: (name, lambda t: None)}) for name in (GATE, NORM, "lm_head.weight")),
         (Q_BIAS, {FILE: (Q_BIAS, lambda t: torch.zeros(32))}),
         (LAYER_2, {FILE: (LAYER_2, lambda t: torch.ones(32))}),
-        (GATE, {FILE: (GATE, lambda t: t.T)}),
-        (GATE, {FILE: (GATE, lambda t: t[:, :-1])}),
+        (GATE, {FILE: (GATE, lambda t: t.T)}, {FILE: (GATE, lambda t: t[:, :-1])}),
         (NORM, {FILE: (NORM, lambda t: t[:1])}),  # would broadcast
-        *((GATE, {FILE: (GATE, with_one(value))}) for value in (torch.nan, -torch.inf)),
+        (GATE, *({FILE: (GATE, with_one(value))} for value in (torch.nan, -torch.inf))),
         *((f"{NORM}.*dtype", {FILE: (NORM, lambda t, d=d: t.to(d))}) for d in NO_FLOATS),
         *((FILE, {FILE: end}) for end in (0, 5, 3000, -1)),
         *(("config.json", {"config.json": text}) for text in (None, "", "{", "[1, 2]", "null")),
@@ -192,7 +191,7 @@ REFUSED = [
     *((field, {field: True}) for field in (*SIZES, "head_dim", "rms_norm_eps")),
     ("rms_norm_eps", {"rms_norm_eps": 10**400}),
     ("num_hidden_layers", {"num_hidden_layers": 10**9}),
-    ("layer_types", {"layer_types": "full_attention"}),
+    ("layer_types", {"layer_types": "full_attention"}, of("mistral", layer_types=[FULL, SLIDING])),
     ("rope", {"rope_scaling": False}),
     *((field, {field: ...}) for field in ("model_type", *SIZES)),
     *((field, {field: value}) for field, value in WRONG.items()),
@@ -216,14 +215,12 @@ REFUSED = [
     ("partial_rotary_factor", rope("default", partial_rotary_factor=0.5)),
     ("rope.*full_attention", rope("default", full_attention={"rope_type": "default"})),
     ("dynamic", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-    ("layer_types", of("mistral", layer_types=[FULL, SLIDING])),
     ("sliding_window", of("mistral", sliding_window=0)),
     ("layer_types.*chunked", of("qwen2", layer_types=[FULL, "chunked"])),
     ("layer_types|sliding_window", of("qwen2", layer_types=[FULL, SLIDING])),  # but none is used
     ("max_window_layers", of("qwen2", use_sliding_window=True, max_window_layers="2")),
     ("sliding_window", of("qwen3", use_sliding_window=1, max_window_layers=1, sliding_window=-1)),
-    ("cannot be laid out", {"intermediate_size": 2**63 - 1}),
-    ("cannot be laid out", {"vocab_size": 2**70}),
+    ("cannot be laid out", {"intermediate_size": 2**63 - 1}, {"vocab_size": 2**70}),
     # What the tensors do not have
     ("layers.2", {"num_hidden_layers": 3}),
     ("embed_tokens|lm_head", {"vocab_size": 81}),
@@ -233,8 +230,8 @@ REFUSED = [
     ("_norm", of("qwen3", head_dim=8)),
     ("_layernorm", of("gemma3_text", head_dim=8, rope_parameters={})),
 ]
-BROKEN["plain"] += [(words, {"config.json": fields}) for words, fields in REFUSED]
-BROKEN = [(name, *row) for name, rows in BROKEN.items() for row in rows]
+BROKEN = [(name, words, x) for name, rows in BROKEN.items() for words, *them in rows for x in them]
+BROKEN += [("plain", words, {"config.json": x}) for words, *them in REFUSED for x in them]
 
 
 @pytest.mark.parametrize(("name", "words", "changes"), BROKEN)
