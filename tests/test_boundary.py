@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT, read_jsonl
 from helpers import talk, tokens_of
 
 from model import load_tokenizer
@@ -21,39 +22,11 @@ TWO = talk("Hi?", "Hello.")
 HH = "\n\nHuman: Hi?\n\nAssistant: Hello."
 PROMPT = {"prompt": "Hi?", "response": "Hello."}
 ALPACA = {"instruction": "Hi?", "input": "", "output": "Hello."}
-turns = lambda role, text, *said: [{role: r, text: t} for r, t in zip(said[::2], said[1::2])]
-PARTS = [{"type": "text", "text": text} for text in ("H", "i?")]
-SAME = {
-    "messages": {"messages": TWO},
-    "messages, text in parts": {"messages": [{"role": "user", "content": PARTS}, TWO[1]]},
-    "messages, from": {"messages": turns("from", "value", "human", "Hi?", "gpt", "Hello.")},
-    "prompt and response": {**PROMPT, "other": 1},
-    "Alpaca": ALPACA,
-    "Alpaca, no input": {"instruction": "Hi?", "output": "Hello."},
-    "Alpaca, null input": {**ALPACA, "input": None},
-    "ShareGPT": {"conversations": turns("from", "value", "human", "Hi?", "gpt", "Hello.")},
-    "ShareGPT, bard": {"conversations": turns("from", "value", "user", "Hi?", "bard", "Hello.")},
-    "ShareGPT, bing": {"conversations": turns("from", "value", "human", "Hi?", "bing", "Hello.")},
-    "ShareGPT, role": {"conversations": turns("role", "content", "user", "Hi?", "model", "Hello.")},
-    "HH chosen": {"chosen": HH, "rejected": "\n\nHuman: Hi?\n\nAssistant: No."},
-    "HH transcript": {"transcript": HH + "\n\nHuman: Thanks."},
-    "HH, empty question": {"transcript": HH + "\n\nHuman:"},
-    "HH, answer not begun": {"transcript": HH + "\n\nHuman: More?\n\nAssistant:"},
-    "null messages beside another form": {"messages": None, **PROMPT},
-    "two forms: the first that fits": {**PROMPT, "instruction": "Other?", "output": "Other."},
-}
-LONG = turns("from", "value", "system", "s", "human", "a", "gpt", "b", "human", "c", "gpt", "d")
-ALPACA_INPUT = {"instruction": "Add.", "input": "1 2", "output": "3"}
-FORMS = {name: (row, TWO) for name, row in SAME.items()}
-FORMS["ShareGPT, five turns"] = {"conversations": LONG}, talk("a", "b", "c", "d", system="s")
-FORMS["HH, a system text"] = {"chosen": "Be brief." + HH}, talk("Hi?", "Hello.", system="Be brief.")
-FORMS["Alpaca, an input"] = ALPACA_INPUT, talk("Add.\n\n1 2", "3")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_its_conversation(form):
-    row, messages = FORMS[form]
-    assert [row.messages for row in read_rows([row])] == [messages]
+@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/forms.jsonl"), ids=lambda x: x["form"])
+def test_every_form_gives_its_conversation(case):
+    assert [row.messages for row in read_rows([case["row"]])] == [case["messages"]]
 
 
 def test_a_file_may_be_packed_with_blank_lines_a_byte_order_mark_and_windows_line_ends(tmp_path):

@@ -25,18 +25,8 @@ from toss.tokens import tokenise
 
 CONFIG, JINJA, TABLE = "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"
 # Mistral's first form, Llama-3.2's date and Qwen3's thinking, as far as they matter for the cuts.
-MISTRAL_1 = """{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}
-{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{{ bos_token }}
-{%- for m in messages %}{% if m.role == 'user' %}
-{{- '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' -}}
-{% else %}{{- ' ' + m.content + eos_token -}}{% endif %}{% endfor %}"""
-TURNS = """{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-DATED = """{% set day = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}
-{{ 'Today: ' + day }}{% for m in messages %}{% set text = m.content %}"""
-THINKING = """{% for m in messages %}
-{% set text = m.content if loop.last else m.content.split('</think>')[-1].lstrip('\n') %}"""
-DATED, THINKING = DATED + TURNS, THINKING + TURNS
+read = lambda name: (ROOT / f"tests/templates/{name}.jinja").read_text(encoding="utf-8")
+MISTRAL_1, DATED, THINKING = map(read, ("mistral-1", "dated", "thinking"))
 golden = lambda name: read_json(GOLDENS / f"{name}/golden.json")
 first_text = lambda tokenizer: tokenizer.segments(talk("a"))[0][0]
 
