@@ -207,10 +207,8 @@ def test_a_selection_is_measured_over_the_tokens_that_competed(run, flags):
     keep = load_file(run.folder / "methods/new/selection.safetensors")["keep"]
     response, harmful = scores["response"], scores["harmful"]
     competes = response & (scores["input_ids"] != run.tokenizer.eos_id) if flags else response
-    expected = {
-        **found_harm(~keep[response], harmful[response]),
-        "auc": auc(-scores["loss_degraded"][competes], harmful[competes]),
-    }
+    expected = found_harm(~keep[response], harmful[response])
+    expected["auc"] = auc(-scores["loss_degraded"][competes], harmful[competes])
     assert selection_metrics(run, "new") == expected and expected["recall"]["n"] > 0
     assert expected["auc"]["n"] == int(competes.sum())
     assert selection_metrics(run, "sft") == selection_metrics(run, "base") == {}  # none discarded
@@ -231,8 +229,7 @@ def test_an_evaluation_writes_metrics_and_answers_as_others_read_them(run):
         assert all(set(cell) == {"value", "n", "low", "high"} for cell in metrics.values())
         assert metrics["not_refused"]["n"] == 3 and metrics["not_refused@0"]["n"] == 2
         if method != "base":
-            own = read_json(run.folder / "methods" / method / "metrics.json")
-            assert own == {method: metrics}
+            assert read_json(run.folder / f"methods/{method}/metrics.json") == {method: metrics}
     names = "not_refused complies judges_agree not_refused@0 not_refused@1 over_refusal accuracy/s "
     names += "exact_match/s nll precision recall auc"
     by_source = re.compile("(not_refused|complies)/(seen|x|y)")

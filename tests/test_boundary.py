@@ -19,7 +19,6 @@ from toss.rows import read_rows
 from toss.tokens import batches, collate
 
 TWO = talk("Hi?", "Hello.")
-HH = "\n\nHuman: Hi?\n\nAssistant: Hello."
 PROMPT = {"prompt": "Hi?", "response": "Hello."}
 ALPACA = {"instruction": "Hi?", "input": "", "output": "Hello."}
 
@@ -43,7 +42,7 @@ def test_evaluation_rows_may_have_a_prompt_only():
     rows = [
         {"prompt": "Hi?", "source": "s"},
         {**PROMPT, "answer": "Hello"},
-        {"chosen": HH + "\n\nHuman: And?\n\nAssistant:"},
+        {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:"},
         {"prompt": "a template's text", "instruction": "Hi?", "output": "Hello."},
     ]
     asked, answered, broken_off, template = read_rows(rows, responses=False)

@@ -260,8 +260,7 @@ def test_the_sweep_over_d_holds_plain_fine_tuning_and_the_calibrated_d(tmp_path)
 
 def test_the_sweep_over_pro_cuts_the_reference_and_draws_a_control(tmp_path):
     _, worlds, arms = zip(*sweep.pro(3, tmp_path))
-    sizes = [len(lines(world.files["harmful"])) for world in worlds]
-    assert sizes == [2, 42, 8, 48, 80, 120]
+    assert [len(lines(world.files["harmful"])) for world in worlds] == [2, 42, 8, 48, 80, 120]
     how = {"method": "toss", "pro": 3, "pro_samples": 40, "pro_train": "top"}
     assert arms[0]["pro-3-40-top"] == how and len(arms[0]) == 1 + 1 + 3 * 2
     assert set(arms[2]) == {"toss", "pro-1-40-rows", "pro-1-40-top"}

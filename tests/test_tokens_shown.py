@@ -197,12 +197,11 @@ def test_what_was_made_from_other_files_does_not_fit(small, capsys):
 
 def drawn(svg: str) -> tuple[set[str], list, list]:
     """The words of a chart, and the points of its lines and of its areas."""
-    root, shapes = ElementTree.fromstring(svg), {}
+    root = ElementTree.fromstring(svg)
     assert root.tag == f"{SVG}svg" and root.get("viewBox") and root.get("role") == "img"
-    for tag in ("polyline", "polygon"):
-        texts = [element.get("points").split() for element in root.iter(f"{SVG}{tag}")]
-        shapes[tag] = [[tuple(map(float, p.split(","))) for p in points] for points in texts]
-    return {element.text for element in root.iter(f"{SVG}text")}, *shapes.values()
+    points = lambda x: [tuple(map(float, p.split(","))) for p in x.get("points").split()]
+    shapes = ([points(x) for x in root.iter(SVG + tag)] for tag in ("polyline", "polygon"))
+    return {element.text for element in root.iter(f"{SVG}text")}, *shapes
 
 
 def test_a_line_chart_has_its_points_where_the_ticks_say():

@@ -192,9 +192,8 @@ def step_of(n: int, act):
 
 def stopped(line: str, n: int, number: signal.Signals) -> tuple[int, str]:
     """Send a child that runs a command a signal after the n-th step; its status and output."""
-    signalled = lambda: os.kill(os.getpid(), number)
     line += " --save-every 1e-9" * (number == signal.SIGKILL)
-    return child(lambda: step_of(n, signalled) or call(line))
+    return child(lambda: step_of(n, lambda: os.kill(os.getpid(), number)) or call(line))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
@@ -354,8 +353,7 @@ def test_what_dead_processes_left_is_swept_and_a_living_ones_is_not(prepared):
         (run / name / "scores.safetensors").write_bytes(b"half")
     with locked(run / ".run.json.2-live.partial"):
         assert call(line) == 0
-    left = [file.name for file in run.glob(".*")]
-    assert left == [".run.json.2-live.partial"]
+    assert [file.name for file in run.glob(".*")] == [".run.json.2-live.partial"]
 
 
 def test_a_full_disk_is_one_line_and_the_next_try_works(prepared):

@@ -66,8 +66,7 @@ def test_training_goes_on_from_a_given_adapter_and_leaves_it_as_it_is(model, tok
 
 
 def test_the_steps_are_adamw_with_the_papers_betas_no_decay_and_clipping_at_one(model, tokens):
-    settings = {"batch_size": 8, "lr": 0.1}
-    ours, events = fit(model, tokens, **settings)
+    ours, events = fit(model, tokens, batch_size=8, lr=0.1)
     assert max(event["grad_norm"] for event in events) > 1  # or clipping would not show
     adapter = active(use(model, new_adapter(model, 2, 4, CONFIG.targets.split(","), 0)))
     parameters = [p.requires_grad_() for p in adapter.tensors()]
@@ -93,8 +92,7 @@ def test_scores_are_the_losses_of_a_plain_loop_in_any_batch(model, tokens):
     assert torch.allclose(losses[tokens.response], expected, atol=1e-5)
     for budget in (1, 100):
         events = []
-        again = score(model, tokens, budget, events.append)
-        assert torch.allclose(again, losses, atol=1e-5)
+        assert torch.allclose(score(model, tokens, budget, events.append), losses, atol=1e-5)
         assert sum(event["tokens"] for event in events) == sum(tokens.lengths)
     assert not torch.allclose(score(use(model, None), tokens), losses, atol=1e-2)
 
@@ -160,8 +158,7 @@ def test_gradient_checkpointing_gives_the_same_and_keeps_less(model, tokens, tra
             adapters.append(fit(model, tokens, epochs=1, start=random_adapter(model))[0])
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 2 and torch.allclose(*adapters, rtol=1e-3, atol=1e-5)
-    run = open_run(trained, gradient_checkpointing=True)
-    assert run.base("train").gradient_checkpointing
+    assert open_run(trained, gradient_checkpointing=True).base("train").gradient_checkpointing
 
 
 @pytest.fixture

@@ -547,8 +547,7 @@ def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, file
     assert call(line) == 0 and call(f"select.py --run {run} --merge") == 0
     settings, model = read_json(run / "run.json")["settings"], run / "methods/toss/model"
     assert (settings["model"], settings["revision"]) == ("someone/model", commit)
-    config = read_json(model / "adapter_config.json")
-    assert config["base_model_name_or_path"] == "someone/model"
+    assert read_json(model / "adapter_config.json")["base_model_name_or_path"] == "someone/model"
     assert load_tokenizer(model / "merged").fingerprint() == load_tokenizer(base).fingerprint()
 
 
