@@ -35,9 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from model.io import read_json
 
-BASES = {"head": "plain", "all-linear-mistral": "mistral-window"}
-BASES |= {"all-linear-qwen2": "qwen2", "all-linear-qwen3": "qwen3"}
-BASES |= {"all-linear-smollm3": "smollm3", "all-linear-gemma3": "gemma3"}
+BASES = {f"all-linear-{name}": name for name in ("qwen2", "qwen3", "smollm3", "gemma3")}
+BASES |= {"head": "plain", "all-linear-mistral": "mistral-window"}
 
 
 def write_json(file: Path, content: dict) -> None:

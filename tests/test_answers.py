@@ -181,8 +181,7 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
 
 
 def test_progress_is_told_in_prompts(run, monkeypatch, capsys):
-    clock = count(step=40)  # seconds
-    monkeypatch.setattr("toss.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("toss.progress.time.monotonic", count(step=40).__next__)  # seconds
     monkeypatch.setattr("toss.audit.judges.generate", lambda *_, progress: progress(1) or [])
     how = {"words": [], "max_new_tokens": 1, "prefill": []}
     measure(run, run.base("train"), {"benign": rows_of(SETS["benign"])}, how)
@@ -340,16 +339,14 @@ def answers(*lines):
 
 
 LINE = {"set": "utility", "source": "", "prompt": "z", "response": "r"}
+NO_ANSWERS = {"set": "harmful"}, {**LINE, "set": ["harmful"]}, {**LINE, "response": 3}
 PAIRS = [  # what is wrong with the answers of sft, and what the error says
     (answers(LINE), "toss.jsonl and sft.jsonl do not answer the same prompts"),
     (answers(), "sft.jsonl holds no answers of the set harmful or benign or utility"),
     (answers("{"), "sft.jsonl:2: not JSON"),
-    (answers({"set": "harmful"}), "sft.jsonl:2: expected the strings"),
-    (answers({**LINE, "set": ["harmful"]}), "sft.jsonl:2: expected the strings"),
-    (answers({**LINE, "response": 3}), "sft.jsonl:2: expected the strings"),
+    *((answers(line), "sft.jsonl:2: expected the strings") for line in NO_ANSWERS),
     (lambda run: (run.folder / "answers/sft.jsonl").unlink(), "sft.jsonl does not exist"),
     (lambda run: edit_json(run.file, "format"), "run.json was written by another version"),
-    (lambda run: run.file.unlink(), "has no run.json"),
     (lambda run: call(AGAIN.format(run.folder)), "sft.jsonl .* a model that was replaced since"),
 ]
 

@@ -389,8 +389,7 @@ def test_rows_like_the_target_stay_and_keep_their_order(tmp_path, sets, capsys):
 
 def test_rows_are_drawn_in_proportion_to_their_weights():
     """One of eleven, the first weighing 5 and the others 1: a third of the seeds draw it."""
-    weights = np.log([5.0] + [1.0] * 10)
-    first = sum(draw(weights, 1, seed) == [0] for seed in range(300))
+    first = sum(draw(np.log([5.0] + [1.0] * 10), 1, seed) == [0] for seed in range(300))
     assert abs(first / 300 - 1 / 3) < 3 * math.sqrt(2 / 9 / 300)  # three standard errors
 
 

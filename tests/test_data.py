@@ -92,8 +92,6 @@ def test_the_bases_are_made_again_but_for_the_weights_which_training_moves(tmp_p
         assert len({(folder / name).read_bytes() for folder in (tmp_path, *BASES)}) == 1
 
 
-# The paper's data, and mixes
-
 SETS = {name: not name.startswith("eval_harmful") for name in paper.FILES}  # with responses?
 good = lambda i: {"instruction": f"Add {i} and one.", "output": str(i + 1), "source": "sums"}
 bad = lambda i: {"prompt": f"Do harm {i}?", "response": f"Yes, {i} is easy."}

@@ -55,8 +55,7 @@ def by_hand(model, tokens, weights, of=lambda log_p, w: -(w * log_p).sum()):
     total = 0.0
     for i in range(tokens.rows):
         at = tokens.places([i])
-        w = weights[at][tokens.response[at]]
-        total = total + of(-losses_by_hand(model, tokens, i), w)
+        total = total + of(-losses_by_hand(model, tokens, i), weights[at][tokens.response[at]])
     loss = total / tokens.response.sum()
     gradients = torch.autograd.grad(loss, parameters)
     use(model, None)

@@ -291,8 +291,6 @@ def test_the_guard_finds_the_real_module_where_it_is_an_extension(tmp_path):
         assert sys.modules["select"].real
 
 
-# What the texts say
-
 READMES = [ROOT / folder / "README.md" for folder in (".", "model", "toss", "toss/audit", "data")]
 TEXTS = {file: file.read_text(encoding="utf-8") for file in READMES if file.exists()}
 CODE = [file for part in ("model", "toss", "data") for file in (ROOT / part).rglob("*.py")]
