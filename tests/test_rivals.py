@@ -114,9 +114,6 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
         assert keep.equal(toss) if name == "kl-discarded" else keep.all()
         sizes[name] = size(load_file(trained / f"methods/{name}/{WEIGHTS}").values())
     assert len({*sizes.values()}) == len(RIVALS), sizes
-    bare = f"toss.audit.rivals --run {trained} --method "
-    assert "--safety: no such file" in refused(capsys, f"{bare} patch")
-    assert "--unaligned: no such checkpoint folder" in refused(capsys, f"{bare} safelora")
 
 
 def test_the_rows_that_a_rival_trains_on(line, monkeypatch):
@@ -194,7 +191,6 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     assert d["toss"] == 0.1 != d["toss-calibrated"] == d["kl-calibrated"]
     assert d["sft"] == d["dft"] == 0
     assert ": wrote" not in said(capsys, line)  # all is there
-    assert "there is no 'tos'; the arms are" in refused(capsys, f"{line} --arms tos")
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
     assert "at least 9 rows are needed, each with prompt, response, source" in refused(capsys, line)
 
