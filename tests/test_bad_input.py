@@ -139,6 +139,7 @@ WORDS = {"type": "WordLevel", "vocab": {"a": 0, "Ċ": 1}, "unk_token": "<unk>"} 
 SPANS = ([0, 9], [2, 1], [False, True])  # of a response of three characters
 ECHO = b"{{ messages[-1].content if messages|length > 1 }}"  # a template of responses alone
 SCORES, NO_TENSORS = "run/scores.safetensors", (b"", b"\x10\0\0\0\0\0\0\0{}", b"\xff" * 500)
+NOT_READ = "cannot be read as safetensors"
 ADAPTER = "degraded/adapter_model.safetensors"
 ARRAYS = ("loss_utility", "input_ids", "response")
 TABLE = [
@@ -187,7 +188,7 @@ TABLE = [
     (SELECT, base("config.json", {"rms_norm_eps": 1e-6}), "base_sha256"),
     (SCORE, base("tokenizer_config.json", {"a_token": "."}), "tokenizer_sha256"),
     # scores.safetensors
-    *((SELECT, file(x, SCORES), "scores.safetensors: cannot be read as safe") for x in NO_TENSORS),
+    *((SELECT, file(x, SCORES), f"scores.safetensors: {NOT_READ}") for x in NO_TENSORS),
     *((SELECT, scores(x, lambda t: None), f"{x} is missing") for x in ARRAYS),
     (SELECT, scores("loss_utility", lambda t: t[1:].clone()), "loss_utility has the shape"),
     (SELECT, scores("response", lambda t: t[:, None]), "response has the shape"),
@@ -236,9 +237,9 @@ TABLE = [
     (PLAIN, base("tokenizer.json", {"model": WORDS}), "custom.jsonl:1: .*tokenizer.json: .*UNK"),
     # Commands of the audit
     (PREFILL, file(ASKED), "bad.jsonl: --prefill needs harmful"),
-    ("toss.audit.show {tmp}/bad.jsonl", file(b"\x80\x02}q\0."), "cannot be read as safetensors"),
-    ("toss.audit.show {run}/scores.safetensors", cut("scores.safetensors"), "cannot be read as s"),
-    ("toss.audit.show {run}/degraded", cut(ADAPTER), f"{ADAPTER}: cannot be read"),
+    ("toss.audit.show {tmp}/bad.jsonl", file(b"\x80\x02}q\0."), f"bad.jsonl: {NOT_READ}"),
+    ("toss.audit.show {run}/scores.safetensors", cut("scores.safetensors"), NOT_READ),
+    ("toss.audit.show {run}/degraded", cut(ADAPTER), f"{ADAPTER}: {NOT_READ}"),
     ("toss.audit.diagnose --run {run}", gone("utility/adapter_model.safetensors"), "run train.py"),
     *((line, row(ASKED), "bad.jsonl:2: the row has no response") for line in (SAFE, DSIR)),
     ("toss.audit.noise --run {run}", gone("scores.safetensors"), "run score.py"),
