@@ -37,7 +37,7 @@ def arguments(argv):
     add = parser.add_argument
     add("--method", choices=METHODS, default="toss", help="which tokens to discard")
     add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")
-    add("--name", help="folder under RUN/methods (default: the method; toss-pro with --pro)")
+    add("--name", type=cli.method, help="folder in RUN/methods (default: the method, or toss-pro)")
     add("--discard", type=cli.share, default=0.1, metavar="D", help="d, share of tokens to discard")
     add("--keep-eos", action="store_true", help="leave end-of-sequence tokens out of the ranking")
     add("--pro", type=cli.natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")

@@ -282,7 +282,7 @@ TABLE = [
     ),
     (SELECT + " --shard", None, "start it with torchrun|needs PyTorch 2.7"),
     (SELECT + " --shard --merge", None, "without --shard"),
-    *((f"{NAME}{name}", None, f"'{name}' cannot name a folder") for name in NAMES),
+    *((f"{NAME}{name}", None, f"'{name}' is not a method's name") for name in NAMES),
     # Commands of the audit
     *((f"toss.audit.bench --out {{tmp}}/new {flag}", None, words) for flag, words in BENCH.items()),
     ("toss.audit.noise --run {tmp}/new", None, "new has no run.json"),
