@@ -81,8 +81,8 @@ def main(argv=None):
                 w_cus = torch.zeros_like(w_cus).index_fill(0, risky, 1)
             D_h = run.tokens(args.harmful)
             w_h = torch.cat((D_h.response.float(), w_cus[D_cus.places(added)]))
-            D_h, how, log = D_h + D_cus.take(added), run.reference_config(), run.log(name)
-            theta_h = train(run.base("train"), D_h, w_h, how, start=log.resume, on_step=log)
+            D_h, config_h, log = D_h + D_cus.take(added), run.reference_config(), run.log(name)
+            theta_h = train(run.base("train"), D_h, w_h, config_h, start=log.resume, on_step=log)
             log = run.log(f"{name}-scores")
             how = args.batch_tokens, log, log.resume
             L["degraded"] = score(run.base("score", theta_h), D_cus, *how)
