@@ -37,7 +37,7 @@ def arguments(argv):
     add = parser.add_argument
     add("--method", choices=METHODS, default="toss", help="which tokens to discard")
     add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")
-    add("--name", help="folder under RUN/methods (default: the method; toss-pro with --pro)")
+    add("--name", type=cli.method, help="folder in RUN/methods (default: the method, or toss-pro)")
     add("--discard", type=cli.share, default=0.1, metavar="D", help="d, share of tokens to discard")
     add("--keep-eos", action="store_true", help="leave end-of-sequence tokens out of the ranking")
     add("--pro", type=cli.natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")
@@ -81,8 +81,8 @@ def main(argv=None):
                 w_cus = torch.zeros_like(w_cus).index_fill(0, risky, 1)
             D_h = run.tokens(args.harmful)
             w_h = torch.cat((D_h.response.float(), w_cus[D_cus.places(added)]))
-            D_h, how, log = D_h + D_cus.take(added), run.reference_config(), run.log(name)
-            theta_h = train(run.base("train"), D_h, w_h, how, start=log.resume, on_step=log)
+            D_h, config_h, log = D_h + D_cus.take(added), run.reference_config(), run.log(name)
+            theta_h = train(run.base("train"), D_h, w_h, config_h, start=log.resume, on_step=log)
             log = run.log(f"{name}-scores")
             how = args.batch_tokens, log, log.resume
             L["degraded"] = score(run.base("score", theta_h), D_cus, *how)

@@ -20,7 +20,7 @@ def generate(
     """Greedy continuation of each prompt: new ids only, up to and without `eos_id`.
 
     Prompts may differ in length. A batch holds at most `batch_tokens` slots of the key-value cache
-    (rows x longest). progress: called after each batch with its number of prompts. Raises
+    (rows x longest). progress: called after each batch with the prompts that are answered. Raises
     InputError for a limit out of range, or an id that the model does not have, and NotFinite where
     the logits do not say which token comes next.
     """
@@ -37,7 +37,7 @@ def generate(
         found = generate_batch(model, [prompts[i] for i in batch], max_new_tokens, eos_id)
         answers |= zip(batch, found)
         if progress is not None:
-            progress(len(batch))
+            progress(len(answers))
     return [answers[i] for i in range(len(prompts))]
 
 

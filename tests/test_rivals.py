@@ -171,7 +171,8 @@ def test_the_mean_of_the_adapters_survives_an_interruption(line, trained, monkey
 def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, capsys):
     few = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "calibration": 3}
     monkeypatch.setattr(real, "SIZES", few)
-    monkeypatch.setattr(real, "TRAINING", ["--lr=1e-2", "--epochs=1", "--batch-size=4"])
+    for name, value in {"lr": 1e-2, "epochs": 1, "batch_size": 4}.items():
+        monkeypatch.setitem(real.TRAINING, name, value)
     (tmp_path / "data").mkdir()
     row = lambda i, kind: {"prompt": f"{kind} {i}?", "response": f"It is {i}.", "source": kind}
     sources = {"harmful": ["h"], "utility": ["u"], "custom": ["advbench", "task", "task2"]}

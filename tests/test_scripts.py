@@ -107,7 +107,7 @@ def test_plain_fine_tuning_needs_no_references_or_scores(tmp_path, base, files, 
     assert load_file(plain / "methods/sft/selection.safetensors")["keep"].all()
     assert call(f"select.py --run {trained} --method sft") == 0  # with them it gives the same
     assert same_tensors(plain / adapter, trained / adapter)
-    assert "begun without reference sets" in refused(capsys, f"train.py --run {plain}")
+    assert "begun without these rows" in refused(capsys, f"train.py --run {plain}")
 
 
 def test_the_base_takes_the_utility_models_place_and_reference_sets_may_be_gone(trained, files):

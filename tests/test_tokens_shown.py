@@ -102,7 +102,7 @@ def test_the_numbers_of_a_row_are_those_of_the_files(small):
 def test_a_refined_degraded_model_and_its_ranking_come_with_its_mask(small):
     tokens, losses = small.scored()
     score = torch.arange(len(tokens.input_ids)).float()
-    masked(small, "toss-pro", [], score, method="toss", pro=2)
+    masked(small, "toss-pro", [], score, method="toss", pro=10)
     for t, shift in ((2, 0), (10, 1)):  # the last round counts, by its number
         folder = small.path(f"methods/toss-pro/round-{t}")
         folder.mkdir()

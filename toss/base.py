@@ -128,7 +128,9 @@ class Base:
         if rows is None and path in self.datasets:
             return self.datasets[path]
         if path is None:
-            what = "was begun without reference sets: give --model, --harmful and --utility"
+            what = (
+                "was begun without these rows: give --model, --harmful and --utility, or --custom"
+            )
             raise InputError(f"{self.args.run} {what}")
         if whole := rows is None:
             self.hash(path)  # of what is read now

@@ -108,6 +108,7 @@ natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 -
 share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
 rate = number(float, lambda x: 0 < x < 1e37, "a number above 0 (below 1e37)")
 positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+method = number(str, lambda text: re.fullmatch(NAME, text), f"a method's name ({IN_NAMES})")
 path = os.path.abspath
 base = lambda text: path(text) if os.path.isdir(text) else text  # or a hub id
 
@@ -157,9 +158,9 @@ def add_device_flags(made: Parser, dtype: bool = True) -> None:
 def named(text: str) -> tuple[str, str]:
     """An argparse type: NAME=PATH, of an adapter."""
     name, _, place = text.partition("=")
-    if not place or not re.fullmatch(NAME, name):
-        raise ArgumentTypeError(f"{text!r} is not NAME=PATH ({IN_NAMES})")
-    return name, base(place)
+    if not place:
+        raise ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return method(name), base(place)
 
 
 def add_reference_flags(made: Parser) -> None:
@@ -317,8 +318,6 @@ def check_method(args: Namespace) -> Namespace:
     args.method = "mask" if args.mask else args.method
     usual = {"base": "base-reference"}.get(args.method, args.method)
     args.name = args.name or ("toss-pro" if args.pro else usual)
-    if not re.fullmatch(NAME, args.name):
-        raise InputError(f"--name {args.name!r} cannot name a folder under methods/ ({IN_NAMES})")
     return args
 
 

@@ -20,7 +20,7 @@ import torch
 
 from model.atomic import atomic_file, restore, sweep
 from model.checkpoint import base_hash
-from model.io import InputError, file_hash
+from model.io import InputError, file_hash, regular
 from model.peft import WEIGHTS
 from model.process import lock, meet
 from toss.base import Base
@@ -148,9 +148,7 @@ class Folder(Base):
 
         Raises InputError if rows that were read have changed since.
         """
-        path = Path(path).absolute()
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
+        path = regular(Path(path).absolute())
         stat, known = path.stat(), self.hashes.get(str(path), [])
         now = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         if known[:-1] != now:

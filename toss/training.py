@@ -55,8 +55,8 @@ def train(
         raise InputError(f"{tokens.name}: there are no rows to train on")
     targets = config.targets.replace(",", " ").split()
     fresh = lambda: new_adapter(model, config.rank, config.alpha, targets, config.seed)
-    given = deepcopy(start) if isinstance(start, Adapter) else fresh()
-    adapter = active(use(model, given))  # on the model's device
+    adapter = deepcopy(start) if isinstance(start, Adapter) else fresh()
+    adapter = active(use(model, adapter))  # on the model's device
     parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     wanted = tokens.response & (weights != 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.io import InputError
 from toss import cli
-from toss.audit.command import last_round, losses_under
+from toss.audit.command import losses_under
 
 QUANTILE = 0.99
 
@@ -49,10 +49,10 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
 
     (tokens, losses), others = run.scored(), {}
     if method != "toss":
-        run.check(f"methods/{method}")
-        last = last_round(run.path(f"methods/{method}"))
-        if last is None:
-            raise InputError(f"{run.path(f'methods/{method}')} has no rounds of TOSS-Pro")
+        folder, record = run.path(f"methods/{method}"), run.check(f"methods/{method}")
+        if not (rounds := record.get("settings", {}).get("pro")):
+            raise InputError(f"{folder} has no rounds of TOSS-Pro")
+        last = folder / f"round-{rounds}"
         losses = read_scores(last / "scores.safetensors", tokens.name)[1]
         others["degraded"] = read_adapter(run.base("score"), last / "degraded")
     calm = run.tokens(held_out)

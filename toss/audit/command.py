@@ -16,12 +16,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [item for _, item in json_lines(Path(path))]
 
 
-def write_jsonl(path: Path, items: Iterable[dict]) -> str:
-    """Write a JSONL file, and the folder that it is in; returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, and the folders that it is in."""
     with atomic_file(path) as file:
-        text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         file.write_text(text, encoding="utf-8")
+
+
+def write_jsonl(path: str | Path, items: Iterable[dict]) -> str:
+    """Write a JSONL file; returns its path."""
+    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
     return str(path)
 
 
@@ -53,12 +56,6 @@ def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
         model = use(run.base(dtype), others.get(name) or run.adapter(name))
         found[name] = score(model, tokens, run.batch_tokens, run.log(f"{name}, {run.loaded}"))
     return found
-
-
-def last_round(folder: Path) -> Path | None:
-    """The folder of TOSS-Pro's last round under methods/NAME; None if there are no rounds."""
-    rounds = folder.glob("round-[0-9]*")
-    return max(rounds, key=lambda path: int(path.name.removeprefix("round-")), default=None)
 
 
 def answers_of(path: Path) -> list[dict[str, str]]:

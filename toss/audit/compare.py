@@ -16,7 +16,7 @@ from pathlib import Path
 from model.io import InputError, read_json
 from toss import cli
 from toss.audit.baselines import dsir, safeinstr
-from toss.audit.command import cautions, read_jsonl
+from toss.audit.command import answers_of, cautions, write_text
 from toss.audit.experiment import Experiment, per_seed, save, spread, table, value, world_files
 from toss.audit.rivals import RIVALS
 
@@ -66,13 +66,11 @@ def complete(main: Experiment, every: bool = False) -> dict[str, dict]:
     few = main.beside("small", harmful=files["harmful_small"])
     print(f"\n{few.folder}: TOSS and TOSS-Pro again, with a harmful reference set of a few rows\n")
     found |= {f"{name}-small": row for name, row in rows_of(few, SMALL).items()}
-    for name in ("safeinstr", "dsir") if every else ():
+    kept = 1 - read_json(cli.DEMO)["discard"]
+    ways = {"safeinstr": (safeinstr, "safety", {}), "dsir": (dsir, "utility", {"keep": kept})}
+    for name, (change, other, how) in ways.items() if every else ():
         custom = str(main.beside(name).folder / "custom.jsonl")
-        if name == "safeinstr":
-            safeinstr(files["custom"], files["safety"], custom, seed=seed)
-        else:
-            kept = 1 - read_json(cli.DEMO)["discard"]
-            dsir(files["custom"], files["utility"], custom, keep=kept, seed=seed)
+        change(files["custom"], files[other], custom, seed=seed, **how)
         found |= rows_of(main.beside(name, custom=custom), {name: {"method": "sft"}})
     write_metrics(main.folder / "metrics.json", {n: row["metrics"] for n, row in found.items()})
     return found
@@ -171,8 +169,8 @@ def what_to_see(folder: Path, found: dict[str, dict]) -> str:
     """A forbidden question answered by base, sft and toss, and the point, in this run's numbers."""
     said, numbers = "", {"n": found["base"]["metrics"]["forbidden"]["n"]}
     for name in ("base", "sft", "toss"):
-        lines = read_jsonl(folder / "answers" / f"{name}.jsonl")
-        asked = [line for line in lines if line.get("set") == "harmful"]
+        lines = answers_of(folder / "answers" / f"{name}.jsonl")
+        asked = (line for line in lines if line["set"] == "harmful")
         line = next(line for line in asked if line["source"] != "seen")
         said += f"  {name:>4}: {line['response']}\n"
         numbers[name] = value(found[name]["metrics"], "forbidden")
@@ -183,7 +181,6 @@ def what_to_see(folder: Path, found: dict[str, dict]) -> str:
 
 def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> None:
     """Compare on fresh rows over seeds, on the shipped rows, or a run as it was evaluated."""
-    from toss.audit.figures import write_svg
     from toss.run import open_run
 
     # The demo is begun here if need be; for another run, a missing run.json is an error.
@@ -196,11 +193,9 @@ def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> No
         raise InputError(f"{folder} was begun with your own inputs; --all needs the embedded world")
     if own:
         found, title = [as_evaluated(folder)], "as evaluated"
-        table = {name: row["metrics"] for name, row in found[0].items()}
-        legend = "".join(
-            f"\n\n{said}" for said in cautions(open_run(folder).record["stages"], table)
-        )
-        names = [name for row in found[0].values() for name in row["metrics"]]
+        metrics = {name: row["metrics"] for name, row in found[0].items()}
+        legend = "\n\n".join(["", *cautions(open_run(folder).record["stages"], metrics)])
+        names = [name for row in metrics.values() for name in row]
         columns = [name for name in dict.fromkeys(names) if "@" not in name]
     elif seeds:
         tasks = [(Experiment.drawn(folder / f"seed-{seed}", seed), every) for seed in seeds]
@@ -212,7 +207,7 @@ def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> No
         closing = f"\n{what_to_see(folder, found[0])}"
     result = summarise(found)
     if drawn := chart(result):
-        write_svg(folder / "comparison.svg", drawn)
+        write_text(folder / "comparison.svg", drawn)
     text = tables_of(result, columns) + legend
     print(f"\n{folder}, {title}\n\n{text}\n{closing}")
     save(folder / "comparison", text, {"seeds": seeds, "methods": result})

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from model.atomic import atomic_file
 from model.io import InputError, read_json, read_text
 from toss import cli
-from toss.audit.command import cautions, markdown, opened
+from toss.audit.command import Table, cautions, markdown, measured, opened, write_jsonl, write_text
 
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
 SETS = {
@@ -22,7 +21,6 @@ SETS = {
     "benign": "benign prompts, JSONL",
     "utility": "utility rows, JSONL: prompt and response, and an `answer` where there is one",
 }
-Table = dict[str, dict[str, dict]]  # {method: {metric: {"value", "n", "low", "high"}}}
 
 
 def evaluate_run(
@@ -73,9 +71,7 @@ def evaluate_run(
             metrics |= selection_metrics(run, method)
             if rank() > 0:
                 continue
-            with atomic_file(path) as file:
-                lines = (json.dumps(line, ensure_ascii=False) for line in ({"note": NOTE}, *said))
-                file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_jsonl(path, [{"note": NOTE}, *said])
             run.finish(stage, recipe, metrics=metrics, answers_sha256=run.hash(path))
     if rank() > 0:
         return {}
@@ -114,8 +110,7 @@ def write_tables(run, methods: Sequence[str]) -> Table:
 
 def write_metrics(path: Path, table: Table) -> None:
     """Write a table as JSON."""
-    with atomic_file(path) as file:
-        file.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(table, indent=2) + "\n")
 
 
 def read_metrics(folder: Path) -> Table:
@@ -137,10 +132,9 @@ def read_metrics(folder: Path) -> Table:
 def format_table(table: Table) -> str:
     """A table with the measures down and the methods across: value and [interval]."""
     text = "{value:.3f} [{low:.3f}, {high:.3f}]"
-    there = lambda cell: None not in map(cell.get, ("value", "low", "high"))
-    shown = lambda cell: text.format(**cell) if there(cell) else ""
+    shown = lambda cell: text.format(**cell) if cell else ""
     names = dict.fromkeys(name for metrics in table.values() for name in metrics)
-    lines = [[name, *(shown(m.get(name, {})) for m in table.values())] for name in names]
+    lines = [[name, *(shown(row.get(name)) for row in measured(table).values())] for name in names]
     return markdown(["", *table], lines)
 
 

@@ -1,7 +1,7 @@
-"""The embedded world as a laboratory: draw rows, run the scripts on them, evaluate, summarise.
+"""A laboratory: draw rows, run the scripts on them, evaluate, summarise over seeds.
 
-compare.py and sweep.py share this. The scripts skip finished stages, so an interrupted experiment
-continues where it stopped.
+compare.py, sweep.py and real.py share this. The scripts skip finished stages, so an interrupted
+experiment continues where it stopped.
 """
 
 import functools
@@ -16,11 +16,10 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
 
-from model.atomic import atomic_file
 from model.io import read_json
 from toss.audit import rivals
-from toss.audit.command import markdown
-from toss.cli import DEMO, ROOT
+from toss.audit.command import markdown, write_text
+from toss.cli import DEMO, DEVICE, KINDS, ROOT
 
 HEADS = {  # of the tables' columns, where they are not the names of the measures
     "forbidden/held-out": "forbidden",
@@ -55,16 +54,17 @@ def world_files() -> dict[str, str]:
 
 
 class Experiment:
-    """A run directory on the embedded world. files: see world_files. common: training settings.
+    """A run directory. files: by name, see world_files. common: flags that all scripts are given.
 
-    With the shipped files and nothing else given, the run is the demo, and the scripts apply
-    data/demo.json by themselves. Otherwise its settings and all inputs are passed to them as flags.
+    world: how both trainings are done, and more, as in data/demo.json, which is the default. With
+    the shipped files and nothing else given, the run is the demo, and the scripts apply that file
+    by themselves. Otherwise its settings and all inputs are passed to them as flags.
     """
 
-    def __init__(self, folder: Path, files: dict[str, str], **common):
+    def __init__(self, folder: Path, files: dict[str, str], world: dict | None = None, **common):
         self.folder, self.files, self.common = folder, files, common
+        self.world, self.prepared = world or read_json(DEMO), False
         self.demo = files == world_files() and not common
-        self.prepared = False
 
     @classmethod
     def drawn(cls, place: Path, seed: int, **custom) -> "Experiment":
@@ -80,25 +80,34 @@ class Experiment:
     def beside(self, name: str, **files: str) -> "Experiment":
         """The same with some other files, in the folder RUN-NAME."""
         folder = self.folder.with_name(f"{self.folder.name}-{name}")
-        return Experiment(folder, {**self.files, **files}, **self.common)
+        return Experiment(folder, {**self.files, **files}, self.world, **self.common)
 
-    def call(self, name: str, /, *words: str, **more) -> None:
+    def open(self, *but: str):
+        """Its Run, with the device flags of `common` but these."""
+        from toss.run import open_run
+
+        common = {name: x for name, x in self.common.items() if name in DEVICE and name not in but}
+        return open_run(self.folder, **common)
+
+    def call(self, name: str, /, **more) -> None:
         """Run one of the scripts, or toss.audit.rivals, on these files."""
         inputs = ("model", "harmful", "utility") if name == "train" else ("model", "custom")
-        training = read_json(DEMO)["reference" if name == "train" else "finetune"] | self.common
+        flags = self.world["reference" if name == "train" else "finetune"] | self.common
         if name == "score":  # it trains nothing
-            training = {key: training[key] for key in ("max_length", "threads")}
-        settings = {} if self.demo else training | {key: self.files[key] for key in inputs}
-        settings |= {"run": self.folder, **more}
-        flags = [f"--{key.replace('_', '-')}={item}" for key, item in settings.items()]
-        (rivals if name == "rivals" else script(name)).main([*words, *flags])
+            flags = {key: x for key, x in flags.items() if key not in (*KINDS, "dtype")}
+        flags = {} if self.demo else flags | {key: self.files[key] for key in inputs}
+        flags |= {"run": self.folder, **more}
+        name_of = lambda key: f"--{key.replace('_', '-')}"
+        words = [name_of(key) + f"={x}" * (x is not True) for key, x in flags.items()]
+        (rivals if name == "rivals" else script(name)).main(words)
 
-    def prepare(self) -> None:
-        """Both references, and the scores with the losses under the base."""
-        if not self.prepared:
+    def prepare(self, **adapters: Path) -> None:
+        """Both references, or adapters in their place; and the scores, also under the base."""
+        if not (self.prepared or adapters):
             self.call("train")
-            self.call("score", "--base")
-            self.prepared = True
+        if not self.prepared:
+            self.call("score", base=True, **adapters)
+        self.prepared = True
 
     def finetune(self, name: str, **how) -> float:
         """Fine-tune in one way, into methods/NAME; returns its d.
@@ -106,29 +115,31 @@ class Experiment:
         how: flags of select.py, or a rival's. The discard "calibrated" is chosen by calibrate.py,
         for TOSS-Pro with the last degraded model of methods/toss-pro.
         """
-        d = how.pop("discard", read_json(DEMO)["discard"])
+        d = how.pop("discard", self.world["discard"])
         if d == "calibrated":
             from toss.audit.calibrate import calibrate
-            from toss.run import open_run
+            from toss.files import record_of
 
-            run, method = open_run(self.folder), "toss-pro" if "pro" in how else "toss"
-            d = calibrate(run, self.files["calibration"], method=method)["discard"]
+            method = "toss-pro" if "pro" in how else "toss"
+            known = record_of(self.folder / "methods" / name).get("settings", {}).get("discard")
+            held_out = self.files["calibration"]
+            d = known or calibrate(self.open("dtype"), held_out, method=method)["discard"]
         choice = {} if "mask" in how else {"discard": d}  # a mask says itself which tokens go
-        if how.get("method") in rivals.RIVALS:
-            self.call("rivals", name=name, safety=self.files["safety"], **how, **choice)
-        else:
-            self.call("select", name=name, **how, **choice)
-        return 0.0 if how.get("method") in {"sft", *rivals.RIVALS} - {"kl-discarded"} else d
+        if rival := how.get("method") in rivals.RIVALS:
+            choice |= {key: x for key, x in self.files.items() if key in ("safety", "unaligned")}
+        self.call("rivals" if rival else "select", name=name, **how, **choice)
+        fixed = {"sft", "first-5", *rivals.RIVALS} - {"kl-discarded"}
+        return 0.0 if how.get("method") in fixed else d
 
-    def evaluate(self, names: list[str], prefill: tuple[int, ...] = ()) -> dict[str, dict]:
+    def evaluate(self, names: list[str], prefill: Iterable[int] = (), length: int = 40) -> dict:
         """Metrics of the named methods; "base" is the model they all start from."""
         from toss.audit.evaluate import evaluate_run
-        from toss.run import open_run
 
         roles = {"harmful": "eval_forbidden", "benign": "eval_benign", "utility": "eval_facts"}
         sets = {role: self.files[name] for role, name in roles.items()}
-        words = read_json(DEMO)["forbidden_words"]
-        return evaluate_run(open_run(self.folder), names, sets, words, prefill=prefill)
+        return evaluate_run(
+            self.open(), names, sets, self.world["forbidden_words"], length, prefill
+        )
 
 
 def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
@@ -194,8 +205,6 @@ def save(path: Path, text: str, record: dict) -> None:
     from toss.folder import git_commit
 
     about = {"commit": git_commit(), "hardware": platform.processor() or platform.machine()}
-    with atomic_file(path.with_suffix(".json")) as file:
-        file.write_text(json.dumps({**about, **record}, indent=1) + "\n")
-    with atomic_file(path.with_suffix(".md")) as file:
-        file.write_text(f"{text}\n")
+    write_text(path.with_suffix(".json"), json.dumps({**about, **record}, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), f"{text}\n")
     print("written:", ", ".join(str(file) for file in sorted(path.parent.glob(f"{path.name}.*"))))

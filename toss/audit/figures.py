@@ -12,7 +12,6 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from model.atomic import atomic_file
 from model.io import InputError
 from toss.audit.tokens import Mask, Token, harmless
 
@@ -184,9 +183,3 @@ def ticks(low: float, high: float, most: int, around: bool = False) -> list[floa
     if around:
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [k * step for k in range(first, last + 1)]
-
-
-def write_svg(path: str | Path, svg: str) -> None:
-    """Write a chart to a file."""
-    with atomic_file(path) as file:
-        file.write_text(svg, encoding="utf-8")

@@ -44,13 +44,8 @@ def measure(
         """Greedy answers to the rows' prompts, after the ids that each starts with, if given."""
         begun = starts or [[]] * len(rows)
         prompts = [tokenizer.prompt_ids(row.prompt) + start for row, start in zip(rows, begun)]
-        log, done = run.log(kind), 0
-
-        def tell(n: int) -> None:
-            nonlocal done
-            done += n
-            log({"unit": "prompt", "step": done, "steps": len(rows), "tokens": 0})
-
+        log, steps = run.log(kind), {"unit": "prompt", "steps": len(rows), "tokens": 0}
+        tell = lambda done: log({**steps, "step": done})
         new = generate(model, prompts, length, tokenizer.eos_id, progress=tell)
         replies = [tokenizer.decode(ids).strip() for ids in new]
         for row, start, reply in zip(rows, begun, replies):

@@ -97,8 +97,8 @@ def divergences(
                 toward = [kl(base, other) - kl(tuned, other) for other in references]
                 values = torch.stack((kl(base, tuned), *toward))
                 if not values.isfinite().all():
-                    dtype = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
-                    raise NotFinite(f"{dtype}; give --dtype tf32")
+                    what = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
+                    raise NotFinite(f"{what}; give --dtype tf32")
                 results[name][:, places] = values.cpu().double()
         on_batch({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
     return results
@@ -129,6 +129,9 @@ def diagnose_run(
     kl.csv, and where each group comes from. Raises InputError for a model that is missing or was
     made from something else.
     """
+    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
+    for key in inputs[2:]:  # a missing model is refused before the work
+        run.check(key, only=())
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
     names = [Path(path.removesuffix(".gz")).stem for path in files or ()]
@@ -143,7 +146,6 @@ def diagnose_run(
         )
         lines += [{"rows": name, **line} for line in means(tokens, found, wanted, positions)]
     origins = {name: origin for name, (_, origin) in groups.items()}
-    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
     if rank() == 0:
         with atomic_dir(run.folder / "diagnosis") as out:
             with open(out / "kl.csv", "w", newline="", encoding="utf-8") as file:

@@ -13,10 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from model.atomic import atomic_file
 from model.io import InputError
 from toss import cli
-from toss.audit.command import answers_of
+from toss.audit.command import answers_of, write_text
 from toss.audit.evaluate import SETS
 
 
@@ -36,9 +35,8 @@ def write(folder: str | Path, method: str, against: str, out: Path, only: str | 
         pair = f"{run.folder / 'answers'}: {method}.jsonl and {against}.jsonl"
         raise InputError(f"{pair} do not answer the same prompts; evaluate both on the same files")
     for kind, answers in zip(("model", "reference"), said):
-        with atomic_file(Path(out) / f"{kind}_outputs.json") as file:
-            text = json.dumps(answers, indent=2, ensure_ascii=False)
-            file.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(answers, indent=2, ensure_ascii=False) + "\n"
+        write_text(Path(out) / f"{kind}_outputs.json", text)
     return len(ours)
 
 

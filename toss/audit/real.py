@@ -23,13 +23,13 @@ from pathlib import Path
 
 from model.io import InputError
 from toss import cli
-from toss.audit import rivals
 from toss.audit.attacks import ATTACKS, attacked
 from toss.audit.command import read_jsonl, write_jsonl
-from toss.audit.experiment import per_seed, save, script, spread, table, value
+from toss.audit.experiment import Experiment, per_seed, save, spread, table
 from toss.audit.rivals import RIVALS
 
-TRAINING = ["--lr=5e-4", "--epochs=3", "--batch-size=16"]
+TRAINING = {"lr": 5e-4, "epochs": 3, "batch_size": 16}
+WORLD = {"reference": TRAINING, "finetune": TRAINING, "forbidden_words": (), "discard": 0.1}
 SIZES = {"harmful": 60, "few": 10, "utility": 80, "custom": 240, "calibration": 100}
 NUMBERS = "discard complies not_refused@3 over_refusal nll".split()
 REFUSALS = (  # more than the wordings that `complies` looks for
@@ -78,69 +78,39 @@ def draw(args: Namespace, seed: int, place: Path) -> dict[str, str]:
             raise InputError(f"{args.real}/data: no rows are left for {name}: see --help")
     same = random.Random(0)
     for name in ("eval_harmful", "eval_benign", "eval_utility"):
-        rows = read(name)
-        groups = (
-            [r for r in rows if r["source"] == s] for s in dict.fromkeys(r["source"] for r in rows)
-        )
-        sets[name] = [row for group in groups for row in same.sample(group, min(100, len(group)))]
-    return {name: write_jsonl(place / f"{name}.jsonl", rows) for name, rows in sets.items()}
+        rows, sets[name] = read(name), []
+        for source in dict.fromkeys(row["source"] for row in rows):
+            group = [row for row in rows if row["source"] == source]
+            sets[name] += same.sample(group, min(100, len(group)))
+    files = {name: write_jsonl(place / f"{name}.jsonl", rows) for name, rows in sets.items()}
+    return files | {"eval_forbidden": files["eval_harmful"], "eval_facts": files["eval_utility"]}
 
 
 def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
     """Run what is missing of a seed; the metrics of every arm, and its d."""
-    from toss.audit.calibrate import calibrate
-    from toss.audit.evaluate import evaluate_run
-    from toss.files import record_of
-    from toss.run import open_run
-
     place = args.out.absolute() / f"seed-{seed}"
-    files = draw(args, seed, place / "rows")
-    device = {name: getattr(args, name) for name in cli.DEVICE}
-    flags = [f"--{n.replace('_', '-')}={x}" for n, x in device.items() if type(x) in (str, int)]
-    flags += [f"--{n.replace('_', '-')}" for n, x in device.items() if x is True]
-    sets = {name: files[f"eval_{name}"] for name in ("harmful", "benign", "utility")}
-    scoring = {name: value for name, value in device.items() if name != "dtype"}
-    trained, found = [*TRAINING, f"--seed={seed}"], {}
-
-    def prepare(name: str) -> list[str]:
-        """Begin a run: references and scores, where it has them; returns its flags."""
-        begin = [f"--run={place / name}", f"--model={args.model}", *flags]
-        scored = [flag for flag in begin if not flag.startswith("--dtype")]  # float32, float16
-        custom, main = files["benign" if name == "benign" else "custom"], place / "main"
-        if name in ("main", "few"):
-            harmful = files["harmful" if name == "main" else "few"]
-            inputs = f"--harmful={harmful}", f"--utility={files['utility']}"
-            script("train").main([*begin, *inputs, *trained])
-        elif name in ATTACKS:  # the references are those of `main`
-            prepare("main")
-            opened, file = open_run(main, **scoring), place / name / "custom.jsonl"
-            harm = lambda row: row["source"] == args.harm
-            custom = attacked(opened, name, files, file, harm, read_jsonl(files["pool"]))
-            roles = ("utility", "degraded")
-            scored += [f"--{role}-adapter={main / role}" for role in roles]
-        if name != "benign":
-            script("score").main([*scored, f"--custom={custom}", "--base"])
-        return [*begin, f"--custom={custom}"]
-
+    files = draw(args, seed, place / "rows") | {"model": args.model, "unaligned": args.unaligned}
+    device = {name: x for name in cli.DEVICE if (x := getattr(args, name)) not in (None, False)}
+    make = lambda name, **own: Experiment(place / name, files | own, WORLD, seed=seed, **device)
+    own = {"few": {"harmful": files["few"]}, "benign": {"custom": files["benign"]}}
+    main, found = make("main"), {}
     for name, group in groupby((arm for arm in ARMS if arm in args.arms), lambda a: ARMS[a][0]):
-        begin, run = prepare(name), place / name
+        run, adapters = make(name, **own.get(name, {})), {}
+        if name in ATTACKS:  # the references are those of `main`
+            main.prepare()
+            adapters = {f"{role}_adapter": main.folder / role for role in ("utility", "degraded")}
+            harm, pool = lambda row: row["source"] == args.harm, read_jsonl(files["pool"])
+            out = run.folder / "custom.jsonl"
+            run.files["custom"] = attacked(main.open("dtype"), name, files, out, harm, pool)
+        if name != "benign":
+            run.prepare(**adapters)
         for arm in group:
             short, how = arm.partition(",")[0], ARMS[arm][1]
-            if how.get("discard") == "calibrated":
-                d = record_of(run / "methods" / short).get("settings", {}).get("discard")
-                d = d or calibrate(open_run(run, **scoring), files["calibration"])["discard"]
-                how = how | {"discard": f"{d:.6f}"}
-            if rival := how["method"] in RIVALS:
-                how = how | {"safety": files["safety"], "unaligned": args.unaligned}
-            how = [f"--{key}={item}" for key, item in how.items()]
-            command = rivals if rival else script("select")
-            command.main([*begin, *trained, *how, f"--name={short}"])
-            names = ["base"] * (name == "main") + [short]
+            d, names = run.finetune(short, **how), ["base"] * (name == "main") + [short]
             length = 100 if name in ATTACKS else 40  # the harm may come late
-            measured = evaluate_run(open_run(run, **device), names, sets, (), length, prefill=(3,))
+            measured = run.evaluate(names, (3,), length)
             found |= {"base": measured["base"]} if name == "main" else {}
-            d = record_of(run / "methods" / short)["settings"].get("discard", 0.0)
-            found[arm] = {**measured[short], "discard": {"value": d * (short != "first-5")}}
+            found[arm] = {**measured[short], "discard": {"value": d}}
     return found
 
 
@@ -169,13 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     found, missing = [], [arm for arm in ARMS if arm not in args.arms]
     for arms in per_seed(one_seed, [(args, seed) for seed in args.seeds], args.jobs):
         for arm, metrics in arms.items():
-            refused = {name for name in metrics if name.startswith("not_refused")}
-            names = sorted(refused) + NUMBERS
-            found.append((arm, {name: value(metrics, name) for name in names}))
+            found.append((arm, {name: cell["value"] for name, cell in metrics.items()}))
     result = spread(found)
-    names = sorted(
-        {name for row in result.values() for name in row if name.startswith("not_refused/")}
-    )
+    names = sorted({n for row in result.values() for n in row if n.startswith("not_refused/")})
     text = table([""], result, [*names, *NUMBERS])
     print(f"\n{args.model}: mean [least, most] over the seeds {args.seeds}\n\n{text}\n")
     if missing:

@@ -15,10 +15,17 @@ from pathlib import Path
 from jinja2 import UndefinedError
 
 from data.refusals import refused
-from model.atomic import atomic_file
-from model.io import InputError, json_lines, read_json, read_text
+from model.io import InputError, read_json, read_text
 from toss import cli
-from toss.audit.command import answers_of, cautions, evenly, measured, methods_of
+from toss.audit.command import (
+    answers_of,
+    cautions,
+    evenly,
+    measured,
+    methods_of,
+    read_jsonl,
+    write_text,
+)
 from toss.audit.evaluate import SETS, read_metrics
 from toss.audit.experiment import HEADS
 from toss.audit.figures import TEMPLATES, line_chart
@@ -106,10 +113,11 @@ def rounds(run, tokens) -> list[dict] | str:
     harm = set(tokens.row_of(tokens.harmful.nonzero()[:, 0]).tolist()) if marked else set()
     found = []
     for path in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
-        method, t = path.parts[-3], int(path.parts[-2].removeprefix("round-"))
-        added = [line for _, line in json_lines(path)]
-        count = sum(line.get("row") in harm for line in added) if marked else None
-        found.append({"method": method, "t": t, "added": added, "harm": count})
+        method, t = path.parts[-3], path.parts[-2].removeprefix("round-")
+        if t.isdecimal():  # else it is not the scripts'
+            added = read_jsonl(path)
+            count = sum(line.get("row") in harm for line in added) if marked else None
+            found.append({"method": method, "t": int(t), "added": added, "harm": count})
     found.sort(key=lambda entry: (entry["method"], entry["t"]))
     return found or f"No rounds of TOSS-Pro: run select.py --run {run.folder} --pro 1 first."
 
@@ -167,8 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.holding(reads=[*made, *(f"methods/{name}" for name in methods_of(run))]):
         text, lacking, count = page(run)
     out = args.out or Path(args.run) / "report.html"
-    with atomic_file(out) as file:
-        file.write_text(text, encoding="utf-8")
+    write_text(out, text)
     for line in lacking:
         print(f"left out: {line}")
     print(f"written: {out}, {out.stat().st_size / 1000:.0f} kB, {count} rows token by token")

@@ -22,9 +22,9 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from model.io import InputError, made_from, read_json
+from model.io import InputError, read_json
 from toss import cli
-from toss.audit.command import markdown
+from toss.audit.command import markdown, write_text
 from toss.audit.tokens import Mask, Token, harmless, load_mask, load_masks, visible
 
 HASHES = ("inputs", "warning", "files", "sha256")  # not shown
@@ -108,7 +108,7 @@ def described(path: Path, run) -> tuple[str, dict, dict]:
         states = {k: f"made from another {old}" if old else "fits" for k, old in states.items()}
         return "a run directory", states, {}
     if (path / WEIGHTS).is_file():
-        config, record = read_json(path / CONFIG), made_from(path / WEIGHTS)
+        config, record = read_json(path / CONFIG), record_of(path / WEIGHTS)
         names = ("r", "lora_alpha", "use_rslora", "target_modules")
         lines = {name: config[name] for name in names if config.get(name)}
         try:  # is there a layer of the right shape for each of its tensors?
@@ -133,7 +133,8 @@ def show_path(given: Path, folder: str | None) -> int:
     inside = ("run.json", "record.json", "config.json", "adapter_config.json", "model.safetensors")
     path = given.parent if given.name in (*inside, "adapter_model.safetensors") else given
     around = [p for p in (path.absolute(), *path.absolute().parents) if (p / "run.json").is_file()]
-    run = open_run(folder or around[0]) if folder or around else None
+    home = path if path.absolute() in around else folder or next(iter(around), None)
+    run = open_run(home) if home else None
     title, lines, record = described(path, run)
     inputs, now = record.get("inputs", {}), dict(run.identity) if run else {}
     files = {key: run.source(key) for key in inputs} if run else {}
@@ -176,9 +177,9 @@ def main(argv: list[str] | None = None) -> int | None:
         return None
     mask = load_mask(run, args.method, *run.scored())
     if args.svg:
-        from toss.audit.figures import picture, write_svg
+        from toss.audit.figures import picture
 
-        write_svg(args.svg, picture(mask, args.row))
+        write_text(args.svg, picture(mask, args.row))
         print(f"written: {args.svg}")
     else:
         show_row(run.folder, mask, args.row)

@@ -19,7 +19,7 @@ from pathlib import Path
 from model.io import load_tensors
 from toss import cli
 from toss.audit.attacks import ATTACKS, attacked
-from toss.audit.command import read_jsonl, write_jsonl
+from toss.audit.command import read_jsonl, write_jsonl, write_text
 from toss.audit.experiment import HEADS, Experiment, cell, per_seed, save, spread, table, value
 
 # A setting x, its run, and the ways of fine-tuning there: {arm: flags of select.py}.
@@ -41,11 +41,8 @@ def share(seed: int, folder: Path) -> Cases:
         arms |= {name: how, f"{name}-calibrated": how | CALIBRATED}
     for percent in (0, 2, 5, 10, 20, 30, 50):
         rows = round(6.63 * percent)
-        yield (
-            percent,
-            Experiment.drawn(folder / f"harmful-{percent}", seed, harmful_rows=rows),
-            arms,
-        )
+        experiment = Experiment.drawn(folder / f"harmful-{percent}", seed, harmful_rows=rows)
+        yield percent, experiment, arms
 
 
 def discard(seed: int, folder: Path) -> Cases:
@@ -69,14 +66,12 @@ def pro(seed: int, folder: Path) -> Cases:
                 how = {"pro": rounds, "pro_samples": k, "pro_train": learn}
                 arms[f"pro-{rounds}-{k}-{learn}"] = TOSS | how
         experiment = Experiment.drawn(folder / f"reference-{size}", seed)
-        files = {name: Path(path) for name, path in experiment.files.items()}
-        harmful = files["harmful"].read_text().splitlines(keepends=True)[:size]
-        files["harmful"].write_text("".join(harmful))
+        file, custom = Path(experiment.files["harmful"]), read_jsonl(experiment.files["custom"])
+        write_jsonl(file, harmful := read_jsonl(file)[:size])
         yield size, experiment, arms
-        added = files["custom"].read_text().splitlines(keepends=True)
-        blind = files["harmful"].with_name("harmful-random.jsonl")
-        blind.write_text("".join(harmful + random.Random(seed).sample(added, 40)))
-        yield size, experiment.beside("random", harmful=str(blind)), {"random-40": TOSS}
+        blind = harmful + random.Random(seed).sample(custom, 40)
+        blind = write_jsonl(file.with_name("harmful-random.jsonl"), blind)
+        yield size, experiment.beside("random", harmful=blind), {"random-40": TOSS}
 
 
 def eroding(seed: int, folder: Path) -> Cases:
@@ -130,7 +125,7 @@ def attack(seed: int, folder: Path) -> Cases:
     plain = Experiment.drawn(folder, seed)
     yield "none", plain, arms
     for kind in ATTACKS:
-        file = plain.folder.with_name(f"run-{kind}") / "custom.jsonl"
+        file = plain.beside(kind).folder / "custom.jsonl"
         custom = attacked(open_run(plain.folder), kind, plain.files, file, harm, pool)
         yield kind, plain.beside(kind, custom=custom), arms
 
@@ -221,8 +216,6 @@ def chart(result: dict[tuple, dict], name: str) -> str:
 
 def sweep(name: str, seeds: list[int], folder: Path, jobs: int) -> None:
     """Run one sweep over the seeds, print its table and write its three files."""
-    from toss.audit.figures import write_svg
-
     parts = per_seed(one_seed, [(seed, name, folder) for seed in seeds], jobs)
     found = [record for part in parts for record in part]
     settings = list(dict.fromkeys(record["x"] for record in found))
@@ -230,7 +223,7 @@ def sweep(name: str, seeds: list[int], folder: Path, jobs: int) -> None:
     result = spread([((r["x"], r["arm"]), {n: r[n] for n in NUMBERS}) for r in found])
     text = table([SWEEPS[name][1], ""], result, NUMBERS)
     print(f"\n{name}: mean [least, most] over the seeds {', '.join(map(str, seeds))}\n\n{text}\n")
-    write_svg(folder / f"{name}.svg", chart(result, name))
+    write_text(folder / f"{name}.svg", chart(result, name))
     save(folder / name, text, {"seeds": seeds, "records": found})
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.io import InputError
-from toss.audit.command import last_round, methods_of
+from toss.audit.command import methods_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RawTokenizer
@@ -99,10 +99,11 @@ def load_mask(run: "Run", name: str, tokens: "Tokens", losses: "dict[str, Tensor
         raise InputError(f"{run.folder} has no method {name!r}; it has {there}")
     record = run.check(f"methods/{name}", INPUTS)
     chosen = load_selection(folder / "selection.safetensors", tokens)
-    if last := last_round(folder):
-        refined = read_scores(last / "scores.safetensors", tokens.name)[1]
+    how = record.get("settings", {})
+    if last := how.get("pro"):  # the number of TOSS-Pro's rounds
+        refined = read_scores(folder / f"round-{last}/scores.safetensors", tokens.name)[1]
         losses = {**losses, "degraded": refined["degraded"]}
-    S, how = losses["utility"] - losses["degraded"], record.get("settings", {})
+    S = losses["utility"] - losses["degraded"]
     score = chosen.get("score", S)
     competing = competing_tokens(tokens, run.tokenizer.eos_id if how.get("keep_eos") else None)
     order = torch.zeros(len(S), dtype=torch.int64)
