@@ -161,8 +161,11 @@ def test_a_row_in_the_terminal(small, capsys):
 def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     shutil.copy(small.path("scores"), tmp_path / "moved")
     place, other = small.folder, make_base(tmp_path / "other", seed=1)
+    copy, stages = Path(shutil.copytree(place, tmp_path / "copy")), small.record["stages"]
+    edit_json(copy / "run.json", stages={"methods/mine": stages["degraded"]})
     for argv, words in {
         f"{place}": "a run directory",
+        f"{copy} --run {place}": "methods/mine          fits",
         f"{place}/scores.safetensors": "the result of the stage scores",
         f"{place}/degraded": "a LoRA adapter",
         f"{place}/utility/{WEIGHTS}": "a LoRA adapter",

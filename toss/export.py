@@ -28,6 +28,9 @@ def export(run, method: str, out: Path) -> dict:
 
     from toss.files import fingerprint, load_selection, record_of
 
+    for path in (run.args.harmful, run.args.utility, run.args.custom):
+        if path and out.resolve() == Path(path).resolve():
+            raise InputError(f"{out}: --out would replace rows of the run")
     path = run.path(f"methods/{method}") / "selection.safetensors"
     with run.holding(reads=["scores", f"methods/{method}"]):
         run.check(f"methods/{method}", only=("--custom",))
@@ -37,9 +40,6 @@ def export(run, method: str, out: Path) -> dict:
         raise InputError(f"{path} is a mask over other token ids than {tokens.name} has")
     if "weight" in found:
         raise InputError(f"{path} holds weights, which labels cannot carry")
-    for path in (run.args.harmful, run.args.utility, run.args.custom):
-        if path and out.resolve() == Path(path).resolve():
-            raise InputError(f"{out}: --out would replace rows of the run")
     labels = torch.where(found["keep"] & tokens.response, tokens.input_ids, -100)
     about = {"method": method, "base": str(run.args.model), **run.identity}
     about |= {"custom": tokens.name, "tokens_sha256": record["tokens_sha256"]}
