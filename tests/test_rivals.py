@@ -189,8 +189,7 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     assert list(arms) == ["base", *names]
     assert all({"nll", "not_refused/a", "not_refused/b"} <= arm.keys() for arm in arms.values())
     d = {name: arm["discard"]["mean"] for name, arm in arms.items() if name != "base"}
-    assert d["toss"] == 0.1 != d["toss-calibrated"] == d["kl-calibrated"]
-    assert d["sft"] == d["dft"] == 0
+    assert d["toss"] == 0.1 != d["toss-calibrated"] == d["kl-calibrated"] and not d["dft"]
     assert ": wrote" not in said(capsys, line)  # all is there
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
     assert "at least 9 rows are needed, each with prompt, response, source" in refused(capsys, line)
