@@ -20,9 +20,9 @@ def generate(
     """Greedy continuation of each prompt: new ids only, up to and without `eos_id`.
 
     Prompts may differ in length. A batch holds at most `batch_tokens` slots of the key-value cache
-    (rows x longest). progress: called after each batch with the prompts that are answered. Raises
-    InputError for a limit out of range, or an id that the model does not have, and NotFinite where
-    the logits do not say which token comes next.
+    (rows x longest). progress: called after each batch with the number of prompts answered so far.
+    Raises InputError for a limit out of range, or an id that the model does not have, and NotFinite
+    where the logits do not say which token comes next.
     """
     if not 0 <= max_new_tokens <= 2**20:
         raise InputError(f"the number of new tokens is 0 to {2**20}, not {max_new_tokens}")

@@ -124,8 +124,7 @@ def test_the_rows_that_a_rival_trains_on(line, monkeypatch):
     given = {}
     monkeypatch.setattr(Rival, "fit", fit)
     call(line + "patch")
-    sft = given["rival"].run.adapter("sft")
-    assert size(given["start"].tensors()) == size(sft.tensors())
+    assert size(given["start"].tensors()) == size(given["rival"].run.adapter("sft").tensors())
     assert given["D"].rows == 1 and given["config"].epochs == 10
     call(line + "inoculation")
     D, own, raw = given["D"], given["rival"].D, given["rival"].run.tokenizer.raw

@@ -19,7 +19,7 @@ from helpers import random_adapter, refused, said
 from model import load_checkpoint
 from model.io import save_tensors
 from model.lora import use
-from model.peft import WEIGHTS
+from model.peft import WEIGHTS, save_adapter
 from toss.audit import discards, report, show
 from toss.audit.command import cautions
 from toss.audit.discards import chosen_rows, response_positions, token_type
@@ -163,6 +163,8 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     place, other = small.folder, make_base(tmp_path / "other", seed=1)
     copy, stages = Path(shutil.copytree(place, tmp_path / "copy")), small.record["stages"]
     edit_json(copy / "run.json", stages={"methods/mine": stages["degraded"]})
+    model = load_checkpoint(other)
+    save_adapter(use(model, random_adapter(model)), tmp_path / "alien")
     for argv, words in {
         f"{place}": "a run directory",
         f"{copy} --run {place}": "methods/mine          fits",
@@ -176,6 +178,7 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
         f"{tmp_path}/moved --run {place}": "the result of the stage scores",
         f"{tmp_path}/moved": "--custom",
         f"{other} --run {place}": ", but the run has ",
+        f"{tmp_path}/alien --run {place}": ", but the run has ",
         f"{GOLDENS}/adapters/all --run {place}": "refused: ",
     }.items():
         status, out = show.main(argv.split()), capsys.readouterr().out

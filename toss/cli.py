@@ -38,7 +38,7 @@ DEVICE = ("device", "dtype", "threads", "batch_tokens", "wait", "no_onednn", "sh
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 UNSET = object()
 NAME = r"(?!(base|degraded|utility)$)(?!.*\.lock$)[\w=+-][\w.=+-]{0,99}"  # of a method
-IN_NAMES = "100 letters, digits and . _ = + - can; base, degraded and utility are other models"
+IN_NAMES = "at most 100 letters, digits and . _ = + -; not base, degraded or utility"
 # The types of what run.json holds; "*" stands for any other key.
 NUMBER, TEXT = (int, float), (str, type(None))
 KINDS = {f.name: NUMBER if f.type is float else f.type for f in fields(TrainConfig) if f.metadata}

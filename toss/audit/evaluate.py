@@ -132,9 +132,9 @@ def read_metrics(folder: Path) -> Table:
 def format_table(table: Table) -> str:
     """A table with the measures down and the methods across: value and [interval]."""
     text = "{value:.3f} [{low:.3f}, {high:.3f}]"
-    shown = lambda cell: text.format(**cell) if cell else ""
+    shown, cells = lambda cell: text.format(**cell) if cell else "", measured(table).values()
     names = dict.fromkeys(name for metrics in table.values() for name in metrics)
-    lines = [[name, *(shown(row.get(name)) for row in measured(table).values())] for name in names]
+    lines = [[name, *(shown(row.get(name)) for row in cells)] for name in names]
     return markdown(["", *table], lines)
 
 

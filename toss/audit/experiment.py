@@ -103,27 +103,27 @@ class Experiment:
 
     def prepare(self, **adapters: Path) -> None:
         """Both references, or adapters in their place; and the scores, also under the base."""
-        if not (self.prepared or adapters):
+        if self.prepared:
+            return
+        if not adapters:
             self.call("train")
-        if not self.prepared:
-            self.call("score", base=True, **adapters)
+        self.call("score", base=True, **adapters)
         self.prepared = True
 
     def finetune(self, name: str, **how) -> float:
         """Fine-tune in one way, into methods/NAME; returns its d.
 
         how: flags of select.py, or a rival's. The discard "calibrated" is chosen by calibrate.py,
-        for TOSS-Pro with the last degraded model of methods/toss-pro.
+        for TOSS-Pro with the last degraded model of methods/toss-pro; a finished arm keeps its d.
         """
         d = how.pop("discard", self.world["discard"])
         if d == "calibrated":
             from toss.audit.calibrate import calibrate
-            from toss.files import record_of
 
-            method = "toss-pro" if "pro" in how else "toss"
-            known = record_of(self.folder / "methods" / name).get("settings", {}).get("discard")
-            held_out = self.files["calibration"]
-            d = known or calibrate(self.open("dtype"), held_out, method=method)["discard"]
+            run, method = self.open("dtype"), "toss-pro" if "pro" in how else "toss"
+            recipe = run.record["stages"].get(f"methods/{name}", {}).get("recipe", {})
+            d = recipe.get("settings", {}).get("discard")
+            d = d or calibrate(run, self.files["calibration"], method=method)["discard"]
         choice = {} if "mask" in how else {"discard": d}  # a mask says itself which tokens go
         if rival := how.get("method") in rivals.RIVALS:
             choice |= {key: x for key, x in self.files.items() if key in ("safety", "unaligned")}

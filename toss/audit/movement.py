@@ -130,7 +130,7 @@ def diagnose_run(
     made from something else.
     """
     inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
-    for key in inputs[2:]:  # a missing model is refused before the work
+    for key in inputs:  # a missing model is refused before the work
         run.check(key, only=())
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.parser("python -m toss.audit.rivals", __doc__, **inputs)
     add = parser.add_argument
     add("--method", choices=RIVALS, required=True, help="the rival")
-    add("--name", type=cli.method, help="folder under RUN/methods (default: the method)")
+    add("--name", type=cli.method, help="folder in RUN/methods (default: the method)")
     add("--discard", type=cli.share, default=0.1, metavar="D", help="d, for kl-discarded")
     add("--unaligned", metavar="FOLDER", help="for safelora: the base before its alignment")
     cli.add_training_flags(parser)

@@ -22,7 +22,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from model.io import InputError, read_json
+from model.io import InputError, made_from, read_json
 from toss import cli
 from toss.audit.command import markdown, write_text
 from toss.audit.tokens import Mask, Token, harmless, load_mask, load_masks, visible
@@ -108,7 +108,7 @@ def described(path: Path, run) -> tuple[str, dict, dict]:
         states = {k: f"made from another {old}" if old else "fits" for k, old in states.items()}
         return "a run directory", states, {}
     if (path / WEIGHTS).is_file():
-        config, record = read_json(path / CONFIG), record_of(path / WEIGHTS)
+        config, record = read_json(path / CONFIG), made_from(path / WEIGHTS)
         names = ("r", "lora_alpha", "use_rslora", "target_modules")
         lines = {name: config[name] for name in names if config.get(name)}
         try:  # is there a layer of the right shape for each of its tensors?
