@@ -125,7 +125,8 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
     edit_json(trained / "run.json", stages=evaluated)
     assert "toss changed since the evaluation" in refused(capsys, line)
     edit_json(trained / "run.json", stages=record["stages"])
-    assert (trained / "comparison.md").read_text().rstrip() in said(capsys, line)
+    out = said(capsys, line)
+    assert (trained / "comparison.md").read_text().rstrip() in out
     written = read_json(trained / "comparison.json")["methods"]
     assert written["toss"]["nll"]["mean"] == 1.0 and written["toss"]["tokens_to_sft"]["mean"] > 1
     assert "seconds" not in written["base"]

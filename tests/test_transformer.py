@@ -350,9 +350,8 @@ def test_batches_change_neither_answers_nor_their_order_and_end_with_their_last_
     for batch_tokens in (1, 30, 10**6):
         finished = []
         got = generate(model, prompts, 12, eos, batch_tokens, progress=finished.append)
-        assert got == answers and prompts == before
-        assert finished == sorted(set(finished)) and finished[-1] == len(rows)
-        assert (len(finished) == len(rows)) == (batch_tokens == 1)
+        assert got == answers and finished == sorted(set(finished)) and prompts == before
+        assert finished[-1] == len(rows) and (len(finished) == len(rows)) == (batch_tokens == 1)
     short = [i for i in range(5) if len(want["new_ids"][i]) < 12]
     lengths, calls = {len(want["new_ids"][i]) for i in short}, []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
