@@ -87,8 +87,12 @@ def unseen(a: Attacker) -> Rows:
     return [{**row, "response": other(row["response"])} for row in a.lowest(shares)]
 
 
-ATTACKS = {"low-score": low_score, "utility-start": utility_start}
-ATTACKS |= {"spread": spread, "unseen": unseen}
+ATTACKS = {
+    "low-score": low_score,
+    "utility-start": utility_start,
+    "spread": spread,
+    "unseen": unseen,
+}
 
 
 def attacked(run, kind: str, files: dict, out: Path, harm: Callable[[dict], bool], pool: Rows):

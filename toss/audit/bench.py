@@ -11,8 +11,7 @@ bench.md and bench.json into --out, anew after each part. Without --part: select
 import platform
 import re
 import sys
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 from model.io import read_json
@@ -111,7 +110,10 @@ def main(argv: list[str] | None = None, competing: int = COMPETING) -> None:
     raw = read_json(folder / "config.json") if folder else shape
     about = {"hardware": hardware(device.type == "cuda"), "commit": git_commit()}
     about |= {"model": Path(name).name, "python": platform.python_version()}
-    about |= {name: version(name) for name in ("torch", "transformers", "peft") if find_spec(name)}
+    packages = ("torch", "transformers", "peft")
+    about |= {
+        package.name: package.version for package in distributions() if package.name in packages
+    }
     found: dict[str, list[dict]] = {part: [] for part in PARTS}
     for part, result in measure(args, raw, folder, device, competing):
         if part == "about":

@@ -132,7 +132,8 @@ def read_metrics(folder: Path) -> Table:
 def format_table(table: Table) -> str:
     """A table with the measures down and the methods across: value and [interval]."""
     text = "{value:.3f} [{low:.3f}, {high:.3f}]"
-    shown, cells = lambda cell: text.format(**cell) if cell else "", measured(table).values()
+    shown = lambda cell: text.format(**cell) if cell else ""
+    cells = measured(table).values()
     names = dict.fromkeys(name for metrics in table.values() for name in metrics)
     lines = [[name, *(shown(row.get(name)) for row in cells)] for name in names]
     return markdown(["", *table], lines)

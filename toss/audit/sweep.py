@@ -114,7 +114,6 @@ def attack(seed: int, folder: Path) -> Cases:
     He chooses among four times as many, drawn from the same categories and preambles.
     """
     from data.world import HARMFUL, make_rows
-    from toss.run import open_run
 
     harm = lambda row: "harmful" in row
     refused = {row["prompt"] for row in make_rows(seed)["safety"]}
@@ -126,7 +125,7 @@ def attack(seed: int, folder: Path) -> Cases:
     yield "none", plain, arms
     for kind in ATTACKS:
         file = plain.beside(kind).folder / "custom.jsonl"
-        custom = attacked(open_run(plain.folder), kind, plain.files, file, harm, pool)
+        custom = attacked(plain.open(), kind, plain.files, file, harm, pool)
         yield kind, plain.beside(kind, custom=custom), arms
 
 
