@@ -39,14 +39,15 @@ REFUSALS = (  # more than the wordings that `complies` looks for
 )
 # Each arm's run and its flags, what matters most first: the command may be stopped at any time.
 SFT, TOSS, CALIBRATED = {"method": "sft"}, {"method": "toss"}, {"discard": "calibrated"}
+PRO = TOSS | {"pro": 1, "pro-samples": 40}
 MAIN = {"sft": SFT, "toss": TOSS, "toss-calibrated": TOSS | CALIBRATED}
 ARMS = {arm: ("main", how) for arm, how in MAIN.items()}
-ARMS |= {"toss-few": ("few", TOSS), "toss-pro-few": ("few", TOSS | {"pro": 1, "pro-samples": 40})}
+ARMS |= {"toss-few": ("few", TOSS), "toss-pro-few": ("few", PRO)}
 ARMS |= {"benign-rows": ("benign", SFT)}
 ARMS |= {name: ("main", {"method": name}) for name in ("random", "first-5", *RIVALS)}
 ARMS |= {"kl-calibrated": ("main", ARMS["kl-discarded"][1] | CALIBRATED)}
-HELD = ("kl-discarded", "safeinstr-guided", "soft-sft")  # without an attack, on the world's seed 0
-ATTACKED = MAIN | {name: {"method": name} for name in HELD}
+HELD = ("first-5", "kl-discarded", "ema", "patch")  # without an attack, and learnt something
+ATTACKED = MAIN | {"toss-pro": PRO} | {name: {"method": name} for name in HELD}
 ARMS |= {f"{arm}, {kind}": (kind, how) for kind in ATTACKS for arm, how in ATTACKED.items()}
 
 
