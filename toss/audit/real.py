@@ -9,7 +9,7 @@ D^u 80, D^cus 240 rows, rate 5e-4, three epochs, 16 rows per step. d is calibrat
 custom rows that are in no set. Evaluated are at most 100 prompts or answers of every source, the
 same for all seeds. Arms, in this order: sft, toss at d = 0.1 and at the calibrated d; toss-few and
 toss-pro-few, with ten rows in D^h; benign-rows, sft without the harmful rows, which nobody can
-have; random; first-5, the rivals, and kl-discarded at the calibrated d; and some of these again
+have; toss-pro; random; first-5, the rivals, and kl-discarded at the calibrated d; and some of these again
 under each attack of attacks.py, where answers may be longer (100 tokens, else 40). Writes
 OUT/real.md and real.json. Finished work is skipped: the same command goes on where it was broken
 off. --arms runs some arms and prints their table, with a line about those that are missing.
@@ -43,10 +43,10 @@ PRO = TOSS | {"pro": 1, "pro-samples": 40}
 MAIN = {"sft": SFT, "toss": TOSS, "toss-calibrated": TOSS | CALIBRATED}
 ARMS = {arm: ("main", how) for arm, how in MAIN.items()}
 ARMS |= {"toss-few": ("few", TOSS), "toss-pro-few": ("few", PRO)}
-ARMS |= {"benign-rows": ("benign", SFT)}
+ARMS |= {"benign-rows": ("benign", SFT), "toss-pro": ("main", PRO)}
 ARMS |= {name: ("main", {"method": name}) for name in ("random", "first-5", *RIVALS)}
 ARMS |= {"kl-calibrated": ("main", ARMS["kl-discarded"][1] | CALIBRATED)}
-HELD = ("first-5", "kl-discarded", "ema", "patch")  # without an attack, and learnt something
+HELD = ("first-5", "kl-discarded")  # as safe as TOSS without an attack
 ATTACKED = MAIN | {"toss-pro": PRO} | {name: {"method": name} for name in HELD}
 ARMS |= {f"{arm}, {kind}": (kind, how) for kind in ATTACKS for arm, how in ATTACKED.items()}
 
