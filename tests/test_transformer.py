@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import ADAPTERS, GOLDENS, MODELS, REAL, apart, golden, logits_of, losses_of
-from conftest import damage, edit_tensors, fails, make_base, sources, with_one
+from conftest import ROOT, damage, edit_tensors, fails, make_base, sources, with_one
 from helpers import call, refused, said
 from safetensors.torch import load_file
 
@@ -175,8 +175,6 @@ def test_a_weight_beyond_float16_is_refused_in_float16_only(tmp_path):
 
 
 of = lambda family, **fields: {"model_type": family, **fields}
-typed = lambda kind, **more: {"rope_type": kind, "rope_theta": 1e4, **more}
-rope = lambda kind, **more: {"rope_parameters": typed(kind, **more)}
 SLIDING, FULL = "sliding_attention", "full_attention"
 SIZES = {"vocab_size": 80, "hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 30}
 SIZES |= {"num_attention_heads": 64}
@@ -190,46 +188,14 @@ REFUSED = [
     *((field, {field: value}) for field in TRUTH for value in ("false", 0)),
     *((field, {field: True}) for field in (*SIZES, "head_dim", "rms_norm_eps")),
     ("rms_norm_eps", {"rms_norm_eps": 10**400}),
-    ("num_hidden_layers", {"num_hidden_layers": 10**9}),
-    ("layer_types", {"layer_types": "full_attention"}, of("mistral", layer_types=[FULL, SLIDING])),
-    ("rope", {"rope_scaling": False}),
     *((field, {field: ...}) for field in ("model_type", *SIZES)),
     *((field, {field: value}) for field, value in WRONG.items()),
     *(("model_type", of(family)) for family in (None, ["llama"])),
-    ("gemma2.*llama, mistral, qwen2, qwen3, smollm3, gemma3_text", of("gemma2")),
-    ("gemma3', a model of more than text.*README", of("gemma3", text_config=of("gemma3_text"))),
     *((field, of("gemma3_text", **{field: 30.0})) for field in SOFT_CAPS),
-    ("use_bidirectional_attention", of("gemma3_text", use_bidirectional_attention=True)),
-    ("hidden_act 'gelu'", of("gemma3_text", hidden_activation="gelu")),
     *((field, of("gemma3_text", rope_parameters={}, **{field: 0})) for field in ABOVE_0),
-    ("rope_theta", of("gemma3_text", rope_parameters={}, rope_local_base_freq=0)),
-    ("rope_parameters.*sliding_attention", of("gemma3_text") | rope("default")),
     *(("no_rope_layers", of("smollm3", no_rope_layers=marks)) for marks in ([1], [1, 2])),
-    ("no_rope_layer_interval", of("smollm3", no_rope_layer_interval=0)),
-    ("layer_types", of("smollm3", layer_types=[FULL, SLIDING])),  # but no window is used
-    ("yarn", rope("yarn", factor=2.0)),
-    ("rope type", rope(["linear"])),
-    ("linear.*factor", rope("linear")),
-    ("llama3.*factor", rope("llama3", factor=8.0)),
-    ("rope_theta", {"rope_parameters": {"rope_theta": "1e4"}}),
-    ("partial_rotary_factor", rope("default", partial_rotary_factor=0.5)),
-    ("rope.*full_attention", rope("default", full_attention={"rope_type": "default"})),
-    ("dynamic", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-    ("sliding_window", of("mistral", sliding_window=0)),
-    ("layer_types.*chunked", of("qwen2", layer_types=[FULL, "chunked"])),
-    ("layer_types|sliding_window", of("qwen2", layer_types=[FULL, SLIDING])),  # but none is used
-    ("max_window_layers", of("qwen2", use_sliding_window=True, max_window_layers="2")),
-    ("sliding_window", of("qwen3", use_sliding_window=1, max_window_layers=1, sliding_window=-1)),
-    ("cannot be laid out", {"intermediate_size": 2**63 - 1}, {"vocab_size": 2**70}),
-    # What the tensors do not have
-    ("layers.2", {"num_hidden_layers": 3}),
-    ("embed_tokens|lm_head", {"vocab_size": 81}),
-    ("k_proj|v_proj", {"num_key_value_heads": 2}),
-    ("_proj", {"head_dim": 16}),
-    ("bias", of("qwen2")),
-    ("_norm", of("qwen3", head_dim=8)),
-    ("_layernorm", of("gemma3_text", head_dim=8, rope_parameters={})),
 ]
+REFUSED += map(json.loads, (ROOT / "tests/configs.jsonl").read_text().splitlines())
 BROKEN = [(name, words, x) for name, rows in BROKEN.items() for words, *them in rows for x in them]
 BROKEN += [("plain", words, {"config.json": x}) for words, *them in REFUSED for x in them]
 

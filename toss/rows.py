@@ -11,10 +11,8 @@ from model.io import InputError, json_lines
 ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 HALF = re.compile("[\ud800-\udfff]")  # one of the two that make a character in UTF-16
-FORMS = (
-    "messages; prompt and response; instruction, input and output (Alpaca); "
-    "conversations (ShareGPT); chosen or transcript (Anthropic HH)"
-)
+FORMS = "messages; prompt and response; instruction, input and output (Alpaca); "
+FORMS += "conversations (ShareGPT); chosen or transcript (Anthropic HH)"
 
 
 @dataclass
@@ -91,7 +89,8 @@ def turn(role: str, text: str | list) -> dict[str, str]:
 
 def conversation(raw: dict, responses: bool) -> list[tuple[str, str]]:
     """(role, text) of each turn, by the first form that fits; empty where none does."""
-    if raw.get("messages") is not None:
+    raw = {key: value for key, value in raw.items() if value is not None}  # as if it were absent
+    if "messages" in raw:
         return [role_and_text(m) for m in raw["messages"]]
     if "prompt" in raw and "response" in raw:
         return [("user", raw["prompt"]), ("assistant", raw["response"])]
