@@ -227,6 +227,15 @@ def test_a_state_of_another_recipe_or_changed_is_not_used_and_goes(seed, prepare
     assert not (run / ".state").exists()
 
 
+def test_work_on_another_result_survives_a_command_that_has_nothing_to_do(prepared, capsys):
+    run, other = begin(prepared, "select again")
+    stopped(other, 4, signal.SIGTERM)
+    before, line = tree(run), COMMANDS["select"].format(**prepared[1])
+    for more in ("--dry-run", f"--dry-run --custom {run}/methods/../../custom.jsonl", ""):
+        assert "inputs, skipped" in said(capsys, f"{line} {more}") and tree(run) == before
+    assert "goes on after step" in said(capsys, other)
+
+
 def test_an_unfinished_first_stage_keeps_its_day(prepared, base, tmp_path, monkeypatch, capsys):
     dated = Path(shutil.copytree(base, tmp_path / "dated"))
     turns = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"

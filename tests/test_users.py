@@ -46,7 +46,6 @@ def test_a_run_without_scores_exports_but_another_set_does_not(base, files, tmp_
     line = f"toss.export --run {tmp_path}/plain --method sft --out"
     said(capsys, f"{line} {tmp_path}/o.jsonl")
     assert len(read_jsonl(tmp_path / "o.jsonl")) == 10
-    assert "replace rows of the run" in refused(capsys, f"{line} {files['custom']}")
     write_jsonl(Path(files["custom"]), [{"prompt": "a", "response": "b"}])
     assert "--custom" in refused(capsys, f"{line} {tmp_path}/o.jsonl")
 

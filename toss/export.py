@@ -31,6 +31,8 @@ def export(run, method: str, out: Path) -> dict:
     for path in (run.args.harmful, run.args.utility, run.args.custom):
         if path and out.resolve() == Path(path).resolve():
             raise InputError(f"{out}: --out would replace rows of the run")
+    if out.suffix == ".gz":
+        raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
     path = run.path(f"methods/{method}") / "selection.safetensors"
     with run.holding(reads=["scores", f"methods/{method}"]):
         run.check(f"methods/{method}", only=("--custom",))

@@ -60,7 +60,7 @@ class Folder(Base):
                 raise
             record = {"format": FORMAT}
         stages = record.setdefault("stages", {})
-        methods = (f"methods/{path.name}" for path in self.folder.glob("methods/[!.]*"))
+        methods = sorted(f"methods/{path.name}" for path in self.folder.glob("methods/[!.]*"))
         for stage in ("degraded", "utility", "scores", *methods):
             with suppress(InputError):  # a damaged one is made again
                 known = stages.get(stage, {}).get("recipe", {})
@@ -159,11 +159,14 @@ class Folder(Base):
         return known[-1]
 
     def stale(self, stage: str) -> list[str]:
-        """The inputs of a recorded stage that have changed since. One that is gone has not."""
+        """What has changed since a recorded stage was made: of its inputs, one that is gone has
+        not; and of IDENTITY."""
         index = self.record.get("stages", {}).get(stage, {}).get("recipe", {})
-        inputs = (record_of(self.path(stage)) or index).get("inputs", {})
+        made, now = record_of(self.path(stage)) or index, self.record.get("identity", {})
+        inputs = made.get("inputs", {})
         there = {key: file for key in inputs if (file := self.source(key)).is_file()}
-        return [key for key, file in there.items() if self.hash(file) != inputs[key]]
+        changed = [key for key, file in there.items() if self.hash(file) != inputs[key]]
+        return changed + [key for key in now if made.get(key, now[key]) != now[key]]
 
     def finish(self, stage: str, recipe: dict[str, Any] | None = None, **facts: Any) -> None:
         """Put a stage into run.json: its recipe, and what else is known of it.

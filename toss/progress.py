@@ -179,6 +179,14 @@ def read_state(file: Path, recipe: dict) -> tuple[dict[str, Any], dict[str, Tens
     return {}, {}
 
 
+def led_to(states: Path, recipe: dict) -> bool:
+    """True if all states in a folder are of the work that led to a result of this recipe."""
+    with suppress(InputError):
+        made = (made_from(file).get("recipe", {}) for file in states.glob("*.safetensors"))
+        return all(one.items() >= recipe.items() for one in made)
+    return False
+
+
 def keep_lines(log: Path, count: int) -> None:
     """Cut a log off after its first lines: the steps behind them are made again."""
     lines = log.read_bytes().splitlines(keepends=True)[:count]

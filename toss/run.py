@@ -26,7 +26,7 @@ from toss.config import TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
 from toss.folder import Folder, differences
 from toss.parallel import rank
-from toss.progress import Planned, Progress, arithmetic, changed, cost_of
+from toss.progress import Planned, Progress, arithmetic, changed, cost_of, led_to
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
 
@@ -69,9 +69,8 @@ class Run(Folder):
             raise InputError(f"{path} has no record of how it was made: run {make} --overwrite")
         if path.is_dir() and (wrong := files.damaged(path, record, self.hash)):
             raise InputError(f"{path} is damaged or incomplete ({wrong[0]}): run {make} again")
-        differs = [key for key in self.stale(stage) if only is None or key in only]
-        differs += [k for k, value in self.identity.items() if record.get(k, value) != value]
-        if differs:
+        wanted = None if only is None else {*only, *self.identity}
+        if differs := [key for key in self.stale(stage) if wanted is None or key in wanted]:
             what = f"{path} does not fit this run (changed: {', '.join(differs)})"
             raise InputError(f"{what}: run {make} --overwrite, or choose another --run")
         return record
@@ -131,14 +130,20 @@ class Run(Folder):
 
     def adopt_references(self) -> None:
         """Take the adapters that were made elsewhere, if such are given, as the references."""
-        for role in ("utility", "degraded"):
-            if (adapter := getattr(self.args, f"{role}_adapter")) is not None:
-                flag = f"--{role}-adapter"
-                self.elsewhere[flag] = folder = resolve_adapter(adapter)
-                if self.args.dry_run:
-                    self.elsewhere[role] = folder  # it is not copied
-                else:
-                    self.once(role, lambda: read_adapter(self.base("score"), folder), [flag], {})
+        given = {role: getattr(self.args, f"{role}_adapter") for role in ("utility", "degraded")}
+        folders = {role: resolve_adapter(name) for role, name in given.items() if name is not None}
+        self.elsewhere |= {f"--{role}-adapter": folder for role, folder in folders.items()}
+        if self.args.dry_run:
+            self.elsewhere |= folders  # they are not copied
+            return
+
+        def read() -> dict[str, Adapter]:  # all that is given, before anything is written
+            if self.args.custom:
+                self.tokens(self.args.custom)
+            return {role: read_adapter(self.base("score"), folders[role]) for role in folders}
+
+        for role in folders:
+            self.once(role, lambda: read()[role], [f"--{role}-adapter"], {})
 
     # Making a result
 
@@ -172,11 +177,11 @@ class Run(Folder):
             except Planned:
                 print(f"{stage}: a dry run ends here, nothing was written")
                 return
-            if rank() == 0:
-                if done:
-                    self.catch_up(stage, recipe)
-                else:
-                    self.publish(stage, result, recipe, str(self.source(inputs[0])))
+            if rank() == 0 and not done:
+                self.publish(stage, result, recipe, str(self.source(inputs[0])))
+            elif rank() == 0 and not self.args.dry_run:
+                self.catch_up(stage, recipe)
+            if rank() == 0 and (not done or led_to(self.hidden / stage, recipe)):
                 shutil.rmtree(self.hidden / stage, ignore_errors=True)
 
     def make(self, stage: str, build: Callable, recipe: dict[str, Any]) -> Any:
@@ -311,11 +316,10 @@ def open_run(folder: str | Path, adapter: Sequence = (), **settings: Any) -> Run
     vars(args).update({name: value for name, value in settings.items() if value is not None})
     run = Run(args)
     for name, place in adapter:
-        if run.path(f"methods/{name}").exists():
-            raise InputError(
-                f"--adapter {name}: {folder} has a method of this name: choose another"
-            )
-        run.elsewhere[f"methods/{name}"] = resolve_adapter(place)
+        if run.path(stage := f"methods/{name}").exists() or stage in run.elsewhere:
+            what = f"{folder} has a method of this name, or it is given twice"
+            raise InputError(f"--adapter {name}: {what}: choose another")
+        run.elsewhere[stage] = resolve_adapter(place)
     return run
 
 
