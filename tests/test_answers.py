@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import edit_json, fails, read_jsonl, script, write_jsonl
+from conftest import edit_json, fails, make_base, read_jsonl, script, write_jsonl
 from helpers import call, losses_by_hand, refused, said, talk
 from safetensors.torch import load_file
 
@@ -270,6 +270,11 @@ def test_measures_of_a_model_that_was_replaced_are_not_current(run, sets):
     assert set(read_metrics(folder)) == {"base", "toss"}
     again("sft")
     assert stale() == [] and set(read_metrics(folder)) == {"base", "sft", "toss"}
+    files = read_json(run.file)["settings"]
+    flags = f"--harmful {files['harmful']} --utility {files['utility']} --overwrite"
+    other = make_base(folder.parent / "other", seed=1)
+    assert call(f"train.py --run {folder} --model {other} {flags}") == 0
+    assert stale() == ["base", "sft", "toss"]
 
 
 def test_the_evaluation_files_do_not_become_the_runs_and_shared_prompts_are_named(run, capsys):
@@ -334,6 +339,12 @@ def test_alpacaeval_gets_two_files_of_the_same_prompts_in_the_same_order(run, tm
     assert (tmp_path / "out" / "mine").exists()
 
 
+def shorter(run):
+    stages = read_json(run.file)["stages"]
+    stages["evaluation/sft"]["recipe"]["settings"]["max_new_tokens"] = 2
+    edit_json(run.file, stages=stages)
+
+
 def answers(*lines):
     return lambda run: write_jsonl(run.folder / "answers" / "sft.jsonl", [{"note": ""}, *lines])
 
@@ -346,6 +357,7 @@ PAIRS = [  # what is wrong with the answers of sft, and what the error says
     (answers("{"), "sft.jsonl:2: not JSON"),
     *((answers(line), "sft.jsonl:2: expected the strings") for line in NO_ANSWERS),
     (lambda run: (run.folder / "answers/sft.jsonl").unlink(), "sft.jsonl does not exist"),
+    (shorter, "toss.jsonl and sft.jsonl do not answer the same prompts in the same way"),
     (lambda run: edit_json(run.file, "format"), "run.json was written by another version"),
     (lambda run: call(AGAIN.format(run.folder)), "sft.jsonl .* a model that was replaced since"),
 ]

@@ -217,20 +217,24 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
 
 
 def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsys):
-    script("select", "--run", trained, "--pro", 2, "--pro-samples", 3)
+    script("select", "--run", trained, "--pro", 2, "--pro-samples", 3, "--keep-eos")
     held_out = write_jsonl(trained / "held_out.jsonl", lines(files["utility"]))
     found = calibrate.calibrate(open_run(trained), held_out, 0.9, "toss-pro")
     warning = f"warning: 5 of 5 rows of {held_out} are in {files['utility']}"
     assert warning in capsys.readouterr().out
     scores = load_tensors(trained / "methods/toss-pro/round-2/scores.safetensors")
-    S = (scores["loss_utility"] - scores["loss_degraded"])[scores["response"]]
-    assert found["discard"] == float((S > found["threshold"]).double().mean())
     run = open_run(trained)
+    competing = lambda of: of["response"] & (of["input_ids"] != run.tokenizer.eos_id)
+    S = (scores["loss_utility"] - scores["loss_degraded"])[competing(scores)]
+    assert found["discard"] == float((S > found["threshold"]).double().mean())
     theta_h = read_adapter(run.base("score"), trained / "methods/toss-pro/round-2/degraded")
     calm, models = run.tokens(held_out), (run.adapter("utility"), theta_h)
-    L_u, L_h = (score(run.base("score", adapter), calm)[calm.response] for adapter in models)
+    at = competing(vars(calm))
+    L_u, L_h = (score(run.base("score", adapter), calm)[at] for adapter in models)
     assert found["threshold"] == calibrate.threshold_of(L_u - L_h, S, 0.9)[0]
     assert found != calibrate.calibrate(open_run(trained), held_out, 0.9)
+    line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --method toss-pro"
+    assert said(capsys, line).endswith("--pro 2 --pro-samples 3 --pro-train rows --keep-eos\n")
     script("score", "--run", trained, "--base", "--overwrite")
     with pytest.raises(InputError, match=r"toss-pro does not fit this run \(changed: scores"):
         calibrate.calibrate(open_run(trained), held_out, 0.9, "toss-pro")

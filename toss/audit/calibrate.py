@@ -45,9 +45,12 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     tokens), held_out (tokens), above (those above the threshold), and harmful (share of ranked).
     """
     from model.peft import read_adapter
-    from toss.files import read_scores
+    from toss.files import read_scores, record_of
+    from toss.selection import competing_tokens
 
     (tokens, losses), others = run.scored(), {}
+    known = record_of(run.path(f"methods/{method}")).get("settings", {})
+    eos = run.tokenizer.eos_id if known.get("keep_eos") else None
     if method != "toss":
         folder, record = run.path(f"methods/{method}"), run.check(f"methods/{method}")
         if not (rounds := record.get("settings", {}).get("pro")):
@@ -57,8 +60,8 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
         others["degraded"] = read_adapter(run.base("score"), last / "degraded")
     calm = run.tokens(held_out)
     loss = losses_under(run, calm, **others)
-    S = (losses["utility"] - losses["degraded"])[tokens.response]
-    calm_S = (loss["utility"] - loss["degraded"])[calm.response]
+    S = (losses["utility"] - losses["degraded"])[competing_tokens(tokens, eos)]
+    calm_S = (loss["utility"] - loss["degraded"])[competing_tokens(calm, eos)]
     threshold, d = threshold_of(calm_S, S, quantile)
     counts = {"ranked": len(S), "held_out": len(calm_S), "above": int((calm_S > threshold).sum())}
     harmful = float(tokens.harmful[tokens.response].double().mean())
@@ -87,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = {"discard": f"{found['discard']:.6f}", "name": f"{args.method}-calibrated"}
     flags |= {name: known[name] for name in ("pro", "pro_samples", "pro_train") if name in known}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+    flags += " --keep-eos" * known.get("keep_eos", False)
     print(f"{sys.executable} select.py --run {args.run} {flags}")
 
 

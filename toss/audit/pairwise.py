@@ -15,7 +15,7 @@ from pathlib import Path
 
 from model.io import InputError
 from toss import cli
-from toss.audit.command import answers_of, write_text
+from toss.audit.command import answers_of, cautions, write_text
 from toss.audit.evaluate import SETS
 
 
@@ -23,28 +23,35 @@ def write(folder: str | Path, method: str, against: str, out: Path, only: str | 
     """Write out/model_outputs.json and out/reference_outputs.json; returns the answers in each.
 
     only: one of SETS (default: all of them); answers after a prefill are left out. Raises
-    InputError if the two methods did not answer the same prompts in the same order, or if one of
-    their models was replaced since.
+    InputError if the two methods did not answer the same prompts in the same order and way, or if
+    one of their models was replaced since.
     """
     from toss.run import open_run
 
     run = open_run(folder)
     said = [read_answers(run, name, [only] if only else [*SETS]) for name in (method, against)]
     ours, theirs = ([(a["dataset"], a["instruction"]) for a in answers] for answers in said)
-    if ours != theirs:
+    ways = [run.record["stages"][f"evaluation/{name}"]["recipe"] for name in (method, against)]
+    ways = [[way["settings"].get(key) for key in ("max_new_tokens", "dtype")] for way in ways]
+    if ours != theirs or ways[0] != ways[1]:
         pair = f"{run.folder / 'answers'}: {method}.jsonl and {against}.jsonl"
-        raise InputError(f"{pair} do not answer the same prompts; evaluate both on the same files")
+        how = "on the same files, with the same --max-new-tokens and --dtype"
+        raise InputError(
+            f"{pair} do not answer the same prompts in the same way: evaluate both {how}"
+        )
     for kind, answers in zip(("model", "reference"), said):
         text = json.dumps(answers, indent=2, ensure_ascii=False) + "\n"
         write_text(Path(out) / f"{kind}_outputs.json", text)
+    for line in cautions(run.record["stages"], dict.fromkeys((method, against), {})):
+        print(line)
     return len(ours)
 
 
 def read_answers(run, method: str, sets: list[str]) -> list[dict]:
     """A method's answers to these sets in AlpacaEval's form; InputError if outdated or none."""
     path, again = run.folder / "answers" / f"{method}.jsonl", "run python -m toss.audit.evaluate"
-    if not path.exists():
-        raise InputError(f"{path} does not exist: {again} first")
+    if not path.exists() or f"evaluation/{method}" not in run.record["stages"]:
+        raise InputError(f"{path} does not exist, or no record of it: {again} first")
     if run.stale(f"evaluation/{method}"):
         raise InputError(f"{path} holds answers of a model that was replaced since: {again} again")
     answers = []

@@ -89,7 +89,7 @@ def side_by_side(run, old: list[str]) -> dict | str:
 def diagnosis(run, old: list[str]) -> list[list[str]] | str:
     """KL by response position: for each measure one chart per kind of rows, one line per model."""
     path, command = run.folder / "diagnosis" / "kl.csv", "python -m toss.audit.diagnose --run"
-    if not path.exists() or {"degraded", "utility"} & set(old):
+    if not path.exists() or not set(old) <= set(methods_of(run)):
         return f"No diagnosis with the references of now: run {command} {run.folder} first."
     charts: dict[str, dict] = {column: {} for column in CHARTS}  # rows -> model -> points
     try:
@@ -127,7 +127,7 @@ def page(run) -> tuple[str, list[str], int]:
     from toss.audit.discards import discard_tables, sources_of, token_part
 
     old = {
-        "evaluate": [name for name in methods_of(run) if run.stale(f"evaluation/{name}")],
+        "evaluate": [m for m in ("base", *methods_of(run)) if run.stale(f"evaluation/{m}")],
         "diagnose": [key.removeprefix("methods/") for key in run.stale("diagnosis")],
     }
     lacking = [
