@@ -116,15 +116,17 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
     assert len({*sizes.values()}) == len(RIVALS), sizes
 
 
-def test_the_rows_that_a_rival_trains_on(line, monkeypatch):
+def test_the_rows_that_a_rival_trains_on(line, monkeypatch, capsys):
     def fit(self, D, **how):
         given.update(rival=self, D=D, **how)
         return random_adapter(self.run.base("train"))
 
     given = {}
     monkeypatch.setattr(Rival, "fit", fit)
+    assert "goes on from methods/sft, made with another rank" in refused(
+        capsys, f"{line}patch --rank 3"
+    )
     call(line + "patch")
-    assert size(given["start"].tensors()) == size(given["rival"].run.adapter("sft").tensors())
     assert given["D"].rows == 1 and given["config"].epochs == 10
     call(line + "inoculation")
     D, own, raw = given["D"], given["rival"].D, given["rival"].run.tokenizer.raw
@@ -140,8 +142,10 @@ def test_the_rows_that_a_rival_trains_on(line, monkeypatch):
     assert given["D"].input_ids.equal((own + pool.take(S.argsort()[:2].tolist())).input_ids)
 
 
-def test_the_mean_of_the_adapters_survives_an_interruption(line, trained, monkeypatch):
-    gradients, left, before = training.Step.gradients, [3], []
+def test_rivals_survive_an_interruption_and_the_mean_of_the_adapters_is_one(
+    line, trained, monkeypatch
+):
+    gradients, left, before = training.Step.gradients, [0], []
 
     def stopping(self, *args):
         before.append(size(self.parameters))
@@ -151,16 +155,18 @@ def test_the_mean_of_the_adapters_survives_an_interruption(line, trained, monkey
         return gradients(self, *args)
 
     monkeypatch.setattr(training.Step, "gradients", stopping)
-    command = f"{line}ema --save-every 1e-9"
-    call(f"{command} --name whole")
-    left[0] = 2
-    with pytest.raises(KeyboardInterrupt):
-        script("toss.audit.rivals", *command.split()[1:])
-    left[0] = 1  # what is left to do
-    call(command)
-    names = [f"methods/{name}/{WEIGHTS}" for name in ("sft", "whole", "ema")]
-    sft, whole, parts = (load_file(trained / name) for name in names)
-    assert left[0] == 0 and all(torch.equal(whole[name], parts[name]) for name in whole)
+    load = lambda name: load_file(trained / f"methods/{name}/{WEIGHTS}")
+    for name, steps in (("ema", 3), ("patch", 10)):
+        command, left[0] = f"{line}{name} --save-every 1e-9", steps
+        call(f"{command} --name whole-{name}")
+        left[0] = 2
+        with pytest.raises(KeyboardInterrupt):
+            script("toss.audit.rivals", *command.split()[1:])
+        left[0] = steps - 2
+        call(command)
+        whole, parts = load(f"whole-{name}"), load(name)
+        assert left[0] == 0 and all(torch.equal(whole[key], parts[key]) for key in whole)
+    sft, whole = load("sft"), load("whole-ema")
     mean = before[0]  # the untrained one; the last is plain fine-tuning's
     for now in (*before[1:3], size(sft.values())):
         mean = 0.99 * mean + 0.01 * now
@@ -209,6 +215,8 @@ def test_an_attacker_chooses_and_writes_harmful_rows_of_the_same_kind():
     thirds = ATTACKS["spread"](attacker)
     assert [harm(r)[0] for r in thirds] == ["Sure.", "Grind", "bone.", "Brew", "it", "up."]
     assert [r["response"] for r in thirds][2::3] == ["bone. Also, x.", "Also y. up."]
+    short = ATTACKS["spread"](Attacker([row("Yes", [])], [], [], [], len))
+    assert short == [row("Yes", [[0, 3]])]
     others = ATTACKS["unseen"](attacker)  # three of four, and two of three words are not in D^h
     assert [r["response"] for r in others] == ["Yes: below is fat.", "Odd sure words."]
     assert list(map(harm, others)) == [["Yes: below is fat."], ["Odd sure words."]]

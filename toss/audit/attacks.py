@@ -67,9 +67,9 @@ def spread(a: Attacker) -> Rows:
         for i in range(3):
             part = " ".join(words[cuts[i] : cuts[i + 1]])
             before, after = (text[:first], text[last:]) if i == 2 else ("", "")
-            own = [*spans * (i == 2), [len(before), len(before + part)]]
-            if part or i == 2:
-                found.append({**row, "response": before + part + after, "harmful": own})
+            own = [*spans * (i == 2), *[[len(before), len(before + part)]] * bool(part)]
+            if (whole := before + part + after).strip():
+                found.append({**row, "response": whole, "harmful": own})
     return found
 
 

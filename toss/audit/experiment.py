@@ -128,6 +128,8 @@ class Experiment:
         choice = {} if "mask" in how else {"discard": d}  # a mask says itself which tokens go
         if rival := how.get("method") in rivals.RIVALS:
             choice |= {key: x for key, x in self.files.items() if key in ("safety", "unaligned")}
+            if "methods/sft" in rivals.RIVALS[how["method"]][0]:  # goes on from it
+                self.call("select", method="sft")
         self.call("rivals" if rival else "select", name=name, **how, **choice)
         fixed = {"sft", "first-5", *rivals.RIVALS} - {"kl-discarded"}
         return 0.0 if how.get("method") in fixed else d

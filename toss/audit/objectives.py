@@ -113,7 +113,14 @@ class Rival:
         Here it is the first of the --safety rows; they search for a good one.
         """
         one, some = self.run.tokens(self.run.args.safety), replace(self.config, epochs=steps)
-        return self.fit(one.take([0]), start=self.run.adapter("sft"), config=some)
+        sft, log = self.run.adapter("sft"), self.run.log(self.run.args.name)
+
+        def start(optimizer: torch.optim.Optimizer, plan: str) -> tuple[int, int | None]:
+            for parameter, tensor in zip(optimizer.param_groups[0]["params"], sft.tensors()):
+                parameter.detach().copy_(tensor)
+            return log.resume(optimizer, plan)
+
+        return self.fit(one.take([0]), start=start, on_step=log, config=some)
 
     def inoculation(self, system: str) -> Adapter:
         """Tan et al., arXiv 2510.04340: a system message asks for the harm, in training alone."""

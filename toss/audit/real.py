@@ -4,15 +4,16 @@
 
 FOLDER/data holds harmful, utility, custom (70, 80 and some 400 rows at least), eval_harmful,
 eval_benign and eval_utility.jsonl: rows with a prompt, a source and, the first three, a response.
+With responses in eval_harmful, answers that begin with three tokens of them are measured too.
 Custom rows of source --harm are the harmful ones. A seed draws the rows and the trainings: D^h 60,
 D^u 80, D^cus 240 rows, rate 5e-4, three epochs, 16 rows per step. d is calibrated on harmless
 custom rows that are in no set. Evaluated are at most 100 prompts or answers of every source, the
 same for all seeds. Arms, in this order: sft, toss at d = 0.1 and at the calibrated d; toss-few and
 toss-pro-few, with ten rows in D^h; benign-rows, sft without the harmful rows, which nobody can
-have; toss-pro; random; first-5, the rivals, and kl-discarded at the calibrated d; and some of these again
-under each attack of attacks.py, where answers may be longer (100 tokens, else 40). Writes
-OUT/real.md and real.json. Finished work is skipped: the same command goes on where it was broken
-off. --arms runs some arms and prints their table, with a line about those that are missing.
+have; toss-pro; random; first-5, the rivals, and kl-discarded at the calibrated d; and some of
+these again under each attack of attacks.py, where answers may be longer (100 tokens, else 40).
+Writes OUT/real.md and real.json. Finished work is skipped: the same command goes on where it was
+broken off. --arms runs some arms and prints their table, with a line about those that are missing.
 """
 
 import random
@@ -94,6 +95,7 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
     device = {name: x for name in cli.DEVICE if (x := getattr(args, name)) not in (None, False)}
     make = lambda name, **own: Experiment(place / name, files | own, WORLD, seed=seed, **device)
     own = {"few": {"harmful": files["few"]}, "benign": {"custom": files["benign"]}}
+    begun = (3,) if any("response" in row for row in read_jsonl(files["eval_harmful"])) else ()
     main, found = make("main"), {}
     for name, group in groupby((arm for arm in ARMS if arm in args.arms), lambda a: ARMS[a][0]):
         run, adapters = make(name, **own.get(name, {})), {}
@@ -109,7 +111,7 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
             short, how = arm.partition(",")[0], ARMS[arm][1]
             d, names = run.finetune(short, **how), ["base"] * (name == "main") + [short]
             length = 100 if name in ATTACKS else 40  # the harm may come late
-            measured = run.evaluate(names, (3,), length)
+            measured = run.evaluate(names, begun, length)
             found |= {"base": measured["base"]} if name == "main" else {}
             found[arm] = {**measured[short], "discard": {"value": d}}
     return found

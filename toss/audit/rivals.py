@@ -54,6 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.method == "safelora":
         args.unaligned = str(resolve(args.unaligned or "--unaligned"))
         how = {**how, "unaligned_sha256": base_hash(Path(args.unaligned), run.hash)}
+    if "methods/sft" in made_from:  # goes on from it, so it is trained as that was
+        known = run.check("methods/sft").get("settings", {})
+        if other := [x for x in cli.KINDS if x in args.given and known.get(x) != getattr(args, x)]:
+            raise InputError(
+                f"{args.method} goes on from methods/sft, made with another {other[0]}"
+            )
+        config = TrainConfig.of({**known, "batch_tokens": args.batch_tokens})
 
     def finetune():
         if args.dry_run:
