@@ -188,7 +188,7 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     names = "sft toss toss-calibrated toss-few toss-pro-few benign-rows random dft".split()
     names += ["kl-calibrated", *(f"toss-calibrated, {k}" for k in ATTACKS), "toss-pro, unseen"]
     monkeypatch.setattr(real, "ARMS", {name: real.ARMS[name] for name in (*names, "safelora")})
-    line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3"
+    line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3 3"
     assert "not in this table: safelora\n" in said(capsys, line)  # there is no such base
     arms = read_json(tmp_path / "out/real.json")["arms"]
     assert list(arms) == ["base", *names]

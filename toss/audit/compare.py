@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--jobs", type=cli.count, default=1, help="seeds at a time (default: 1)")
     args = parser.parse_args(argv)
     folder = args.run or Path("runs/compare" if args.seeds else "runs/demo")
-    compare(folder, args.all, args.seeds, args.jobs)
+    compare(folder, args.all, args.seeds and [*dict.fromkeys(args.seeds)], args.jobs)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--jobs", type=cli.count, default=1, help="seeds at a time")
     cli.add_device_flags(parser)
     args = parser.parse_args(argv)
+    args.seeds = [*dict.fromkeys(args.seeds)]
     args.model = args.model or str(args.real.absolute() / "smollm2-aligned")
     chosen, args.arms = args.arms, [arm.strip() for arm in (args.arms or ";".join(ARMS)).split(";")]
     if not args.unaligned:

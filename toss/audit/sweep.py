@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--out", type=Path, default=out, help=f"folder (default: {out})")
     flag("--jobs", type=cli.count, default=1, help="seeds at a time (default: 1)")
     args = parser.parse_args(argv)
-    sweep(args.name, args.seeds, args.out, args.jobs)
+    sweep(args.name, [*dict.fromkeys(args.seeds)], args.out, args.jobs)
 
 
 if __name__ == "__main__":
