@@ -69,8 +69,9 @@ class Run(Folder):
             raise InputError(f"{path} has no record of how it was made: run {make} --overwrite")
         if path.is_dir() and (wrong := files.damaged(path, record, self.hash)):
             raise InputError(f"{path} is damaged or incomplete ({wrong[0]}): run {make} again")
-        wanted = None if only is None else {*only, *self.identity}
-        if differs := [key for key in self.stale(stage) if wanted is None or key in wanted]:
+        identity = self.identity  # raises if the base was moved, or is another one
+        differs = [x for x in self.stale(stage) if only is None or x in only or x in identity]
+        if differs:
             what = f"{path} does not fit this run (changed: {', '.join(differs)})"
             raise InputError(f"{what}: run {make} --overwrite, or choose another --run")
         return record
