@@ -270,8 +270,7 @@ def test_measures_of_a_model_that_was_replaced_are_not_current(run, sets):
     assert set(read_metrics(folder)) == {"base", "toss"}
     again("sft")
     assert stale() == [] and set(read_metrics(folder)) == {"base", "sft", "toss"}
-    files = read_json(run.file)["settings"]
-    flags = f"--harmful {files['harmful']} --utility {files['utility']} --overwrite"
+    flags = f"--harmful {run.args.harmful} --utility {run.args.utility} --overwrite"
     other = make_base(folder.parent / "other", seed=1)
     assert call(f"train.py --run {folder} --model {other} {flags}") == 0
     assert stale() == ["base", "sft", "toss"]

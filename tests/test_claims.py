@@ -229,8 +229,7 @@ def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsy
     assert found["discard"] == float((S > found["threshold"]).double().mean())
     theta_h = read_adapter(run.base("score"), trained / "methods/toss-pro/round-2/degraded")
     calm, models = run.tokens(held_out), (run.adapter("utility"), theta_h)
-    at = competing(vars(calm))
-    L_u, L_h = (score(run.base("score", adapter), calm)[at] for adapter in models)
+    L_u, L_h = (score(run.base("score", x), calm)[competing(vars(calm))] for x in models)
     assert found["threshold"] == calibrate.threshold_of(L_u - L_h, S, 0.9)[0]
     assert found != calibrate.calibrate(open_run(trained), held_out, 0.9)
     line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --method toss-pro"

@@ -107,6 +107,7 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
     toss, sizes = load_file(trained / f"methods/toss/{MASK}")["keep"], {}
     for name, (_, how) in RIVALS.items():
         said(capsys, f"{line}{name} --discard 0.3")
+        assert read_json(trained / "run.json")["stages"][f"methods/{name}"].get("tokens", 1) > 0
         assert "skipped" in said(capsys, f"{line}{name} --discard 0.3")
         settings = read_json(trained / f"methods/{name}/record.json")["settings"]
         assert {"lr": 1e-2, **how}.items() <= settings.items()
@@ -191,7 +192,7 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3 3"
     assert "not in this table: safelora\n" in said(capsys, line)  # there is no such base
     arms = read_json(tmp_path / "out/real.json")["arms"]
-    assert list(arms) == ["base", *names]
+    assert list(arms) == ["base", *names] and read_json(tmp_path / "out/real.json")["seeds"] == [3]
     assert all({"nll", "not_refused/a", "not_refused/b"} <= arm.keys() for arm in arms.values())
     d = {name: arm["discard"]["mean"] for name, arm in arms.items() if name != "base"}
     assert d["toss"] == 0.1 != d["toss-calibrated"] == d["kl-calibrated"] and not d["dft"]
@@ -215,8 +216,8 @@ def test_an_attacker_chooses_and_writes_harmful_rows_of_the_same_kind():
     thirds = ATTACKS["spread"](attacker)
     assert [harm(r)[0] for r in thirds] == ["Sure.", "Grind", "bone.", "Brew", "it", "up."]
     assert [r["response"] for r in thirds][2::3] == ["bone. Also, x.", "Also y. up."]
-    short = ATTACKS["spread"](Attacker([row("Yes", [])], [], [], [], len))
-    assert short == [row("Yes", [[0, 3]])]
+    one = Attacker([row("Yes", [])], [], [], [], len)
+    assert ATTACKS["spread"](one) == [row("Yes", [[0, 3]])]
     others = ATTACKS["unseen"](attacker)  # three of four, and two of three words are not in D^h
     assert [r["response"] for r in others] == ["Yes: below is fat.", "Odd sure words."]
     assert list(map(harm, others)) == [["Yes: below is fat."], ["Odd sure words."]]

@@ -141,9 +141,8 @@ def test_a_threshold_is_told_only_where_it_holds_for_all_tokens():
 def test_a_row_in_the_terminal(small, capsys):
     line = f"toss.audit.show --run {small.folder} --row 0"
     assert "has no method 'no'; it has sft, toss\n" in refused(capsys, f"{line} --method no")
-    for row in (2, -1):
-        error = refused(capsys, f"{line} --row {row}")  # of a flag given twice the last counts
-        assert f"there is no row {row}: the rows are 0 to 1" in error
+    for n in (2, -1):  # of a flag given twice the last counts
+        assert f"there is no row {n}: the rows are 0 to 1" in refused(capsys, f"{line} --row {n}")
     out = said(capsys, line)
     assert "row 0 of 0 to 1, toss: 2 of 4 response tokens discarded, 1 harmful by" in out
     assert f"\n\nno[-·-]*[-no-]*{small.tokenizer.eos}\n" in out and "\x1b" not in out
@@ -543,6 +542,7 @@ def test_the_page_says_in_words_which_tokens_went(trained):
 
 
 def test_what_a_replaced_model_said_is_left_out(nasty):
+    nasty.finish("evaluation/base", nasty.recipe((), {}))
     nasty.finish("evaluation/toss", nasty.recipe(("methods/toss",), {}))
     nasty.finish("diagnosis", nasty.recipe(("methods/toss", "utility"), {}))
     edit_tensors(nasty.path("methods/toss") / "model" / WEIGHTS, "x", lambda _: torch.ones(1))
@@ -553,6 +553,9 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     assert "n = 1,234" not in said
     edit_tensors(nasty.path("utility") / WEIGHTS, "x", lambda _: torch.ones(1))
     assert "No diagnosis with the references of now" in report.page(open_run(nasty.folder))[0]
+    edit_json(nasty.file, identity={**nasty.record["identity"], "base_sha256": "0"})
+    assert "for base is left out" in (said := plain(report.page(open_run(nasty.folder))[0]))
+    assert "base_sha256 is left out" not in said
 
 
 def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, monkeypatch, capsys):

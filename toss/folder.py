@@ -60,8 +60,8 @@ class Folder(Base):
                 raise
             record = {"format": FORMAT}
         stages = record.setdefault("stages", {})
-        methods = sorted(f"methods/{path.name}" for path in self.folder.glob("methods/[!.]*"))
-        for stage in ("degraded", "utility", "scores", *methods):
+        methods = (f"methods/{path.name}" for path in self.folder.glob("methods/[!.]*"))
+        for stage in ("degraded", "utility", "scores", *sorted(methods)):  # see trained_before
             with suppress(InputError):  # a damaged one is made again
                 known = stages.get(stage, {}).get("recipe", {})
                 made = record_of(self.path(stage))
@@ -159,8 +159,10 @@ class Folder(Base):
         return known[-1]
 
     def stale(self, stage: str) -> list[str]:
-        """What has changed since a recorded stage was made: of its inputs, one that is gone has
-        not; and of IDENTITY."""
+        """The inputs of a recorded stage, and the parts of IDENTITY, that have changed since.
+
+        An input that is gone has not.
+        """
         index = self.record.get("stages", {}).get(stage, {}).get("recipe", {})
         made, now = record_of(self.path(stage)) or index, self.record.get("identity", {})
         inputs = made.get("inputs", {})

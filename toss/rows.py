@@ -48,6 +48,7 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
 def row_of(raw: dict, where: str, responses: bool = True) -> Row:
     """One JSON object as a Row; see read_rows."""
     try:
+        raw = {key: x for key, x in raw.items() if x is not None}  # as if it were absent
         messages = [turn(*pair) for pair in conversation(raw, responses)]
         replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if not messages and not (responses and {"prompt", "instruction"} & raw.keys()):
@@ -60,10 +61,10 @@ def row_of(raw: dict, where: str, responses: bool = True) -> Row:
         if not all(messages[k]["content"].strip() for k in replies):
             raise InputError("the row has an empty response")
         end = len(messages[replies[0]]["content"]) if len(replies) == 1 else 0
-        spans = raw.get("harmful") or []
+        spans = raw.get("harmful", [])
         if not all(type(a) is type(b) is int and 0 <= a < b <= end for a, b in spans):
             raise InputError("`harmful` must list [start, end) character spans of the one response")
-        notes = {key: raw[key] for key in ("source", "answer") if raw.get(key) is not None}
+        notes = {key: raw[key] for key in ("source", "answer") if key in raw}
         plain = {key: str(x) for key, x in notes.items() if type(x) in (str, int, float)}
         if not responses and (len(plain) < len(notes) or HALF.search("".join(plain.values()))):
             raise InputError("`source` and `answer` must be whole texts or numbers")
@@ -89,7 +90,6 @@ def turn(role: str, text: str | list) -> dict[str, str]:
 
 def conversation(raw: dict, responses: bool) -> list[tuple[str, str]]:
     """(role, text) of each turn, by the first form that fits; empty where none does."""
-    raw = {key: value for key, value in raw.items() if value is not None}  # as if it were absent
     if "messages" in raw:
         return [role_and_text(m) for m in raw["messages"]]
     if "prompt" in raw and "response" in raw:

@@ -70,7 +70,8 @@ class Run(Folder):
         if path.is_dir() and (wrong := files.damaged(path, record, self.hash)):
             raise InputError(f"{path} is damaged or incomplete ({wrong[0]}): run {make} again")
         identity = self.identity  # raises if the base was moved, or is another one
-        differs = [x for x in self.stale(stage) if only is None or x in only or x in identity]
+        differs = [x for x in self.stale(stage) if only is None or x in only and x not in identity]
+        differs += [x for x in identity if record.get(x, identity[x]) != identity[x]]
         if differs:
             what = f"{path} does not fit this run (changed: {', '.join(differs)})"
             raise InputError(f"{what}: run {make} --overwrite, or choose another --run")
@@ -134,17 +135,19 @@ class Run(Folder):
         given = {role: getattr(self.args, f"{role}_adapter") for role in ("utility", "degraded")}
         folders = {role: resolve_adapter(name) for role, name in given.items() if name is not None}
         self.elsewhere |= {f"--{role}-adapter": folder for role, folder in folders.items()}
-        if self.args.dry_run:
-            self.elsewhere |= folders  # they are not copied
-            return
 
-        def read() -> dict[str, Adapter]:  # all that is given, before anything is written
-            if self.args.custom:
-                self.tokens(self.args.custom)
-            return {role: read_adapter(self.base("score"), folders[role]) for role in folders}
+        def read(role: str) -> Adapter:
+            if self.args.dry_run:
+                self.elsewhere[role] = folders[role]  # it is not copied
+                raise Planned
+            self.recipe(("--custom",), {})  # all that scoring needs, before anything is written
+            self.tokens(self.args.custom)
+            for other in given.keys() - folders.keys():
+                self.check(other)
+            return {name: read_adapter(self.base("score"), folders[name]) for name in folders}[role]
 
         for role in folders:
-            self.once(role, lambda: read()[role], [f"--{role}-adapter"], {})
+            self.once(role, lambda: read(role), [f"--{role}-adapter"], {})
 
     # Making a result
 
@@ -178,11 +181,13 @@ class Run(Folder):
             except Planned:
                 print(f"{stage}: a dry run ends here, nothing was written")
                 return
-            if rank() == 0 and not done:
-                self.publish(stage, result, recipe, str(self.source(inputs[0])))
-            elif rank() == 0 and not self.args.dry_run:
+            if rank() > 0 or self.args.dry_run:
+                return
+            if done:
                 self.catch_up(stage, recipe)
-            if rank() == 0 and (not done or led_to(self.hidden / stage, recipe)):
+            else:
+                self.publish(stage, result, recipe, str(self.source(inputs[0])))
+            if not done or led_to(self.hidden / stage, recipe):
                 shutil.rmtree(self.hidden / stage, ignore_errors=True)
 
     def make(self, stage: str, build: Callable, recipe: dict[str, Any]) -> Any:

@@ -67,7 +67,8 @@ def spread(a: Attacker) -> Rows:
         for i in range(3):
             part = " ".join(words[cuts[i] : cuts[i + 1]])
             before, after = (text[:first], text[last:]) if i == 2 else ("", "")
-            own = [*spans * (i == 2), *[[len(before), len(before + part)]] * bool(part)]
+            own = [*spans] if i == 2 else []
+            own += [[len(before), len(before + part)]] if part else []
             if (whole := before + part + after).strip():
                 found.append({**row, "response": whole, "harmful": own})
     return found

@@ -52,19 +52,20 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     known = record_of(run.path(f"methods/{method}")).get("settings", {})
     eos = run.tokenizer.eos_id if known.get("keep_eos") else None
     if method != "toss":
-        folder, record = run.path(f"methods/{method}"), run.check(f"methods/{method}")
-        if not (rounds := record.get("settings", {}).get("pro")):
+        folder, _ = run.path(f"methods/{method}"), run.check(f"methods/{method}")
+        if not (rounds := known.get("pro")):
             raise InputError(f"{folder} has no rounds of TOSS-Pro")
         last = folder / f"round-{rounds}"
         losses = read_scores(last / "scores.safetensors", tokens.name)[1]
         others["degraded"] = read_adapter(run.base("score"), last / "degraded")
     calm = run.tokens(held_out)
     loss = losses_under(run, calm, **others)
-    S = (losses["utility"] - losses["degraded"])[competing_tokens(tokens, eos)]
+    ranked = competing_tokens(tokens, eos)
+    S = (losses["utility"] - losses["degraded"])[ranked]
     calm_S = (loss["utility"] - loss["degraded"])[competing_tokens(calm, eos)]
     threshold, d = threshold_of(calm_S, S, quantile)
     counts = {"ranked": len(S), "held_out": len(calm_S), "above": int((calm_S > threshold).sum())}
-    harmful = float(tokens.harmful[tokens.response].double().mean())
+    harmful = float(tokens.harmful[ranked].double().mean())
     return {"threshold": threshold, "discard": d, **counts, "harmful": harmful}
 
 

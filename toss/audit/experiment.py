@@ -95,7 +95,7 @@ class Experiment:
         flags = self.world["reference" if name == "train" else "finetune"] | self.common
         if name == "score":  # it trains nothing
             flags = {key: x for key, x in flags.items() if key not in (*KINDS, "dtype")}
-        inputs += ("harmful",) * ("pro" in more)  # a run of other references does not know it
+        inputs += ("harmful",) * ("pro" in more)  # unknown to a run of references made elsewhere
         flags = {} if self.demo else flags | {key: self.files[key] for key in inputs}
         flags |= {"run": self.folder, **more}
         name_of = lambda key: f"--{key.replace('_', '-')}"

@@ -5,6 +5,7 @@ flat arrays, by which an objective finds what else it must know of a token.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,16 @@ class Rival:
     D: Tokens  # the custom set
     keep: Tensor  # bool [N]: what is learnt by cross-entropy; all, unless a rival changes it
 
+    @cached_property
+    def log(self) -> progress.Progress:
+        """What `train` reports to."""
+        return self.run.log(self.run.args.name)
+
     def fit(self, D: Tokens, objective: training.Objective | None = None, **how) -> Adapter:
         """Fine-tune on all response tokens, plainly but for what is given."""
-        log, places = self.run.log(self.run.args.name), torch.arange(len(D.response))  # 0: a prompt
+        places = torch.arange(len(D.response))  # 0: a prompt
         objective = objective or (lambda log_p, hidden, places: -log_p.sum())
-        how = {"config": self.config, "start": log.resume, "on_step": log, **how}
+        how = {"config": self.config, "start": self.log.resume, "on_step": self.log, **how}
         return training.train(self.run.base("train"), D, places, objective=objective, **how)
 
     @torch.no_grad()
@@ -113,14 +119,14 @@ class Rival:
         Here it is the first of the --safety rows; they search for a good one.
         """
         one, some = self.run.tokens(self.run.args.safety), replace(self.config, epochs=steps)
-        sft, log = self.run.adapter("sft"), self.run.log(self.run.args.name)
+        sft = self.run.adapter("sft")
 
         def start(optimizer: torch.optim.Optimizer, plan: str) -> tuple[int, int | None]:
             for parameter, tensor in zip(optimizer.param_groups[0]["params"], sft.tensors()):
                 parameter.detach().copy_(tensor)
-            return log.resume(optimizer, plan)
+            return self.log.resume(optimizer, plan)
 
-        return self.fit(one.take([0]), start=start, on_step=log, config=some)
+        return self.fit(one.take([0]), start=start, config=some)
 
     def inoculation(self, system: str) -> Adapter:
         """Tan et al., arXiv 2510.04340: a system message asks for the harm, in training alone."""
@@ -130,22 +136,21 @@ class Rival:
 
     def ema(self, decay: float) -> Adapter:
         """Kim et al., arXiv 2508.12531: the adapter's exponential moving average over the steps."""
-        log, states = self.run.log(self.run.args.name), {}
+        states = {}
 
         def start(optimizer: torch.optim.Optimizer, plan: str) -> tuple[int, int | None]:
             progress.state_of(optimizer)  # fills the state, which is saved and brought back
             states.update(optimizer.state)
             for parameter, state in states.items():
                 state["mean"] = parameter.detach().clone()
-            return log.resume(optimizer, plan)
+            return self.log.resume(optimizer, plan)
 
         def on_step(event: dict) -> None:
             for parameter, state in states.items() if "step" in event else ():
                 state["mean"].lerp_(parameter.detach(), 1 - decay)
-            log(event)
+            self.log(event)
 
         theta = self.fit(self.D, start=start, on_step=on_step)
-        self.run.parts[log.name] = log  # its cost
         for parameter, state in states.items():
             parameter.copy_(state["mean"])
         return theta

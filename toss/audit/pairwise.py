@@ -24,16 +24,16 @@ def write(folder: str | Path, method: str, against: str, out: Path, only: str | 
 
     only: one of SETS (default: all of them); answers after a prefill are left out. Raises
     InputError if the two methods did not answer the same prompts in the same order and way, or if
-    one of their models was replaced since.
+    a model or the base was replaced since.
     """
     from toss.run import open_run
 
     run = open_run(folder)
     said = [read_answers(run, name, [only] if only else [*SETS]) for name in (method, against)]
     ours, theirs = ([(a["dataset"], a["instruction"]) for a in answers] for answers in said)
-    ways = [run.record["stages"][f"evaluation/{name}"]["recipe"] for name in (method, against)]
-    ways = [[way["settings"].get(key) for key in ("max_new_tokens", "dtype")] for way in ways]
-    if ours != theirs or ways[0] != ways[1]:
+    settings = lambda name: run.record["stages"][f"evaluation/{name}"]["recipe"]["settings"]
+    way = lambda name: [settings(name).get(key) for key in ("max_new_tokens", "dtype")]
+    if ours != theirs or way(method) != way(against):
         pair = f"{run.folder / 'answers'}: {method}.jsonl and {against}.jsonl"
         how = "on the same files, with the same --max-new-tokens and --dtype"
         raise InputError(

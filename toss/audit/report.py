@@ -126,8 +126,9 @@ def page(run) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
     from toss.audit.discards import discard_tables, sources_of, token_part
 
+    evaluated = [x for x in run.record["stages"] if x.startswith("evaluation/")]
     old = {
-        "evaluate": [m for m in ("base", *methods_of(run)) if run.stale(f"evaluation/{m}")],
+        "evaluate": [x.removeprefix("evaluation/") for x in evaluated if run.stale(x)],
         "diagnose": [key.removeprefix("methods/") for key in run.stale("diagnosis")],
     }
     lacking = [
@@ -135,6 +136,7 @@ def page(run) -> tuple[str, list[str], int]:
         f"Run python -m toss.audit.{command} --run {run.folder} again."
         for command, names in old.items()
         for name in names
+        if command == "evaluate" or name in methods_of(run)  # else the part says it
     ]
     tokens, masks = None, []
     try:

@@ -3,9 +3,9 @@
     python -m toss.audit.rivals --run R --method soft-sft
     python -m toss.audit.rivals --run R --method patch --safety refusals.jsonl
 
-Works as select.py does: it trains as the run's methods were trained and writes RUN/methods/NAME,
-which `evaluate` measures like any method. What a rival does, and its source: the method of its name
-in toss/audit/objectives.py.
+Works as select.py does: it trains as the run's methods were trained (patch and safelora, which go
+on from methods/sft: as that) and writes RUN/methods/NAME, which `evaluate` measures like any
+method. What a rival does, and its source: the method of its name in toss/audit/objectives.py.
 """
 
 import sys
@@ -55,12 +55,12 @@ def main(argv: list[str] | None = None) -> None:
         args.unaligned = str(resolve(args.unaligned or "--unaligned"))
         how = {**how, "unaligned_sha256": base_hash(Path(args.unaligned), run.hash)}
     if "methods/sft" in made_from:  # goes on from it, so it is trained as that was
-        known = run.check("methods/sft").get("settings", {})
-        if other := [x for x in cli.KINDS if x in args.given and known.get(x) != getattr(args, x)]:
-            raise InputError(
-                f"{args.method} goes on from methods/sft, made with another {other[0]}"
-            )
-        config = TrainConfig.of({**known, "batch_tokens": args.batch_tokens})
+        known = {**vars(args), **run.check("methods/sft").get("settings", {})}
+        if other := [x for x in cli.KINDS if x in args.given and known[x] != getattr(args, x)]:
+            what = f"made with another {other[0]}"
+            raise InputError(f"{args.method} goes on from methods/sft, {what}")
+        config = TrainConfig.of(known)
+        print("training settings as for methods/sft")
 
     def finetune():
         if args.dry_run:
