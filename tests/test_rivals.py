@@ -124,9 +124,8 @@ def test_the_rows_that_a_rival_trains_on(line, monkeypatch, capsys):
 
     given = {}
     monkeypatch.setattr(Rival, "fit", fit)
-    assert "goes on from methods/sft, made with another rank" in refused(
-        capsys, f"{line}patch --rank 3"
-    )
+    error = refused(capsys, f"{line}patch --rank 3")
+    assert "goes on from methods/sft, made with another rank" in error
     call(line + "patch")
     assert given["D"].rows == 1 and given["config"].epochs == 10
     call(line + "inoculation")
@@ -168,6 +167,7 @@ def test_rivals_survive_an_interruption_and_the_mean_of_the_adapters_is_one(
         whole, parts = load(f"whole-{name}"), load(name)
         assert left[0] == 0 and all(torch.equal(whole[key], parts[key]) for key in whole)
     sft, whole = load("sft"), load("whole-ema")
+    assert before[7] == size(sft.values())  # where patch begins
     mean = before[0]  # the untrained one; the last is plain fine-tuning's
     for now in (*before[1:3], size(sft.values())):
         mean = 0.99 * mean + 0.01 * now

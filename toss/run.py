@@ -70,7 +70,8 @@ class Run(Folder):
         if path.is_dir() and (wrong := files.damaged(path, record, self.hash)):
             raise InputError(f"{path} is damaged or incomplete ({wrong[0]}): run {make} again")
         identity = self.identity  # raises if the base was moved, or is another one
-        differs = [x for x in self.stale(stage) if only is None or x in only and x not in identity]
+        differs = set(self.stale(stage)) - identity.keys()  # of these the record itself tells
+        differs = sorted(x for x in differs if only is None or x in only)
         differs += [x for x in identity if record.get(x, identity[x]) != identity[x]]
         if differs:
             what = f"{path} does not fit this run (changed: {', '.join(differs)})"

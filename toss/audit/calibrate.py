@@ -49,10 +49,11 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     from toss.selection import competing_tokens
 
     (tokens, losses), others = run.scored(), {}
-    known = record_of(run.path(f"methods/{method}")).get("settings", {})
+    folder = run.path(f"methods/{method}")
+    known = record_of(folder).get("settings", {})
     eos = run.tokenizer.eos_id if known.get("keep_eos") else None
     if method != "toss":
-        folder, _ = run.path(f"methods/{method}"), run.check(f"methods/{method}")
+        run.check(f"methods/{method}")
         if not (rounds := known.get("pro")):
             raise InputError(f"{folder} has no rounds of TOSS-Pro")
         last = folder / f"round-{rounds}"
