@@ -113,5 +113,6 @@ def conversation(raw: dict, responses: bool) -> list[tuple[str, str]]:
 
 def role_and_text(message: dict) -> tuple[str, str]:
     """role and content, or ShareGPT's from and value; some files mix the names of both."""
-    own = {"role": message.get("from"), "content": message.get("value"), **message}
+    there = {key: x for key, x in message.items() if x is not None}
+    own = {"role": there.get("from"), "content": there.get("value"), **there}
     return own["role"], own["content"]

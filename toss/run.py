@@ -137,14 +137,21 @@ class Run(Folder):
         folders = {role: resolve_adapter(name) for role, name in given.items() if name is not None}
         self.elsewhere |= {f"--{role}-adapter": folder for role, folder in folders.items()}
 
+        def check(role: str) -> None:
+            if role in folders:  # a different one that is there is refused
+                dtype = {"dtype": self.dtypes["train"]}
+                self.is_done(role, self.recipe((f"--{role}-adapter",), dtype))
+            else:
+                self.check(role)
+
         def read(role: str) -> Adapter:
             if self.args.dry_run:
                 self.elsewhere[role] = folders[role]  # it is not copied
                 raise Planned
             self.recipe(("--custom",), {})  # all that scoring needs, before anything is written
             self.tokens(self.args.custom)
-            for other in given.keys() - folders.keys():
-                self.check(other)
+            for each in given:
+                check(each)
             return {name: read_adapter(self.base("score"), folders[name]) for name in folders}[role]
 
         for role in folders:
@@ -176,7 +183,10 @@ class Run(Folder):
                 self.check(key)
             dtype = self.dtypes["score" if stage == "scores" else "train"]
             recipe = self.recipe(inputs, {**settings, "dtype": dtype})
-            done = self.is_done(stage, recipe)
+            if done := self.is_done(stage, recipe):
+                made = changed(self.record["stages"].get(stage, {}))
+                there = f"{self.path(stage)} exists with equal settings and inputs, skipped{made}"
+                print(f"{stage}: {there}")
             try:
                 result = None if done else self.make(stage, build, recipe)
             except Planned:
@@ -305,8 +315,6 @@ class Run(Folder):
         if wrong:
             print(f"{stage}: {path} is damaged or incomplete ({wrong[0]}), so it is made again")
             return False
-        made = changed(self.record["stages"].get(stage, {}))
-        print(f"{stage}: {path} exists with equal settings and inputs, skipped{made}")
         return True
 
 
