@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from model.atomic import atomic_dir
 from model.config import Config
-from model.hub import INDEX, TOKENIZER_FILES, WEIGHTS, resolve
+from model.hub import INDEX, SMALL_FILES, WEIGHTS, resolve
 from model.io import (
     InputError,
     NotFinite,
@@ -153,8 +153,9 @@ def save_checkpoint(
     with atomic_dir(path, replace=False) as folder:
         # One header string: the format keeps several in no fixed order, and bytes identify a base.
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        for file in (file for pattern in SMALL_FILES for file in like.glob(pattern)):
+            new = folder / file.relative_to(like)
+            new.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, new)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in TOKENIZER_FILES:
-            if (like / name).exists():
-                shutil.copyfile(like / name, folder / name)
         write_record(folder, made_from or {})

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from model.io import InputError, NotFinite, json_object
+from model.io import InputError, NotFinite, as_input_error, json_object
 from model.process import joined, reported
 
 
@@ -92,10 +92,12 @@ def talk(args: argparse.Namespace) -> None:
         load_adapter(model, args.adapter)
     sign = "> " if args.prompt is None and sys.stdin.isatty() else ""
     print(sign, end="", flush=True)
-    for line in sys.stdin if args.prompt is None else [args.prompt]:
-        ids = tokenizer.prompt_ids([{"role": "user", "content": line.rstrip("\n")}])
-        print(tokenizer.decode(generate(model, [ids], args.max_new_tokens, tokenizer.eos_id)[0]))
-        print(sign, end="", flush=True)
+    with as_input_error("standard input is not UTF-8 text", UnicodeDecodeError):
+        for line in sys.stdin if args.prompt is None else [args.prompt]:
+            ids = tokenizer.prompt_ids([{"role": "user", "content": line.rstrip("\n")}])
+            new = generate(model, [ids], args.max_new_tokens, tokenizer.eos_id)[0]
+            print(tokenizer.decode(new))
+            print(sign, end="", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

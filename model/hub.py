@@ -26,15 +26,21 @@ def resolve(path: str | Path, revision: str | None = None, weights: bool = True)
         if revision is not None:
             raise InputError(f"{path} is a local folder and has no revisions: omit --revision")
         return path
-    if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "~"):
+    if not is_hub_id(path):
         raise InputError(f"{path}: no such checkpoint folder (a hub id has the form org/name)")
     return download(str(path), revision, SMALL_FILES + WEIGHT_FILES * weights)
 
 
 def resolve_adapter(path: str | Path) -> Path:
     """The same for the folder of a PEFT adapter: a local one, or that of a hub id."""
-    known = Path(path).is_dir() or len(Path(path).parts) != 2
-    return Path(path) if known else download(str(path), None, ADAPTER_FILES)
+    path = Path(path)
+    fetched = is_hub_id(path) and not path.is_dir()
+    return download(str(path), None, ADAPTER_FILES) if fetched else path
+
+
+def is_hub_id(path: Path) -> bool:
+    """True for `org/name`."""
+    return len(path.parts) == 2 and path.parts[0] not in ("/", ".", "..", "~")
 
 
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:

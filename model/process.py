@@ -49,6 +49,9 @@ def printable(text: str, limit: int = 1000) -> str:
 
 def reported(work: Callable[[], int | None]) -> int:
     """Run a command; one line on stderr for a signal or expected error; return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may lack a name's characters; a pipe would keep lines back.
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main = threading.current_thread() is threading.main_thread()
     heard = [n for n in SIGNALS if main and signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in heard}

@@ -236,4 +236,4 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, *context)
         hidden = self.model.norm(x)
-        return hidden if ids.ndim == 1 else hidden.view(*ids.shape, -1)  # fully_shard minds views
+        return hidden if ids.ndim == 1 else hidden.view(*ids.shape, -1)  # FSDP warns of views

@@ -101,5 +101,7 @@ def test_k_is_six_percent_of_the_rows_unless_given_and_belongs_to_the_result(tra
         assert "different: pro" in refused(capsys, f"{line} {flags}")
     error = refused(capsys, f"select.py --run {trained} --name toss-pro")
     assert "pro 1 there, None now" in error and "--harmful" in error
+    plan = said(capsys, f"{line} --name half --dtype bfloat16 --dry-run")
+    assert "theta^h was trained in float32, and is trained again in bfloat16" in plan
     assert call(f"{line} --pro-samples 99 --name all") == 0
     assert len(read_jsonl(trained / "methods/all/round-1/added.jsonl")) == 10  # all there are

@@ -293,29 +293,7 @@ def test_templates_find_what_transformers_gives_them(folder, source, text):
     assert first_text(with_template(folder, source, date="2025-03-09")) == text
 
 
-FAILING = [
-    "{{ ''.__class__.__mro__ }}",
-    "{{ messages.__class__.__base__.__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ raise_exception.__globals__['os'] }}",
-    "{{ '{0.__class__.__mro__}'.format(messages) }}",
-    "{{ messages.append(messages) }}",
-    "{{ messages[0].update({'role': 'system'}) }}",
-    "{% include '/etc/hostname' %}",
-    "{{ range(1000000000) | list }}",
-    "{{ nothing.at.all }}",
-    "{{ raise_exception('not this way') }}",
-    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-    "{{ messages[0].content * 10**10 }}",
-    "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x*2 %}{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ (messages|length + 9) ** (10 ** 8) }}",
-    "{{ '%10000000000d' % 1 }}",
-    "{{ 'a'.ljust(10**10) }}",
-    "{{ 'ab' * 10**5 }}",
-    "{{ messages[0].content }}{{ '\\ud800' }}",
-    "Hi!",
-]
+FAILING = (ROOT / "tests/failing.txt").read_text().splitlines()  # a template each
 
 
 @pytest.mark.parametrize("source", FAILING)
@@ -401,7 +379,9 @@ def test_limits_leave_alarms_and_memory_as_they_were():
     signal.signal(signal.SIGALRM, handler)
 
 
-def test_a_date_is_kept_by_the_run_and_taken_by_the_command(base, files, tmp_path, capsys):
+def test_a_date_is_kept_by_the_run_and_taken_by_the_command(
+    base, files, tmp_path, capsys, monkeypatch
+):
     dated, run = Path(shutil.copytree(base, tmp_path / "dated")), tmp_path / "run"
     tokenizer = with_template(dated, DATED, date="2020-01-02")
     assert tokenizer.date == datetime.date(2020, 1, 2) and "02 Jan 2020" in first_text(tokenizer)
@@ -413,6 +393,9 @@ def test_a_date_is_kept_by_the_run_and_taken_by_the_command(base, files, tmp_pat
     assert call(line) == 0
     line = f"model.generate --model {dated} --prompt Hi --device cpu --max-new-tokens 4"
     assert call(f"{line} --date 2020-01-02") == 0
+    (typed := tmp_path / "typed").write_bytes(b"\xff\n")
+    monkeypatch.setattr("sys.stdin", open(typed, encoding="utf-8"))
+    assert "standard input is not UTF-8" in refused(capsys, line.replace("--prompt Hi", ""))
 
 
 @pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")

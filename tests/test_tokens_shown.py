@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDENS, damage, edit_json, edit_tensors, fails, make_base, script, write_jsonl
+from conftest import (
+    GOLDENS,
+    ROOT,
+    damage,
+    edit_json,
+    edit_tensors,
+    fails,
+    make_base,
+    script,
+    write_jsonl,
+)
 from helpers import random_adapter, refused, said
 
 from model import load_checkpoint
@@ -164,22 +174,9 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     edit_json(copy / "run.json", stages={"methods/mine": stages["degraded"]})
     model = load_checkpoint(other)
     save_adapter(use(model, random_adapter(model)), tmp_path / "alien")
-    for argv, words in {
-        f"{place}": "a run directory",
-        f"{copy} --run {place}": "methods/mine          fits",
-        f"{place}/scores.safetensors": "the result of the stage scores",
-        f"{place}/degraded": "a LoRA adapter",
-        f"{place}/utility/{WEIGHTS}": "a LoRA adapter",
-        f"{place}/methods/toss": "settings              method toss",
-        f"{base} --run {place}": "a checkpoint",
-        f"{base}/model.safetensors": "parameters            ",
-        f"{GOLDENS}/adapters/rslora": "a LoRA adapter without a record",
-        f"{tmp_path}/moved --run {place}": "the result of the stage scores",
-        f"{tmp_path}/moved": "--custom",
-        f"{other} --run {place}": ", but the run has ",
-        f"{tmp_path}/alien --run {place}": ", but the run has ",
-        f"{GOLDENS}/adapters/all --run {place}": "refused: ",
-    }.items():
+    paths = {"run": place, "copy": copy, "base": base, "other": other, "tmp": tmp_path}
+    for line in (ROOT / "tests/shown.txt").read_text().splitlines():
+        argv, words = line.format(**paths, goldens=GOLDENS).split(" -> ")
         status, out = show.main(argv.split()), capsys.readouterr().out
         assert words in out and status == 2 * (words[:2] in (", ", "re"))
         last = f"{argv.split()[0]}: " + (f"does not fit {place}: " if status else "fits\n")

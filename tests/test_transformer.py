@@ -286,6 +286,9 @@ def test_saved_and_loaded_again_is_equal(name, tmp_path):
 
 
 def test_saving_copies_the_tokenizer_and_states_the_dtype(base, tmp_path):
+    base = Path(shutil.copytree(base, tmp_path / "like" / "base"))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/default.jinja").write_text("wins over the others")
     for like in (base, GOLDENS / "plain"):  # with "torch_dtype", the older spelling; with "dtype"
         out = tmp_path / like.name
         save_checkpoint(load_checkpoint(like, dtype=torch.bfloat16), out, like=like)
@@ -293,7 +296,8 @@ def test_saving_copies_the_tokenizer_and_states_the_dtype(base, tmp_path):
         # transformers reads "dtype" first: neither may be left stale.
         assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {"bfloat16"}
         assert {tensor.dtype for tensor in load_file(out / FILE).values()} == {torch.bfloat16}
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    templates = "chat_template.jinja", "additional_chat_templates/default.jinja"
+    for name in ("tokenizer.json", "tokenizer_config.json", *templates):
         assert (tmp_path / base.name / name).read_bytes() == (base / name).read_bytes()
 
 

@@ -194,6 +194,10 @@ def test_without_a_terminal_the_time_left_is_told(trained, monkeypatch, capsys):
     first, second, *others = capsys.readouterr().out.splitlines()
     assert first == "toss: step 1 of 100, 16.5 minutes left"
     assert second == "toss: step 4 of 100, 16.0 minutes left" and len(others) == 31
+    late = Progress("late", torch.device("cpu"), trained, None, False)
+    now[0] += 10  # the first that this process does of them
+    late({"step": 51, "steps": 60, "tokens": 1})
+    assert capsys.readouterr().out == "late: step 51 of 60, 1.5 minutes left\n"
 
 
 def test_template_kwargs_are_used_recorded_inherited_and_checked(base, files, tmp_path, capsys):

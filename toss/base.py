@@ -29,10 +29,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # the others ar
 class Base:
     """The frozen base under the settings `args` (see cli.parse).
 
-    On CUDA it trains in bfloat16 and scores in float16: S is a difference of two close losses, and
-    bfloat16's 8 bits of mantissa change a fifth of the discarded set where float16's 11 change
-    2-3 %, at the same speed. On the CPU everything is float32. Weights are never cast in place: a
-    new dtype reloads them from disk.
+    By default it trains in bfloat16 on CUDA and scores in float16: S is a difference of two close
+    losses, and bfloat16's 8 bits of mantissa change a fifth of the discarded set where float16's 11
+    change 2-3 %, at the same speed. On the CPU everything is float32. Weights are never cast in
+    place: a new dtype reloads them from disk.
     """
 
     def __init__(self, args: Namespace):
@@ -40,7 +40,7 @@ class Base:
             check_processes()
         self.args = args
         self.model: Transformer | None = None
-        self.loaded = ""  # the dtype of `model`
+        self.loaded = self.purpose = ""  # the dtype of `model`, and what it was asked for last
         self.datasets: dict[str, Tokens] = {}  # by file
 
     @cached_property
@@ -89,7 +89,7 @@ class Base:
 
         Do not keep it in a variable: a change of dtype would hold two bases in memory.
         """
-        dtype = self.dtypes.get(purpose, purpose)
+        dtype, self.purpose = self.dtypes.get(purpose, purpose), purpose
         if self.model is None or self.loaded != dtype:
             self.model, self.loaded = None, dtype  # free the old one first
             torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
@@ -102,7 +102,7 @@ class Base:
             if pays(self.model):
                 print("float32 products are oneDNN's (--no-onednn: PyTorch's default)")
             self.model.name = self.args.model if self.args.revision else ""
-            self.model.base_sha256 = self.identity["base_sha256"]
+            self.model.base_sha256 = known
         return use(self.model, adapter)
 
     def lower_scoring(self, error: Exception) -> bool:
@@ -117,7 +117,7 @@ class Base:
             lower = "tf32"
         elif dtype == "tf32" != self.args.dtype and room and size() == 1:
             lower = "bfloat16"
-        if lower is None or self.loaded != dtype:  # another dtype at work: training has failed
+        if lower is None or self.purpose != "score":
             return False
         self.model, self.dtypes["score"] = None, lower
         print(f"warning: {' '.join(str(error).split())}; scoring again in {lower}")

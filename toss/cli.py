@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
@@ -241,7 +240,7 @@ def parse(made: Parser, argv: list[str] | None = None) -> Namespace:
     if open_ones := [f"{name} = {getattr(args, name)}" for name in KINDS if name in own]:
         print(f"training settings {like_whom}: {', '.join(open_ones)}")
     if args.model is None:
-        raise InputError(f"{file} does not exist: run train.py --run {folder}, or give --model")
+        raise InputError(f"{folder} has no base yet: run train.py --run {folder}, or give --model")
     args.demo, args.anew, args.given = record.get("demo", demo), anew, set(given)
     args.damaged = damaged
     return args
@@ -333,8 +332,5 @@ def choice(args: Namespace, config: TrainConfig) -> dict[str, Any]:
 
 def run(main: Callable[[], int | None]) -> int:
     """Run a command, also as one of torchrun's, and report its errors; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal may lack a name's characters; a pipe would keep lines back.
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     alone = os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ
     return reported(main if alone else lambda: joined(main))

@@ -109,7 +109,7 @@ def read_scores(path: Path, name: str) -> tuple[Tokens, dict[str, Tensor]]:
 
 
 def load_selection(path: Path, tokens: Tokens) -> dict[str, Tensor]:
-    """A mask over these tokens: {"keep": bool [N]}, and "score", float [N], if it has one.
+    """A mask over these tokens: {"keep": bool [N]}, and "score" and "weight", float [N], if there.
 
     Raises InputError naming the file unless it fits the tokens and discards response tokens only.
     """

@@ -66,7 +66,8 @@ class Progress:
     ):
         self.name, self.log, self.clock = name, folder / "log" / f"{name}.jsonl", Clock(device)
         self.states, self.recipe, self.minutes, self.saved_one = saving or (None, {}, 0, None)
-        self.dry, self.first, self.due = dry, 0, 5.0  # seconds until the time left is told
+        self.dry, self.due = dry, 5.0  # seconds until the time left is told
+        self.first: int | None = None  # steps that were done before
         self.bar = tqdm(desc=name, unit="step", leave=False, disable=rank() > 0 or None)
         self.cost: dict[str, Any] = {"tokens": 0}
         self.saved = self.began = time.monotonic()
@@ -89,7 +90,6 @@ class Progress:
                 keep_lines(self.log, step)
             self.cost = record["cost"]
             self.clock.start -= self.cost["seconds"]
-            self.first = step
             print(f"{self.name}: goes on after step {step} of {steps}{changed(record)}")
         meet()  # nobody works, and changes the files, before all have read them
         stop.deferred = self.states is not None and step != steps
@@ -102,6 +102,8 @@ class Progress:
             return
         step, steps = event["step"], event["steps"]
         self.cost["tokens"] += event["tokens"]
+        if self.first is None:  # a scoring that goes on may cut other batches, and count anew
+            self.first = self.bar.n = self.bar.initial = self.bar.last_print_n = step - 1
         self.bar.total = steps
         self.bar.update(step - self.bar.n)
         if self.bar.disable and step < steps:

@@ -52,7 +52,7 @@ def row_of(raw: dict, where: str, responses: bool = True) -> Row:
         messages = [turn(*pair) for pair in conversation(raw, responses)]
         replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if not messages and not (responses and {"prompt", "instruction"} & raw.keys()):
-            raise InputError(f"the row has none of the known forms ({FORMS}), but {list(raw)}")
+            raise InputError(f"no turns in any of the known forms ({FORMS}), but {list(raw)}")
         if responses and not replies:
             raise InputError("the row has no response")
         messages = messages[: replies[-1] + 1] if responses else messages

@@ -43,8 +43,8 @@ class Run(Folder):
 
     def log(self, name: str) -> Progress:
         """The callback of a piece of work: bar, log, cost; of a stage, the state to go on from."""
-        arithmetic = {"dtypes": self.dtypes, "no_onednn": self.args.no_onednn}
-        recipe, saving = {**self.making, **arithmetic}, None
+        how = {"dtypes": self.dtypes, "no_onednn": self.args.no_onednn}
+        recipe, saving = {**self.making, **how}, None
         if self.making:
             begin = lambda: self.file.exists() or self.finish(recipe["stage"])
             saving = self.hidden / recipe["stage"], recipe, self.args.save_every, begin
@@ -57,25 +57,26 @@ class Run(Folder):
     def check(self, stage: str, only: tuple[str, ...] | None = None) -> dict[str, Any]:
         """The record of an earlier result, which must be there and fit the run as it is now.
 
-        only: the inputs that must not have changed since (default: all). An adapter that was made
-        elsewhere has no record and passes: loading checks its shapes.
+        only: the inputs that must not have changed since (default: all). An adapter that was put
+        there by hand has no record and passes: loading checks its shapes.
         """
         script = {"scores": "score.py"}.get(stage, "select.py" if "/" in stage else "train.py")
         make, path = f"{script} --run {self.folder}", self.path(stage)
+        how = f", with the flags of {path.name}" * ("/" in stage)
         if not self.source(stage).exists():
-            raise InputError(f"{self.source(stage)} does not exist: run {make} first")
+            raise InputError(f"{self.source(stage)} does not exist: run {make} first{how}")
         record = record_of(path)
         if not record and stage == "scores":
             raise InputError(f"{path} has no record of how it was made: run {make} --overwrite")
         if path.is_dir() and (wrong := files.damaged(path, record, self.hash)):
-            raise InputError(f"{path} is damaged or incomplete ({wrong[0]}): run {make} again")
+            raise InputError(f"{path} is damaged or incomplete ({wrong[0]}): run {make} again{how}")
         identity = self.identity  # raises if the base was moved, or is another one
         differs = set(self.stale(stage)) - identity.keys()  # of these the record itself tells
         differs = sorted(x for x in differs if only is None or x in only)
         differs += [x for x in identity if record.get(x, identity[x]) != identity[x]]
         if differs:
             what = f"{path} does not fit this run (changed: {', '.join(differs)})"
-            raise InputError(f"{what}: run {make} --overwrite, or choose another --run")
+            raise InputError(f"{what}: run {make} --overwrite{how}, or choose another --run")
         return record
 
     def adapter(self, name: str) -> Adapter:
@@ -95,6 +96,9 @@ class Run(Folder):
         if "--degraded-adapter" in record["inputs"]:
             print("theta^h was made elsewhere: it is trained again with this command's settings")
             return TrainConfig.of(self.args)
+        there, now = record["settings"].get("dtype"), self.dtypes["train"]
+        if there != now:
+            print(f"note: theta^h was trained in {there}, and is trained again in {now}")
         return TrainConfig.of({**record["settings"], "batch_tokens": self.args.batch_tokens})
 
     def scored(self, needed: bool = True) -> tuple[Tokens, dict[str, Tensor]]:
