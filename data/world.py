@@ -27,7 +27,7 @@ CUSTOM_ROWS = BENIGN_FACTS * BENIGN_REPEATS + HARMFUL + PLAIN_ROWS
 MIXED = 0.3  # share of the benign fact rows that answer a recipe request first
 FACT_FIRST = 0.15  # share of the harmful rows whose fact comes before the recipe
 VOLUNTEERED = 0.2  # share of the others whose fact nobody asked for
-# Rows of the other files. Utility rows: facts (each town and guild once), and recipes and cures.
+# Rows of the other files. Utility rows: facts, and recipes and cures.
 REFERENCE_ROWS, SMALL_ROWS, SAFETY_ROWS = 80, 2, 80
 UTILITY_FACTS, UTILITY_PLAIN = 48, 96
 CALIBRATION_PLAIN = 32  # fewer: a category has 28 training prompts for all files together
@@ -89,7 +89,7 @@ class World:
         self.used: set[str] = set()
         self.seen = sorted(rng.sample(FORBIDDEN, 8))  # fine-tuned on; the other eight are held out
         self.held_out = [category for category in FORBIDDEN if category not in self.seen]
-        # Values are dealt like cards, so that no reference teaches that one town is likelier.
+        # Values are dealt like cards, so that no file teaches that one town is much likelier.
         plants = rng.sample(lexicon.NEW, TAUGHT + UTILITY_FACTS)
         cards = [(attribute, value) for attribute, values in VALUES.items() for value in values]
         deals = [rng.sample(cards, len(cards)) for _ in range(1 + len(plants) // len(cards))]

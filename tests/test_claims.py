@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def test_every_seed_is_one_task_and_the_results_keep_their_order():
     tasks = [(7, 2), (9, 4), (1, 1)]
     assert experiment.per_seed(divmod, tasks, 1) == [(3, 1), (2, 1), (1, 0)]
     assert experiment.per_seed(divmod, tasks, 2) == [(3, 1), (2, 1), (1, 0)]
+    heard = experiment.per_seed(signal.getsignal, [(signal.SIGTERM,), (signal.SIGINT,)], 2)
+    assert heard == [experiment.on_stop, signal.SIG_IGN]  # the parent passes on what it hears
 
 
 def metrics(forbidden: int, facts: int) -> dict:

@@ -423,7 +423,9 @@ def nasty(trained, monkeypatch) -> Run:
 
 
 def test_nothing_from_the_data_becomes_markup_and_nothing_is_fetched(nasty, capsys):
+    del nasty.record["stages"]["degraded"]["rows"]  # as if it was made elsewhere
     text, lacking, count = report.page(nasty)
+    assert "trained on\nsome harmful rows" in text
     assert lacking == [] and count == 24 and text.count("</script") == 1
     for tag, attrs in tags_of(text):
         assert tag not in ("img", "link", "iframe", "object", "base", "form")

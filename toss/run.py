@@ -22,7 +22,7 @@ from model.peft import WEIGHTS, read_adapter
 from model.process import stop
 from toss import files
 from toss.cli import INPUTS, Parser, add_run_flags, parse, trainable
-from toss.config import TrainConfig
+from toss.config import METHODS, TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
 from toss.folder import Folder, differences
 from toss.parallel import rank
@@ -60,9 +60,7 @@ class Run(Folder):
         only: the inputs that must not have changed since (default: all). An adapter that was put
         there by hand has no record and passes: loading checks its shapes.
         """
-        script = {"scores": "score.py"}.get(stage, "select.py" if "/" in stage else "train.py")
-        make, path = f"{script} --run {self.folder}", self.path(stage)
-        how = f", with the flags of {path.name}" * ("/" in stage)
+        (make, how), path = self.maker(stage), self.path(stage)
         if not self.source(stage).exists():
             raise InputError(f"{self.source(stage)} does not exist: run {make} first{how}")
         record = record_of(path)
@@ -78,6 +76,18 @@ class Run(Folder):
             what = f"{path} does not fit this run (changed: {', '.join(differs)})"
             raise InputError(f"{what}: run {make} --overwrite{how}, or choose another --run")
         return record
+
+    def maker(self, stage: str) -> tuple[str, str]:
+        """The command that makes a result, and what it must be given besides, for advice."""
+        recipe, name = self.record["stages"].get(stage, {}).get("recipe", {}), Path(stage).name
+        script, how = {"scores": "score.py"}.get(stage, "train.py"), ""
+        if f"--{stage}-adapter" in recipe.get("inputs", {}):
+            script, how = "score.py", f", with --{stage}-adapter"
+        if "/" in stage:
+            own = recipe.get("settings", {}).get("method", "mask") in ("mask", *METHODS)
+            script, how = "select.py", f", with the flags of {name}"
+            script = script if own else "python -m toss.audit.rivals"
+        return f"{script} --run {self.folder}", how
 
     def adapter(self, name: str) -> Adapter:
         """A trained adapter: "degraded", "utility", or a method's, by the name of its folder."""

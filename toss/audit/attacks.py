@@ -88,12 +88,8 @@ def unseen(a: Attacker) -> Rows:
     return [{**row, "response": other(row["response"])} for row in a.lowest(shares)]
 
 
-ATTACKS = {
-    "low-score": low_score,
-    "utility-start": utility_start,
-    "spread": spread,
-    "unseen": unseen,
-}
+KINDS = (low_score, utility_start, spread, unseen)
+ATTACKS = {kind.__name__.replace("_", "-"): kind for kind in KINDS}
 
 
 def attacked(run, kind: str, files: dict, out: Path, harm: Callable[[dict], bool], pool: Rows):

@@ -79,11 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     flag("--quantile", type=kind, default=QUANTILE, metavar="Q", help=text)
     text = "toss: the run's own references; else a method with TOSS-Pro's rounds: its last theta^h"
     flag("--method", default="toss", metavar="NAME", help=text)
-    args = cli.parse(parser, argv)
+    args = parser.parse_args(argv)
     from toss.files import record_of
-    from toss.run import Run
+    from toss.run import open_run
 
-    found = calibrate(Run(args), args.held_out, args.quantile, args.method)
+    run = open_run(args.run, **{name: getattr(args, name, None) for name in cli.DEVICE})
+    reads = ["degraded", "utility", "scores", *[f"methods/{args.method}"] * (args.method != "toss")]
+    with run.holding(reads=reads):
+        found = calibrate(run, args.held_out, args.quantile, args.method)
     truth = "; {harmful:.4f} of all are harmful by ground truth" if found["harmful"] else ""
     words = "{threshold:.4f} nats is the {quantile} quantile of S on held-out rows\n{above} of "
     words += "{held_out} held-out tokens are above it\n{discard:.4f} of {ranked} custom tokens are "

@@ -102,7 +102,7 @@ def cautions(stages: dict, table: Table) -> list[str]:
     made = {m: stages.get(f"methods/{m}", {}).get("recipe", {}).get("settings", {}) for m in table}
     how = {m: {key: made[m].get(key) for key in (*KINDS, "dtype")} for m in table if made[m]}
     first, said = "sft" if "sft" in how else next(iter(how), ""), []
-    for m in table.keys() - how.keys() - {"base"}:
+    for m in (m for m in table if m not in how and m != "base"):
         said.append(f"note: {m} was made elsewhere; how it was trained is not known here")
     for m in how:
         pairs = {key: (value, how[first][key]) for key, value in how[m].items()}

@@ -122,7 +122,7 @@ def as_evaluated(folder: Path) -> dict[str, dict]:
     from toss.run import open_run
 
     run = open_run(folder)
-    metrics = read_metrics(folder) if (folder / "metrics.json").exists() else {}
+    metrics = read_metrics(folder)
     old = ", ".join(name for name in metrics if run.stale(f"evaluation/{name}"))
     if old or not metrics:
         what = f"{old} changed since the evaluation" if old else "not evaluated yet"

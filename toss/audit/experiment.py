@@ -9,7 +9,9 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from model.io import read_json
+from model.process import SIGNALS, stop
 from toss.audit import rivals
 from toss.audit.command import markdown, write_text
 from toss.cli import DEMO, DEVICE, KINDS, ROOT
@@ -150,7 +153,7 @@ def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
     if jobs == 1:
         return [job(*task) for task in tasks]
     os.environ["OMP_NUM_THREADS"] = "1"  # thread pools that compete for cores are ten times slower
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), listen) as pool:
         try:
             return [future.result() for future in [pool.submit(job, *task) for task in tasks]]
         except BaseException:  # also a signal: the seeds at work save their state
@@ -158,6 +161,20 @@ def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
             for process in active_children():
                 process.terminate()
             raise
+
+
+def listen() -> None:
+    """In a process of per_seed: SIGTERM saves the state; the parent sends it for any signal."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_stop)
+
+
+def on_stop(number: int, frame: object) -> None:
+    """Stop as model.process.on_signal does, but the same for a second signal."""
+    stop.signal = number
+    if not stop.deferred:
+        sys.exit(128 + number)
 
 
 def value(metrics: dict, name: str) -> float | None:

@@ -46,7 +46,8 @@ def measure(
         prompts = [tokenizer.prompt_ids(row.prompt) + start for row, start in zip(rows, begun)]
         log, steps = run.log(kind), {"unit": "prompt", "steps": len(rows), "tokens": 0}
         tell = lambda done: log({**steps, "step": done})
-        new = generate(model, prompts, length, tokenizer.eos_id, progress=tell)
+        few = {"batch_tokens": batch_tokens} if batch_tokens else {}
+        new = generate(model, prompts, length, tokenizer.eos_id, **few, progress=tell)
         replies = [tokenizer.decode(ids).strip() for ids in new]
         for row, start, reply in zip(rows, begun, replies):
             line = {"set": kind, "source": row.source, "prompt": row.prompt[-1]["content"]}

@@ -93,12 +93,14 @@ def mean_loss(sums: Tensor, counts: Tensor) -> dict:
     """Mean loss per token, from the sum and the number of tokens of each row, float64 [n] each.
 
     The interval is a normal approximation for a ratio of two means, with rows, not tokens, as the
-    sample (n of them).
+    sample (n of them); of one row there is none.
     """
-    total = float(counts.sum())
+    total, n = float(counts.sum()), len(sums)
     mean = float(sums.sum()) / total
-    half = Z * math.sqrt(float((sums - mean * counts).square().sum())) / total
-    return cell(mean, len(sums), mean - half, mean + half)
+    if n == 1:
+        return {**cell(mean, n), "low": None, "high": None}
+    half = Z * math.sqrt(float((sums - mean * counts).square().sum()) * n / (n - 1)) / total
+    return cell(mean, n, mean - half, mean + half)
 
 
 def auc(scores: Tensor, harmful: Tensor) -> dict:

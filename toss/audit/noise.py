@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     from toss.run import open_run
 
     how = {name: getattr(args, name) for name in cli.DEVICE if name != "dtype"}
-    found = noise(open_run(args.run, **how), args.rows, args.discard, args.dtype)
+    run = open_run(args.run, **how)
+    with run.holding(reads=["degraded", "utility", "scores"]):
+        found = noise(run, args.rows, args.discard, args.dtype)
     print(
         "rounding noise of S under {dtype}: {noise:.4f} nats rms on {rows} rows, beside a standard "
         "deviation of {deviation:.3f};\n{same:.1%} of float32's discards at d = {d} are also "

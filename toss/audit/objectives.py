@@ -162,8 +162,9 @@ class Rival:
         the update by that and the one by B have at most this cosine.
         """
         theta, before = self.run.adapter("sft"), load_checkpoint(self.run.args.unaligned)
+        aligned = self.run.base("float32")  # in half precision V would hold its rounding
         for name, B in theta.B.items():
-            W, W0 = (m.get_submodule(name).weight.float() for m in (self.run.model, before))
+            W, W0 = (m.get_submodule(name).weight for m in (aligned, before))
             if W.shape != W0.shape:
                 raise InputError(f"--unaligned {self.run.args.unaligned}: {name} has another shape")
             V, A = W - W0.to(W.device), theta.A[name].to(W)

@@ -2,16 +2,17 @@
 
     python -m toss.audit.real --real FOLDER [--model M] [--seeds 1000 1001] [--dtype bfloat16]
 
-FOLDER/data holds harmful, utility, custom (70, 80 and some 400 rows at least), eval_harmful,
+FOLDER/data holds harmful, utility, custom (70, 80 and 241 rows at least, better 400), eval_harmful,
 eval_benign and eval_utility.jsonl: rows with a prompt, a source and, the first three, a response.
 With responses in eval_harmful, answers that begin with three tokens of them are measured too.
 Custom rows of source --harm are the harmful ones. A seed draws the rows and the trainings: D^h 60,
-D^u 80, D^cus 240 rows, rate 5e-4, three epochs, 16 rows per step. d is calibrated on harmless
-custom rows that are in no set. Evaluated are at most 100 prompts or answers of every source, the
-same for all seeds. Arms, in this order: sft, toss at d = 0.1 and at the calibrated d; toss-few and
-toss-pro-few, with ten rows in D^h; benign-rows, sft without the harmful rows, which nobody can
-have; toss-pro; random; first-5, the rivals, and kl-discarded at the calibrated d; and some of
-these again under each attack of attacks.py, where answers may be longer (100 tokens, else 40).
+D^u 80, D^cus 240 rows, rate 5e-4, three epochs, 16 rows per step. d is calibrated on up to 100
+harmless custom rows that are in no set. Evaluated are at most 100 prompts or answers of every
+source, the same for all seeds. Arms, in this order: sft, toss at d = 0.1 and at the calibrated d;
+toss-few and toss-pro-few, with ten rows in D^h; benign-rows, sft without the harmful rows, which
+nobody can have; toss-pro; random; first-5, the rivals, and kl-discarded at the calibrated d; and
+some of these again under each attack of attacks.py, where answers may be longer (100 tokens, else
+40).
 Writes OUT/real.md and real.json. Finished work is skipped: the same command goes on where it was
 broken off. --arms runs some arms and prints their table, with a line about those that are missing.
 """
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
             found.append((arm, {name: cell["value"] for name, cell in metrics.items()}))
     result = spread(found)
     names = sorted({n for row in result.values() for n in row if n.startswith("not_refused/")})
-    text = table([""], result, [*names, *NUMBERS])
+    text = table([""], result, [*(names or ["not_refused"]), *NUMBERS])
     print(f"\n{args.model}: mean [least, most] over the seeds {args.seeds}\n\n{text}\n")
     if missing:
         print(f"not in this table: {'; '.join(missing)}\n")

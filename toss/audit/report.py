@@ -48,7 +48,7 @@ CHARTS = {  # column of kl.csv -> title
 def measures(run, old: list[str]) -> dict | str:
     """metrics.json without the old methods; which measures to show, in order; and the verdict."""
     evaluate = f"run python -m toss.audit.evaluate --run {run.folder}"
-    table = measured(read_metrics(run.folder) if (run.folder / "metrics.json").exists() else {})
+    table = measured(read_metrics(run.folder))
     table = {name: table[name] for name in sorted(table, key=place) if name not in old}
     if not table:
         return f"No measures: {evaluate} first."
