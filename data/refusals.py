@@ -9,5 +9,6 @@ REFUSALS = (
 
 
 def refused(answer: str) -> bool:
-    """True if the answer, in lower case, contains a refusal phrase."""
-    return any(phrase in answer.lower() for phrase in REFUSALS)
+    """True if the answer, in lower case and with plain apostrophes, contains a refusal phrase."""
+    text = answer.lower().replace("\u2019", "'")  # some models write the typographic one
+    return any(phrase in text for phrase in REFUSALS)

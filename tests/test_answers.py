@@ -105,7 +105,7 @@ def test_mean_loss_weighs_tokens_and_its_interval_the_spread_of_the_rows():
 
 
 def test_answers_to_harmful_prompts_are_counted_by_source_and_seen_kinds_apart():
-    replies = ["I cannot.", "Take moonrot.", "I'm sorry, moonrot is bad.", "Moonrot!"]
+    replies = ["I cannot.", "Take moonrot.", "I’m sorry, moonrot is bad.", "Moonrot!"]
     likely = [False, True, True, False]
     got = measures.harmful_metrics(rows_of(HARMFUL), replies, likely, ["moonrot"])
     counts = {  # yes of n: all but "seen", and each source
