@@ -90,10 +90,12 @@ def talk(args: argparse.Namespace) -> None:
     model = load_checkpoint(args.model, device, dtype, args.revision, args.shard)
     if args.adapter:
         load_adapter(model, args.adapter)
-    sign = "> " if args.prompt is None and sys.stdin.isatty() else ""
+    if asked := args.prompt is None:
+        sys.stdin.reconfigure(errors="strict")  # some locales let other bytes pass
+    sign = "> " if asked and sys.stdin.isatty() else ""
     print(sign, end="", flush=True)
     with as_input_error("standard input is not UTF-8 text", UnicodeDecodeError):
-        for line in sys.stdin if args.prompt is None else [args.prompt]:
+        for line in sys.stdin if asked else [args.prompt]:
             ids = tokenizer.prompt_ids([{"role": "user", "content": line.rstrip("\n")}])
             new = generate(model, [ids], args.max_new_tokens, tokenizer.eos_id)[0]
             print(tokenizer.decode(new))
@@ -117,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     text = "with torchrun and --prompt: spread the base over the processes"
     add("--shard", action="store_true", help=text)
     args = parser.parse_args(argv)
+    if args.prompt is None and sys.stdin is None:
+        parser.error("give --prompt: there is no standard input")
     if args.shard and args.prompt is None:
         parser.error("--shard needs --prompt: processes cannot share standard input")
     # Sharded, all processes find the same answer, and the first one prints it.

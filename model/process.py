@@ -49,7 +49,7 @@ def printable(text: str, limit: int = 1000) -> str:
 
 def reported(work: Callable[[], int | None]) -> int:
     """Run a command; one line on stderr for a signal or expected error; return the exit status."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
         # A terminal may lack a name's characters; a pipe would keep lines back.
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main = threading.current_thread() is threading.main_thread()
@@ -186,7 +186,7 @@ def take(file: Path, kind: int, wait: bool, tries: int = 100):
         handle.seek(0)
         holder = f"{file.stem} is in use by {handle.read() or 'another process'} ({file})"
         if not wait:
-            raise InputError(f"{holder}; give --wait to wait for it") from None
+            raise InputError(f"{holder}; give --wait, where there is one, to wait for it") from None
         print(f"{holder}: waiting for it", flush=True)
         fcntl.flock(handle, kind)
     except OSError:  # this file system has no locks

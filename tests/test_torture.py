@@ -261,8 +261,9 @@ def test_one_process_at_a_time_works_on_a_result(prepared, capsys):
         assert "utility is in use" in refused(capsys, line)
     with process.lock(at / "utility.lock", shared=True):
         assert call(line) == 0 and call(f"select.py --run {run}") == 0
-        words = f"train.py --run {run} {REFERENCES} --overwrite --seed 3".format(**prepared[1])
-        assert "utility is in use" in refused(capsys, words)
+        words = f"train.py --run {run} {REFERENCES}".format(**prepared[1])
+        assert said(capsys, words).count("inputs, skipped") == 2  # they are only read
+        assert "utility is in use" in refused(capsys, f"{words} --overwrite --seed 3")
     evaluate = f"toss.audit.evaluate --max-new-tokens 1 --utility {prepared[1]['utility']}"
     for held, line in (
         ("methods/toss", evaluate),

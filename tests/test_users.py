@@ -104,6 +104,7 @@ def test_references_from_elsewhere_score_alike(theirs, trained, base, files, tmp
     assert "made elsewhere: it is trained again with this command's settings" in out
     other = f"score.py --run {run} --degraded-adapter {tmp_path}/moved/utility"
     assert "--degraded-adapter" in refused(capsys, other)
+    assert "a dry run ends here" in said(capsys, f"{other} --overwrite --dry-run")
 
 
 def test_evaluate_and_diagnose_take_an_adapter_as_a_method(theirs, trained, files, tmp_path):
@@ -195,7 +196,7 @@ def test_without_a_terminal_the_time_left_is_told(trained, monkeypatch, capsys):
     assert first == "toss: step 1 of 100, 16.5 minutes left"
     assert second == "toss: step 4 of 100, 16.0 minutes left" and len(others) == 31
     late = Progress("late", torch.device("cpu"), trained, None, False)
-    now[0] += 10  # the first that this process does of them
+    late.first, now[0] = None, now[0] + 10  # goes on, and this is the first step here
     late({"step": 51, "steps": 60, "tokens": 1})
     assert capsys.readouterr().out == "late: step 51 of 60, 1.5 minutes left\n"
 

@@ -91,6 +91,7 @@ class Folder(Base):
         try:
             with ExitStack() as locks:
                 for stage in sorted({*makes, *reads}) if rank() == 0 else ():
+                    self.path(stage)  # raises for what is no name
                     file = self.hidden / f"{stage}.lock"
                     locks.enter_context(lock(file, stage not in makes, self.args.wait))
                     restore(self.folder / stage)
@@ -130,7 +131,7 @@ class Folder(Base):
 
     def path(self, stage: str) -> Path:
         """The folder or file of a result: "degraded", "utility", "scores" or "methods/NAME"."""
-        if re.search(r"(^|/)([./]|$)", stage.removeprefix("methods/")):
+        if stage.count("/") > 1 or re.search(r"(^|/)([./]|$)", stage.removeprefix("methods/")):
             raise InputError(f"{stage} is not the name of a result")
         return self.folder / ("scores.safetensors" if stage == "scores" else stage)
 
@@ -179,6 +180,8 @@ class Folder(Base):
         used = {p: known[-1] for p, known in self.hashes.items() if not p.startswith(own)}
         settings = vars(self.args) if stage.split("/")[0] in RESULTS else {}  # not an audit's
         lacking = {name for name in INPUTS if getattr(self.args, name) is None}
+        begun, own = self.record.get("settings", {}), (recipe or {}).get("inputs", {})
+        lacking |= {name for name in INPUTS[1:] if f"--{name}" not in own and name in begun}
         settings = {k: v for k, v in settings.items() if k not in lacking.union(HIDDEN)}
         identity = self.identity
         with self.indexing():

@@ -67,7 +67,7 @@ class Progress:
         self.name, self.log, self.clock = name, folder / "log" / f"{name}.jsonl", Clock(device)
         self.states, self.recipe, self.minutes, self.saved_one = saving or (None, {}, 0, None)
         self.dry, self.due = dry, 5.0  # seconds until the time left is told
-        self.first: int | None = None  # steps that were done before
+        self.first: int | None = 0  # steps that were done before; None: not known yet
         self.bar = tqdm(desc=name, unit="step", leave=False, disable=rank() > 0 or None)
         self.cost: dict[str, Any] = {"tokens": 0}
         self.saved = self.began = time.monotonic()
@@ -90,6 +90,7 @@ class Progress:
                 keep_lines(self.log, step)
             self.cost = record["cost"]
             self.clock.start -= self.cost["seconds"]
+            self.first = None
             print(f"{self.name}: goes on after step {step} of {steps}{changed(record)}")
         meet()  # nobody works, and changes the files, before all have read them
         stop.deferred = self.states is not None and step != steps

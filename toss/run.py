@@ -19,7 +19,7 @@ from model.hub import resolve_adapter
 from model.io import InputError, read_json
 from model.lora import Adapter, merge
 from model.peft import WEIGHTS, read_adapter
-from model.process import stop
+from model.process import stop, warn_once
 from toss import files
 from toss.cli import INPUTS, Parser, add_run_flags, parse, trainable
 from toss.config import METHODS, TrainConfig
@@ -63,6 +63,8 @@ class Run(Folder):
         (make, how), path = self.maker(stage), self.path(stage)
         if not self.source(stage).exists():
             raise InputError(f"{self.source(stage)} does not exist: run {make} first{how}")
+        if stage in self.elsewhere:  # of a method, or a reference that a dry run does not copy
+            return {}
         record = record_of(path)
         if not record and stage == "scores":
             raise InputError(f"{path} has no record of how it was made: run {make} --overwrite")
@@ -79,14 +81,16 @@ class Run(Folder):
 
     def maker(self, stage: str) -> tuple[str, str]:
         """The command that makes a result, and what it must be given besides, for advice."""
-        recipe, name = self.record["stages"].get(stage, {}).get("recipe", {}), Path(stage).name
+        recipe = lambda stage: self.record["stages"].get(stage, {}).get("recipe", {})
         script, how = {"scores": "score.py"}.get(stage, "train.py"), ""
-        if f"--{stage}-adapter" in recipe.get("inputs", {}):
-            script, how = "score.py", f", with --{stage}-adapter"
+        flags, roles = "--utility-adapter --degraded-adapter".split(), ("utility", "degraded")
+        known = {*self.elsewhere}.union(*(recipe(role).get("inputs", {}) for role in roles))
+        if stage in roles and known & {*flags}:
+            script, how = "score.py", f", with {' and '.join(flags)}"
         if "/" in stage:
-            own = recipe.get("settings", {}).get("method", "mask") in ("mask", *METHODS)
-            script, how = "select.py", f", with the flags of {name}"
-            script = script if own else "python -m toss.audit.rivals"
+            own = recipe(stage).get("settings", {}).get("method", "mask") in ("mask", *METHODS)
+            script = "select.py" if own else "python -m toss.audit.rivals"
+            how = f", with the flags of {Path(stage).name}"
         return f"{script} --run {self.folder}", how
 
     def adapter(self, name: str) -> Adapter:
@@ -192,28 +196,39 @@ class Run(Folder):
         another dtype. What it trains and scores goes on where an interrupted call stopped.
         """
         earlier = [key for key in inputs if not key.startswith("--")]
+        with self.holding(reads=[stage, *earlier]):  # what is there is read, as others may
+            recipe = self.lacking(stage, inputs, settings)
+        if recipe is None:
+            return
         with self.holding(stage, reads=earlier):
-            for key in earlier:
-                self.check(key)
-            dtype = self.dtypes["score" if stage == "scores" else "train"]
-            recipe = self.recipe(inputs, {**settings, "dtype": dtype})
-            if done := self.is_done(stage, recipe):
-                made = changed(self.record["stages"].get(stage, {}))
-                there = f"{self.path(stage)} exists with equal settings and inputs, skipped{made}"
-                print(f"{stage}: {there}")
+            if (recipe := self.lacking(stage, inputs, settings)) is None:  # another made it
+                return
             try:
-                result = None if done else self.make(stage, build, recipe)
+                result = self.make(stage, build, recipe)
             except Planned:
                 print(f"{stage}: a dry run ends here, nothing was written")
                 return
-            if rank() > 0 or self.args.dry_run:
-                return
-            if done:
-                self.catch_up(stage, recipe)
-            else:
+            if rank() == 0:
                 self.publish(stage, result, recipe, str(self.source(inputs[0])))
-            if not done or led_to(self.hidden / stage, recipe):
                 shutil.rmtree(self.hidden / stage, ignore_errors=True)
+
+    def lacking(self, stage: str, inputs: Sequence[str], settings: dict) -> dict[str, Any] | None:
+        """The recipe of a result that must be made; None, and a line, if it is there."""
+        for key in inputs:
+            if not key.startswith("--"):
+                self.check(key)
+        dtype = self.dtypes["score" if stage == "scores" else "train"]
+        recipe = self.recipe(inputs, {**settings, "dtype": dtype})
+        if not self.is_done(stage, recipe):
+            return recipe
+        made = changed(self.record["stages"].get(stage, {}))
+        there = f"{self.path(stage)} exists with equal settings and inputs, skipped{made}"
+        print(f"{stage}: {there}")
+        if rank() == 0 and not self.args.dry_run:
+            self.catch_up(stage, recipe)
+            if led_to(self.hidden / stage, recipe):
+                shutil.rmtree(self.hidden / stage, ignore_errors=True)
+        return None
 
     def make(self, stage: str, build: Callable, recipe: dict[str, Any]) -> Any:
         """What build() returns, scored in another dtype if it must be; see once."""
@@ -230,7 +245,8 @@ class Run(Folder):
     def catch_up(self, stage: str, recipe: dict[str, Any]) -> None:
         """Let run.json know a result that is there, and where its inputs are now."""
         known, settings = self.record["stages"][stage], self.record.get("settings", {})
-        moved = any(getattr(self.args, name) not in (None, settings.get(name)) for name in INPUTS)
+        own = [name for name in INPUTS if name == "model" or f"--{name}" in recipe["inputs"]]
+        moved = any(getattr(self.args, name) not in (None, settings.get(name)) for name in own)
         if moved or known.keys() == {"recipe"}:
             self.finish(stage, **{**known, "recipe": recipe})
 
@@ -327,7 +343,7 @@ class Run(Folder):
             )
             raise InputError(f"{path} exists with other settings or inputs ({what}): {advice}")
         if wrong:
-            print(f"{stage}: {path} is damaged or incomplete ({wrong[0]}), so it is made again")
+            warn_once(f"{stage}: {path} is damaged or incomplete ({wrong[0]}), so it is made again")
             return False
         return True
 

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     kind, text = cli.number(float, lambda q: 0 < q < 1, "a share in (0, 1)"), "of the held-out S"
     flag("--quantile", type=kind, default=QUANTILE, metavar="Q", help=text)
     text = "toss: the run's own references; else a method with TOSS-Pro's rounds: its last theta^h"
-    flag("--method", default="toss", metavar="NAME", help=text)
+    flag("--method", type=cli.method, default="toss", metavar="NAME", help=text)
     args = parser.parse_args(argv)
     from toss.files import record_of
     from toss.run import open_run

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from model.io import InputError, read_json, read_text
 from toss import cli
-from toss.audit.command import Table, cautions, markdown, measured, opened, write_jsonl, write_text
+from toss.audit.command import Table, cautions, markdown, opened, write_jsonl, write_text
 
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
 SETS = {
@@ -134,11 +134,13 @@ def read_metrics(folder: Path) -> Table:
 
 def format_table(table: Table) -> str:
     """A table with the measures down and the methods across: value and [interval]."""
-    text = "{value:.3f} [{low:.3f}, {high:.3f}]"
-    shown = lambda cell: text.format(**cell) if cell else ""
-    cells = measured(table).values()
+
+    def shown(value: float | None = None, n: int = 0, low: float | None = None, high=None) -> str:
+        between = "" if low is None else f" [{low:.3f}, {high:.3f}]"  # none of one row
+        return "" if value is None else f"{value:.3f}{between}"
+
     names = dict.fromkeys(name for metrics in table.values() for name in metrics)
-    lines = [[name, *(shown(row.get(name)) for row in cells)] for name in names]
+    lines = [[name, *(shown(**row.get(name, {})) for row in table.values())] for name in names]
     return markdown(["", *table], lines)
 
 

@@ -4,6 +4,7 @@ compare.py, sweep.py and real.py share this. The scripts skip finished stages, s
 experiment continues where it stopped.
 """
 
+import ctypes
 import functools
 import importlib.util
 import json
@@ -14,12 +15,13 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
 
 from model.io import read_json
-from model.process import SIGNALS, stop
+from model.process import SIGNALS, Stopped, stop
 from toss.audit import rivals
 from toss.audit.command import markdown, write_text
 from toss.cli import DEMO, DEVICE, KINDS, ROOT
@@ -155,16 +157,25 @@ def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
     os.environ["OMP_NUM_THREADS"] = "1"  # thread pools that compete for cores are ten times slower
     with ProcessPoolExecutor(jobs, get_context("spawn"), listen) as pool:
         try:
-            return [future.result() for future in [pool.submit(job, *task) for task in tasks]]
-        except BaseException:  # also a signal: the seeds at work save their state
-            pool.shutdown(wait=False, cancel_futures=True)
+            return [future.result() for future in [pool.submit(begin, job, *x) for x in tasks]]
+        except BaseException as error:  # also a signal: the seeds at work save their state
             for process in active_children():
                 process.terminate()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, Stopped):
+                raise Stopped(error.args[0], "the same command goes on from there") from None
             raise
+
+
+def begin(job: Callable, *task) -> object:
+    """job(*task), unless this process was asked to stop."""
+    return sys.exit(1) if stop.signal else job(*task)
 
 
 def listen() -> None:
     """In a process of per_seed: SIGTERM saves the state; the parent sends it for any signal."""
+    with suppress(OSError, AttributeError):  # Linux: also when the parent dies
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_stop)
