@@ -81,14 +81,12 @@ class Run(Folder):
 
     def maker(self, stage: str) -> tuple[str, str]:
         """The command that makes a result, and what it must be given besides, for advice."""
-        recipe = lambda stage: self.record["stages"].get(stage, {}).get("recipe", {})
-        script, how = {"scores": "score.py"}.get(stage, "train.py"), ""
-        flags, roles = "--utility-adapter --degraded-adapter".split(), ("utility", "degraded")
-        known = {*self.elsewhere}.union(*(recipe(role).get("inputs", {}) for role in roles))
-        if stage in roles and known & {*flags}:
-            script, how = "score.py", f", with {' and '.join(flags)}"
-        if "/" in stage:
-            own = recipe(stage).get("settings", {}).get("method", "mask") in ("mask", *METHODS)
+        recipe = self.record["stages"].get(stage, {}).get("recipe", {})
+        script, how = "train.py", ", or score.py with both --utility-adapter and --degraded-adapter"
+        if stage == "scores":
+            script, how = "score.py", ""
+        elif "/" in stage:
+            own = recipe.get("settings", {}).get("method", "mask") in ("mask", *METHODS)
             script = "select.py" if own else "python -m toss.audit.rivals"
             how = f", with the flags of {Path(stage).name}"
         return f"{script} --run {self.folder}", how
