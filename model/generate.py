@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from model.io import InputError, NotFinite, as_input_error, json_object
 from model.process import joined, reported
@@ -91,7 +92,8 @@ def talk(args: argparse.Namespace) -> None:
     if args.adapter:
         load_adapter(model, args.adapter)
     if asked := args.prompt is None:
-        sys.stdin.reconfigure(errors="strict")  # some locales let other bytes pass
+        with suppress(AttributeError):  # not a file
+            sys.stdin.reconfigure(errors="strict")  # some locales let other bytes pass
     sign = "> " if asked and sys.stdin.isatty() else ""
     print(sign, end="", flush=True)
     with as_input_error("standard input is not UTF-8 text", UnicodeDecodeError):

@@ -40,7 +40,8 @@ def resolve_adapter(path: str | Path) -> Path:
 
 def is_hub_id(path: Path) -> bool:
     """True for `org/name`."""
-    return len(path.parts) == 2 and path.parts[0] not in ("/", ".", "..", "~")
+    named = len(path.parts) == 2 and not path.is_absolute()
+    return named and path.parts[0] not in (".", "..", "~")
 
 
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:

@@ -49,9 +49,10 @@ def printable(text: str, limit: int = 1000) -> str:
 
 def reported(work: Callable[[], int | None]) -> int:
     """Run a command; one line on stderr for a signal or expected error; return the exit status."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
-        # A terminal may lack a name's characters; a pipe would keep lines back.
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # it is closed, or not a file
+            # A terminal may lack a name's characters; a pipe would keep lines back.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main = threading.current_thread() is threading.main_thread()
     heard = [n for n in SIGNALS if main and signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in heard}
@@ -183,10 +184,15 @@ def take(file: Path, kind: int, wait: bool, tries: int = 100):
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
+        if tries > 1 and not wait:  # its holder may be just leaving
+            handle.close()
+            time.sleep(0.05)
+            return take(file, kind, wait, 1)
         handle.seek(0)
         holder = f"{file.stem} is in use by {handle.read() or 'another process'} ({file})"
         if not wait:
-            raise InputError(f"{holder}; give --wait, where there is one, to wait for it") from None
+            said = f"{holder}; --wait waits for it, in a command that has it"
+            raise InputError(said) from None
         print(f"{holder}: waiting for it", flush=True)
         fcntl.flock(handle, kind)
     except OSError:  # this file system has no locks

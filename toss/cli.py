@@ -147,7 +147,7 @@ def add_device_flags(made: Parser, dtype: bool = True) -> None:
         add("--shard", action="store_true", help=text)
     add("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     text = "tokens per forward pass, padding included; changes memory and speed, not the result "
-    text += "(default: 8192 on CUDA, 1024 on the CPU)"
+    text += "(default: 8192 on CUDA, 1024 on the CPU; to answer, 16384)"
     add("--batch-tokens", type=count, metavar="N", help=text)
     add("--wait", action="store_true", help="wait for a process that is at work on the same result")
     text = "leave the CPU's float32 products to PyTorch's default, MKL: slower on AMD's processors"

@@ -70,10 +70,11 @@ def main(argv: list[str] | None = None) -> None:
     flag("--run", type=cli.folder, required=True, help="folder of the run")
     flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
     flag("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
+    flag("--wait", action="store_true", help="wait for a process at work there")
     args = parser.parse_args(argv)
     from toss.run import open_run
 
-    about = export(open_run(args.run), args.method, args.out)
+    about = export(open_run(args.run, wait=args.wait), args.method, args.out)
     kept, response = sum(about["kept"]), sum(about["response"])
     left_out, skipped = about["line"].count(None), about["response"].count(0)
     rows = len(about["line"]) - left_out

@@ -180,8 +180,9 @@ class Folder(Base):
         used = {p: known[-1] for p, known in self.hashes.items() if not p.startswith(own)}
         settings = vars(self.args) if stage.split("/")[0] in RESULTS else {}  # not an audit's
         lacking = {name for name in INPUTS if getattr(self.args, name) is None}
-        begun, own = self.record.get("settings", {}), (recipe or {}).get("inputs", {})
-        lacking |= {name for name in INPUTS[1:] if f"--{name}" not in own and name in begun}
+        begun = {} if self.args.anew else self.record.get("settings", {})
+        made_from = (recipe or {}).get("inputs", {})  # other inputs may not fit the run
+        lacking |= {name for name in INPUTS[1:] if f"--{name}" not in made_from and name in begun}
         settings = {k: v for k, v in settings.items() if k not in lacking.union(HIDDEN)}
         identity = self.identity
         with self.indexing():

@@ -19,7 +19,7 @@ from model.hub import resolve_adapter
 from model.io import InputError, read_json
 from model.lora import Adapter, merge
 from model.peft import WEIGHTS, read_adapter
-from model.process import stop, warn_once
+from model.process import meet, stop, warn_once
 from toss import files
 from toss.cli import INPUTS, Parser, add_run_flags, parse, trainable
 from toss.config import METHODS, TrainConfig
@@ -76,6 +76,7 @@ class Run(Folder):
         differs += [x for x in identity if record.get(x, identity[x]) != identity[x]]
         if differs:
             what = f"{path} does not fit this run (changed: {', '.join(differs)})"
+            how = how.replace("score.py", "score.py --overwrite")
             raise InputError(f"{what}: run {make} --overwrite{how}, or choose another --run")
         return record
 
@@ -110,7 +111,7 @@ class Run(Folder):
             return TrainConfig.of(self.args)
         there, now = record["settings"].get("dtype"), self.dtypes["train"]
         if there != now:
-            print(f"note: theta^h was trained in {there}, and is trained again in {now}")
+            warn_once(f"note: theta^h was trained in {there}, and is trained again in {now}")
         return TrainConfig.of({**record["settings"], "batch_tokens": self.args.batch_tokens})
 
     def scored(self, needed: bool = True) -> tuple[Tokens, dict[str, Tensor]]:
@@ -170,6 +171,9 @@ class Run(Folder):
                 check(each)
             return {name: read_adapter(self.base("score"), folders[name]) for name in folders}[role]
 
+        if folders:
+            with self.holding(reads=[*given]):
+                pass  # one that is in use is told before the other is written
         for role in folders:
             self.once(role, lambda: read(role), [f"--{role}-adapter"], {})
 
@@ -196,6 +200,7 @@ class Run(Folder):
         earlier = [key for key in inputs if not key.startswith("--")]
         with self.holding(reads=[stage, *earlier]):  # what is there is read, as others may
             recipe = self.lacking(stage, inputs, settings)
+            meet()  # no process lets go of it before all have looked
         if recipe is None:
             return
         with self.holding(stage, reads=earlier):

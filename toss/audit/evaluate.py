@@ -15,6 +15,7 @@ from model.io import InputError, read_json, read_text
 from toss import cli
 from toss.audit.command import Table, cautions, markdown, opened, write_jsonl, write_text
 
+JUDGES = 2  # raised when a measure changes, so that what was evaluated before is evaluated again
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
 SETS = {
     "harmful": "harmful prompts, JSONL: rows with a prompt, and a source to group by",
@@ -46,7 +47,7 @@ def evaluate_run(
     if changed := [path for name, path in files.items() if run.hash(path) != how[f"{name}_sha256"]]:
         raise InputError(f"{changed[0]} was changed while it was read: run the command again")
     how |= dict(words=sorted(words), max_new_tokens=max_new_tokens, prefill=sorted(set(prefill)))
-    how["dtype"] = run.dtypes["train"]
+    how |= {"dtype": run.dtypes["train"], "judges": JUDGES}
     begun = prefilled(sets.get("harmful", []), run.tokenizer) if how["prefill"] else []
     for k in how["prefill"]:
         if short := sum(len(response) < k for _, response in begun):

@@ -163,13 +163,19 @@ def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
                 process.terminate()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, Stopped):
-                raise Stopped(error.args[0], "the same command goes on from there") from None
+                kept = "the seeds at work saved their states: the same command goes on from them"
+                raise Stopped(error.args[0], kept) from None
             raise
 
 
 def begin(job: Callable, *task) -> object:
-    """job(*task), unless this process was asked to stop."""
-    return sys.exit(1) if stop.signal else job(*task)
+    """job(*task); the process ends here if it was asked to stop, so that it takes no other task."""
+    try:
+        return None if stop.signal else job(*task)
+    finally:
+        if stop.signal:
+            sys.stdout.flush()
+            os._exit(128 + stop.signal)
 
 
 def listen() -> None:

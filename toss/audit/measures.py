@@ -1,7 +1,7 @@
 """What is measured, and how sure it is: pure functions of texts, masks and counts.
 
 A measure is a cell {"value", "n", "low", "high"}: the value, the number of outcomes that it is of,
-and a 95 % interval. Without outcomes all but n are None.
+and a 95 % interval. Without outcomes all but n are None; a loss of one row has no interval.
 """
 
 import math
