@@ -131,7 +131,7 @@ class Folder(Base):
 
     def path(self, stage: str) -> Path:
         """The folder or file of a result: "degraded", "utility", "scores" or "methods/NAME"."""
-        if stage.count("/") > 1 or re.search(r"(^|/)([./]|$)", stage.removeprefix("methods/")):
+        if re.search(r"(^|/)([./]|$)", stage.removeprefix("methods/")):
             raise InputError(f"{stage} is not the name of a result")
         return self.folder / ("scores.safetensors" if stage == "scores" else stage)
 
