@@ -139,9 +139,10 @@ WORDS = {"type": "WordLevel", "vocab": {"a": 0, "Ċ": 1}, "unk_token": "<unk>"} 
 SPANS = ([0, 9], [2, 1], [False, True])  # of a response of three characters
 ECHO = b"{{ messages[-1].content if messages|length > 1 }}"  # a template of responses alone
 SCORES, NO_TENSORS = "run/scores.safetensors", (b"", b"\x10\0\0\0\0\0\0\0{}", b"\xff" * 500)
-NOT_READ, NOT_JSON = "cannot be read as safetensors", (("{", "not JSON"), ("[]", ".*JSON object"))
+NOT_READ = "cannot be read as safetensors"
 ADOPT = "score.py --run {run} --utility-adapter {run}/degraded --degraded-adapter {run}/degraded"
-ADAPTER, ARRAYS = "degraded/adapter_model.safetensors", ("loss_utility", "input_ids", "response")
+ADAPTER = "degraded/adapter_model.safetensors"
+ARRAYS = ("loss_utility", "input_ids", "response")
 TABLE = [
     # Rows
     *((ROWS, row(x), "bad.jsonl:2: not JSON") for x in ("{", "[" * 100_000)),
@@ -223,7 +224,8 @@ TABLE = [
     *((MASK, mask(tokens_sha256=TRAVEL, **{k: v}), f"different: {k}") for k, v in HEADER.items()),
     (MASK + " --method toss --discard 0.1", mask(), "--mask .* --discard and --method"),
     # run.json
-    *((SELECT, file(x, "run/run.json"), f"run.json: {y}") for x, y in NOT_JSON),
+    (SELECT, file("{", "run/run.json"), "run.json: not JSON"),
+    (SELECT, file("[]", "run/run.json"), "run.json: .*JSON object"),
     (SELECT, index("format"), "run.json .*another version"),
     (SELECT, index(settings={}), "has no base yet: .*--model"),
     *((SELECT, index(**fields), "run.json: .*name the inputs again") for fields in INDEX),

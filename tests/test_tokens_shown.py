@@ -13,17 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    GOLDENS,
-    ROOT,
-    damage,
-    edit_json,
-    edit_tensors,
-    fails,
-    make_base,
-    script,
-    write_jsonl,
-)
+from conftest import GOLDENS, damage, edit_json, edit_tensors, fails, make_base, script, write_jsonl
 from helpers import random_adapter, refused, said
 
 from model import load_checkpoint
@@ -175,8 +165,8 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     model = load_checkpoint(other)
     save_adapter(use(model, random_adapter(model)), tmp_path / "alien")
     paths = {"run": place, "copy": copy, "base": base, "other": other, "tmp": tmp_path}
-    for line in (ROOT / "tests/shown.txt").read_text().splitlines():
-        argv, words = line.format(**paths, goldens=GOLDENS).split(" -> ")
+    for line in (GOLDENS.parent / "shown.txt").read_text().splitlines():
+        argv, words = line.format(**paths, goldens=GOLDENS)[:-1].split(" -> ")  # less the stop
         status, out = show.main(argv.split()), capsys.readouterr().out
         assert words in out and status == 2 * (words[:2] in (", ", "re"))
         last = f"{argv.split()[0]}: " + (f"does not fit {place}: " if status else "fits\n")

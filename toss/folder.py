@@ -181,8 +181,7 @@ class Folder(Base):
         settings = vars(self.args) if stage.split("/")[0] in RESULTS else {}  # not an audit's
         lacking = {name for name in INPUTS if getattr(self.args, name) is None}
         begun = {} if self.args.anew else self.record.get("settings", {})
-        made_from = (recipe or {}).get("inputs", {})  # other inputs may not fit the run
-        lacking |= {name for name in INPUTS[1:] if f"--{name}" not in made_from and name in begun}
+        lacking |= begun.keys() & {*INPUTS} - {*inputs_of(recipe or {})}  # others may not fit
         settings = {k: v for k, v in settings.items() if k not in lacking.union(HIDDEN)}
         identity = self.identity
         with self.indexing():
@@ -199,6 +198,11 @@ class Folder(Base):
                 self.args.damaged = False
             with atomic_file(self.file) as file:
                 file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def inputs_of(recipe: dict) -> list[str]:
+    """The inputs that a result was made from, by their names in a run's settings."""
+    return [name for name in INPUTS if name == "model" or f"--{name}" in recipe.get("inputs", {})]
 
 
 def differences(known: dict, wanted: dict) -> list[str]:

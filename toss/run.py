@@ -24,7 +24,7 @@ from toss import files
 from toss.cli import INPUTS, Parser, add_run_flags, parse, trainable
 from toss.config import METHODS, TrainConfig
 from toss.files import fingerprint, load_selection, lost_rows, read_scores, record_of
-from toss.folder import Folder, differences
+from toss.folder import Folder, differences, inputs_of
 from toss.parallel import rank
 from toss.progress import Planned, Progress, arithmetic, changed, cost_of, led_to
 from toss.selection import competing_tokens
@@ -60,37 +60,41 @@ class Run(Folder):
         only: the inputs that must not have changed since (default: all). An adapter that was put
         there by hand has no record and passes: loading checks its shapes.
         """
-        (make, how), path = self.maker(stage), self.path(stage)
+        path = self.path(stage)
         if not self.source(stage).exists():
-            raise InputError(f"{self.source(stage)} does not exist: run {make} first{how}")
+            raise InputError(f"{self.source(stage)} does not exist: {self.advice(stage, 'first')}")
         if stage in self.elsewhere:  # of a method, or a reference that a dry run does not copy
             return {}
         record = record_of(path)
         if not record and stage == "scores":
-            raise InputError(f"{path} has no record of how it was made: run {make} --overwrite")
+            what = f"{path} has no record of how it was made"
+            raise InputError(f"{what}: {self.advice(stage, '--overwrite')}")
         if path.is_dir() and (wrong := files.damaged(path, record, self.hash)):
-            raise InputError(f"{path} is damaged or incomplete ({wrong[0]}): run {make} again{how}")
+            what = f"{path} is damaged or incomplete ({wrong[0]})"
+            raise InputError(f"{what}: {self.advice(stage, 'again')}")
         identity = self.identity  # raises if the base was moved, or is another one
         differs = set(self.stale(stage)) - identity.keys()  # of these the record itself tells
         differs = sorted(x for x in differs if only is None or x in only)
         differs += [x for x in identity if record.get(x, identity[x]) != identity[x]]
         if differs:
             what = f"{path} does not fit this run (changed: {', '.join(differs)})"
-            how = how.replace("score.py", "score.py --overwrite")
-            raise InputError(f"{what}: run {make} --overwrite{how}, or choose another --run")
+            advice = self.advice(stage, "--overwrite")
+            raise InputError(f"{what}: {advice}, or choose another --run")
         return record
 
-    def maker(self, stage: str) -> tuple[str, str]:
-        """The command that makes a result, and what it must be given besides, for advice."""
+    def advice(self, stage: str, word: str) -> str:
+        """What to run to make a result. word: "first", "again" or "--overwrite"."""
         recipe = self.record["stages"].get(stage, {}).get("recipe", {})
-        script, how = "train.py", ", or score.py with both --utility-adapter and --degraded-adapter"
+        both = "with both --utility-adapter and --degraded-adapter"
+        other = "score.py --overwrite" if word == "--overwrite" else "score.py"
+        script, more = "train.py", f", or {other} {both}"
         if stage == "scores":
-            script, how = "score.py", ""
+            script, more = "score.py", ""
         elif "/" in stage:
             own = recipe.get("settings", {}).get("method", "mask") in ("mask", *METHODS)
             script = "select.py" if own else "python -m toss.audit.rivals"
-            how = f", with the flags of {Path(stage).name}"
-        return f"{script} --run {self.folder}", how
+            more = f", with the flags of {Path(stage).name}"
+        return f"run {script} --run {self.folder} {word}{more}"
 
     def adapter(self, name: str) -> Adapter:
         """A trained adapter: "degraded", "utility", or a method's, by the name of its folder."""
@@ -248,7 +252,7 @@ class Run(Folder):
     def catch_up(self, stage: str, recipe: dict[str, Any]) -> None:
         """Let run.json know a result that is there, and where its inputs are now."""
         known, settings = self.record["stages"][stage], self.record.get("settings", {})
-        own = [name for name in INPUTS if name == "model" or f"--{name}" in recipe["inputs"]]
+        own = inputs_of(recipe)
         moved = any(getattr(self.args, name) not in (None, settings.get(name)) for name in own)
         if moved or known.keys() == {"recipe"}:
             self.finish(stage, **{**known, "recipe": recipe})

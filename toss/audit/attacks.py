@@ -88,8 +88,7 @@ def unseen(a: Attacker) -> Rows:
     return [{**row, "response": other(row["response"])} for row in a.lowest(shares)]
 
 
-KINDS = (low_score, utility_start, spread, unseen)
-ATTACKS = {kind.__name__.replace("_", "-"): kind for kind in KINDS}
+ATTACKS = {f.__name__.replace("_", "-"): f for f in (low_score, utility_start, spread, unseen)}
 
 
 def attacked(run, kind: str, files: dict, out: Path, harm: Callable[[dict], bool], pool: Rows):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.io import InputError
 from toss import cli
-from toss.audit.command import losses_under
+from toss.audit.command import losses_under, run_of
 
 QUANTILE = 0.99
 
@@ -81,9 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     flag("--method", type=cli.method, default="toss", metavar="NAME", help=text)
     args = parser.parse_args(argv)
     from toss.files import record_of
-    from toss.run import open_run
 
-    run = open_run(args.run, **{name: getattr(args, name, None) for name in cli.DEVICE})
+    run = run_of(args)
     reads = ["degraded", "utility", "scores", *[f"methods/{args.method}"] * (args.method != "toss")]
     with run.holding(reads=reads):
         found = calibrate(run, args.held_out, args.quantile, args.method)

@@ -33,12 +33,18 @@ def methods_of(run) -> list[str]:
     return sorted(path.parent.name for path in (run.folder / "methods").glob("[!.]*/model"))
 
 
+def run_of(args, *but: str):
+    """The Run that a command's flags name, with its device flags but these."""
+    from toss.run import open_run
+
+    how = {name: getattr(args, name, None) for name in DEVICE if name not in but}
+    return open_run(args.run, getattr(args, "adapter", ()), **how)
+
+
 def opened(args, *first: str) -> tuple:
     """The Run that a command's flags name, and the methods: those of --methods, else `first` and
     all of the run; and those of --adapter."""
-    from toss.run import open_run
-
-    run = open_run(args.run, args.adapter, **{name: getattr(args, name) for name in DEVICE})
+    run = run_of(args)
     methods = args.methods.split(",") if args.methods else [*first, *methods_of(run)]
     return run, methods + [name for name, _ in args.adapter if name not in methods]
 

@@ -10,7 +10,7 @@ it, and how many of the tokens that float32 discards are discarded in both.
 import sys
 
 from toss import cli
-from toss.audit.command import evenly, losses_under
+from toss.audit.command import evenly, losses_under, run_of
 
 
 def noise(run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
@@ -41,10 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", type=cli.count, default=64, metavar="N", help="rows to score (default: 64)")
     add("--discard", type=cli.share, default=0.1, metavar="D", help="share d (default: 0.1)")
     args = parser.parse_args(argv)
-    from toss.run import open_run
-
-    how = {name: getattr(args, name) for name in cli.DEVICE if name != "dtype"}
-    run = open_run(args.run, **how)
+    run = run_of(args, "dtype")
     with run.holding(reads=["degraded", "utility", "scores"]):
         found = noise(run, args.rows, args.discard, args.dtype)
     print(
