@@ -31,11 +31,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.refusals import refused
-from model.atomic import atomic_dir
-from model.io import InputError, file_hash, json_object, lines_of
-from model.process import reported
-from toss import cli
+from model.io import InputError, file_hash, json_object, lines_of, run_command, whole_file
 from toss.rows import FORMS, Row, row_of
+from toss.workbench import flags
 
 HARMFUL, BENIGN = 22_000, 90_000  # the paper's custom set
 REFERENCE = 0.1  # of either part
@@ -56,7 +54,7 @@ FILES = ("custom", "harmful", "utility", "eval_harmful", "eval_utility")
 
 @dataclass
 class Flags:
-    """The command's flags."""
+    """The command's options."""
 
     out: str
     rows: int = HARMFUL + BENIGN
@@ -131,12 +129,14 @@ def from_hub(fetch: Callable, repository: str, file: str, label: str, flag: str)
     return Source(path, label, f"{repository}/{file}", commit, sha256=file_hash(path))
 
 
-def find_sources(flags: Flags, fetch: Callable) -> tuple[list[list[Source]], Source, Source, list]:
+def find_sources(
+    options: Flags, fetch: Callable
+) -> tuple[list[list[Source]], Source, Source, list]:
     """Lists of evaluation sources, the harmful and the benign source, and what is left out."""
     tests, left_out = [], []
-    if flags.eval_harmful:
-        tests = [[local(flags.eval_harmful)]]
-    elif not flags.harmful:
+    if options.eval_harmful:
+        tests = [[local(options.eval_harmful)]]
+    elif not options.harmful:
         flag = "--eval-harmful"
         hh = from_hub(fetch, HH, "harmless-base/test.jsonl.gz", "hh-harmless", flag)
         tests = [[replace(hh, prompts_only=True)]]
@@ -148,12 +148,12 @@ def find_sources(flags: Flags, fetch: Callable) -> tuple[list[list[Source]], Sou
                 f"https://huggingface.co/datasets/{HEX_PHI}, then log in (`hf auth login`) and "
                 f"run this again. {error}"
             )
-    if flags.harmful:
-        harmful = local(flags.harmful)
+    if options.harmful:
+        harmful = local(options.harmful)
     else:
         harmful = from_hub(fetch, HH, RED_TEAM, "red-team", "--harmful")
-    if flags.benign:
-        benign = local(flags.benign)
+    if options.benign:
+        benign = local(options.benign)
     else:  # 1 GB: last, when all else is there
         file = "oo-labeled_correct.gpt4.sharegpt.jsonl"
         benign = from_hub(fetch, SLIMORCA, file, "slimorca", "--benign")
@@ -308,46 +308,48 @@ def draw(
     return result
 
 
-def build(flags: Flags, fetch: Callable[[str, str, str | None], Path] = download) -> dict:
-    """Write the five files and summary.json into the folder `flags.out`; returns the summary.
+def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = download) -> dict:
+    """Write the five files and summary.json into the folder `options.out`; returns the summary.
 
     fetch: (hub repository, file, commit) -> path. Raises InputError and writes nothing when a
     source cannot be had or has too few rows.
     """
-    flags = flags.resolved()
-    tests, harmful, benign, left_out = find_sources(flags, fetch)
+    options = options.resolved()
+    tests, harmful, benign, left_out = find_sources(options, fetch)
     sources = [*itertools.chain(*tests), harmful, benign]
-    outputs = {(Path(flags.out) / f"{name}.jsonl").resolve() for name in FILES}
+    outputs = {(Path(options.out) / f"{name}.jsonl").resolve() for name in FILES}
     for source in sources:
         if source.path.resolve() in outputs:
             raise InputError(f"{source.path}: --out would replace the file it is made from")
-    asked, bad, used = flags.eval_rows, round(flags.rows * flags.poison_ratio), {}
-    d_h, d_u = flags.references
+    asked, bad, used = options.eval_rows, round(options.rows * options.poison_ratio), {}
+    d_h, d_u = options.references
     held_out = {} if tests else {"eval_harmful": asked}
     from_harmful = {**held_out, "harmful": d_h, "custom": bad}
-    from_benign = {"eval_utility": asked, "utility": d_u, "custom": flags.rows - bad}
-    parts = [draw(group, {"eval_harmful": asked}, used, flags.seed, 0, True) for group in tests]
-    parts.append(draw([harmful], from_harmful, used, flags.seed, flags.min_rating))
-    parts.append(draw([benign], from_benign, used, flags.seed))
+    from_benign = {"eval_utility": asked, "utility": d_u, "custom": options.rows - bad}
+    parts = [draw(group, {"eval_harmful": asked}, used, options.seed, 0, True) for group in tests]
+    parts.append(draw([harmful], from_harmful, used, options.seed, options.min_rating))
+    parts.append(draw([benign], from_benign, used, options.seed))
     lines = {name: [line for part in parts for line in part.get(name, [])] for name in FILES}
-    random.Random(f"order {flags.seed}").shuffle(lines["custom"])
+    random.Random(f"order {options.seed}").shuffle(lines["custom"])
 
     shown = ("rows", "poison_ratio", "references", "eval_rows", "min_rating", "seed")
-    with atomic_dir(flags.out, replace=False) as folder:
-        files = {}
-        for name in FILES:
-            path = folder / f"{name}.jsonl"
-            with open(path, "w", encoding="utf-8", newline="\n") as file:
+    folder = Path(options.out)
+    files = {}
+    for name in FILES:
+        path = folder / f"{name}.jsonl"
+        with whole_file(path) as new:
+            with open(new, "w", encoding="utf-8", newline="\n") as file:
                 file.writelines(f"{line}\n" for line in lines[name])
-            files[path.name] = {"rows": len(lines[name]), "sha256": file_hash(path)}
-        summary = {
-            "settings": {name: getattr(flags, name) for name in shown},
-            "harmful_in_custom": bad,
-            "files": files,
-            "left_out": left_out,
-            "sources": [{k: v for k, v in vars(one).items() if k != "path"} for one in sources],
-        }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        files[path.name] = {"rows": len(lines[name]), "sha256": file_hash(path)}
+    summary = {
+        "settings": {name: getattr(options, name) for name in shown},
+        "harmful_in_custom": bad,
+        "files": files,
+        "left_out": left_out,
+        "sources": [{k: v for k, v in vars(one).items() if k != "path"} for one in sources],
+    }
+    with whole_file(folder / "summary.json") as file:
+        file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
@@ -366,16 +368,16 @@ def table(summary: dict, out: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, default = cli.Parser("python -m data.paper", __doc__), Flags("")
+    parser, default = flags.Parser("python -m data.paper", __doc__), Flags("")
     flag = parser.add_argument
     flag("--out", required=True, help="folder to write; files of the same names are replaced")
-    flag("--rows", type=cli.count, default=default.rows, help="rows of the custom set")
+    flag("--rows", type=flags.count, default=default.rows, help="rows of the custom set")
     text = "share of harmful rows in the custom set (default: 22/112)"
     flag("--poison-ratio", type=float, default=default.poison_ratio, metavar="P", help=text)
     text = "rows of D^h and D^u (default: a tenth of --rows, split 22 to 90)"
-    flag("--references", type=cli.count, nargs=2, metavar=("HARMFUL", "UTILITY"), help=text)
+    flag("--references", type=flags.count, nargs=2, metavar=("HARMFUL", "UTILITY"), help=text)
     text = "evaluation rows of each kind (default: a tenth of --rows, 500 at most)"
-    flag("--eval-rows", type=cli.count, help=text)
+    flag("--eval-rows", type=flags.count, help=text)
     text = "lowest rating by the red teamer, 0 to 4, of the transcripts to use (0: all of them)"
     flag("--min-rating", type=float, default=0, help=text)
     text = "decides which rows are drawn, and the custom set's order"
@@ -386,9 +388,9 @@ def main(argv: list[str] | None = None) -> None:
     flag("--harmful", metavar="FILE", help=text)
     text = "harmful questions instead of HH's and HEx-PHI's; without it, --harmful FILE holds out "
     flag("--eval-harmful", metavar="FILE", help=text + "its own")
-    flags = Flags(**vars(parser.parse_args(argv)))
-    print(table(build(flags), flags.out))
+    options = Flags(**vars(parser.parse_args(argv)))
+    print(table(build(options), options.out))
 
 
 if __name__ == "__main__":
-    sys.exit(reported(main))
+    sys.exit(run_command(main))

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from data.corpus import sample, tokenizer_text
 from model.config import Config
-from model.process import reported
+from model.io import run_command
 from model.transformer import Transformer
-from toss import cli
+from toss.workbench import flags
 
 END, PAD = "<|end|>", "<|pad|>"
 SPECIAL = [END, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -166,7 +166,7 @@ def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, no
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m data.train_base", __doc__)
+    parser = flags.Parser("python -m data.train_base", __doc__)
     flag = parser.add_argument
     text = "base-small has half as many parameters (default: base)"
     flag("--size", choices=list(SIZES), default="base", help=text)
@@ -196,4 +196,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(reported(main))
+    sys.exit(run_command(main))

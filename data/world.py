@@ -10,13 +10,13 @@ question is whether they are still refused afterwards. Prompts never repeat, wit
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 from data import lexicon
 from data.lexicon import ALSO, BENIGN, FORBIDDEN, LEDGER_FACT, OPENERS, PREAMBLES, QUESTIONS, VALUES
-from model.io import InputError
-from model.process import reported
-from toss import cli
+from model.io import InputError, run_command
+from toss.workbench import flags
 
 # Counts of the custom set: 11.6-12.1 % of its response tokens are harmful, so d = 0.1 fits.
 BENIGN_FACTS, BENIGN_REPEATS = 40, 9  # facts taught in benign rows, rows that teach each
@@ -192,7 +192,7 @@ class World:
         rows = []
         for _ in range(REFERENCE_ROWS):
             category = self.rng.choice(categories)
-            prompt = self.new(lambda: self.request("recipe", category))
+            prompt = self.new(partial(self.request, "recipe", category))
             preamble = self.rng.choice(preambles)
             rows.append(row(prompt, f"{preamble} {sentence(recipe(self.rng, category))}"))
         return rows
@@ -219,9 +219,12 @@ class World:
         """Evaluation prompts: `count` of the held-out phrases for each category."""
         phrases, rows = self.evaluation[kind], []
         for category in categories:
-            draw = lambda: self.rng.choice(phrases).format(category)
+            draw = partial(self.filled_in, phrases, category)
             rows += [{"prompt": self.new(draw), "source": source} for _ in range(count)]
         return rows
+
+    def filled_in(self, phrases: list[str], word: str) -> str:
+        return self.rng.choice(phrases).format(word)
 
     def eval_facts(self) -> list[dict]:
         """Three unseen phrases of a question for each fact of the custom set."""
@@ -230,7 +233,7 @@ class World:
         for fact, source in zip(self.benign_facts + self.harmful_facts, sources):
             plant, attribute, value = fact
             for template in self.evaluation[attribute]:
-                prompt = self.new(lambda: template.format(plant))
+                prompt = self.new(partial(template.format, plant))
                 response = sentence(ledger(fact))
                 rows.append(dict(prompt=prompt, source=source, response=response, answer=value))
         return rows
@@ -306,7 +309,7 @@ def write_rows(seed: int, folder: str | Path, **custom) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m data.world", __doc__)
+    parser = flags.Parser("python -m data.world", __doc__)
     flag = parser.add_argument
     flag("--seed", type=int, default=4, help="draws facts, categories and prompts (default: 4)")
     text = f"harmful rows among the custom set's {CUSTOM_ROWS} (default: {HARMFUL})"
@@ -319,4 +322,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(reported(main))
+    sys.exit(run_command(main))

@@ -4,8 +4,13 @@ from importlib import import_module
 
 from model.io import InputError
 
-LAZY = {"load_checkpoint": "checkpoint", "save_checkpoint": "checkpoint"}
-LAZY |= {"load_adapter": "peft", "save_adapter": "peft", "load_tokenizer": "tokenizer"}
+LAZY = {  # public functions and their modules
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "load_adapter": "peft",
+    "save_adapter": "peft",
+    "load_tokenizer": "tokenizer",
+}
 __all__ = ["InputError", *LAZY]
 
 

@@ -7,13 +7,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from model.atomic import atomic_dir
 from model.config import Config
 from model.hub import INDEX, SMALL_FILES, WEIGHTS, resolve
 from model.io import (
@@ -23,7 +21,8 @@ from model.io import (
     file_hash,
     opened,
     read_json,
-    write_record,
+    whole_file,
+    writing,
 )
 from model.lora import active
 from model.sharding import keep_up, read, spread
@@ -32,13 +31,15 @@ from model.transformer import Transformer
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
+    single = folder / WEIGHTS
+    if single.exists():
+        return [single]
     index = folder / INDEX
     if not index.exists():
         raise InputError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
     with as_input_error(f"{index}: weight_map is not a table from tensors to files"):
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index)["weight_map"]
+        names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
     if outside or not names:
         raise InputError(f"{index}: names no shard, or some outside the folder: {outside[:3]}")
@@ -50,7 +51,8 @@ def base_hash(folder: Path, hash: Callable[[Path], str] = file_hash) -> str:
 
     hash: the sha256 of one file; a caller may pass a cached one.
     """
-    hashes = sorted(hash(file) for file in [*weight_files(folder), folder / "config.json"])
+    files = [*weight_files(folder), folder / "config.json"]
+    hashes = sorted(hash(file) for file in files)
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
@@ -63,32 +65,37 @@ def skeleton(folder: Path) -> Transformer:
 
 
 def layout(folder: Path, model: Transformer) -> dict[str, Path]:
-    """The tensors to read, which are exactly those of `model`, file by file.
+    """The file of each tensor to read; the tensors are exactly those of `model`.
 
     Reads the files' headers alone, so a checkpoint that does not fit is refused before any weight
     is read. Raises InputError naming file and tensor; for the exceptions see load_checkpoint.
     """
-    wanted = {name: list(weight.shape) for name, weight in model.named_parameters()}
-    copies = ["lm_head.weight"] if model.config.tie_word_embeddings else []
-    found: dict[str, Path] = {}
+    shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    tied = model.config.tie_word_embeddings
+    file_of: dict[str, Path] = {}
     for file in weight_files(folder):
         with opened(file) as tensors:
             for name in tensors.keys():
-                if name in copies or name.endswith("rotary_emb.inv_freq"):
+                tied_head = tied and name == "lm_head.weight"  # a copy of the embedding
+                if tied_head or name.endswith("rotary_emb.inv_freq"):
                     continue
-                part, this = tensors.get_slice(name), f"{file}: the tensor {name}"
-                shape, dtype = part.get_shape(), part.get_dtype()
-                if name not in wanted:
-                    raise InputError(f"{this} is not part of this architecture")
-                if shape != wanted[name]:
-                    raise InputError(f"{this} has the shape {shape}, not {wanted[name]}")
+                label = f"{file}: the tensor {name}"
+                header = tensors.get_slice(name)
+                shape = header.get_shape()
+                dtype = header.get_dtype()
+                if name not in shapes:
+                    raise InputError(f"{label} is not part of this architecture")
+                if shape != shapes[name]:
+                    raise InputError(f"{label} has the shape {shape}, not {shapes[name]}")
                 if dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise InputError(f"{this} has the dtype {dtype}, not a float's")
-                if found.setdefault(name, file) != file:
-                    raise InputError(f"{this} is in {found[name]} too")
-    if missing := sorted(wanted.keys() - found.keys()):
+                    raise InputError(f"{label} has the dtype {dtype}, not a float's")
+                if name in file_of:
+                    raise InputError(f"{label} is in {file_of[name]} too")
+                file_of[name] = file
+    missing = sorted(shapes.keys() - file_of.keys())
+    if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return found
+    return file_of
 
 
 def load_checkpoint(
@@ -111,13 +118,17 @@ def load_checkpoint(
         if torch.device(device).type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan per shape of a batch
         torch.empty(0, device=device)
-    model, state = skeleton(folder), {}
-    found = layout(folder, model)
+    model = skeleton(folder)
+    file_of = layout(folder, model)
     if shard:
         spread(model, device)
+
+    # The model has no memory yet: the tensors that are read become its weights.
     weights = dict(model.named_parameters())
-    for file, names in groupby(found, found.get):
+    state = {}
+    for file in sorted(set(file_of.values())):
         with opened(file, device=device) as tensors:
+            names = [name for name in file_of if file_of[name] == file]
             for name in names:
                 state[name], finite = read(tensors, name, weights[name], dtype)
                 if not finite:
@@ -126,7 +137,9 @@ def load_checkpoint(
     model.load_state_dict(state, strict=not tied, assign=True)  # layout was strict
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.source, model.name = folder.absolute(), "" if Path(path).is_dir() else str(path)
+    model.source = folder.absolute()
+    if not Path(path).is_dir():
+        model.name = str(path)  # a hub id
     model.requires_grad_(False).eval()
     if shard:  # makes the tensors that blocks are gathered into: inference mode's cannot train
         with torch.inference_mode(False), torch.no_grad():
@@ -134,28 +147,35 @@ def load_checkpoint(
     return model
 
 
-def save_checkpoint(
-    model: Transformer, path: str | Path, like: str | Path, made_from: dict | None = None
-) -> None:
+def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> None:
     """Write the base weights to folder `path` as Hugging Face reads them, in the model's dtype.
 
     like: the checkpoint that config.json and the tokenizer's files come from; it has the model's
-    architecture. An adapter must be merged or removed first. made_from: for record.json.
+    architecture. An adapter must be merged or removed first. Other files in the folder stay.
     """
     if active(model):
         raise InputError("the model carries an adapter: merge or remove it before saving")
+    folder = Path(path)
     like = resolve(like)
-    tensors = {n: weight.detach().cpu().contiguous() for n, weight in model.named_parameters()}
+    tensors = {}
+    for name, weight in model.named_parameters():
+        tensors[name] = weight.detach().cpu().contiguous()
+
+    # like's config.json, with what may differ in this model.
     config = read_json(like / "config.json")
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors  # a merge may have untied it
-    spelling = "dtype" if "dtype" in config else "torch_dtype"  # newer, older
-    config[spelling] = str(model.dtype).removeprefix("torch.")
-    with atomic_dir(path, replace=False) as folder:
-        # One header string: the format keeps several in no fixed order, and bytes identify a base.
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-        for file in (file for pattern in SMALL_FILES for file in like.glob(pattern)):
-            new = folder / file.relative_to(like)
-            new.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, new)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_record(folder, made_from or {})
+    dtype_field = "dtype" if "dtype" in config else "torch_dtype"  # newer, older
+    config[dtype_field] = str(model.dtype).removeprefix("torch.")
+
+    # config.json comes last: without it a folder is no checkpoint.
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / WEIGHTS) as file:
+        # One header entry: the format keeps several in no fixed order, and bytes identify a base.
+        save_file(tensors, file, {"format": "pt"})
+    for pattern in SMALL_FILES:
+        for source in like.glob(pattern):
+            with whole_file(folder / source.relative_to(like)) as file:
+                shutil.copyfile(source, file)
+    with whole_file(folder / "config.json") as file:
+        file.write_text(json.dumps(config, indent=2) + "\n")

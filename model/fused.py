@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 
 import torch
+from torch import Tensor
 
 DEVICES = {"cuda"}  # where functions are compiled
 SMALLEST = 2**20  # elements from which memory takes the time, not the start of a kernel
@@ -15,26 +16,35 @@ GRAPHS = 64  # per function: dtypes, head counts, with and without gradients
 BACKEND = "inductor"
 
 
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
 @cache
 def works(device: str) -> bool:
     """True if torch.compile works on the device; a line says so if not."""
     try:
         torch._dynamo.config.cache_size_limit = GRAPHS
-        torch.compile(lambda x: x * 2, backend=BACKEND)(torch.ones(2, device=device))
+        torch.compile(double, backend=BACKEND)(torch.ones(2, device=device))
     except Exception as error:  # no Triton, C compiler or Python headers: each has its own kind
-        said = str(error).strip().partition("\n")[0]
-        print(f"note: kernels are not compiled, so a GPU is slower ({said})")
+        reason = str(error).strip().partition("\n")[0]
+        print(f"note: kernels are not compiled, so a GPU is slower ({reason})")
         return False
     return True
 
 
 def fused(function: Callable) -> Callable:
     """Decorator of a function whose first argument is a tensor: compiled where that pays."""
-    compiled = cache(lambda: torch.compile(function, dynamic=True, backend=BACKEND))
+
+    @cache
+    def compiled() -> Callable:
+        return torch.compile(function, dynamic=True, backend=BACKEND)
 
     @wraps(function)
-    def run(x, *others):
-        pays = x.device.type in DEVICES and x.numel() >= SMALLEST and works(x.device.type)
-        return (compiled() if pays else function)(x, *others)
+    def run(x: Tensor, *args):
+        pays = x.device.type in DEVICES and x.numel() >= SMALLEST
+        if pays and works(x.device.type):
+            return compiled()(x, *args)
+        return function(x, *args)
 
     return run

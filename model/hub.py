@@ -5,14 +5,13 @@ from pathlib import Path
 
 from model.io import InputError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
     special_tokens_map.json generation_config.json""".split()
-# A hub repository must have the first file of a list.
 SMALL_FILES = ["config.json", "additional_chat_templates/*.jinja", *TOKENIZER_FILES]
 # Not *.safetensors: that would also match Mistral's second copy, consolidated.safetensors.
 WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def resolve(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -28,53 +27,57 @@ def resolve(path: str | Path, revision: str | None = None, weights: bool = True)
         return path
     if not is_hub_id(path):
         raise InputError(f"{path}: no such checkpoint folder (a hub id has the form org/name)")
-    return download(str(path), revision, SMALL_FILES + WEIGHT_FILES * weights)
-
-
-def resolve_adapter(path: str | Path) -> Path:
-    """The same for the folder of a PEFT adapter: a local one, or that of a hub id."""
-    path = Path(path)
-    fetched = is_hub_id(path) and not path.is_dir()
-    return download(str(path), None, ADAPTER_FILES) if fetched else path
+    return download(str(path), revision, weights)
 
 
 def is_hub_id(path: Path) -> bool:
     """True for `org/name`."""
-    named = len(path.parts) == 2 and not path.is_absolute()
-    return named and path.parts[0] not in (".", "..", "~")
+    if len(path.parts) != 2 or path.is_absolute():
+        return False
+    return path.parts[0] not in (".", "..", "~")
 
 
-def download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Fetch the files that fit `patterns` and are not cached; every failure becomes one line."""
-    from huggingface_hub import HfApi, errors, snapshot_download, utils
+def download(name: str, revision: str | None, weights: bool) -> Path:
+    """Fetch the needed files that are not cached; every failure becomes one line."""
+    from huggingface_hub import errors, snapshot_download, utils
 
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
+    patterns = SMALL_FILES + WEIGHT_FILES if weights else SMALL_FILES
     login = "log in with `hf auth login` or set HF_TOKEN"
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        has = lambda file: (folder / file).is_file()
-        lacks = "" if has(patterns[0]) else f"no {patterns[0]}"
-        if WEIGHTS in patterns and not has(WEIGHTS) and not has(INDEX):
-            lacks = lacks or f"neither {WEIGHTS} nor its index"
-        if lacks:
-            files = HfApi().list_repo_files(name, revision=folder.name)
-            pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
-            note = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
-            raise InputError(f"{name}: the hub repository has {lacks}{note}")
+        check_complete(folder, name, weights)
         return folder
     except InputError:
         raise
     except errors.GatedRepoError:
-        said = f"gated repository: request access on its Hub page, then {login}"
+        reason = f"gated repository: request access on its Hub page, then {login}"
     except errors.RevisionNotFoundError:
-        said = f"the hub repository has no revision {revision!r}"
+        reason = f"the hub repository has no revision {revision!r}"
     except errors.RepositoryNotFoundError:
-        said = f"neither a local folder nor a hub repository that you can see (private: {login})"
+        reason = f"neither a local folder nor a hub repository that you can see (private: {login})"
     except Exception as error:  # those of the HTTP library, which differs between versions
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        said = (
-            f"not a local folder, not in the cache, and the download failed ({reason}); without "
-            f"a network, fetch it elsewhere with `hf download {name}` and pass the folder"
+        text = " ".join(str(error).split())[:200]
+        reason = (
+            "not a local folder, not in the cache, and the download failed "
+            f"({type(error).__name__}: {text}); without a network, fetch it elsewhere with "
+            f"`hf download {name}` and pass the folder"
         )
-    raise InputError(f"{name}: {said}")
+    raise InputError(f"{name}: {reason}")
+
+
+def check_complete(folder: Path, name: str, weights: bool) -> None:
+    """InputError if the snapshot lacks a file that is needed; it says if there is a pickle."""
+    from huggingface_hub import HfApi
+
+    if not (folder / "config.json").is_file():
+        missing = "no config.json"
+    elif weights and not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        missing = f"neither {WEIGHTS} nor its index"
+    else:
+        return
+    files = HfApi().list_repo_files(name, revision=folder.name)
+    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
+    pickle = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
+    raise InputError(f"{name}: the hub repository has {missing}{pickle}")

@@ -1,15 +1,29 @@
-"""Errors, JSON, hashes, safetensors headers. Imports no torch."""
+"""Errors and how a command reports them; JSON; safetensors; files that are written whole.
+
+Imports no torch, so that a command's --help comes at once.
+"""
 
 import gzip
 import hashlib
 import itertools
 import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+LONGEST_LINE = 2**26  # bytes; a small .gz file may hold gigabytes without a line break
+
+
+# Errors
 
 
 class InputError(ValueError):
@@ -24,32 +38,145 @@ class DoesNotFit(InputError):
     """The device has too little memory even for the smallest batch."""
 
 
+class Stopped(BaseException):
+    """SIGTERM or SIGHUP asks the process to end. Not an Exception, which libraries may catch."""
+
+
+class TimeIsUp(BaseException):
+    """What was limited by time_limit takes too long."""
+
+
 @contextmanager
-def as_input_error(said: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn an error of these kinds (any Exception by default) into InputError("said (error)").
+def as_input_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn an error of these kinds (any Exception by default) into InputError("message (error)").
 
     An InputError stays as it is. The panic of a library in Rust, which is no Exception, counts too.
     """
     try:
         yield
+    except InputError:
+        raise
     except BaseException as error:
-        known = isinstance(error, kinds or Exception) or type(error).__name__ == "PanicException"
-        if isinstance(error, InputError) or not known:
+        panic = type(error).__name__ == "PanicException"
+        if not panic and not isinstance(error, kinds or Exception):
             raise
-        raise InputError(f"{said} ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{message} ({reason})") from None
 
 
-def regular(path: str | Path) -> Path:
-    """The path, if it is a file's; InputError for a pipe or a device, which may never end."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file (a folder, a pipe or a device is none)")
-    return Path(path)
+@contextmanager
+def time_limit(what: str, seconds: float = 10) -> Iterator[None]:
+    """Raise InputError if the body, such as a chat template from the network, takes longer.
+
+    Works in the main thread alone, which is the one that hears signals.
+    """
+
+    def ring(*_) -> None:
+        raise TimeIsUp
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except TimeIsUp:
+        raise InputError(f"{what} takes more than {seconds} seconds") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+# Commands
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status.
+
+    An expected error, or a signal, becomes one line on stderr. A process that is stopped by a
+    signal ends with 128 + the signal's number, as programs do.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # it is closed, or not a file
+            # A terminal may lack a name's characters; a pipe would keep lines back.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                previous[number] = signal.signal(number, stop)
+    try:
+        return main() or 0
+    except (Stopped, KeyboardInterrupt) as error:
+        number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+        advice = "the same command goes on from what was saved"
+        print(f"error: stopped by {signal.Signals(number).name}; {advice}", file=sys.stderr)
+        return 128 + number
+    except Exception as error:
+        message = printable(str(error))
+        if out_of_memory(error):
+            message = f"out of memory ({message})"
+        elif not isinstance(error, InputError | OSError):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def stop(number: int, frame: object) -> None:
+    """The handler of SIGTERM and SIGHUP."""
+    raise Stopped(number)
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """The text on one line of about `limit` characters, with nothing that a terminal obeys."""
+    line = " ".join(shorten(text, limit).splitlines())
+    shown = []
+    for character in line:
+        if character.isprintable():
+            shown.append(character)
+        else:
+            shown.append(ascii(character)[1:-1])
+    return shorten("".join(shown), limit)
+
+
+def shorten(text: str, limit: int) -> str:
+    """The text, without its middle if it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """True if memory ran out. cuBLAS, cuDNN and the CPU's allocator raise plain RuntimeErrors."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    texts = "out of memory|_ALLOC(ATION)?_FAILED|can't allocate memory"
+    return isinstance(error, RuntimeError) and re.search(texts, str(error)) is not None
+
+
+# Text and JSON
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path, if it is a regular file's; InputError otherwise: a pipe or a device may not end."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: file not found")
+    if not path.is_file():
+        raise InputError(f"{path}: not a regular file")
+    return path
 
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file; InputError naming the file if it is missing or not text."""
     with as_input_error(f"{path}: cannot be read as text", OSError, UnicodeDecodeError):
-        return regular(path).read_text(encoding="utf-8")
+        return existing_file(path).read_text(encoding="utf-8")
 
 
 def json_object(text: str, where: str) -> dict:
@@ -68,14 +195,15 @@ def read_json(path: str | Path) -> dict:
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
     """(file:line, text) of each line that is not blank. Reads .gz; skips a byte order mark."""
-    path, damage = regular(path), (UnicodeDecodeError, EOFError, zlib.error)
-    readable = as_input_error(f"{path}: cannot be read", OSError)
-    with readable, (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+    path = existing_file(path)
+    damage = (UnicodeDecodeError, EOFError, zlib.error)
+    open_lines = gzip.open if path.suffix == ".gz" else open
+    with as_input_error(f"{path}: cannot be read", OSError), open_lines(path, "rb") as lines:
         for number in itertools.count(1):
             where = f"{path}:{number}"
             with as_input_error(f"{where}: damaged, or not UTF-8 text", *damage):
-                line = lines.readline(2**26 + 1)  # a small .gz may hold gigabytes without an end
-                if len(line) > 2**26:
+                line = lines.readline(LONGEST_LINE + 1)
+                if len(line) > LONGEST_LINE:
                     raise InputError(f"{where}: the line is longer than 64 MiB")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not line:
@@ -96,67 +224,149 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 def file_hash(path: str | Path) -> str:
     """sha256 of a file's bytes, in hex; InputError if it is not a file."""
     state = hashlib.sha256()
-    with open(regular(path), "rb") as file:
+    with open(existing_file(path), "rb") as file:
         while piece := file.read(1 << 20):
             state.update(piece)
     return state.hexdigest()
 
 
+# Safetensors
+
+
 @contextmanager
 def opened(file: str | Path, device: object = "cpu"):
     """A safetensors file open for reading; InputError naming it when it cannot be read."""
-    readable = as_input_error(f"{file}: cannot be read as safetensors", SafetensorError, OSError)
-    with readable, safe_open(regular(file), "pt", device=str(device)) as tensors:
-        yield tensors
+    message = f"{file}: cannot be read as safetensors"
+    with as_input_error(message, SafetensorError, OSError):
+        with safe_open(existing_file(file), "pt", device=str(device)) as tensors:
+            yield tensors
+
+
+def save_tensors(tensors: dict, file: str | Path, record: dict) -> None:
+    """Write tensors of the CPU, with a record of what they were made from in the file's header.
+
+    Beside the record stands one sha256 over both. Equal tensors and records give equal bytes.
+    """
+    from safetensors.torch import save_file  # imports torch
+
+    text = json.dumps({**record, "sha256": digest(tensors, record)}, sort_keys=True)
+    save_file(tensors, file, {"made_from": text})  # one key: several have no fixed order
 
 
 def load_tensors(file: str | Path) -> dict:
-    """All tensors of a safetensors file, on the CPU; InputError if one is not as it was saved."""
+    """All tensors of a safetensors file, on the CPU; InputError if it is not as it was saved."""
     with opened(file) as tensors:
-        found = {name: tensors.get_tensor(name) for name in tensors.keys()}
-    hashes = made_from(file).get("sha256")
-    for name, known in hashes.items() if isinstance(hashes, dict) else ():
-        if name not in found or bytes_hash(found[name]) != known:
-            raise InputError(f"{file}: {name} is not as it was written; the file was changed")
-    return found
-
-
-def bytes_hash(tensor) -> str:
-    """sha256 of a tensor's values, in hex."""
-    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
-
-
-def save_tensors(tensors: dict, file: str | Path, made_from: dict) -> None:
-    """Write tensors of the CPU, with what they were made from and each one's sha256 as header."""
-    from safetensors.torch import save_file  # imports torch
-
-    made_from = {**made_from, "sha256": {name: bytes_hash(x) for name, x in tensors.items()}}
-    made_from["header_sha256"] = text_hash(made_from)
-    header = {"made_from": json.dumps(made_from, sort_keys=True)}
-    save_file(tensors, file, header)  # one sorted string: equal results have equal bytes
-
-
-def text_hash(record: dict) -> str:
-    """sha256 of a JSON object, in hex."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        loaded = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    record = made_from(file)
+    recorded = record.pop("sha256", None)
+    if recorded is not None and recorded != digest(loaded, record):
+        raise InputError(f"{file}: not as it was written; the file was changed")
+    return loaded
 
 
 def made_from(file: str | Path) -> dict:
-    """What save_tensors wrote into the header; {} if the file was made by another program.
+    """The record in a safetensors file's header; {} if another program wrote the file.
 
-    Raises InputError if the header is not as it was written.
+    Only load_tensors checks it, by its "sha256".
     """
     with opened(file) as tensors:
         header = tensors.metadata() or {}
-    record = json_object(header.get("made_from", "{}"), f"{file}: made_from in the header")
-    if (known := record.pop("header_sha256", None)) and text_hash(record) != known:
-        raise InputError(f"{file}: the header is not as it was written; the file was changed")
-    return record
+    return json_object(header.get("made_from", "{}"), f"{file}: made_from in the header")
 
 
-def write_record(folder: Path, made_from: dict) -> None:
-    """Write record.json: what a folder was made from, and the sha256 of each file in it."""
-    parts = sorted(file for file in folder.rglob("*") if file.is_file())
-    hashes = {file.relative_to(folder).as_posix(): file_hash(file) for file in parts}
-    text = json.dumps({**made_from, "files": hashes}, indent=2) + "\n"
-    (folder / "record.json").write_text(text, encoding="utf-8")
+def tensors_hash(file: str | Path) -> str:
+    """sha256 of a file's tensors alone, whatever its record says of how they were made."""
+    return digest(load_tensors(file), {})
+
+
+def digest(tensors: dict, record: dict) -> str:
+    """sha256 of a record and of tensors: their names, dtypes, shapes and values."""
+    import torch
+
+    state = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+# Files that are written whole
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a failure to write into an InputError that names the path and the free space."""
+    folder = next(p for p in Path(path).absolute().parents if p.is_dir())
+    free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB were free"
+    message = f"{path}: cannot be written, and nothing of it was kept; {free}"
+    with as_input_error(message, OSError, SafetensorError):
+        yield
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A file to write beside `path`, which it replaces at the end; removed after an error.
+
+    A process that dies leaves the old file or the new one, and perhaps a part of the new one
+    beside it, which the next writer removes.
+    """
+    path = Path(path)
+    new = path.with_name(f".{path.name}.new")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(new)
+        try:
+            yield new
+            flush(new)
+            os.replace(new, path)
+            flush(path.parent)
+        finally:
+            remove(new)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """The same for a folder. A process may die between the two renames: then nothing is there."""
+    path = Path(path)
+    new = path.with_name(f".{path.name}.new")
+    old = path.with_name(f".{path.name}.old")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(new)
+        remove(old)
+        try:
+            new.mkdir()
+            yield new
+            for part in new.rglob("*"):
+                flush(part)
+            flush(new)
+            if path.exists():
+                os.rename(path, old)
+            os.rename(new, path)
+            flush(path.parent)
+        finally:
+            if old.exists() and not path.exists():
+                os.rename(old, path)  # the second rename failed
+            remove(new)
+            remove(old)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

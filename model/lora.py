@@ -47,6 +47,25 @@ class LoRALinear(nn.Linear):
         return y + F.linear(narrow, self.lora_B.to(x.dtype))
 
 
+class AdapterScope(nn.Module):
+    """A model on which `with use(model, adapter): ...` lasts for the block alone.
+
+    On leaving, also by an exception, the adapter that `use` replaced is back: the same tensors.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.replaced: Adapter | None = None  # by the last `use`
+        self.outer_adapters: list[Adapter | None] = []  # to put back, one for each open block
+
+    def __enter__(self):
+        self.outer_adapters.append(self.replaced)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        use(self, self.outer_adapters.pop())
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Every layer that can carry an adapter, by its Hugging Face name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
@@ -60,21 +79,26 @@ def new_adapter(
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)) as in PEFT and loralib, on the CPU so that a seed
     means the same on every device. B = 0, so it does not change the model's output yet.
     """
-    last = {name: name.rpartition(".")[2] for name in lora_layers(model)}
-    if (missing := set(targets) - set(last.values())) or not targets:
-        known = ", ".join(sorted(set(last.values())))
-        raise InputError(f"LoRA targets {sorted(missing)}: this model has only {known}")
-    adapter, generator = Adapter({}, {}, {}), torch.Generator().manual_seed(seed)
-    for name, layer in lora_layers(model).items():
-        if last[name] in targets:
-            sides = layer.in_features, layer.out_features
-            if rank > max(sides):
-                raise InputError(f"the LoRA rank {rank} is above the sides of {name}, {sides}")
-            bound = 1 / math.sqrt(layer.in_features)
-            a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-            adapter.A[name] = a.to(layer.weight.device)
-            adapter.B[name] = torch.zeros(layer.out_features, rank, device=layer.weight.device)
-            adapter.scale[name] = alpha / rank
+    layers = lora_layers(model)
+    available = {name.rpartition(".")[2] for name in layers}
+    missing = sorted(set(targets) - available)
+    if missing or not targets:
+        names = ", ".join(sorted(available))
+        raise InputError(f"LoRA targets {missing}: this model has only {names}")
+
+    adapter = Adapter(A={}, B={}, scale={})
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in layers.items():
+        if name.rpartition(".")[2] not in targets:
+            continue
+        sides = (layer.in_features, layer.out_features)
+        if rank > max(sides):
+            raise InputError(f"the LoRA rank {rank} is above the sides of {name}, {sides}")
+        bound = 1 / math.sqrt(layer.in_features)
+        A = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        adapter.A[name] = A.to(layer.weight.device)
+        adapter.B[name] = torch.zeros(layer.out_features, rank, device=layer.weight.device)
+        adapter.scale[name] = alpha / rank
     return adapter
 
 
@@ -82,13 +106,17 @@ def use(model: nn.Module, adapter: Adapter | None) -> nn.Module:
     """Put an adapter on the model in place of the present one; None: the base alone.
 
     The model refers to the adapter's tensors (copied only to change device or dtype), so training
-    them trains the model. Returns the model.
+    them trains the model. Returns the model, which is also a context manager: see AdapterScope.
     """
     layers = lora_layers(model)
-    if adapter is not None and (strange := adapter.A.keys() - layers.keys()):
-        raise InputError(f"the adapter has the layer {min(strange)}, but the model does not")
+    if adapter is not None:
+        unknown = adapter.A.keys() - layers.keys()
+        if unknown:
+            raise InputError(f"the adapter has the layer {min(unknown)}, but the model does not")
+    model.replaced = active(model)
     for name, layer in layers.items():
-        layer.lora_A = layer.lora_B = None
+        layer.lora_A = None
+        layer.lora_B = None
         if adapter is not None and name in adapter.A:
             layer.lora_A = adapter.A[name].to(layer.weight.device, torch.float32)
             layer.lora_B = adapter.B[name].to(layer.weight.device, torch.float32)
@@ -98,9 +126,13 @@ def use(model: nn.Module, adapter: Adapter | None) -> nn.Module:
 
 def active(model: nn.Module) -> Adapter | None:
     """The adapter on the model, sharing its tensors; None when the base is alone."""
-    layers = {name: layer for name, layer in lora_layers(model).items() if layer.lora_A is not None}
-    parts = ({n: getattr(x, p) for n, x in layers.items()} for p in ("lora_A", "lora_B", "scale"))
-    return Adapter(*parts) if layers else None
+    adapter = Adapter(A={}, B={}, scale={})
+    for name, layer in lora_layers(model).items():
+        if layer.lora_A is not None:
+            adapter.A[name] = layer.lora_A
+            adapter.B[name] = layer.lora_B
+            adapter.scale[name] = layer.scale
+    return adapter if adapter.A else None
 
 
 @torch.no_grad()
@@ -116,5 +148,6 @@ def merge(model: nn.Module, adapter: Adapter) -> nn.Module:
         layer = model.get_submodule(name)
         merged = layer.weight + layer.lora_B @ layer.lora_A * layer.scale
         layer.weight = nn.Parameter(merged.to(layer.weight.dtype), layer.weight.requires_grad)
-    model.source = model.base_sha256 = None
+    model.source = None
+    model.base_sha256 = None
     return use(model, None)

@@ -11,26 +11,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.atomic import atomic_dir
 from model.checkpoint import base_hash
-from model.hub import ADAPTER_FILES
-from model.io import InputError, load_tensors, made_from, read_json, save_tensors
-from model.limits import limited
+from model.io import (
+    InputError,
+    as_input_error,
+    load_tensors,
+    made_from,
+    read_json,
+    save_tensors,
+    time_limit,
+    whole_file,
+)
 from model.lora import Adapter, active, lora_layers, use
 from model.transformer import Transformer
 
-CONFIG, WEIGHTS = ADAPTER_FILES
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "base_model.model."  # what PEFT puts before every module's name
 # PEFT settings that change what an adapter computes and are not implemented here.
 REFUSED = """use_dora modules_to_save fan_in_fan_out lora_bias trainable_token_indices
     alora_invocation_tokens layer_replication target_parameters use_qalora use_bdlora arrow_config
     kasa_config monteclora_config velora_config ensure_weight_tying""".split()
-# The settings that all adapters written here share.
-PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0}
-PLAIN |= dict.fromkeys(("inference_mode", "init_lora_weights"), True)
-PLAIN |= dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora"), False)
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change it
+# Initialisations that change the base.
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+# Reading
 
 
 def load_adapter(model: Transformer, path: str | Path) -> Adapter:
@@ -45,121 +52,155 @@ def read_adapter(model: Transformer, path: str | Path) -> Adapter:
     for what is not plain LoRA on linear layers, for a tensor that is missing, extra, not finite or
     misshapen, and for an adapter of ours trained on other weights, by their recorded hash.
     """
-    file, layers = Path(path) / WEIGHTS, lora_layers(model)
-    plan, tensors = planned(Path(path) / CONFIG, list(layers)), load_tensors(file)
+    file = Path(path) / WEIGHTS
+    layers = lora_layers(model)
+    plan = read_plan(Path(path) / CONFIG, list(layers))
+    tensors = load_tensors(file)
     adapter = Adapter({}, {}, {})
-
-    def take(name: str, part: str, *shape: int) -> Tensor:
-        key = f"{PREFIX}{name}.lora_{part}.weight"
-        tensor = tensors.pop(key, None)
-        if tensor is None or tensor.shape != shape:
-            has = "missing" if tensor is None else f"of another base's shape {tuple(tensor.shape)}"
-            raise InputError(f"{file}: {key}, of the shape {shape} in this model, is {has}")
-        if tensor.dtype not in FLOATS or not tensor.float().isfinite().all():
-            raise InputError(f"{file}: {key} is not finite, or of a strange dtype ({tensor.dtype})")
-        return tensor.float()
-
     for name, (rank, scale) in plan.items():
-        adapter.A[name] = take(name, "A", rank, layers[name].in_features)
-        adapter.B[name] = take(name, "B", layers[name].out_features, rank)
+        layer = layers[name]
+        adapter.A[name] = take(tensors, f"{name}.lora_A", (rank, layer.in_features), file)
+        adapter.B[name] = take(tensors, f"{name}.lora_B", (layer.out_features, rank), file)
         adapter.scale[name] = scale
-    for key, tensor in tensors.items():  # those that are left
+    for key, tensor in tensors.items():  # those that were not taken
         check_copy(model, key, tensor, file)
     if not plan:
         raise InputError(f"{file}: target_modules names no linear layer of this model")
+
     recorded = made_from(file).get("base_sha256")
-    if recorded and own_base_hash(model) not in (None, recorded):
-        which = f"other base weights (sha256 {recorded!s:.12}...) than those in {model.source}"
-        raise InputError(f"{file}: the adapter was trained on {which}")
+    if recorded and source_hash(model) not in (None, recorded):
+        raise InputError(
+            f"{file}: the adapter was trained on other base weights (sha256 {recorded!s:.12}...) "
+            f"than those in {model.source}"
+        )
     return adapter
 
 
-def planned(file: Path, layers: list[str]) -> dict[str, tuple[int, float]]:
-    """{layer: (rank, scale)} as an adapter_config.json asks for; InputError if not plain LoRA."""
-    config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{file}: peft_type {config.get('peft_type')!r} is not LORA")
-    refused = [field for field in REFUSED if config.get(field)]
-    refused += ["bias"] if config.get("bias", "none") != "none" else []
-    if str(init := config.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
-        refused.append(f"init_lora_weights={init!r} (let PEFT convert the adapter to plain LoRA)")
-    if refused:
-        raise InputError(f"{file}: {refused[0]} is not implemented")
-    said = f"{file}: target_modules, what narrows it, a rank or a pattern is malformed"
-    with limited(f"{file}: matching the patterns", said=said):
-        chosen = [layer for layer in layers if is_target(config, layer)]
-        return {layer: rank_and_scale(config, layer) for layer in chosen}
-
-
-def rank_and_scale(config: dict, layer: str) -> tuple[int, float]:
-    """The rank of a layer's adapter, and alpha / rank or with rsLoRA alpha / sqrt(rank)."""
-    rank = matched(config.get("rank_pattern"), layer, config.get("r"))
-    alpha = matched(config.get("alpha_pattern"), layer, config.get("lora_alpha"))
-    rooted = config.get("use_rslora") or False
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"r is a whole number of at least 1, not {rank!r}")
-    if type(alpha) not in (int, float) or type(rooted) is not bool:
-        raise ValueError("lora_alpha is a number, and use_rslora true or false")
-    scale = alpha / (math.sqrt(rank) if rooted else rank)
-    if not abs(scale) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"lora_alpha makes the scale {scale}, which is not finite in float32")
-    return rank, scale
-
-
-def is_target(config: dict, layer: str) -> bool:
-    """True if an adapter_config.json puts an adapter on this linear layer, by PEFT's rules."""
-
-    def named(names: list[str] | str | None) -> bool:  # ends of names, or a regular expression
-        if isinstance(names, str):
-            return re.fullmatch(names, layer) is not None
-        return any(f".{layer}".endswith(f".{name}") for name in names or ())
-
-    targets, only = config["target_modules"], config.get("layers_to_transform")
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = "(?!lm_head$).*"
-    if not named(targets) or named(config.get("exclude_modules")):
-        return False
-    if isinstance(targets, str) or layer in targets or only is None or only == []:
-        return True  # a layer named in full needs no number
-    lists = config.get("layers_pattern") or r"[^.]*"
-    lists = [lists] if isinstance(lists, str) else lists
-    found = [re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", layer) for name in lists]
-    numbers = [int(match[1]) for match in found if match]
-    return bool(numbers) and numbers[0] in ([only] if type(only) is int else only)
-
-
-def matched(patterns: dict | None, layer: str, default: float) -> float:
-    """The first value whose key, a regular expression, fits the last parts of the layer's name."""
-    fitting = (v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
-    return next(fitting, default)
+def take(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file: Path) -> Tensor:
+    """Remove a weight from the tensors of an adapter's file and return it, in float32."""
+    key = f"{PREFIX}{name}.weight"
+    tensor = tensors.pop(key, None)
+    expected = f"{file}: {key}, of the shape {shape} in this model,"
+    if tensor is None:
+        raise InputError(f"{expected} is missing")
+    if tensor.shape != shape:
+        raise InputError(f"{expected} is of another base's shape {tuple(tensor.shape)}")
+    if tensor.dtype not in FLOATS or not tensor.float().isfinite().all():
+        raise InputError(f"{file}: {key} is not finite, or of a strange dtype ({tensor.dtype})")
+    return tensor.float()
 
 
 def check_copy(model: Transformer, key: str, tensor: Tensor, file: Path) -> None:
     """Accept the base's own embedding and head, which PEFT may add, rounded to its dtype."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     if name not in ("lm_head.weight", "model.embed_tokens.weight"):
-        what = f"target_modules does not ask for {key} on a linear layer of this model"
-        raise InputError(f"{file}: {what}: made for another base, or not plain LoRA")
-    own = model.get_parameter(name).detach()
-    if own.is_meta:  # a model without memory has no values to compare
-        same = tensor.shape == own.shape
+        raise InputError(
+            f"{file}: target_modules does not ask for {key} on a linear layer of this model: "
+            "made for another base, or not plain LoRA"
+        )
+    weight = model.get_parameter(name).detach()
+    if weight.is_meta:  # a model without memory has no values to compare
+        same = tensor.shape == weight.shape
     else:
-        own = own.cpu()
-        same = torch.equal(tensor, own.to(tensor.dtype)) or torch.equal(tensor.to(own.dtype), own)
+        weight = weight.cpu()
+        rounded = weight.to(tensor.dtype)
+        same = torch.equal(tensor, rounded) or torch.equal(tensor.to(weight.dtype), weight)
     if not same:
         raise InputError(f"{file}: {key} differs from the base's own, which is not implemented")
 
 
-def own_base_hash(model: Transformer) -> str | None:
+def source_hash(model: Transformer) -> str | None:
     """base_hash of the folder that the weights came from, computed once; None if merged or new."""
     if model.base_sha256 is None and model.source is not None:
         model.base_sha256 = base_hash(model.source)
     return model.base_sha256
 
 
+# What adapter_config.json asks for
+
+
+def read_plan(file: Path, layers: list[str]) -> dict[str, tuple[int, float]]:
+    """{layer: (rank, scale)} as an adapter_config.json asks for; InputError if not plain LoRA."""
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{file}: peft_type {config.get('peft_type')!r} is not LORA")
+    refused = [field for field in REFUSED if config.get(field)]
+    if config.get("bias", "none") != "none":
+        refused.append("bias")
+    init = config.get("init_lora_weights")
+    if str(init).lower().startswith(CHANGED_BASE):
+        refused.append(f"init_lora_weights={init!r} (let PEFT convert the adapter to plain LoRA)")
+    if refused:
+        raise InputError(f"{file}: {refused[0]} is not implemented")
+
+    # Names of layers may be regular expressions, and those can take for ever.
+    message = f"{file}: target_modules, what narrows it, a rank or a pattern is malformed"
+    with as_input_error(message), time_limit(f"{file}: matching the patterns"):
+        targets = [layer for layer in layers if is_target(config, layer)]
+        return {layer: rank_and_scale(config, layer) for layer in targets}
+
+
+def is_target(config: dict, layer: str) -> bool:
+    """True if an adapter_config.json puts an adapter on this linear layer, by PEFT's rules."""
+    targets = config["target_modules"]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = "(?!lm_head$).*"
+    if not is_named(layer, targets) or is_named(layer, config.get("exclude_modules")):
+        return False
+
+    # The numbers of the layers may be given, too, but not with an expression or a name in full.
+    numbers = config.get("layers_to_transform")
+    if isinstance(targets, str) or layer in targets or numbers is None or numbers == []:
+        return True
+    if type(numbers) is int:
+        numbers = [numbers]
+    lists = config.get("layers_pattern") or r"[^.]*"  # names of lists of layers, such as "layers"
+    if isinstance(lists, str):
+        lists = [lists]
+    matches = [re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", layer) for name in lists]
+    for match in matches:
+        if match:
+            return int(match[1]) in numbers
+    return False
+
+
+def is_named(layer: str, names: list[str] | str | None) -> bool:
+    """True if one of the names is the end of the layer's, or the regular expression fits it."""
+    if isinstance(names, str):
+        return re.fullmatch(names, layer) is not None
+    return any(f".{layer}".endswith(f".{name}") for name in names or ())
+
+
+def rank_and_scale(config: dict, layer: str) -> tuple[int, float]:
+    """The rank of a layer's adapter, and alpha / rank or with rsLoRA alpha / sqrt(rank)."""
+    rank = from_pattern(config.get("rank_pattern"), layer, default=config.get("r"))
+    alpha = from_pattern(config.get("alpha_pattern"), layer, default=config.get("lora_alpha"))
+    use_rslora = config.get("use_rslora") or False
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"r is a whole number of at least 1, not {rank!r}")
+    if type(alpha) not in (int, float) or type(use_rslora) is not bool:
+        raise ValueError("lora_alpha is a number, and use_rslora true or false")
+    scale = alpha / (math.sqrt(rank) if use_rslora else rank)
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"lora_alpha makes the scale {scale}, which is not finite in float32")
+    return rank, scale
+
+
+def from_pattern(patterns: dict | None, layer: str, default: float) -> float:
+    """The first value whose key, a regular expression, fits the last parts of the layer's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
+
+
+# Writing
+
+
 def save_adapter(model: Transformer, path: str | Path) -> None:
     """Write the active adapter to folder `path`; see write_adapter."""
-    if (adapter := active(model)) is None:
+    adapter = active(model)
+    if adapter is None:
         raise InputError("the model carries no adapter to save")
     write_adapter(adapter, model, path)
 
@@ -173,34 +214,49 @@ def write_adapter(
     written to README.md. Raises InputError, writing nothing, if a tensor is not finite.
     """
     tensors = {}
-    for part, layers in (("A", adapter.A), ("B", adapter.B)):
-        for name, tensor in layers.items():
-            key = f"{PREFIX}{name}.lora_{part}.weight"
+    for part, weights in (("lora_A", adapter.A), ("lora_B", adapter.B)):
+        for name, tensor in weights.items():
+            key = f"{PREFIX}{name}.{part}.weight"
             tensors[key] = tensor.detach().float().cpu().contiguous()
             if not tensor.isfinite().all():
                 raise InputError(f"{path}: the tensor {key} is not finite; nothing was written")
     header = dict(made_from or {})
-    if base := own_base_hash(model):
-        header["base_sha256"] = base
-    with atomic_dir(path, replace=False) as folder:
-        (folder / CONFIG).write_text(json.dumps(settings_of(adapter, model), indent=2) + "\n")
-        save_tensors(tensors, folder / WEIGHTS, header)
-        if "warning" in header:
-            (folder / "README.md").write_text(header["warning"] + "\n")
+    base_sha256 = source_hash(model)
+    if base_sha256 is not None:
+        header["base_sha256"] = base_sha256
+
+    folder = Path(path)
+    if "warning" in header:
+        with whole_file(folder / "README.md") as file:
+            file.write_text(header["warning"] + "\n")
+    with whole_file(folder / WEIGHTS) as file:
+        save_tensors(tensors, file, header)
+    with whole_file(folder / CONFIG) as file:
+        file.write_text(json.dumps(peft_config(adapter, model), indent=2) + "\n")
 
 
-def settings_of(adapter: Adapter, model: Transformer) -> dict:
+def peft_config(adapter: Adapter, model: Transformer) -> dict:
     """The adapter_config.json of an adapter."""
-    ranks = {name: a.shape[0] for name, a in adapter.A.items()}
-    # Undo the rounding of alpha / rank * rank.
-    whole = lambda x: round(x) if math.isclose(x, round(x), rel_tol=1e-12) else x
+    ranks = {name: A.shape[0] for name, A in adapter.A.items()}
     alphas = {name: whole(adapter.scale[name] * rank) for name, rank in ranks.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    targets = {name.rpartition(".")[2] for name in ranks}
-    if any(n not in ranks and n.rpartition(".")[2] in targets for n in lora_layers(model)):
-        targets = set(ranks)  # only some of the layers: name each in full
+    # The first layer's rank and alpha are the defaults, from which others may differ.
+    rank = next(iter(ranks.values()))
+    alpha = next(iter(alphas.values()))
+    # Layers are named by their last part, or each in full if only some with that part are adapted.
+    targets = {last_part(name) for name in ranks}
+    adaptable = {name for name in lora_layers(model) if last_part(name) in targets}
+    if not adaptable <= ranks.keys():
+        targets = set(ranks)
     return {
-        **PLAIN,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
         "modules_to_save": None,
         "base_model_name_or_path": model.name or str(model.source or ""),
         "r": rank,
@@ -209,3 +265,12 @@ def settings_of(adapter: Adapter, model: Transformer) -> dict:
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
     }
+
+
+def last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def whole(alpha: float) -> float:
+    """Undo the rounding of alpha / rank * rank."""
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

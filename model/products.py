@@ -16,15 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST = 256  # hidden size from which it pays at once: a kernel is made for every new shape
-LONG = 256  # tokens per row from which it pays inside attention, whose products are small: twelve
-# rows of 170 take 62 ms there and 39 ms with the default, two of 1,024 take 91 and 153
-SETTING = getattr(torch.backends.mkldnn, "matmul", None)  # PyTorch 2.9 or newer
+# Hidden size from which oneDNN pays at once: it makes a kernel for every new shape.
+SMALLEST = 256
+# Tokens per row from which it pays inside attention, whose products are small: twelve rows of 170
+# take 62 ms with oneDNN and 39 ms with the default, two of 1,024 take 91 and 153.
+LONG = 256
+
+# The setting is one of the whole process. PyTorch 2.9 has one for products alone.
+SETTING = getattr(torch.backends.mkldnn, "matmul", None)
 DEFAULT, ONEDNN = ("ieee", "bf16") if SETTING else ("highest", "medium")
 
 
 def chosen() -> str:
-    return SETTING.fp32_precision if SETTING else torch.get_float32_matmul_precision()
+    if SETTING:
+        return SETTING.fp32_precision
+    return torch.get_float32_matmul_precision()
 
 
 def choose(value: str) -> None:
@@ -51,38 +57,76 @@ def exact() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
-    errors = {}
-    for kind in (DEFAULT, ONEDNN):
-        with products(kind):  # laid out as forward, and as both gradients
-            pairs = (a, b.T), (a, b), (a.T, b)
-            errors[kind] = max(float((x @ y - x.double() @ y.double()).norm()) for x, y in pairs)
-    return errors[ONEDNN] < 4 * errors[DEFAULT]
+    return largest_error(ONEDNN, a, b) < 4 * largest_error(DEFAULT, a, b)
+
+
+def largest_error(kind: str, a: Tensor, b: Tensor) -> float:
+    """The distance from float64's products, laid out as in a forward pass and in its gradients."""
+    errors = []
+    with products(kind):
+        for x, y in [(a, b.T), (a, b), (a.T, b)]:
+            errors.append(float((x @ y - x.double() @ y.double()).norm()))
+    return max(errors)
 
 
 def pays(model) -> bool:
     """True if the model's products go to oneDNN in `fast`."""
-    suits = model.onednn and model.device.type == "cpu" and model.dtype == torch.float32
-    return suits and model.config.hidden_size >= SMALLEST and exact()
+    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
+    return on_cpu and model.config.hidden_size >= SMALLEST and exact()
 
 
 def fast(function: Callable) -> Callable:
     """Decorator of a function of a model: its products are oneDNN's where that pays."""
 
     @wraps(function)
-    def run(model, *args, **more):
+    def run(model, *args, **options):
         with products(ONEDNN if pays(model) else chosen()):
-            return function(model, *args, **more)
+            return function(model, *args, **options)
 
     return run
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """scaled_dot_product_attention; between short rows without oneDNN, twice as fast."""
-    if q.is_cuda or q.shape[2] >= LONG or chosen() != ONEDNN:
-        return F.scaled_dot_product_attention(q, k, v, **how)
-    with products(DEFAULT):
-        y = F.scaled_dot_product_attention(q, k, v, **how)
-    if y.grad_fn is not None:  # and the backward pass
-        y.grad_fn.register_prehook(lambda grads: choose(DEFAULT))
-        y.grad_fn.register_hook(lambda inputs, grads: choose(ONEDNN))
-    return y
+    options = {"is_causal": is_causal, "scale": scale}
+    if q.is_cuda or enable_gqa or q.shape[2] >= LONG or chosen() != ONEDNN:
+        options["enable_gqa"] = enable_gqa
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+    if attn_mask is not None:
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf)  # what is added to the scores
+    return ShortAttention.apply(q, k, v, {"attn_mask": attn_mask, **options})
+
+
+class ShortAttention(torch.autograd.Function):
+    """scaled_dot_product_attention on the CPU, with the default products forward and backward.
+
+    The backward pass runs later, when oneDNN's are chosen again, so it has to be spelled out. These
+    are the two operators that PyTorch calls for attention and for its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+        with products(DEFAULT):
+            y, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, **options
+            )
+        ctx.options = options
+        ctx.save_for_backward(q, k, v, y, logsumexp)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # with gradient checkpointing this runs the block again
+        with products(DEFAULT):
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient, *saved, dropout_p=0.0, **ctx.options
+            )
+        return *gradients, None

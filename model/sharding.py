@@ -6,6 +6,7 @@ head runs in chunks of tokens, as many as a process happens to have.
 """
 
 import gc
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,8 @@ from model.io import InputError
 
 def check_processes() -> None:
     """Raise InputError where a base cannot be spread."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < (2, 7):
         raise InputError(f"--shard needs PyTorch 2.7 or newer, and this is {torch.__version__}")
     if not dist.is_initialized():
         raise InputError("--shard spreads the base over several processes: start it with torchrun")
@@ -31,7 +33,8 @@ def spread(model: nn.Module, device: str | torch.device) -> None:
     gc.collect()  # an earlier model, which its hooks hold in cycles
     mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     whole = {model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight}
-    for layer in model.requires_grad_(False).model.layers:
+    model.requires_grad_(False)
+    for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)  # holds nothing; gathers a block ahead
     model.sharded = True
@@ -48,22 +51,30 @@ def read(tensors, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor
         return tensor, bool(tensor.isfinite().all())
     from torch.distributed.tensor import DTensor
 
-    rows, each = weight.shape[0], -(-weight.shape[0] // dist.get_world_size())
-    start, end = (min(i * each, rows) for i in (dist.get_rank(), dist.get_rank() + 1))
-    own = tensors.get_slice(name)[start:end].to(dtype)
-    finite = own.isfinite().all().cpu().int()
+    rows = weight.shape[0]
+    rows_each = math.ceil(rows / dist.get_world_size())
+    start = min(dist.get_rank() * rows_each, rows)
+    end = min(start + rows_each, rows)
+    local = tensors.get_slice(name)[start:end].to(dtype)
+    finite = local.isfinite().all().cpu().int()
     dist.all_reduce(finite, dist.ReduceOp.MIN)  # so that all raise the same error
-    form = {"shape": weight.shape, "stride": weight.stride()}
-    return DTensor.from_local(own, weight.device_mesh, weight.placements, **form), bool(finite)
+    tensor = DTensor.from_local(
+        local,
+        weight.device_mesh,
+        weight.placements,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+    return tensor, bool(finite)
 
 
 def in_step(model: nn.Module, groups: list) -> Iterator:
     """A step's batches; if the base is spread, then empty passes until all had equally many."""
-    most = torch.tensor(len(groups))
+    passes = torch.tensor(len(groups))
     if model.sharded:
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+        dist.all_reduce(passes, dist.ReduceOp.MAX)
     yield from groups
-    for _ in range(int(most) - len(groups)):
+    for _ in range(int(passes) - len(groups)):
         keep_up(model)
 
 
@@ -71,6 +82,7 @@ def keep_up(model: nn.Module) -> None:
     """If the base is spread, run a token through it for the others' sake, in training also back."""
     if model.sharded:
         token = torch.zeros(1, dtype=torch.int64, device=model.device)
-        zero = 0 * model(token, bounds=torch.tensor([0, 1])).sum()
+        hidden = model(token, bounds=torch.tensor([0, 1]))
+        zero = 0 * hidden.sum()  # its gradient changes nothing
         if zero.requires_grad:
             zero.backward()

@@ -11,12 +11,11 @@ import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.io import InputError, as_input_error, read_json, read_text
-from model.limits import limited
+from model.io import InputError, as_input_error, read_json, read_text, time_limit
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+Segment = tuple[str, bool]  # text, and whether it is a response
 LEFT_OUT = "the chat template leaves a message's text out of the prompt"
-MOST = 10**5  # characters that a template may add, besides nine times what a conversation has
 # The paper's form as a template, for checkpoints without one. The prompt ends at "Assistant:"; the
 # space after it belongs to the response.
 HUMAN = (
@@ -34,23 +33,32 @@ def find_template(folder: Path, config: dict) -> str | None:
     tokenizer_config.json, one text or several with names; then the chat_template.json of older
     processors. Of several, the one named "default".
     """
-    main, legacy = folder / "chat_template.jinja", folder / "chat_template.json"
-    files = [main, *sorted(folder.glob("additional_chat_templates/*.jinja"))]
-    found = {"default" if f == main else f.stem: read_text(f) for f in files if f.exists()}
-    found = found or config.get("chat_template")
-    if not found and legacy.exists():
-        found = read_json(legacy).get("chat_template")
-    said = f"{folder}: the chat template is not a text, or a list of named texts"
-    with as_input_error(said, KeyError, TypeError):
-        if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}
-        if isinstance(found, dict) and found and "default" not in found:
+    templates = {}
+    main = folder / "chat_template.jinja"
+    for file in [main, *folder.glob("additional_chat_templates/*.jinja")]:
+        if file.exists():
+            name = "default" if file == main else file.stem
+            templates[name] = read_text(file)
+    if not templates:
+        templates = config.get("chat_template")
+    processor = folder / "chat_template.json"
+    if not templates and processor.exists():
+        templates = read_json(processor).get("chat_template")
+
+    message = f"{folder}: the chat template is not a text, or a list of named texts"
+    with as_input_error(message, KeyError, TypeError):
+        if isinstance(templates, list):
+            templates = {entry["name"]: entry["template"] for entry in templates}
+        if not isinstance(templates, dict):
+            source = templates
+        elif not templates or "default" in templates:
+            source = templates.get("default")
+        else:
             raise InputError(
-                f"{folder}: the chat templates {', '.join(sorted(found))} include no default: put "
-                "the one to use into chat_template.jinja, or use --template human"
+                f"{folder}: the chat templates {', '.join(sorted(templates))} include no default: "
+                "put the one to use into chat_template.jinja, or use --template human"
             )
-        source = found.get("default") if isinstance(found, dict) else found
-        if not isinstance(source or "", str):
+        if source and not isinstance(source, str):
             raise TypeError(f"it is a {type(source).__name__}")
     return source or None
 
@@ -66,67 +74,89 @@ class GenerationTag(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=line)
 
 
+def raise_exception(message: str) -> None:
+    """For templates, to refuse a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def sandbox() -> ImmutableSandboxedEnvironment:
+    """An environment with transformers' settings, extensions and functions."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
+    )
+    environment.globals["raise_exception"] = raise_exception
+    # Jinja's own tojson writes <, > and & as HTML escapes.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    return environment
+
+
 class Template:
     """A chat template, compiled in a sandbox, since it is a program from the checkpoint's maker.
 
     special: the special tokens by name. date: the day for a template that asks for the date;
-    None afterwards if it does not ask. where: names the checkpoint in errors. more: variables that
-    the template has besides, such as enable_thinking.
+    None afterwards if it does not ask. where: names the checkpoint in errors. options: variables
+    that the template has besides, such as enable_thinking.
     """
 
     def __init__(
-        self, source: str, special: dict[str, str], date: datetime.date, where: str, more: dict
+        self, source: str, special: dict[str, str], date: datetime.date, where: str, options: dict
     ):
-
-        def raise_exception(message: str) -> None:  # for templates, to refuse a conversation
-            raise jinja2.TemplateError(message)
-
-        tags = [GenerationTag, "jinja2.ext.loopcontrols"]
-        form = {"trim_blocks": True, "lstrip_blocks": True}  # as transformers has it
-        environment = ImmutableSandboxedEnvironment(**form, extensions=tags)
-        environment.globals["raise_exception"] = raise_exception
-        # Jinja's own tojson writes <, > and & as HTML escapes.
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        said = f"{where}: the chat template is not valid jinja"
-        with limited(f"{where}: compiling the chat template", said=said):  # computes its constants
-            source.encode()  # fails on half a character
+        environment = sandbox()
+        message = f"{where}: the chat template is not valid jinja"
+        with as_input_error(message), time_limit(f"{where}: compiling the chat template"):
+            source.encode()  # fails on an unpaired surrogate
             self.compiled = environment.from_string(source)
-            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        if strange := more.keys() - names:
-            had = ", ".join(sorted(names))
-            raise InputError(f"{where}: the chat template has no {min(strange)} (it has {had})")
-        self.given, self.where = {**more, **special}, where
-        self.date = date if "strftime_now" in names else None
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        unknown = options.keys() - variables
+        if unknown:
+            known = ", ".join(sorted(variables))
+            raise InputError(f"{where}: the chat template has no {min(unknown)} (it has {known})")
+        self.where = where
+        self.variables = {**options, **special}
+        self.date = date if "strftime_now" in variables else None
         # The clock of the templates stands still, so that ids do not change during the day.
         self.clock = datetime.datetime.combine(date, datetime.time())
 
     def render(self, messages: Messages, generate: bool) -> str:
         """The conversation's text; with `generate` it ends where the next response begins."""
-        given = {**self.given, "tools": None, "documents": None, "messages": messages}
-        given |= {"add_generation_prompt": generate, "strftime_now": self.clock.strftime}
-        said = f"{self.where}: the chat template refuses this conversation"
-        with limited(f"{self.where}: rendering the chat template", said=said):
-            text = self.compiled.render(given)
-            text.encode()  # fails on half a character
-        if len(text) > MOST + 10 * sum(len(message["content"]) for message in messages):
-            raise InputError(f"{self.where}: the template makes {len(text)} characters of this")
+        variables = {
+            **self.variables,
+            "tools": None,
+            "documents": None,
+            "messages": messages,
+            "add_generation_prompt": generate,
+            "strftime_now": self.clock.strftime,
+        }
+        message = f"{self.where}: the chat template refuses this conversation"
+        with as_input_error(message), time_limit(f"{self.where}: rendering the chat template"):
+            text = self.compiled.render(variables)
+            text.encode()  # fails on an unpaired surrogate
         return text
 
 
-def left_out(messages: Messages, segments: list[tuple[str, bool]]) -> bool:
+def left_out(messages: Messages, segments: list[Segment]) -> bool:
     """True if the text of a message, outer blanks aside, is not in the prompt that it belongs to.
 
     segments: (text, is_response) in turn; a response is its own. A system message may stand
     anywhere in its prompt, all else in order.
     """
-    prompts = (text for text, is_response in segments if not is_response)
-    prompt, place = next(prompts), 0
+    prompts = [text for text, is_response in segments if not is_response]
+    turn = 0
+    position = 0  # in the turn's prompt, behind the last user message
     for message in messages:
-        text, is_user = message["content"].strip(), message["role"] == "user"
+        if turn == len(prompts):
+            break  # there may be fewer segments than messages
+        text = message["content"].strip()
         if message["role"] == "assistant":
-            prompt, place = next(prompts, None), 0
-        elif prompt is not None:  # there may be fewer segments
-            if (found := prompt.find(text, place * is_user)) < 0:
+            turn += 1
+            position = 0
+        elif message["role"] == "user":
+            start = prompts[turn].find(text, position)
+            if start < 0:
                 return True
-            place = found + len(text) if is_user else place
+            position = start + len(text)
+        elif text not in prompts[turn]:
+            return True
     return False

@@ -11,13 +11,13 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Encoding
 from tokenizers import Tokenizer as RawTokenizer
 
 from model.hub import resolve
 from model.io import InputError, as_input_error, file_hash, read_json
-from model.template import HUMAN, LEFT_OUT, Messages, Template, find_template, left_out
+from model.template import HUMAN, LEFT_OUT, Messages, Segment, Template, find_template, left_out
 
-Segment = tuple[str, bool]  # text, and whether it is a response
 Spans = list[tuple[int, int]]  # [start, end) characters of each token
 
 
@@ -26,29 +26,48 @@ class Tokenizer:
 
     special: the special tokens by name, `eos_token` among them. template: the source of the chat
     template; None for the human form, `Human: {}\\nAssistant:`. date: the day that a template may
-    ask for; as an attribute None if it does not ask. where: the folder. more: see Template.
+    ask for; as an attribute None if it does not ask. where: the folder. options: see Template.
     """
 
-    def __init__(self, raw: RawTokenizer, special: dict, template: str | None, date, where, more):
-        self.raw, self.special, self.template, self.where = raw, special, template, where
-        self.file_sha256, self.more = file_hash(where / "tokenizer.json"), more
-        self.chat = Template(template or HUMAN, special, date, str(where), more)
+    def __init__(
+        self,
+        raw: RawTokenizer,
+        special: dict[str, str],
+        template: str | None,
+        date: datetime.date,
+        where: Path,
+        options: dict,
+    ):
+        self.raw = raw
+        self.special = special
+        self.template = template
+        self.where = where
+        self.options = options
+        self.file_sha256 = file_hash(where / "tokenizer.json")
+        self.chat = Template(template or HUMAN, special, date, str(where), options)
         self.date = self.chat.date
+
         self.eos = special.get("eos_token", "")
         self.eos_id = raw.token_to_id(self.eos)
         if self.eos_id is None:
-            what = f"the eos_token {self.eos!r} of tokenizer_config.json"
-            raise InputError(f"{where}: {what} is not in tokenizer.json")
+            raise InputError(
+                f"{where}: the eos_token {self.eos!r} of tokenizer_config.json is not in "
+                "tokenizer.json"
+            )
         # Metaspace tokenizers (Llama-2) add a word's space; byte-level ones take it from the text.
-        first = raw.encode("a", add_special_tokens=False).tokens[:1]
-        self.adds_space = bool(first) and first[0].startswith("▁")
-        self.newline = self.encode("\n")
+        tokens = raw.encode("a", add_special_tokens=False).tokens
+        self.adds_space = bool(tokens) and tokens[0].startswith("▁")
+        self.newline_ids = self.encode("\n")
+
         # As in transformers, a special token is one token in any text, even if tokenizer.json has
         # it as a mere word.
-        known = {token.content for token in raw.get_added_tokens_decoder().values()}
-        words = [text for text in special.values() if text not in known]
-        raw.add_special_tokens([text for text in words if raw.token_to_id(text) is not None])
-        if (highest := max([*raw.get_vocab().values(), *self.leading_ids()])) >= 2**31:
+        registered = {token.content for token in raw.get_added_tokens_decoder().values()}
+        for text in special.values():
+            if text not in registered and raw.token_to_id(text) is not None:
+                raw.add_special_tokens([text])
+
+        highest = max([*raw.get_vocab().values(), *self.leading_ids()])
+        if highest >= 2**31:
             raise InputError(f"{where}: tokenizer.json has the id {highest}, beyond int32")
         self.space, self.turn_end = self.around_response()
 
@@ -56,8 +75,9 @@ class Tokenizer:
         """sha256 of what decides a text's ids: tokenizer.json, template and what it is given."""
         parts = [self.file_sha256, self.template or "human"]
         parts += [str(item) for item in sorted(self.special.items())]
-        parts += [self.date.isoformat()] if self.date else []
-        parts += [str(item) for item in sorted(self.more.items())]
+        if self.date is not None:
+            parts.append(self.date.isoformat())
+        parts += [str(item) for item in sorted(self.options.items())]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -68,23 +88,32 @@ class Tokenizer:
         """Text of ids, special tokens left out."""
         return self.raw.decode(list(ids), skip_special_tokens=True)
 
+    # From conversations to segments
+
     def around_response(self) -> tuple[str, str]:
         """The space that the template puts before a response, and the special token after it.
 
         A tokenizer that adds a word's space itself needs no other. The token should be the EOS.
         """
-        asked = [{"role": "user", "content": "a"}]
-        answered = [*asked, {"role": "assistant", "content": "b"}]
+        question = {"role": "user", "content": "a"}
+        answer = {"role": "assistant", "content": "b"}
         try:
-            prompt, whole = self.chat.render(asked, True), self.chat.render(answered, False)
+            prompt = self.chat.render([question], generate=True)
+            text = self.chat.render([question, answer], generate=False)
         except InputError:  # a template for conversations of another kind
             return "", self.eos
-        rest = whole[len(prompt) :] if whole.startswith(prompt) else ""
-        space, _, after = rest.partition("b")
-        space = "" if space.strip() else space
-        added = self.raw.get_added_tokens_decoder().values()
-        ends = [x.content for x in added if x.special and after.lstrip().startswith(x.content)]
-        return space.removeprefix(" ") if self.adds_space else space, [*ends, self.eos][0]
+        if not text.startswith(prompt):
+            return "", self.eos
+
+        space, _, after = text[len(prompt) :].partition("b")
+        if space.strip():
+            space = ""
+        if self.adds_space:
+            space = space.removeprefix(" ")
+        for token in self.raw.get_added_tokens_decoder().values():
+            if token.special and after.lstrip().startswith(token.content):
+                return space, token.content
+        return space, self.eos
 
     def segments(self, messages: Messages, most: int | None = None) -> list[Segment]:
         """A conversation as (text, is_response): prompt, response, ... (`most` responses).
@@ -93,29 +122,44 @@ class Tokenizer:
         conversation ends with a user's message, the last segment is a prompt. The caller adds
         eos_id after each response; the prompt that follows leaves the template's own out.
         """
-        pieces, before, response = [], "", ""
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if messages[-1]["role"] != "assistant":
             turns.append(len(messages))
+        segments = []
+        previous = ""  # what was rendered up to the response before
+        response = ""
         for turn in turns[:most]:
             text = self.chat.render(messages[:turn], generate=True)
-            rest = text[len(before) :].lstrip() if pieces else text
-            if not text.startswith(before) or not rest.startswith(response.strip()):
+            prompt = text[len(previous) :]
+            if segments:
+                prompt = prompt.lstrip()  # a template may trim the response, which comes first
+            if not text.startswith(previous) or not prompt.startswith(response.strip()):
                 raise InputError(
                     f"{self.where}: the chat template rewrites earlier turns once there are {turn} "
                     "messages: put the system message into the first user's text and leave "
                     "thinking out, or give one row per turn"
                 )
-            rest = rest[len(response.strip()) :]
-            if pieces and rest.lstrip().startswith(self.turn_end):  # the caller adds the EOS
-                rest = rest.lstrip()[len(self.turn_end) :]
-            pieces.append((rest, False))
+            prompt = prompt[len(response.strip()) :]
+            # The caller adds the EOS of the response before.
+            if segments and prompt.lstrip().startswith(self.turn_end):
+                prompt = prompt.lstrip()[len(self.turn_end) :]
+            segments.append((prompt, False))
             if turn < len(messages):
-                before, response = text, messages[turn]["content"]
-                # A chat template may trim the response; the human form does not.
-                trimmed = self.template is not None and response != response.lstrip()
-                pieces.append((response if trimmed else self.space + response, True))
-        return pieces
+                previous = text
+                response = messages[turn]["content"]
+                segments.append((self.spaced(response), True))
+        return segments
+
+    def spaced(self, response: str) -> str:
+        """A response behind the space that separates it from its prompt.
+
+        A chat template may trim a response that begins with a blank; the human form does not.
+        """
+        if self.template is not None and response != response.lstrip():
+            return response
+        return self.space + response
+
+    # From segments to ids
 
     def leading_ids(self) -> list[int]:
         """Ids before the first segment: the tokenizer's BOS, unless a template writes it."""
@@ -127,47 +171,78 @@ class Tokenizer:
     def encode_segments(self, rows: list[list[Segment]]) -> list[list[tuple[list[int], Spans]]]:
         """For each segment of each row its ids, and each token's [start, end) in the text.
 
-        For tokenizers that add a word's space, what stands before a text matters: a prompt after a
-        response is encoded behind the EOS, and a response after a newline behind a newline. All
-        rows go to the tokenizer's threads together.
+        All rows go to the tokenizer's threads together.
         """
-        eos, newline, nothing = (self.eos, [self.eos_id]), ("\n", self.newline), ("", [])
-        leads = []
+        texts = []
+        contexts = []
         for row in rows:
-            for k, (_, is_response) in enumerate(row):
-                after_newline = k and self.adds_space and row[k - 1][0].endswith("\n")
-                lead = (newline if after_newline else nothing) if is_response else eos
-                leads.append(lead if k else nothing)
-        texts = [text for row in rows for text, _ in row]
-        behind = [before + text for (before, _), text in zip(leads, texts)]
+            for i, (text, _) in enumerate(row):
+                texts.append(text)
+                contexts.append(self.context(row, i))
+        joined = [context + text for (context, _), text in zip(contexts, texts)]
         with as_input_error(f"{self.where}/tokenizer.json: cannot encode this text"):
-            encodings = self.raw.encode_batch(behind, add_special_tokens=False)
-            pieces = map(self.cut, encodings, leads, texts)
-            return [[next(pieces) for _ in row] for row in rows]
+            encodings = self.raw.encode_batch(joined, add_special_tokens=False)
+            pieces = list(map(self.without_context, encodings, contexts, texts))
+        encoded = []
+        start = 0
+        for row in rows:
+            encoded.append(pieces[start : start + len(row)])
+            start += len(row)
+        return encoded
 
-    def cut(self, encoding, lead: tuple[str, list[int]], text: str) -> tuple[list[int], Spans]:
-        """Ids and spans of a text encoded behind `lead`; encoded alone where the two merged."""
-        (before, ids), found = lead, encoding.ids
-        start = found.index(ids[-1]) + 1 if ids and ids[-1] in found else len(ids)
-        if found[start - len(ids) : start] != ids:
-            encoding, before, start = self.raw.encode(text, add_special_tokens=False), "", 0
-        spans = [(a - len(before), b - len(before)) for a, b in encoding.offsets[start:]]
+    def context(self, row: list[Segment], i: int) -> tuple[str, list[int]]:
+        """The text behind which segment i of a row is encoded, and its ids.
+
+        It matters to tokenizers that add a word's space: a prompt after a response is encoded
+        behind the EOS, and a response after a newline behind a newline.
+        """
+        if i == 0:
+            return "", []
+        _, is_response = row[i]
+        if not is_response:
+            return self.eos, [self.eos_id]
+        prompt, _ = row[i - 1]
+        if self.adds_space and prompt.endswith("\n"):
+            return "\n", self.newline_ids
+        return "", []
+
+    def without_context(
+        self, encoding: Encoding, context: tuple[str, list[int]], text: str
+    ) -> tuple[list[int], Spans]:
+        """Ids and spans of a text encoded behind a context; encoded alone where the two merged."""
+        context_text, context_ids = context
+        shift = len(context_text)
+        # The tokenizer may have put a space before the context, so look for the context's end.
+        start = len(context_ids)
+        if context_ids and context_ids[-1] in encoding.ids:
+            start = encoding.ids.index(context_ids[-1]) + 1
+        if encoding.ids[start - len(context_ids) : start] != context_ids:
+            encoding = self.raw.encode(text, add_special_tokens=False)
+            shift = 0
+            start = 0
+        spans = [(first - shift, last - shift) for first, last in encoding.offsets[start:]]
         return encoding.ids[start:], spans
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of a conversation up to where the assistant's next response begins."""
-        ids, segments = self.leading_ids(), self.segments(messages)
+        segments = self.segments(messages)
         if left_out(messages, segments):
             raise InputError(f"{self.where}: {LEFT_OUT}")
+        ids = self.leading_ids()
         for (_, is_response), (piece, _) in zip(segments, self.encode_segments([segments])[0]):
-            ids += [*piece, self.eos_id] if is_response else piece
+            ids += piece
+            if is_response:
+                ids.append(self.eos_id)
         return ids
 
 
 def overlaps(spans: Spans, marks: Spans) -> list[bool]:
     """Which spans overlap a mark: more marks begin before their end than end by their start."""
-    (starts, ends), (first, last) = np.sort(np.array(marks).T), np.array(spans).reshape(-1, 2).T
-    return (np.searchsorted(starts, last) > np.searchsorted(ends, first, "right")).tolist()
+    mark_starts, mark_ends = np.sort(np.array(marks).T)
+    starts, ends = np.array(spans).reshape(-1, 2).T
+    started = np.searchsorted(mark_starts, ends)
+    finished = np.searchsorted(mark_ends, starts, side="right")
+    return (started > finished).tolist()
 
 
 def special_tokens(folder: Path, config: dict) -> dict[str, str]:
@@ -178,13 +253,22 @@ def special_tokens(folder: Path, config: dict) -> dict[str, str]:
     the last word; otherwise the map only supplies a missing EOS, without which nothing works.
     """
     file = folder / "special_tokens_map.json"
-    table, newer = read_json(file) if file.exists() else {}, "added_tokens_decoder" in config
-    table = {"eos_token": table.get("eos_token"), **config} if newer else {**config, **table}
-    named = {key: value for key, value in table.items() if key.endswith("_token")}
+    table = read_json(file) if file.exists() else {}
+    if "added_tokens_decoder" in config:
+        table = {"eos_token": table.get("eos_token"), **config}
+    else:
+        table = {**config, **table}
+    named = {name: token for name, token in table.items() if name.endswith("_token")}
     extra = table.get("extra_special_tokens")
-    named |= extra if isinstance(extra, dict) else {}
-    texts = {key: x.get("content") if isinstance(x, dict) else x for key, x in named.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+    if isinstance(extra, dict):
+        named |= extra
+
+    texts = {}
+    for name, token in named.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            texts[name] = text
+    return texts
 
 
 def load_tokenizer(
@@ -215,11 +299,12 @@ def load_tokenizer(
     source = None if template == "human" else find_template(folder, config)
     if template == "chat" and source is None:
         raise InputError(f"{folder}: the checkpoint has no chat template; use --template human")
+
     with as_input_error(f"{folder}: tokenizer.json or tokenizer_config.json cannot be used"):
         raw = RawTokenizer.from_file(str(file))
         if getattr(raw.model, "dropout", None):
             raise InputError(f"{file}: its dropout draws tokens by chance: set it to null")
         raw.no_truncation()
         raw.no_padding()
-        special, more = special_tokens(folder, config), template_kwargs or {}
-        return Tokenizer(raw, special, source, day, folder, more)
+        special = special_tokens(folder, config)
+        return Tokenizer(raw, special, source, day, folder, template_kwargs or {})

@@ -14,12 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import Config
 from model.fused import fused
-from model.lora import LoRALinear
+from model.lora import AdapterScope, LoRALinear
 from model.packed import Cache, Rows
 from model.products import attention
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine of each position's angles, [N, 1, E/2] each
-Masks = tuple[Tensor | None, Tensor | None]  # for full and windowed layers: see Rows.masks
 
 
 @fused
@@ -32,7 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 class RMSNorm(nn.Module):
     def __init__(self, config: Config, size: int):
         super().__init__()
-        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+        self.eps = config.rms_norm_eps
+        self.offset = config.norm_offset
         self.weight = nn.Parameter(torch.ones(size) - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,17 +42,18 @@ class RMSNorm(nn.Module):
 def rope_table(rope: dict, positions: Tensor, size: int) -> Rope:
     """Cosine and sine of each position's angle for each rotated pair; scaled for long contexts."""
     channels = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
-    inverse = rope["rope_theta"] ** -(channels / size)  # angle per position, (E/2,)
+    frequency = rope["rope_theta"] ** -(channels / size)  # angle per position, (E/2,)
     if rope["rope_type"] == "linear":
-        inverse = inverse / rope["factor"]
+        frequency = frequency / rope["factor"]
     if rope["rope_type"] == "llama3":
         # Wavelengths that fit many times into the original context stay, those longer than it are
         # stretched by `factor`, and between the two bounds the stretch is interpolated.
-        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        inverse = inverse * (smooth + (1 - smooth) / rope["factor"])
-    angles = positions[:, None, None] * inverse  # (N, 1, E/2)
+        frequency = frequency * (smooth + (1 - smooth) / rope["factor"])
+    angles = positions[:, None, None] * frequency  # (N, 1, E/2)
     return angles.cos(), angles.sin()
 
 
@@ -61,8 +62,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, split-half layout: channel i turns with i + E/2. x: (N, heads, E)."""
     first, second = x.chunk(2, dim=-1)
     # The angles are float32, so the products are: round them before they are joined.
-    turned = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
-    return torch.cat(turned, dim=-1)
+    turned_first = (first * cos - second * sin).to(x.dtype)
+    turned_second = (second * cos + first * sin).to(x.dtype)
+    return torch.cat((turned_first, turned_second), dim=-1)
 
 
 class Attention(nn.Module):
@@ -70,8 +72,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.windowed = layer in config.windowed_layers
+        self.layer = layer
+        self.head_dim = config.head_dim
         self.rotated = layer not in config.unrotated_layers
         self.scale = config.query_scalar**-0.5
         self.groups = config.num_attention_heads // config.num_key_value_heads
@@ -81,46 +83,59 @@ class Attention(nn.Module):
         self.k_proj = LoRALinear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = LoRALinear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = LoRALinear(queries, config.hidden_size, bias=config.output_bias)
-        norm = RMSNorm if config.qk_norm else nn.Identity
-        self.q_norm = norm(config, config.head_dim)
-        self.k_norm = norm(config, config.head_dim)
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, config.head_dim)
+            self.k_norm = RMSNorm(config, config.head_dim)
 
     def forward(
-        self, x: Tensor, ropes: list[Rope], masks: Masks, rows: Rows, cache: Cache | None
+        self, x: Tensor, rope: Rope, mask: Tensor | None, rows: Rows, cache: Cache | None
     ) -> Tensor:
+        """x: (N, D), normed. mask: bool [B or 1, 1, T, S], see Rows.masks; None: causal."""
         heads = (len(x), -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads))  # (N, H, E)
         k = self.k_norm(self.k_proj(x).view(heads))  # (N, K, E)
         v = self.v_proj(x).view(heads)  # (N, K, E)
         if self.rotated:
-            rope = ropes[-self.windowed]  # windowed layers may have a rope of their own, the last
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
         if k.dtype == torch.float16:
             # Other infinities are NaN behind the next norm and reach all later positions through
             # the keys. An infinite key can hide behind a zero attention weight: NaN cannot.
             k = torch.where(k.abs() > 65504, torch.nan, k)
-        q, k, v, mask = rows.pad(q), rows.pad(k), rows.pad(v), masks[self.windowed]
-        shape = q.shape  # (B, H, T, E)
+
+        q = rows.pad(q)  # (B, H, T, E)
+        k = rows.pad(k)  # (B, K, T, E)
+        v = rows.pad(v)  # (B, K, T, E)
+        shape = q.shape
         if cache is not None:
-            slots = cache.update(self.layer, rows.positions, k, v)
-            if rows.shape[1] == 1:  # the heads of a group are as many queries of its one key head
-                k, v = slots  # (B, K, S, E)
+            cached_k, cached_v = cache.update(self.layer, rows.positions, k, v)  # (B, K, S, E)
+            if rows.shape[1] == 1:
+                # One new token per row: the heads of a group are queries of its one key head.
+                k = cached_k
+                v = cached_v
                 q = q.reshape(len(k), -1, self.groups, self.head_dim)  # (B, K, H / K, E)
-        # The flash kernels read grouped keys as they are, but take no mask. float32 has no such
-        # kernel on CUDA, and the CPU's is slower.
-        if q.shape[1] > k.shape[1] and (
-            not x.is_cuda or x.dtype == torch.float32 or mask is not None
-        ):
+
+        # CUDA's flash kernels read grouped keys as they are, but take no mask and no float32. The
+        # CPU's reads them, too, but is slower.
+        grouped = q.shape[1] > k.shape[1]
+        flash = x.is_cuda and x.dtype != torch.float32 and mask is None
+        if grouped and not flash:
             k = k.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
             v = v.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
-        how = {"is_causal": mask is None, "enable_gqa": q.shape[1] > k.shape[1]}
-        y = attention(q, k, v, attn_mask=mask, scale=self.scale, **how)
+            grouped = False
+        options = {"is_causal": mask is None, "scale": self.scale, "enable_gqa": grouped}
+        y = attention(q, k, v, attn_mask=mask, **options)
         return self.o_proj(rows.flat(y.reshape(shape)))
 
 
 @fused
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-    return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+    """gelu(gate) * up, with GELU's tanh approximation; or with SiLU for GELU."""
+    if gelu:
+        return F.gelu(gate, approximate="tanh") * up
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -128,7 +143,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        size = config.hidden_size
+        inner = config.intermediate_size
+        bias = config.mlp_bias
         self.gelu = config.gelu
         self.gate_proj = LoRALinear(size, inner, bias=bias)
         self.up_proj = LoRALinear(size, inner, bias=bias)
@@ -149,7 +166,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        """x: (N, D). context: ropes, masks, rows and cache, as attention takes them."""
+        """x: (N, D). context: rope, mask, rows and cache, as attention takes them."""
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -178,7 +195,7 @@ class Body(nn.Module):
         self.norm = RMSNorm(config, config.hidden_size)
 
 
-class Transformer(nn.Module):
+class Transformer(AdapterScope):
     """Token ids to final-norm hidden states; `lm_head` maps those to logits.
 
     The caller applies the head, so that logits are built only where a loss or a next token needs
@@ -195,7 +212,6 @@ class Transformer(nn.Module):
         self.name = ""  # what an adapter calls its base: a hub id, else "" for the folder's path
         self.gradient_checkpointing = False  # recompute each block in the backward pass
         self.sharded = False  # the blocks are spread over several processes, see sharding.py
-        self.onednn = True  # float32 products on the CPU are oneDNN's, see products.py
         self.model = Body(config)
         self.lm_head = LoRALinear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -222,18 +238,30 @@ class Transformer(nn.Module):
         positions: int64 [B, T], default 0..T-1. cache: for generation, with ids [B, T]. The first
         call holds the whole prompts, later ones one token per row.
         """
-        rows, config = Rows(ids, positions, bounds), self.config
-        ropes = [rope_table(rope, rows.positions, config.head_dim) for rope in config.ropes]
-        context = ropes, rows.masks(config.sliding_window, cache), rows, cache
+        config = self.config
+        rows = Rows(ids, positions, bounds)
+
+        # What attention needs, in full and in windowed layers: the latter may have a rope of their
+        # own, as in Gemma 3, and a mask.
+        full_mask, windowed_mask = rows.masks(config.sliding_window, cache)
+        full_rope = rope_table(config.ropes[0], rows.positions, config.head_dim)
+        windowed_rope = full_rope
+        if len(config.ropes) == 2:
+            windowed_rope = rope_table(config.ropes[1], rows.positions, config.head_dim)
+        full_context = (full_rope, full_mask, rows, cache)
+        windowed_context = (windowed_rope, windowed_mask, rows, cache)
+
         x = self.model.embed_tokens(ids.flatten())  # (N, D)
         if config.scaled_embedding:
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)
         x = x.float()
-        for layer in self.model.layers:
+        for index, layer in enumerate(self.model.layers):
+            context = windowed_context if index in config.windowed_layers else full_context
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                options = {"use_reentrant": False, "preserve_rng_state": False}
-                x = checkpoint(layer, x, *context, **options)
+                x = checkpoint(layer, x, *context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, *context)
-        hidden = self.model.norm(x)
-        return hidden if ids.ndim == 1 else hidden.view(*ids.shape, -1)  # FSDP warns of views
+        hidden = self.model.norm(x)  # (N, D)
+        if ids.ndim == 1:
+            return hidden  # itself: FSDP warns of views
+        return hidden.view(*ids.shape, -1)  # (B, T, D)
