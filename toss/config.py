@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # The ways of choosing tokens: "toss" is in select.py, the others are in toss/methods.py.
-METHODS = "toss sft random first-k local sample sample-all degraded-only utility-only".split()
-METHODS += ["first-5", "base", "weighted", "oracle"]
+METHODS = """toss sft random first-k first-5 local sample sample-all degraded-only utility-only
+    base weighted oracle""".split()
 UNSCORED = ("sft", "random", "first-k", "first-5", "oracle", "mask")  # no reference models needed
 
 
-def setting(default: Any, help: str, **flag: Any) -> Any:
-    """A field that is also a flag; `flag` is passed on to argparse."""
-    return field(default=default, metadata={"help": help, **flag})
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """A field that is also a flag; `options` are passed on to argparse."""
+    return field(default=default, metadata={"help": help, **options})
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,15 @@ class TrainConfig:
     batch_tokens: int | None = None  # per forward pass; changes memory and speed, not the result
 
     @classmethod
-    def of(cls, args: Namespace | dict) -> "TrainConfig":
-        """The settings among the attributes of `args` (or a dictionary's keys)."""
-        given = args if isinstance(args, dict) else vars(args)
-        return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
+    def of(cls, source: Namespace | dict) -> "TrainConfig":
+        """The settings among the attributes of `source` (or a dictionary's keys)."""
+        values = source if isinstance(source, dict) else vars(source)
+        names = [f.name for f in fields(cls) if f.name in values]
+        return cls(**{name: values[name] for name in names})
 
     def recipe(self) -> dict[str, Any]:
-        """The settings that decide the result."""
-        return {name: value for name, value in asdict(self).items() if name != "batch_tokens"}
+        """The settings that decide the result, as they are recorded."""
+        settings = asdict(self)
+        del settings["batch_tokens"]
+        settings["alpha"] = float(self.alpha)  # 32 and 32.0 mean the same, but their texts differ
+        return settings

@@ -1,10 +1,8 @@
 """The one loss that scoring and training share, and the place where a fork puts another one."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
@@ -13,28 +11,56 @@ from toss.tokens import Batch
 LOGITS = 2**26  # elements of logits alive at once (256 MiB in float32), whatever the vocabulary
 
 
-def token_loss(log_p: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
+def token_loss(model: Transformer, batch: Batch, weights: Tensor) -> Tensor:
     """The paper's objective: sum_ij w_ij * -log P(y_ij | x_i, y_i,<j), a scalar.
 
-    An objective maps what a batch has of its n weighted tokens to one summed loss: log_p, their
-    log-probabilities, float32 [n]; hidden, the hidden states they were predicted from, [n, D]; and
-    weights, float32 [n]. TOSS's weights are 0 or 1, and tokens of weight 0 are not among the n.
+    An objective maps the model, a batch and the weights of its n targets, float32 [n], to one
+    summed loss. TOSS's weights are 0 or 1, and tokens of weight 0 are not among the targets.
     """
+    log_p = token_log_probs(model, batch)
     return -(weights * log_p).sum()
 
 
-def token_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """log P(y_ij | x_i, y_i,<j) of the batch's n wanted tokens, float32 [n], and hidden [n, D].
+def token_log_probs(model: Transformer, batch: Batch) -> Tensor:
+    """log P(y_ij | x_i, y_i,<j) of the batch's n targets, float32 [n]."""
+    return log_probs(model.lm_head, hidden_states(model, batch), batch.targets)
 
-    Logits are built for one chunk of wanted positions at a time; in training each chunk is
-    recomputed in the backward pass.
+
+def hidden_states(model: Transformer, batch: Batch) -> Tensor:
+    """What predicts each target: the hidden state of the token before it, [n, D]."""
+    return model(batch.ids, bounds=batch.bounds)[batch.before]
+
+
+def log_probs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log P of each target, float32 [n], from hidden states [n, D].
+
+    Logits are built for one chunk of targets at a time; in training each chunk is recomputed in the
+    backward pass.
     """
-    hidden = model(batch.ids, bounds=batch.bounds)[batch.before]  # (n, D)
-    training, head = torch.is_grad_enabled(), model.lm_head
-    few = not (training or hidden.is_cuda)  # 16 MiB stay in the CPU's caches
-    size = (LOGITS // 16 if few else LOGITS) // head.out_features
-    size = max(1, size // 256 * 256 or size)  # a GPU's products work on tiles of 128 or 256 rows
-    log_p = lambda h, target: -F.cross_entropy(head(h).float(), target, reduction="none")
-    if training and len(hidden) > size:
-        log_p = partial(checkpoint, log_p, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat(list(map(log_p, hidden.split(size), batch.targets.split(size)))), hidden
+    training = torch.is_grad_enabled()
+    size = chunk_size(head.out_features, training, hidden.is_cuda)
+    chunks = []
+    for states, chunk_targets in zip(hidden.split(size), targets.split(size)):
+        if training and len(hidden) > size:
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            chunk = checkpoint(chunk_log_probs, head, states, chunk_targets, **options)
+        else:
+            chunk = chunk_log_probs(head, states, chunk_targets)
+        chunks.append(chunk)
+    return torch.cat(chunks)
+
+
+def chunk_log_probs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The same by way of logits [n, V]."""
+    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def chunk_size(vocabulary: int, training: bool, cuda: bool) -> int:
+    """Targets whose logits are built at once."""
+    logits = LOGITS
+    if not training and not cuda:
+        logits = LOGITS // 16  # 16 MiB stay in the CPU's caches
+    size = max(1, logits // vocabulary)
+    if size > 256:
+        size = size // 256 * 256  # a GPU's products work on tiles of 128 or 256 rows
+    return size

@@ -43,13 +43,14 @@ class Candidates:
 
     def position(self) -> Tensor:
         """Which of its row's ranked tokens each one is, from 0, int64 [n]."""
-        return torch.arange(len(self.row)) - torch.searchsorted(self.row, self.row)
+        first = torch.searchsorted(self.row, self.row)
+        return torch.arange(len(self.row)) - first
 
     def harmful(self) -> Tensor:
         """Ground truth, bool [n]."""
-        if self.tokens.harmful.any():
-            return self.tokens.harmful[self.ranked]
-        raise InputError("this method needs the ground truth, but no row marks harm (`harmful`)")
+        if not self.tokens.harmful.any():
+            raise InputError("this method needs the ground truth: no row marks harm (`harmful`)")
+        return self.tokens.harmful[self.ranked]
 
 
 def top(scores: Tensor, c: Candidates) -> Choice:
@@ -57,60 +58,106 @@ def top(scores: Tensor, c: Candidates) -> Choice:
     return select_tokens(scores, c.d), scores
 
 
+# Tokens, without a reference model
+
+
+def sft(c: Candidates) -> Choice:
+    """Plain fine-tuning: every token stays."""
+    return torch.ones(len(c.ranked), dtype=torch.bool), None
+
+
 def random(c: Candidates) -> Choice:
     """Tokens drawn at random."""
-    return top(torch.rand(len(c.ranked), generator=torch.Generator().manual_seed(c.seed)), c)
+    generator = torch.Generator().manual_seed(c.seed)
+    return top(torch.rand(len(c.ranked), generator=generator), c)
+
+
+def first_k(c: Candidates) -> Choice:
+    """The first tokens of every row, equally many of each as far as its length allows."""
+    return top(-c.position().float(), c)
+
+
+def first_5(c: Candidates) -> Choice:
+    """The first five tokens of each row, whatever d."""
+    return c.position() >= 5, -c.position().float()
+
+
+# Tokens, by losses
 
 
 def local(c: Candidates) -> Choice:
-    """The highest floor(d L_i) of each row by itself: by the rounding, less than d in all."""
+    """The highest floor(d |y_i|) of each row by itself: by the rounding, less than d in all."""
     S = c.S()
     order = S.argsort(descending=True, stable=True)
     order = order[c.row[order].argsort(stable=True)]  # by row, riskiest first within a row
-    keep = c.position() >= (c.d * c.sizes[c.row].double() + 1e-9).floor()
+    count = (c.d * c.sizes[c.row].double() + 1e-9).floor()
+    keep = c.position() >= count
     return keep[order.argsort()], S
+
+
+def degraded_only(c: Candidates) -> Choice:
+    """What theta^h expects most."""
+    return top(-c.loss("degraded"), c)
+
+
+def utility_only(c: Candidates) -> Choice:
+    """What theta^u expects least."""
+    return top(c.loss("utility"), c)
+
+
+def base(c: Candidates) -> Choice:
+    """S with the base theta^0 in place of theta^u."""
+    return top(c.loss("base") - c.loss("degraded"), c)
+
+
+def weighted(c: Candidates) -> Choice:
+    """L^u - 0.5 L^h."""
+    return top(c.loss("utility") - 0.5 * c.loss("degraded"), c)
+
+
+# Whole rows
 
 
 def mean_of_row(c: Candidates) -> tuple[Tensor, Tensor]:
     """The mean S of each token's row, float32 [n], and the rows sorted by it, highest first."""
-    sums = torch.zeros(c.tokens.rows, dtype=torch.float64).index_add_(0, c.row, c.S().double())
-    means = (sums / c.sizes).float()  # NaN for a row without ranked tokens
-    return means[c.row], means.nan_to_num(-math.inf).argsort(descending=True, stable=True)
+    sums = torch.zeros(c.tokens.rows, dtype=torch.float64)
+    sums.index_add_(0, c.row, c.S().double())
+    means = (sums / c.sizes).float()  # NaN for a row without ranked tokens, which comes last
+    order = means.nan_to_num(-math.inf).argsort(descending=True, stable=True)
+    return means[c.row], order
 
 
 def sample(c: Candidates) -> Choice:
     """Whole rows, highest mean S first, as many as fit into d of the tokens."""
     scores, order = mean_of_row(c)
-    fit = int((c.sizes[order].cumsum(0) <= math.floor(c.d * len(scores) + 1e-9)).sum())
-    return ~torch.isin(c.row, order[:fit]), scores
+    budget = math.floor(c.d * len(scores) + 1e-9)
+    count = int((c.sizes[order].cumsum(0) <= budget).sum())
+    return ~torch.isin(c.row, order[:count]), scores
 
 
 def sample_all(c: Candidates) -> Choice:
     """Whole rows, highest mean S first, as many as truly hold harm, whatever d."""
     scores, order = mean_of_row(c)
-    return ~torch.isin(c.row, order[: len(c.row[c.harmful()].unique())]), scores
+    count = len(c.row[c.harmful()].unique())
+    return ~torch.isin(c.row, order[:count]), scores
+
+
+def oracle(c: Candidates) -> Choice:
+    """Exactly the harmful tokens."""
+    return ~c.harmful(), c.harmful().float()
 
 
 METHODS = {
-    "sft": lambda c: (torch.ones(len(c.ranked), dtype=torch.bool), None),  # every token stays
+    "sft": sft,
     "random": random,
-    "first-k": lambda c: top(-c.position().float(), c),  # equally many of every row, if it can
-    "first-5": lambda c: (c.position() >= 5, -c.position().float()),  # of each row, whatever d
+    "first-k": first_k,
+    "first-5": first_5,
     "local": local,
     "sample": sample,
     "sample-all": sample_all,
-    "degraded-only": lambda c: top(-c.loss("degraded"), c),
-    "utility-only": lambda c: top(c.loss("utility"), c),
-    "base": lambda c: top(c.loss("base") - c.loss("degraded"), c),  # theta^0 in place of theta^u
-    "weighted": lambda c: top(c.loss("utility") - 0.5 * c.loss("degraded"), c),
-    "oracle": lambda c: (~c.harmful(), c.harmful().float()),  # exactly the harmful ones
+    "degraded-only": degraded_only,
+    "utility-only": utility_only,
+    "base": base,
+    "weighted": weighted,
+    "oracle": oracle,
 }
-
-
-def choose(method: str, c: Candidates) -> Choice:
-    """A method's mask over the flat arrays, bool [N], and its scores, float [N] or None."""
-    keep = torch.ones(len(c.tokens.input_ids), dtype=torch.bool)
-    keep[c.ranked], scores = METHODS[method](c)
-    if scores is not None:
-        scores = torch.zeros(len(keep)).index_put((c.ranked,), scores)
-    return keep, scores

@@ -5,14 +5,20 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from model.io import InputError, json_lines
 
-ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human"), "user")
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
-HALF = re.compile("[\ud800-\udfff]")  # one of the two that make a character in UTF-16
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+}
+SURROGATE = re.compile("[\ud800-\udfff]")  # one of the two that make a character in UTF-16
 FORMS = "messages; prompt and response; instruction, input and output (Alpaca); "
 FORMS += "conversations (ShareGPT); chosen or transcript (Anthropic HH)"
+
+Turn = tuple[str, Any]  # role and text, as they stand in the file
 
 
 @dataclass
@@ -28,7 +34,9 @@ class Row:
     @property
     def prompt(self) -> list[dict[str, str]]:
         """The conversation up to the last response."""
-        return self.messages[: -1 if self.messages[-1]["role"] == "assistant" else None]
+        if self.messages[-1]["role"] == "assistant":
+            return self.messages[:-1]
+        return self.messages
 
 
 def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> list[Row]:
@@ -48,34 +56,65 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
 def row_of(raw: dict, where: str, responses: bool = True) -> Row:
     """One JSON object as a Row; see read_rows."""
     try:
-        raw = {key: x for key, x in raw.items() if x is not None}  # as if it were absent
-        messages = [turn(*pair) for pair in conversation(raw, responses)]
-        replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        if not messages and not (responses and {"prompt", "instruction"} & raw.keys()):
-            raise InputError(f"no turns in any of the known forms ({FORMS}), but {list(raw)}")
-        if responses and not replies:
-            raise InputError("the row has no response")
-        messages = messages[: replies[-1] + 1] if responses else messages
-        if messages[0]["role"] == "assistant" or all(m["role"] != "user" for m in messages):
-            raise InputError("the row has no prompt before its first response")
-        if not all(messages[k]["content"].strip() for k in replies):
-            raise InputError("the row has an empty response")
-        end = len(messages[replies[0]]["content"]) if len(replies) == 1 else 0
-        spans = raw.get("harmful", [])
-        if not all(type(a) is type(b) is int and 0 <= a < b <= end for a, b in spans):
-            raise InputError("`harmful` must list [start, end) character spans of the one response")
-        notes = {key: raw[key] for key in ("source", "answer") if key in raw}
-        plain = {key: str(x) for key, x in notes.items() if type(x) in (str, int, float)}
-        if not responses and (len(plain) < len(notes) or HALF.search("".join(plain.values()))):
-            raise InputError("`source` and `answer` must be whole texts or numbers")
-        return Row(messages, where, spans, plain.get("source", ""), plain.get("answer"))
+        present = {key: value for key, value in raw.items() if value is not None}
+        messages = messages_of(present, responses)
+        row = Row(messages, where, harmful_spans(present, messages))
+        for key in ("source", "answer"):
+            text = note(present.get(key), checked=key in present and not responses)
+            if text is not None:
+                setattr(row, key, text)
+        return row
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{where}: malformed ({type(error).__name__}: {error})") from None
 
 
-def turn(role: str, text: str | list) -> dict[str, str]:
+def messages_of(raw: dict, responses: bool) -> list[dict[str, str]]:
+    """The conversation of a row, checked. Raises InputError."""
+    messages = [message(role, text) for role, text in conversation(raw, responses)]
+    # With a prompt or an instruction alone, what is missing is the response.
+    promising = responses and ("prompt" in raw or "instruction" in raw)
+    if not messages and not promising:
+        raise InputError(f"no turns in any of the known forms ({FORMS}), but {list(raw)}")
+
+    replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    if responses:
+        if not replies:
+            raise InputError("the row has no response")
+        messages = messages[: replies[-1] + 1]
+    roles = [message["role"] for message in messages]
+    if roles[0] == "assistant" or "user" not in roles:
+        raise InputError("the row has no prompt before its first response")
+    if not all(messages[k]["content"].strip() for k in replies):
+        raise InputError("the row has an empty response")
+    return messages
+
+
+def harmful_spans(raw: dict, messages: list[dict[str, str]]) -> list[list[int]]:
+    """The optional ground truth, [start, end) characters of a row's one response."""
+    replies = [message["content"] for message in messages if message["role"] == "assistant"]
+    length = len(replies[0]) if len(replies) == 1 else 0
+    spans = raw.get("harmful", [])
+    for start, end in spans:
+        whole = type(start) is int and type(end) is int  # truth values are no numbers
+        if not whole or not 0 <= start < end <= length:
+            raise InputError("`harmful` must list [start, end) character spans of the one response")
+    return spans
+
+
+def note(value: Any, checked: bool) -> str | None:
+    """A `source` or `answer` as text. For another kind of value None, or if `checked` an error."""
+    if type(value) in (str, int, float):
+        text = str(value)
+        if not SURROGATE.search(text) or not checked:
+            return text
+    if checked:
+        raise InputError("`source` and `answer` must be whole texts or numbers")
+    return None
+
+
+def message(role: str, text: str | list) -> dict[str, str]:
     """One message. text: a string, or a list of {"type": "text", "text": ...} parts."""
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"unknown role {role!r} (known: {', '.join(ROLES)})")
@@ -83,36 +122,57 @@ def turn(role: str, text: str | list) -> dict[str, str]:
         text = "".join(part["text"] for part in text)
     if not isinstance(text, str):
         raise InputError(f"the text of {role!r} is not a string but {json.dumps(text)[:60]}")
-    if HALF.search(text):
-        raise InputError(f"the text of {role!r} holds half a character")
+    if SURROGATE.search(text):
+        raise InputError(f"the text of {role!r} contains an unpaired surrogate")
     return {"role": ROLES[role], "content": text}
 
 
-def conversation(raw: dict, responses: bool) -> list[tuple[str, str]]:
+# The forms
+
+
+def conversation(raw: dict, responses: bool) -> list[Turn]:
     """(role, text) of each turn, by the first form that fits; empty where none does."""
     if "messages" in raw:
-        return [role_and_text(m) for m in raw["messages"]]
+        return [role_and_text(turn) for turn in raw["messages"]]
     if "prompt" in raw and "response" in raw:
         return [("user", raw["prompt"]), ("assistant", raw["response"])]
     if "instruction" in raw and ("output" in raw or not responses):
-        text = raw["instruction"] + ("\n\n" + raw["input"] if raw.get("input") else "")
-        return [("user", text)] + ([("assistant", raw["output"])] if "output" in raw else [])
+        return alpaca(raw)
     if "conversations" in raw:
-        return [role_and_text(m) for m in raw["conversations"]]
+        return [role_and_text(turn) for turn in raw["conversations"]]
     transcript = raw.get("chosen", raw.get("transcript"))
     if isinstance(transcript, str):
-        parts = re.split(r"(?:^|\n\n)(Human|Assistant):", transcript.lstrip())
-        turns = [(role.lower(), text.strip()) for role, text in zip(parts[1::2], parts[2::2])]
-        if turns and parts[0].strip():
-            turns.insert(0, ("system", parts[0].strip()))
-        while len(turns) > (2 if responses else 1) and turns[-1] == ("assistant", ""):
-            turns.pop()  # a transcript that breaks off after "Assistant:"
-        return turns
-    return [("user", raw["prompt"])] if "prompt" in raw and not responses else []
+        return anthropic(transcript, least=2 if responses else 1)
+    if "prompt" in raw and not responses:
+        return [("user", raw["prompt"])]
+    return []
 
 
-def role_and_text(message: dict) -> tuple[str, str]:
+def role_and_text(turn: dict) -> Turn:
     """role and content, or ShareGPT's from and value; some files mix the names of both."""
-    there = {key: x for key, x in message.items() if x is not None}
-    own = {"role": there.get("from"), "content": there.get("value"), **there}
-    return own["role"], own["content"]
+    present = {key: value for key, value in turn.items() if value is not None}
+    role = present.get("role", present.get("from"))
+    text = present.get("content", present.get("value"))
+    return role, text
+
+
+def alpaca(raw: dict) -> list[Turn]:
+    """instruction, input and output."""
+    text = raw["instruction"]
+    if raw.get("input"):
+        text = text + "\n\n" + raw["input"]
+    turns = [("user", text)]
+    if "output" in raw:
+        turns.append(("assistant", raw["output"]))
+    return turns
+
+
+def anthropic(transcript: str, least: int) -> list[Turn]:
+    """Turns that begin with Human: and Assistant:. least: turns that are kept, even if empty."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", transcript.lstrip())
+    turns = [(role.lower(), text.strip()) for role, text in zip(parts[1::2], parts[2::2])]
+    if turns and parts[0].strip():
+        turns.insert(0, ("system", parts[0].strip()))
+    while len(turns) > least and turns[-1] == ("assistant", ""):
+        turns.pop()  # a transcript that breaks off after "Assistant:"
+    return turns

@@ -1,18 +1,24 @@
 """The loss of every response token of a dataset, from which the scores are made."""
 
 from collections.abc import Callable
-from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.io import NotFinite
-from model.process import halve_budget, out_of_memory
 from model.products import fast
-from model.sharding import keep_up
 from model.transformer import Transformer
 from toss.loss import token_log_probs
-from toss.parallel import any_process, over_processes, rank, share
+from toss.parallel import (
+    State,
+    any_process,
+    ignore,
+    over_processes,
+    rank,
+    run_in_batches,
+    share,
+)
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
 
 CHECKED = 16  # batches from one look for an overflow to the next
@@ -24,57 +30,78 @@ def score(
     model: Transformer,
     tokens: Tokens,
     batch_tokens: int | None = None,
-    on_batch: Callable[[dict], None] = lambda event: None,
-    start: Callable[[Tensor, str], object] = lambda losses, plan: None,
+    state: State | None = None,
+    on_batch: Callable[[dict[str, Any]], None] = ignore,
 ) -> Tensor:
     """-log P(y_ij | x_i, y_i,<j) of every response token under the model, float32 [N] on the CPU.
 
     Entry t belongs to token t of the flat arrays, and is 0 where that is no response token.
-    batch_tokens: per batch, padding included; halved when memory runs out. on_batch gets {"step",
-    "steps", "tokens"} after each batch, with the losses so far as "work", and {"remark": text}.
-    start: puts the losses of an interrupted call into a tensor; it is also given the plan, a text.
+    batch_tokens: per batch, padding included; halved when memory runs out. state: where the losses
+    are saved, and from where an interrupted call goes on. on_batch gets {"step", "steps", "unit"}
+    after each batch, in tokens, {"resumed", "steps"} before the first one if earlier work is taken
+    over, and {"remark": text} when batches are halved.
     Raises NotFinite naming the row for a NaN or an infinity; an overflow of float16 ends in one.
     """
-    budget = batch_tokens or BATCH_TOKENS[model.device.type]
-    losses = torch.zeros(len(tokens.input_ids), device=model.device)
-    there = [i for i, length in enumerate(tokens.lengths) if length]
-    start(losses, f"rows: {len(there)}, tokens: {len(losses)}, the longest rows first")
-    over_processes("MAX", losses)  # no sum: two states may hold the same entry
-    known = set(tokens.row_of(losses.cpu().nonzero()[:, 0]).tolist())
+    losses = saved_losses(model, tokens, state)
+    rows = rows_without(losses, tokens)
     if rank() > 0:
-        losses.zero_()  # each entry is held by one process
-    groups = share(batches(there, tokens.lengths, budget))
-    groups = sorted(([i for i in group if i not in known] for group in groups), key=bool)
-    done, rest = groups.count([]), sum(tokens.lengths[i] for i in there if i not in known)
-    turns = count()
-    while any_process(done < len(groups)):
-        if next(turns) % CHECKED == 1 and any_process(not losses.isfinite().all()):
-            break  # a long pass is not made in vain
-        if done == len(groups):  # others are still at work
-            keep_up(model)
-            continue
-        try:
-            batch = collate(tokens, groups[done], tokens.response, model.device)
-            losses[batch.places] = -token_log_probs(model, batch)[0]
-            full = False
-        except RuntimeError as error:
-            if model.sharded or not out_of_memory(error):
-                raise
-            full = True
-        if full:  # here, where the error no longer holds the batch's memory
-            budget = halve_budget(budget, tokens.lengths[groups[done][0]], on_batch)
-            left = (i for group in groups[done:] for i in group)
-            groups[done:] = batches(left, tokens.lengths, budget)
-            continue
-        done += 1
-        own = sum(tokens.lengths[i] for i in groups[done - 1])
-        seen = own if done < len(groups) else rest  # at the end also what other processes ran
-        rest -= seen
-        on_batch({"step": done, "steps": len(groups), "tokens": seen, "work": losses})
+        losses.zero_()  # one process holds what was saved, so that the sum below counts it once
+    budget = batch_tokens or BATCH_TOKENS[model.device.type]
+    groups = share(batches(rows, tokens.lengths, budget))
+    finished = len(losses) - count_tokens(rows, tokens)
+    total = finished + sum(count_tokens(group, tokens) for group in groups)
+    if finished:
+        on_batch({"resumed": finished, "steps": total, "unit": "token"})
+
+    def losses_of(batch_rows: list[int]) -> tuple[Tensor, Tensor]:
+        batch = collate(tokens, batch_rows, tokens.response, model.device)
+        return batch.places, -token_log_probs(model, batch)
+
+    turns = run_in_batches(model, losses_of, groups, tokens.lengths, budget, on_batch)
+    for turn, (batch_rows, result) in enumerate(turns):
+        if batch_rows:
+            places, batch_losses = result
+            losses[places] = batch_losses
+            finished += count_tokens(batch_rows, tokens)
+            on_batch({"step": finished, "steps": total, "unit": "token"})
+            if state and state.is_due(last=finished == total):
+                state.save({"losses": losses}, part=rank())
+        # All processes look together for an overflow, so that a long pass is not made in vain.
+        if turn % CHECKED == 0 and any_process(not losses.isfinite().all()):
+            break
+
     over_processes("SUM", losses)  # each entry was filled by one of them
     losses = losses.cpu()
-    for place in (~losses.isfinite()).nonzero()[:1, 0]:
-        row = int(tokens.row_of(place))
-        where = f"token {place - tokens.offsets[row]} of row {row} (both counted from 0)"
-        raise NotFinite(f"{tokens.name}: the loss of {where} is not finite in {model.dtype}")
+    check_finite(losses, tokens, model.dtype)
     return losses
+
+
+def saved_losses(model: Transformer, tokens: Tokens, state: State | None) -> Tensor:
+    """What an interrupted call has saved, of all processes; zeros elsewhere. float32 [N]."""
+    losses = torch.zeros(len(tokens.input_ids), device=model.device)
+    saved = state.load(part=rank()) if state else None
+    if saved:
+        losses.copy_(saved["losses"])
+    over_processes("MAX", losses)  # no sum: two processes may have saved the same entry
+    return losses
+
+
+def rows_without(losses: Tensor, tokens: Tokens) -> list[int]:
+    """The rows that have tokens, but no loss yet."""
+    scored = set(tokens.row_of(losses.cpu().nonzero()[:, 0]).tolist())
+    return [row for row, length in enumerate(tokens.lengths) if length and row not in scored]
+
+
+def count_tokens(rows: list[int], tokens: Tokens) -> int:
+    return sum(tokens.lengths[row] for row in rows)
+
+
+def check_finite(losses: Tensor, tokens: Tokens, dtype: torch.dtype) -> None:
+    """Raise NotFinite naming the first token whose loss is NaN or infinite."""
+    places = (~losses.isfinite()).nonzero()[:, 0]
+    if len(places) == 0:
+        return
+    row = int(tokens.row_of(places[:1]))
+    position = int(places[0] - tokens.offsets[row])
+    place = f"token {position} of row {row} (both counted from 0)"
+    raise NotFinite(f"{tokens.name}: the loss of {place} is not finite in {dtype}")

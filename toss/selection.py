@@ -12,8 +12,10 @@ from toss.tokens import Tokens
 
 def competing_tokens(tokens: Tokens, eos_id: int | None = None) -> Tensor:
     """Flat places of the ranked tokens, int64 [n]: all response tokens, less EOS if given."""
-    response = tokens.response
-    return (response if eos_id is None else response & (tokens.input_ids != eos_id)).nonzero()[:, 0]
+    competing = tokens.response
+    if eos_id is not None:
+        competing = competing & (tokens.input_ids != eos_id)
+    return competing.nonzero()[:, 0]
 
 
 def select_tokens(scores: Tensor, d: float) -> Tensor:
@@ -41,11 +43,14 @@ def select_tokens(scores: Tensor, d: float) -> Tensor:
     n = len(scores)
     k = math.floor(d * n + 1e-9)  # 0.29 * 100 is 28.999999999999996
     keep = torch.ones(n, dtype=torch.bool, device=scores.device)
-    if k > 0:
-        threshold = scores.kthvalue(n - k + 1).values  # the k-th highest
-        keep[scores > threshold] = False
-        ties = (scores == threshold).nonzero()[:, 0]
-        keep[ties[: k - int((~keep).sum())]] = False
+    if k == 0:
+        return keep
+    threshold = scores.kthvalue(n - k + 1).values  # the k-th highest
+    above = scores > threshold
+    keep[above] = False
+    # Tokens that share the k-th highest score fill the rest of the k, the earliest first.
+    ties = (scores == threshold).nonzero()[:, 0]
+    keep[ties[: k - int(above.sum())]] = False
     return keep
 
 
@@ -62,13 +67,15 @@ def riskiest_rows(
     >>> riskiest_rows(scores, rows, skip={2}, k=2)
     [(1, 1), (3, 4)]
     """
-    found, skip = {}, set(skip)
+    skip = set(skip)
+    found: dict[int, int] = {}  # row -> index of its riskiest token
     order = scores.argsort(descending=True, stable=True)
     # In parts: the walk ends long before the last one, and a list of all would take gigabytes.
-    for index in (i for part in order.split(2**16) for i in part.tolist()):
-        if len(found) == k:
-            break
-        row = int(rows[index])
-        if row not in skip:
-            found.setdefault(row, index)
+    for part in order.split(2**16):
+        for index in part.tolist():
+            if len(found) == k:
+                return list(found.items())
+            row = int(rows[index])
+            if row not in skip and row not in found:
+                found[row] = index
     return list(found.items())

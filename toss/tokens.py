@@ -5,6 +5,7 @@ one at their place in these arrays.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,12 +16,11 @@ from torch import Tensor
 from model.io import InputError
 from model.packed import send
 from model.template import LEFT_OUT, left_out
-from model.tokenizer import Tokenizer, overlaps
+from model.tokenizer import Segment, Spans, Tokenizer, overlaps
 from toss.rows import Row
 
 CHUNK = 1024  # rows that go to the tokenizer's threads together
 BATCH_TOKENS = {"cuda": 8192, "cpu": 1024}  # per batch, where no number is given
-PROMPT, RESPONSE, HARMFUL = 0, 1, 2  # kinds of tokens; a harmful one is of a response too
 
 
 @dataclass
@@ -52,20 +52,40 @@ class Tokens:
 
     def places(self, rows: Iterable[int]) -> Tensor:
         """The places of these rows' tokens in the flat arrays, row after row, int64 [n]."""
-        return torch.cat([torch.arange(0), *(torch.arange(*self.offsets[i : i + 2]) for i in rows)])
+        ranges = [torch.arange(0)]  # for no rows at all
+        for row in rows:
+            start, end = self.offsets[row : row + 2]
+            ranges.append(torch.arange(start, end))
+        return torch.cat(ranges)
+
+    def bounds(self, rows: Iterable[int]) -> Tensor:
+        """The offsets of these rows when they are packed one behind the other, int64 [n + 1]."""
+        lengths = [self.lengths[row] for row in rows]
+        return torch.tensor([0, *lengths]).cumsum(0)
 
     def take(self, rows: list[int]) -> "Tokens":
         """These rows as a dataset of their own."""
-        at = self.places(rows)
-        offsets = torch.tensor([0] + [self.lengths[i] for i in rows]).cumsum(0)
-        return Tokens(self.input_ids[at], offsets, self.response[at], self.harmful[at], self.name)
+        places = self.places(rows)
+        return Tokens(
+            input_ids=self.input_ids[places],
+            offsets=self.bounds(rows),
+            response=self.response[places],
+            harmful=self.harmful[places],
+            name=self.name,
+        )
 
     def __add__(self, other: "Tokens") -> "Tokens":
         """The rows of both, this one's first."""
-        join = lambda name: torch.cat((getattr(self, name), getattr(other, name)))
-        offsets = torch.cat((self.offsets, self.offsets[-1] + other.offsets[1:]))
-        arrays = join("input_ids"), offsets, join("response"), join("harmful")
-        return Tokens(*arrays, f"{self.name} and rows of {other.name}")
+        return Tokens(
+            input_ids=torch.cat((self.input_ids, other.input_ids)),
+            offsets=torch.cat((self.offsets, self.offsets[-1] + other.offsets[1:])),
+            response=torch.cat((self.response, other.response)),
+            harmful=torch.cat((self.harmful, other.harmful)),
+            name=f"{self.name} and rows of {other.name}",
+        )
+
+
+# From conversations to tokens
 
 
 def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str = "") -> Tokens:
@@ -75,63 +95,141 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
     too long is cut on the right and then gets no EOS. Raises InputError when no row is left, or
     when the chat template leaves the text of a message out.
     """
-    parts, cut, lost = [], 0, []
+    parts = []  # (ids, response flags, harm flags) of each row
+    cut = 0
+    incomplete = []  # where the chat template leaves something out
     for start in range(0, len(rows), CHUNK):
-        for ids, kinds in encode(rows[start : start + CHUNK], tokenizer, max_length, lost):
+        chunk = rows[start : start + CHUNK]
+        for row, segments, encoded in encode(chunk, tokenizer, max_length):
+            if left_out(row.messages, segments):
+                incomplete.append(row.where)
+            ids, response, harmful = flatten(row, segments, encoded, tokenizer)
+            # A row that is too long ends with its last response token: what follows is of no use.
             end = len(ids)
-            if end > max_length:  # up to its last response token: what follows is of no use
-                end = int(kinds[:max_length].nonzero()[0].max(initial=-1)) + 1
+            if end > max_length:
+                fitting = response[:max_length].nonzero()[0]
+                end = int(fitting.max(initial=-1)) + 1
                 cut += end > 0
-            parts.append((ids[:end], kinds[:end]))
-    lengths = [len(ids) for ids, _ in parts]
-    if lost:
-        raise InputError(f"{lost[0]}: {LEFT_OUT} (first of {len(lost)} rows); use another template")
+            parts.append((ids[:end], response[:end], harmful[:end]))
+
+    if incomplete:
+        count = f"first of {len(incomplete)} rows"
+        raise InputError(f"{incomplete[0]}: {LEFT_OUT} ({count}); use another template")
+    lengths = [len(ids) for ids, _, _ in parts]
     if not any(lengths):
         raise InputError(f"{name}: every prompt is longer than --max-length {max_length}")
-    ids, kinds = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return Tokens(ids, offsets, kinds > 0, kinds == HARMFUL, name, lengths.count(0), cut)
+    input_ids, response, harmful = (np.concatenate(arrays) for arrays in zip(*parts))
+    return Tokens(
+        input_ids=torch.from_numpy(input_ids),
+        offsets=torch.tensor([0, *lengths]).cumsum(0),
+        response=torch.from_numpy(response),
+        harmful=torch.from_numpy(harmful),
+        name=name,
+        skipped=lengths.count(0),
+        cut=cut,
+    )
 
 
 def encode(
-    rows: list[Row], tokenizer: Tokenizer, max_length: int, lost: list[str]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each row, as much as can be of use: its ids, int32, and each token's kind, uint8.
-
-    lost: gets the file:line of every row of which the chat template leaves something out.
-    """
-    most = max_length // 2 + 1  # responses: each has 2 tokens at least, with the EOS
+    rows: list[Row], tokenizer: Tokenizer, max_length: int
+) -> Iterator[tuple[Row, list[Segment], list[tuple[list[int], Spans]]]]:
+    """Each row with its segments, and the ids and character spans of each segment."""
+    most = max_length // 2 + 1  # responses that can fit: each has 2 tokens at least, with the EOS
+    segments = []
+    for row in rows:
+        with naming(row):
+            segments.append(tokenizer.segments(row.messages, most))
     try:
-        segments = [tokenizer.segments(row.messages, most) for row in rows]
         encoded = tokenizer.encode_segments(segments)
+    except InputError:
+        for row, own_segments in zip(rows, segments):  # one by one, to name the row
+            with naming(row):
+                tokenizer.encode_segments([own_segments])
+        raise
+    return zip(rows, segments, encoded)
+
+
+@contextmanager
+def naming(row: Row) -> Iterator[None]:
+    """Let an InputError begin with the row's file and line."""
+    try:
+        yield
     except InputError as error:
-        for row in rows if len(rows) > 1 else ():  # find the one
-            list(encode([row], tokenizer, max_length, lost))
-        raise InputError(f"{rows[0].where}: {error}") from None
-    lost += [row.where for row, own in zip(rows, segments) if left_out(row.messages, own)]
-    lead = tokenizer.leading_ids()
-    for row, texts, pieces in zip(rows, segments, encoded):
-        ids, kinds = [*lead], [PROMPT] * len(lead)
-        for (text, is_response), (piece, spans) in zip(texts, pieces):
-            shift = len(text) - len(row.messages[-1]["content"])  # the space before a response
-            marks = [(a + shift, b + shift) for a, b in row.harmful if is_response]
-            harm = overlaps(spans, marks) if marks else [False] * len(piece)
-            ids += piece + [tokenizer.eos_id] * is_response
-            kinds += [is_response + h for h in harm] + [RESPONSE] * is_response
-        if kinds[0]:
-            raise InputError(f"{row.where}: the prompt is empty, so nothing predicts the response")
-        yield np.array(ids, np.int32), np.array(kinds, np.uint8)
+        raise InputError(f"{row.where}: {error}") from None
+
+
+def flatten(
+    row: Row, segments: list[Segment], encoded: list[tuple[list[int], Spans]], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A row's ids, int32, and for each the flags `response` and `harmful`, bool."""
+    ids = list(tokenizer.leading_ids())
+    response = [False] * len(ids)
+    harmful = [False] * len(ids)
+    for (text, is_response), (segment_ids, spans) in zip(segments, encoded):
+        marked = [False] * len(segment_ids)
+        if is_response and row.harmful:
+            # The spans in the row count from the response's first character, and the text may
+            # begin with a space that belongs to the template.
+            shift = len(text) - len(row.messages[-1]["content"])
+            marks = [(start + shift, end + shift) for start, end in row.harmful]
+            marked = overlaps(spans, marks)
+        ids += segment_ids
+        response += [is_response] * len(segment_ids)
+        harmful += marked
+        if is_response:
+            ids.append(tokenizer.eos_id)
+            response.append(True)
+            harmful.append(False)
+    if response[0]:
+        raise InputError(f"{row.where}: the prompt is empty, so nothing predicts the response")
+    return np.array(ids, np.int32), np.array(response, bool), np.array(harmful, bool)
+
+
+# From tokens to batches
 
 
 @dataclass
 class Batch:
-    """Rows one behind the other, and the n tokens in them whose loss is wanted."""
+    """Rows packed one behind the other, and the n tokens in them whose loss is wanted."""
 
     ids: Tensor  # int64 [N]
+    bounds: Tensor  # int64 [rows + 1], on the CPU: row i is bounds[i]:bounds[i + 1]
     before: Tensor  # int64 [n]: index into the N of the token before each wanted one
     targets: Tensor  # int64 [n]: the wanted tokens
     places: Tensor  # int64 [n]: their places in the flat arrays of the dataset
-    bounds: Tensor  # int64 [rows + 1], on the CPU: row i is bounds[i]:bounds[i + 1]
+    rows: list[int]  # the rows of the dataset
+    step: int = 0  # the optimizer step, from 1; 0 outside training
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device. The bounds stay on the CPU, where attention needs them."""
+        return Batch(
+            ids=send(self.ids, device),
+            bounds=self.bounds,
+            before=send(self.before, device),
+            targets=send(self.targets, device),
+            places=send(self.places, device),
+            rows=self.rows,
+            step=self.step,
+        )
+
+
+def collate(
+    tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device, step: int = 0
+) -> Batch:
+    """Pack rows into a batch. wanted: bool [N], on the CPU: where a loss is asked for."""
+    places = tokens.places(rows)
+    ids = tokens.input_ids[places].long()
+    target = wanted[places].nonzero()[:, 0]
+    batch = Batch(
+        ids=ids,
+        bounds=tokens.bounds(rows),
+        before=target - 1,  # a row begins with its prompt, so there is one
+        targets=ids[target],
+        places=places[target],
+        rows=rows,
+        step=step,
+    )
+    return batch.to(device)
 
 
 def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[int]]:
@@ -140,16 +238,9 @@ def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[i
     Padding inside attention counts. Longest first: running out of memory shows at once.
     """
     groups = []
-    for i in sorted(rows, key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if not groups or (len(groups[-1]) + 1) * longest > budget:
             groups.append([])
-        groups[-1].append(i)
+        groups[-1].append(row)
     return groups
-
-
-def collate(tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device) -> Batch:
-    """Pack rows into a batch, on the CPU. wanted: bool [N], where a loss is asked for."""
-    places, own = tokens.places(rows), tokens.take(rows)
-    ids, at = own.input_ids.long(), wanted[places].nonzero()[:, 0]
-    parts = (ids, at - 1, ids[at], places[at])  # a prompt comes before the first
-    return Batch(*(send(part, device) for part in parts), own.offsets)

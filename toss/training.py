@@ -4,24 +4,28 @@ import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 from model.io import InputError
 from model.lora import Adapter, active, new_adapter, use
-from model.process import halve_budget, out_of_memory
 from model.products import fast
 from model.sharding import in_step
 from model.transformer import Transformer
 from toss.config import TrainConfig
-from toss.loss import token_log_probs, token_loss
-from toss.parallel import over_processes, share
-from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
+from toss.loss import token_loss
+from toss.parallel import State, attempt, halve, ignore, over_processes, rank, share
+from toss.tokens import BATCH_TOKENS, Batch, Tokens, batches, collate
 
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-Resume = Callable[[torch.optim.Optimizer, str], tuple[int, int | None]]
+Objective = Callable[[Transformer, Batch, Tensor], Tensor]
+
+
+def adamw(parameters: list[Tensor], config: TrainConfig) -> Optimizer:
+    """The paper's optimizer. Any other function of these two takes its place; see train."""
+    return AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 @fast
@@ -31,115 +35,164 @@ def train(
     weights: Tensor,
     config: TrainConfig,
     objective: Objective = token_loss,
-    start: Adapter | Resume | None = None,
-    on_step: Callable[[dict], None] = lambda event: None,
+    optimizer: Callable[[list[Tensor], TrainConfig], Optimizer] = adamw,
+    start: Adapter | None = None,
+    state: State | None = None,
+    on_step: Callable[[dict[str, Any]], None] = ignore,
 ) -> Adapter:
     """Train a LoRA adapter on the frozen base `model`. Returns it; the base is left without one.
 
     The loss of an optimizer step is the paper's, over the rows i of the step:
 
-        (1 / sum_i L_i) * sum_i sum_j  w_ij * -log P(y_ij | x_i, y_i,<j)
+        (1 / sum_i |y_i|) * sum_i sum_j  w_ij * -log P(y_ij | x_i, y_i,<j)
 
-    L_i counts all response tokens of row i, also those of weight 0, which stay in the input. How a
-    step is cut into micro-batches changes nothing beyond rounding.
+    |y_i| counts all response tokens of row i, also those of weight 0, which stay in the input. How
+    a step is cut into micro-batches changes nothing beyond rounding.
 
     weights: float32 [N], w over the flat arrays; only response tokens count. objective: takes the
-    place of the sum, see loss.token_loss. start: an adapter to continue from, or a function that
-    brings the optimizer to the state of an interrupted call and returns its step and tokens per
-    batch; it is also given the plan, a text. on_step gets {"step", "steps", "loss", "grad_norm",
-    "lr", "tokens"} after each step, with the optimizer as "work" and "tokens_per_batch", and
-    {"remark": text} when batches are halved.
+    place of the sum, see loss.token_loss. optimizer: makes it; what its state_dict() holds is saved
+    and brought back. start: an adapter to continue from. state: where the work is saved, and from
+    where an interrupted call goes on. on_step gets {"step", "steps", "loss", "grad_norm", "lr",
+    "tokens", "model"} after each step, {"resumed", "steps"} before the first one if earlier work is
+    taken over, and {"remark": text} when batches are halved.
     Raises InputError naming the row when a loss is not finite, DoesNotFit for a row too long.
     """
-    if not any(tokens.lengths):
-        raise InputError(f"{tokens.name}: there are no rows to train on")
-    targets = config.targets.replace(",", " ").split()
-    fresh = lambda: new_adapter(model, config.rank, config.alpha, targets, config.seed)
-    adapter = deepcopy(start) if isinstance(start, Adapter) else fresh()
-    adapter = active(use(model, adapter))  # on the model's device
+    # The adapter, fresh or a copy, on the model, and its optimizer.
+    if start is None:
+        targets = config.targets.replace(",", " ").split()
+        start = new_adapter(model, config.rank, config.alpha, targets, config.seed)
+    adapter = active(use(model, deepcopy(start)))  # on the model's device
     parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    wanted = tokens.response & (weights != 0)
-    step = Step(model, parameters, tokens, wanted, weights.to(model.device), objective)
-    there = sum(map(bool, tokens.lengths))
-    steps = config.epochs * math.ceil(there / config.batch_size)
-    plan = f"optimizer steps: {steps} (rows: {there}, epochs: {config.epochs})"
-    done, budget = start(optimizer, plan) if callable(start) else (0, None)
-    given = config.batch_tokens or BATCH_TOKENS[model.device.type]
-    budget = min(budget or given, given)
-    for n, rows in islice(enumerate(training_steps(tokens, config), start=1), done, None):
-        half_turn = math.pi * (n - 1) / steps
-        factor = 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(half_turn))
-        optimizer.param_groups[0]["lr"] = lr = config.lr * factor
-        while (loss := step.gradients(rows, budget)) is None:  # out of memory
-            budget = halve_budget(budget, tokens.lengths[step.own_rows(rows)[0]], on_step)
+    updates = optimizer(parameters, config)
+
+    # What an interrupted call has saved.
+    finished = 0
+    budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
+    saved = state.load(part=0) if state else None
+    if saved:
+        finished = saved["step"]
+        budget = min(budget, saved["batch_tokens"])
+        updates.load_state_dict(saved["optimizer"])
+        for parameter, tensor in zip(parameters, saved["parameters"]):
+            parameter.data.copy_(tensor)
+
+    steps = count_steps(tokens, config)
+    if finished:
+        on_step({"resumed": finished, "steps": steps})
+    gradient = Gradient(model, parameters, tokens, weights, objective)
+    for step, rows in enumerate(training_steps(tokens, config), start=1):
+        if step <= finished:
+            continue
+        lr = config.lr * decay(config.schedule, (step - 1) / steps)
+        for group in updates.param_groups:
+            group["lr"] = lr
+
+        loss = None
+        while loss is None:
+            loss = attempt(model, gradient.compute, rows, step, budget)
+            if loss is None:  # out of memory
+                budget = halve(budget, gradient.longest(rows), on_step)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         if not math.isfinite(loss + norm):
-            bad = f"{tokens.name}: {step.find_bad_row(rows)} at step {n}"
-            raise InputError(f"{bad}; lower --lr, or use --dtype float32")
-        optimizer.step()
-        seen = sum(tokens.lengths[i] for i in rows)
-        event = {"step": n, "steps": steps, "tokens": seen, "loss": loss, "grad_norm": norm}
-        on_step({**event, "lr": lr, "work": optimizer, "tokens_per_batch": budget})
+            place = f"{tokens.name}: {gradient.find_bad_row(rows)} at step {step}"
+            raise InputError(f"{place}; lower --lr, or use --dtype float32")
+        updates.step()
+
+        event = {"step": step, "steps": steps, "loss": loss, "grad_norm": norm, "lr": lr}
+        event["tokens"] = sum(tokens.lengths[row] for row in rows)
+        event["model"] = model
+        on_step(event)
+        # The optimizer is the same in all processes, so the first one saves it.
+        if state and rank() == 0 and state.is_due(last=step == steps):
+            values = {"step": step, "batch_tokens": budget, "parameters": parameters}
+            values["optimizer"] = updates.state_dict()
+            state.save(values, part=0)
+
     for parameter in parameters:
-        parameter.requires_grad_(False).grad = None
+        parameter.requires_grad_(False)
+        parameter.grad = None
         if not parameter.isfinite().all():
             raise InputError(f"{tokens.name}: the trained adapter is not finite; lower --lr")
     use(model, None)
     return adapter
 
 
+def decay(schedule: str, progress: float) -> float:
+    """The factor of the learning rate. progress: share of the steps that are done, in [0, 1)."""
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def count_steps(tokens: Tokens, config: TrainConfig) -> int:
+    """The number of optimizer steps. Raises InputError if there are no rows."""
+    rows = sum(length > 0 for length in tokens.lengths)
+    if rows == 0:
+        raise InputError(f"{tokens.name}: there are no rows to train on")
+    return config.epochs * math.ceil(rows / config.batch_size)
+
+
 def training_steps(tokens: Tokens, config: TrainConfig) -> Iterator[list[int]]:
     """The rows of every optimizer step: a new order each epoch, by the seed alone."""
     generator = torch.Generator().manual_seed(config.seed)
-    there = torch.tensor([i for i, length in enumerate(tokens.lengths) if length])
+    rows = torch.tensor([row for row, length in enumerate(tokens.lengths) if length])
     for _ in range(config.epochs):
-        order = there[torch.randperm(len(there), generator=generator)]
-        yield from (part.tolist() for part in order.split(config.batch_size))
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        for part in order.split(config.batch_size):
+            yield part.tolist()
 
 
 @dataclass
-class Step:
+class Gradient:
     """The gradient of an optimizer step."""
 
     model: Transformer
     parameters: list[Tensor]
     tokens: Tokens
-    wanted: Tensor  # bool [N]: response tokens of a weight other than 0
-    weights: Tensor  # float32 [N], on the model's device
+    weights: Tensor  # float32 [N]
     objective: Objective
 
-    def gradients(self, rows: list[int], budget: int) -> float | None:
-        """Put a step's gradient into `.grad` and return its loss; None when memory runs out."""
-        for parameter in self.parameters:  # zeros, not None: Adam's momentum moves on regardless
+    def __post_init__(self):
+        self.wanted = self.tokens.response & (self.weights != 0)  # bool [N]
+        self.weights = self.weights.to(self.model.device)
+
+    def compute(self, rows: list[int], step: int, budget: int) -> float:
+        """Put the gradient of a step's loss into `.grad`; returns the loss.
+
+        budget: tokens per micro-batch.
+        """
+        # Zeros, not None: Adam's momentum moves on where no token is in the loss.
+        for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
-        tokens, total = self.tokens, torch.zeros((), device=self.model.device)
-        count = int(tokens.response[tokens.places(rows)].sum())  # sum_i L_i
-        try:
-            groups = batches(self.own_rows(rows), tokens.lengths, budget)
-            for group in in_step(self.model, groups):
-                batch = collate(tokens, group, self.wanted, self.model.device)
-                log_p, hidden = token_log_probs(self.model, batch)
-                loss = self.objective(log_p, hidden, self.weights[batch.places]) / count
-                loss.backward()
-                total += loss.detach()
-        except RuntimeError as error:
-            if self.model.sharded or not out_of_memory(error):
-                raise
-            return None
-        over_processes("SUM", total, *(parameter.grad for parameter in self.parameters))
+        count = int(self.tokens.response[self.tokens.places(rows)].sum())  # sum_i |y_i|
+        total = torch.zeros((), device=self.model.device)
+        groups = batches(self.own_rows(rows), self.tokens.lengths, budget)
+        for group in in_step(self.model, groups):
+            batch = collate(self.tokens, group, self.wanted, self.model.device, step)
+            loss = self.objective(self.model, batch, self.weights[batch.places]) / count
+            loss.backward()
+            total += loss.detach()
+        gradients = [parameter.grad for parameter in self.parameters]
+        over_processes("SUM", total, *gradients)
         return float(total)
 
     def own_rows(self, rows: list[int]) -> list[int]:
         """This process's share of the rows that add to the sum, longest first."""
-        live = [i for i in rows if self.wanted[self.tokens.places([i])].any()]
-        return share(sorted(live, key=lambda i: -self.tokens.lengths[i]))
+        rows = [row for row in rows if self.wanted[self.tokens.places([row])].any()]
+        rows.sort(key=lambda row: -self.tokens.lengths[row])
+        return share(rows)
+
+    def longest(self, rows: list[int]) -> int:
+        """Length of the longest row of this process."""
+        return self.tokens.lengths[self.own_rows(rows)[0]]
 
     def find_bad_row(self, rows: list[int]) -> str:
         """Find the row whose loss or gradient is not finite, by running rows one at a time."""
-        for i in rows:
-            loss, grads = self.gradients([i], 1), [parameter.grad for parameter in self.parameters]
-            good = loss is None or math.isfinite(loss)  # None: too little memory now
-            if not good or not all(grad.isfinite().all() for grad in grads):
-                return f"the loss or its gradient is not finite on row {i} (counted from 0)"
+        for row in rows:
+            loss = attempt(self.model, self.compute, [row], 0, 1)
+            if loss is None:  # too little memory now
+                continue
+            finite = [bool(parameter.grad.isfinite().all()) for parameter in self.parameters]
+            if not math.isfinite(loss) or not all(finite):
+                return f"the loss or its gradient is not finite on row {row} (counted from 0)"
         return "the norm of the gradient is not finite"
