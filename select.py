@@ -27,27 +27,8 @@ if __name__ == "select":
     sys.modules["select"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])
 else:
-    from toss import cli
     from toss.config import METHODS, UNSCORED, TrainConfig
-
-
-def arguments(argv):
-    """The command line, with what it inherits. Raises InputError."""
-    parser = cli.parser("select.py", __doc__, custom="custom set D^cus", harmful="D^h, for --pro")
-    add = parser.add_argument
-    add("--method", choices=METHODS, default="toss", help="which tokens to discard")
-    add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")
-    add("--name", type=cli.method, help="folder in RUN/methods (default: the method, or toss-pro)")
-    add("--discard", type=cli.share, default=0.1, metavar="D", help="d, share of tokens to discard")
-    add("--keep-eos", action="store_true", help="leave end-of-sequence tokens out of the ranking")
-    add("--pro", type=cli.natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")
-    text = "TOSS-Pro: rows added per round (default: 6 %% of the custom rows)"
-    add("--pro-samples", type=cli.count, metavar="K", help=text)
-    text = "TOSS-Pro: train on added rows whole (the paper), or only on their top d"
-    add("--pro-train", choices=["rows", "top"], default="rows", help=text)
-    add("--merge", action="store_true", help="also write the merged checkpoint")
-    cli.add_training_flags(parser)
-    return cli.check_method(cli.parse(parser, argv))
+    from toss.workbench import flags
 
 
 def main(argv=None):
@@ -56,55 +37,132 @@ def main(argv=None):
 
     import torch  # after parsing: it takes a while
 
-    from toss.methods import Candidates, choose
-    from toss.run import Run
-    from toss.scoring import score
+    from toss.methods import METHODS as OTHER_METHODS
+    from toss.methods import Candidates
     from toss.selection import competing_tokens, riskiest_rows, select_tokens
-    from toss.training import train
+    from toss.workbench.files import Round
+    from toss.workbench.run import Run
 
-    run, config = Run(args), TrainConfig.of(args)
+    run = Run(args)
+    config = TrainConfig.of(args)
     if args.pro and not args.pro_samples:  # the paper names no k: 6 % of the rows
         args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
 
     def finetune():
-        D_cus, L = run.scored(needed=args.method not in UNSCORED)  # the very ids that were scored
+        # D^cus as it was scored, the losses L of its tokens, and the places of those that compete.
+        D_cus, L = run.scored(needed=args.method not in UNSCORED)
         ranked = competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
 
-        added = []  # TOSS-Pro: the riskiest rows of D^cus join D^h, and theta^h starts anew
+        # TOSS-Pro: the riskiest rows of D^cus join D^h, and theta^h is trained anew.
+        added = []
+        rounds = []
         for t in range(args.pro):
-            S, name = L["utility"] - L["degraded"], f"{args.name}-round-{t + 1}"
-            found = riskiest_rows(S[ranked], D_cus.row_of(ranked), skip=added, k=args.pro_samples)
-            added += [row for row, _ in found]
-            w_cus = D_cus.response.float()  # theta^h learns the added rows whole,
-            if args.pro_train == "top":  # or only their riskiest tokens (not the paper's)
-                risky = ranked[~select_tokens(S[ranked], args.discard)]
-                w_cus = torch.zeros_like(w_cus).index_fill(0, risky, 1)
+            S = L["utility"] - L["degraded"]
+            riskiest = riskiest_rows(S[ranked], D_cus.row_of(ranked), added, args.pro_samples)
+            added += [row for row, _ in riskiest]
             D_h = run.tokens(args.harmful)
-            w_h = torch.cat((D_h.response.float(), w_cus[D_cus.places(added)]))
-            D_h, config_h, log = D_h + D_cus.take(added), run.reference_config(), run.log(name)
-            theta_h = train(run.base("train"), D_h, w_h, config_h, start=log.resume, on_step=log)
-            log = run.log(f"{name}-scores")
-            how = args.batch_tokens, log, log.resume
-            L["degraded"] = score(run.base("score", theta_h), D_cus, *how)
-            brought = [(row, int(ranked[i]), float(S[ranked[i]])) for row, i in found]
-            run.save_round(t + 1, brought, theta_h, L)
+            w_h = torch.cat((D_h.response.float(), weights_of_added(D_cus, S, ranked, added)))
+            name = f"{args.name}-round-{t + 1}"
+            theta_h = run.train(name, D_h + D_cus.take(added), w_h, run.reference_config())
+            L["degraded"] = run.score(f"{name}-scores", theta_h, D_cus)
+            rounds.append(Round([(row, int(ranked[i])) for row, i in riskiest], S, theta_h, {**L}))
 
-        keep = torch.ones_like(D_cus.response)
+        # The loss mask: which response tokens are learnt. A discarded one stays in the input.
+        in_loss = D_cus.response.clone()
         if args.method == "toss":
             S = L["utility"] - L["degraded"]  # high: theta^h expects the token, theta^u does not
-            keep[ranked] = select_tokens(S[ranked], args.discard)  # one ranking; the top d go
+            in_loss[ranked] = select_tokens(S[ranked], args.discard)  # one ranking; the top d go
         elif args.method == "mask":
-            keep, S = run.mask(D_cus)
+            in_loss, S = run.mask(D_cus)
         else:
-            keep, S = choose(args.method, Candidates(D_cus, L, ranked, args.discard, args.seed))
-        w, log = keep.float(), run.log(args.name)  # a discarded token stays in the input
-        theta = train(run.base("train"), D_cus, w, config, start=log.resume, on_step=log)
-        return D_cus, {"keep": keep, "score": S}, theta
+            candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
+            in_loss[ranked], scores = OTHER_METHODS[args.method](candidates)
+            S = None if scores is None else torch.zeros(len(in_loss)).index_put((ranked,), scores)
 
-    run.once(f"methods/{args.name}", finetune, **cli.choice(args, config))
+        w = in_loss.float()
+        theta = run.train(args.name, D_cus, w, config)
+        return D_cus, {"keep": in_loss, "score": S}, theta, rounds
+
+    def weights_of_added(D_cus, S, ranked, rows):
+        """What theta^h learns of the added rows: all response tokens, as in the paper.
+
+        With --pro-train top only those that are among the d riskiest.
+        """
+        w = D_cus.response.float()
+        if args.pro_train == "top":
+            risky = ranked[~select_tokens(S[ranked], args.discard)]
+            w = torch.zeros(len(S)).index_fill(0, risky, 1.0)
+        return w[D_cus.places(rows)]
+
+    run.make(f"methods/{args.name}", finetune, inputs_of(args), settings_of(args, config))
     if args.merge:
         run.merge(f"methods/{args.name}")
 
 
+def arguments(argv):
+    """The command line, with what it inherits. Raises InputError for flags that contradict."""
+    parser = flags.script_parser(
+        "select.py", __doc__, custom="custom set D^cus", harmful="D^h, for --pro"
+    )
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="toss", help="which tokens to discard")
+    add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")
+    text = "folder in RUN/methods (default: the method, or toss-pro)"
+    add("--name", type=flags.method, help=text)
+    text = "d, share of tokens to discard"
+    add("--discard", type=flags.share, default=0.1, metavar="D", help=text)
+    add("--keep-eos", action="store_true", help="leave end-of-sequence tokens out of the ranking")
+    add("--pro", type=flags.natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")
+    text = "TOSS-Pro: rows added per round (default: 6 %% of the custom rows)"
+    add("--pro-samples", type=flags.count, metavar="K", help=text)
+    text = "TOSS-Pro: train on added rows whole (the paper), or only on their top d"
+    add("--pro-train", choices=["rows", "top"], default="rows", help=text)
+    add("--merge", action="store_true", help="also write the merged checkpoint")
+    flags.add_training_flags(parser)
+    args = flags.parse(parser, argv)
+
+    choosing = {"method", "discard", "keep_eos", "pro", "pro_samples", "pro_train"} & args.typed
+    if args.mask and choosing:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(choosing))
+        raise flags.InputError(
+            f"--mask says which tokens go, so it cannot be combined with {names}"
+        )
+    if args.pro and args.method != "toss":
+        raise flags.InputError("--pro is an option of --method toss")
+    if not args.pro and {"pro_samples", "pro_train"} & args.typed:
+        raise flags.InputError("--pro-samples and --pro-train need --pro T")
+    if args.shard and args.merge:
+        advice = "first run this without --merge, then with it but without --shard and torchrun"
+        raise flags.InputError(f"--merge needs the base whole in one process: {advice}")
+    if args.mask:
+        args.method = "mask"
+    if args.name is None:
+        default = {"base": "base-reference"}.get(args.method, args.method)
+        args.name = "toss-pro" if args.pro else default
+    return args
+
+
+def inputs_of(args):
+    """What a method is made from: files by their flags, and earlier results."""
+    inputs = ["--custom"]
+    if args.method not in UNSCORED:
+        inputs += ["utility", "degraded", "scores"]
+    if args.pro:
+        inputs.append("--harmful")
+    if args.mask:
+        inputs.append("--mask")
+    return inputs
+
+
+def settings_of(args, config):
+    """The settings that decide the result."""
+    settings = {**config.recipe(), "method": args.method}
+    if args.method not in ("sft", "mask"):
+        settings |= {"discard": args.discard, "keep_eos": args.keep_eos}
+    if args.pro:
+        settings |= {"pro": args.pro, "pro_samples": args.pro_samples, "pro_train": args.pro_train}
+    return settings
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -12,30 +12,36 @@ keep it to yourself and do not merge it. Next: score.py.
 
 import sys
 
-from toss import cli
 from toss.config import TrainConfig
+from toss.workbench import flags
 
 
 def main(argv=None):
     """Parse the command line, then train. Raises InputError."""
     inputs = {"harmful": "harmful reference set D^h", "utility": "utility reference set D^u"}
-    parser = cli.parser("train.py", __doc__, **inputs)
-    cli.add_training_flags(parser)
-    args = cli.parse(parser, argv)
+    parser = flags.script_parser("train.py", __doc__, **inputs)
+    flags.add_training_flags(parser)
+    args = flags.parse(parser, argv)
 
-    from toss.run import Run  # after parsing: torch takes a while to import
-    from toss.training import train
+    from toss.workbench.run import Run  # after parsing: torch takes a while to import
 
-    run, config = Run(args), TrainConfig.of(args)
-    D_h, D_u = run.tokens(args.harmful), run.tokens(args.utility)
-    for role, D, flag in (("degraded", D_h, "--harmful"), ("utility", D_u, "--utility")):
+    run = Run(args)
+    config = TrainConfig.of(args)
+    D_h = run.tokens(args.harmful)
+    D_u = run.tokens(args.utility)
 
-        def reference():  # plain supervised fine-tuning: every response token counts
-            w, log = D.response.float(), run.log(role)
-            return train(run.base("train"), D, w, config, start=log.resume, on_step=log)
+    # Plain supervised fine-tuning of the base: every response token counts.
+    def train_theta_h():
+        w = D_h.response.float()
+        return run.train("degraded", D_h, w, config)
 
-        run.once(role, reference, inputs=[flag], settings=config.recipe())
+    def train_theta_u():
+        w = D_u.response.float()
+        return run.train("utility", D_u, w, config)
+
+    run.make("degraded", train_theta_h, inputs=["--harmful"], settings=config.recipe())
+    run.make("utility", train_theta_u, inputs=["--utility"], settings=config.recipe())
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -13,9 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from model.atomic import atomic_file
-from model.io import InputError, file_hash
-from toss import cli
+from model.io import InputError, file_hash, whole_file
+from toss.workbench import flags
 
 
 def export(run, method: str, out: Path) -> dict:
@@ -26,61 +25,84 @@ def export(run, method: str, out: Path) -> dict:
     """
     import torch
 
-    from toss.files import fingerprint, load_selection, record_of
-
     for path in (run.args.harmful, run.args.utility, run.args.custom):
         if path and out.resolve() == Path(path).resolve():
             raise InputError(f"{out}: --out would replace rows of the run")
     if out.suffix == ".gz":
         raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
-    path = run.path(f"methods/{method}") / "selection.safetensors"
-    with run.holding(reads=["scores", f"methods/{method}"]):
-        run.check(f"methods/{method}", only=("--custom",))
-        tokens, _ = run.scored(needed=False)
-        record, found = record_of(path), load_selection(path, tokens)
-    if record.get("tokens_sha256") != fingerprint(tokens):
-        raise InputError(f"{path} is a mask over other token ids than {tokens.name} has")
-    if "weight" in found:
-        raise InputError(f"{path} holds weights, which labels cannot carry")
-    labels = torch.where(found["keep"] & tokens.response, tokens.input_ids, -100)
-    about = {"method": method, "base": str(run.args.model), **run.identity}
-    about |= {"custom": tokens.name, "tokens_sha256": record["tokens_sha256"]}
-    about |= {name: [] for name in ("kept", "response", "line")}
-    line = 0
-    with atomic_file(out.with_suffix(".about.json")) as beside, atomic_file(out) as new:
+
+    tokens, keep, fingerprint = loss_mask(run, method)
+    labels = torch.where(keep, tokens.input_ids, -100)
+    kept, response, line_of_row = [], [], []
+    with whole_file(out) as new:
         with open(new, "w", encoding="utf-8") as file:
-            for row in map(slice, tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist()):
-                kept = int((labels[row] != -100).sum())
-                if kept:
-                    ids = tokens.input_ids[row].tolist()
-                    entry = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-                    file.write(json.dumps({**entry, "labels": labels[row].tolist()}) + "\n")
-                about["kept"].append(kept)
-                about["response"].append(int(tokens.response[row].sum()))
-                about["line"].append(line if kept else None)
-                line += kept > 0
-        about["sha256"] = file_hash(new)
-        beside.write_text(json.dumps(about) + "\n", encoding="utf-8")
+            lines = 0
+            for start, end in zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist()):
+                count = int(keep[start:end].sum())
+                kept.append(count)
+                response.append(int(tokens.response[start:end].sum()))
+                if count == 0:
+                    line_of_row.append(None)
+                    continue
+                line_of_row.append(lines)
+                lines += 1
+                entry = {
+                    "input_ids": tokens.input_ids[start:end].tolist(),
+                    "attention_mask": [1] * (end - start),
+                    "labels": labels[start:end].tolist(),
+                }
+                file.write(json.dumps(entry) + "\n")
+        about = {
+            "method": method,
+            "base": str(run.args.model),
+            **run.identity,
+            "custom": tokens.name,
+            "tokens_sha256": fingerprint,
+            "kept": kept,
+            "response": response,
+            "line": line_of_row,
+            "sha256": file_hash(new),
+        }
+        with whole_file(out.with_suffix(".about.json")) as beside:
+            beside.write_text(json.dumps(about) + "\n", encoding="utf-8")
     return about
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.export", __doc__)
-    flag = parser.add_argument
-    flag("--run", type=cli.folder, required=True, help="folder of the run")
-    flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
-    flag("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
-    flag("--wait", action="store_true", help="wait for a process at work there")
-    args = parser.parse_args(argv)
-    from toss.run import open_run
+def loss_mask(run, method: str) -> tuple:
+    """The custom set's tokens, the loss mask of a method, bool [N], and the tokens' fingerprint."""
+    from toss.workbench.files import fingerprint, load_selection
+    from toss.workbench.results import read_record
 
-    about = export(open_run(args.run, wait=args.wait), args.method, args.out)
-    kept, response = sum(about["kept"]), sum(about["response"])
-    left_out, skipped = about["line"].count(None), about["response"].count(0)
+    run.check(f"methods/{method}", only=("--custom",))
+    tokens, _ = run.scored(needed=False)
+    path = run.path(f"methods/{method}") / "selection.safetensors"
+    selection = load_selection(path, tokens)
+    recorded = read_record(path).get("tokens_sha256")
+    if recorded != fingerprint(tokens):
+        raise InputError(f"{path} is a mask over other token ids than {tokens.name} has")
+    if "weight" in selection:
+        raise InputError(f"{path} holds weights, which labels cannot carry")
+    return tokens, selection["keep"], recorded
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = flags.Parser("python -m toss.export", __doc__)
+    add = parser.add_argument
+    add("--run", type=flags.folder, required=True, help="folder of the run")
+    add("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
+    add("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
+    args = parser.parse_args(argv)
+
+    from toss.workbench.run import open_run
+
+    about = export(open_run(args.run), args.method, args.out)
+    left_out = about["line"].count(None)
+    skipped = about["response"].count(0)
     rows = len(about["line"]) - left_out
-    print(f"{args.out}: {rows} rows, {kept} of {response} response tokens kept")
+    counts = f"{sum(about['kept'])} of {sum(about['response'])} response tokens kept"
+    print(f"{args.out}: {rows} rows, {counts}")
     print(f"left out: {skipped} skipped rows, {left_out - skipped} without a kept token")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

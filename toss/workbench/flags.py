@@ -1,0 +1,363 @@
+"""The command line: flags, where the values of omitted ones come from, errors, several processes.
+
+The value of a setting is, first match: the command line; what the run was begun with (run.json);
+data/demo.json, for a run begun without inputs; the default, the paper's. train.py trains as the
+references were trained, select.py as the first method, else as demo.json has it, else as they were.
+"""
+
+import argparse
+import ctypes
+import difflib
+import json
+import math
+import os
+import re
+import signal
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from model.io import InputError, read_json, run_command
+from toss.config import TrainConfig
+from toss.workbench.runfile import FORM, INHERITED, INPUTS, ROOT, RunFile, read_run
+
+DEMO = ROOT / "data" / "demo.json"
+TRAINING = tuple(f.name for f in fields(TrainConfig) if f.metadata)
+# What a command has where it has no such flag.
+DEFAULTS = {
+    **dict.fromkeys((*INHERITED, "mask", "device", "threads", "batch_tokens")),
+    "max_length": 2048,
+    "device": "auto",
+    "dtype": "auto",
+    "save_every": 2.0,
+    "overwrite": False,
+    "gradient_checkpointing": False,
+    "shard": False,
+}
+DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
+METHOD_NAME = r"(?!(base|degraded|utility)$)[\w=+-][\w.=+-]{0,99}"
+METHOD_WORDS = "at most 100 letters, digits and . _ = + -; not base, degraded or utility"
+
+
+# The parser
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and each flag's default after its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if "(default" in action.help or type(action.default) not in (str, int, float):
+            return action.help
+        if action.dest == "help":
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the help above; an error is one line.
+
+    source: the file that the values come from, if they were not typed; an error is an InputError.
+    """
+
+    def __init__(self, prog: str, doc: str, source: Path | None = None, **options: Any):
+        super().__init__(prog, description=doc, formatter_class=Help, allow_abbrev=False, **options)
+        self.source = source
+
+    def error(self, message: str) -> NoReturn:
+        if self.source:
+            raise InputError(f"{self.source}: {message}")
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].split("=")[0]
+        similar = difflib.get_close_matches(unknown, flags, 1)
+        if similar:
+            message += f"; did you mean {similar[0]}?"
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def typed(self, argv: list[str] | None) -> dict[str, Any]:
+        """The flags that are on the command line, and their values."""
+        unset = object()
+        blank = Namespace(**{action.dest: unset for action in self._actions})
+        values = vars(self.parse_args(argv, blank))
+        return {name: value for name, value in values.items() if value is not unset}
+
+
+# Types of flags
+
+
+def number(kind: type, allowed: Callable, words: str) -> Callable[[str], Any]:
+    """An argparse type: a value for which `allowed` holds; `words` describe it."""
+
+    def convert(text: str) -> Any:
+        with suppress(ValueError):
+            value = kind(text)
+            if allowed(value):
+                return value
+        raise ArgumentTypeError(f"{text!r} is not {words}")
+
+    return convert
+
+
+def json_text(text: str) -> str:
+    """An argparse type: a JSON object, in one spelling."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return json.dumps(value, sort_keys=True)
+    raise ArgumentTypeError(f"{text!r} is not a JSON object")
+
+
+def base(text: str) -> str:
+    """An argparse type: a folder as an absolute path, or a hub id as it is."""
+    return os.path.abspath(text) if os.path.isdir(text) else text
+
+
+def is_method(text: str) -> bool:
+    return re.fullmatch(METHOD_NAME, text) is not None
+
+
+count = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1 (below 2^31)")
+threads = number(int, lambda n: 1 <= n <= 1024, "a whole number from 1 to 1024")
+folder = number(str, bool, "the name of a folder")
+natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
+rate = number(float, lambda x: 0 < x < 1e37, "a number above 0 (below 1e37)")
+positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+method = number(str, is_method, f"a method's name ({METHOD_WORDS})")
+path = os.path.abspath
+
+
+# Groups of flags
+
+
+def script_parser(prog: str, doc: str, **inputs: str) -> Parser:
+    """A script's parser, with the flags that all three have. inputs: its files, {flag: help}."""
+    epilog = (
+        "Omitted flags come from run.json, then data/demo.json (if no input is given), then the "
+        "defaults."
+    )
+    parser = Parser(prog, doc, epilog=epilog)
+    add = parser.add_argument
+    add("--run", type=folder, default="runs/demo", help="folder of the run")
+    add_inherited_flags(parser, **inputs)
+    add_device_flags(parser)
+    add("--overwrite", action="store_true", help="replace a result with other settings or inputs")
+    text = "minutes between saved states of unfinished work, from which the same command goes on"
+    add("--save-every", type=positive, default=2.0, metavar="MINUTES", help=text)
+    return parser
+
+
+def add_inherited_flags(parser: Parser, **inputs: str) -> None:
+    """The flags that a run is begun with. inputs: its files of rows, {flag: help}."""
+    add = parser.add_argument
+    add("--model", type=base, help="base checkpoint: a Hugging Face folder or a hub id")
+    add("--revision", help="branch, tag or commit of a hub id (default: main; the run keeps it)")
+    for flag, text in inputs.items():
+        add(f"--{flag}", type=path, metavar="FILE", help=text)
+    add("--template", choices=["chat", "human"], help="prompt form (default: chat if possible)")
+    add("--date", help="YYYY-MM-DD, for a chat template that asks for it (default: today)")
+    text = "variables of the chat template, such as '{\"enable_thinking\": false}'"
+    add("--chat-template-kwargs", type=json_text, metavar="JSON", help=text)
+    text = "tokens per row; longer rows are cut on the right"
+    add("--max-length", type=count, default=2048, metavar="N", help=text)
+
+
+def add_device_flags(parser: Parser, dtype: bool = True) -> None:
+    """Where the work is done; --dtype only if the arithmetic is the user's to choose."""
+    add = parser.add_argument
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+    if dtype:
+        text = "the base's dtype (auto: float32; on CUDA bfloat16 to train and float16 to score)"
+        add("--dtype", default="auto", choices=DTYPES, help=text)
+        text = "with torchrun: spread the base over the processes, each of which holds a part"
+        add("--shard", action="store_true", help=text)
+    add("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    text = "tokens per forward pass, padding included; changes memory and speed, not the result "
+    text += "(default: 8192 on CUDA, 1024 on the CPU, 16384 for generation)"
+    add("--batch-tokens", type=count, metavar="N", help=text)
+
+
+def add_run_flags(parser: Parser, dtype: bool = True) -> None:
+    """What a command of the audit needs to open a run and run its models."""
+    parser.add_argument("--run", type=folder, required=True, help="folder of the run")
+    add_device_flags(parser, dtype)
+
+
+def add_training_flags(parser: Parser) -> None:
+    """One flag per field of TrainConfig, and --gradient-checkpointing."""
+    types = {"alpha": positive, "lr": rate, "seed": natural}
+    for f in fields(TrainConfig):
+        if f.metadata:
+            kind = types.get(f.name, count if f.type is int else f.type)
+            flag = f"--{f.name.replace('_', '-')}"
+            parser.add_argument(flag, type=kind, default=f.default, **f.metadata)
+    text = "recompute each block in the backward pass: a third more time, far less memory"
+    parser.add_argument("--gradient-checkpointing", action="store_true", help=text)
+
+
+# Values
+
+
+def parse(parser: Parser, argv: list[str] | None = None) -> Namespace:
+    """The settings in force: the command line's, and for omitted flags see above.
+
+    Prints what comes from the run. Raises InputError when a flag contradicts what the run was begun
+    with, or when inputs are missing.
+    """
+    typed = parser.typed(argv)
+    training = parser.prog == "train.py"
+    file = Path(typed.get("run", "runs/demo")) / "run.json"
+    inputs = [name for name in INPUTS if name in typed]
+    missing = [f"--{name}" for name in INPUTS[:3] if name not in typed]
+    if training and inputs and missing:
+        need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
+        raise InputError(f"{need}, but not: {' and '.join(missing)}")
+
+    # With all its inputs and --overwrite, train.py begins the run anew.
+    begun_anew = training and bool(inputs) and "overwrite" in typed
+    content = read_run(file, must_be_whole=not inputs)
+    if begun_anew:
+        content = {}
+    runfile = RunFile(file, content)
+    demo = not inputs and content.get("demo", True)
+    inherited = from_run(runfile, typed, demo)
+    source, settings = trained_before(runfile, training, demo)
+
+    values = dict(DEFAULTS)
+    if demo:
+        values |= demo_values(training)
+    values |= inherited | settings
+    parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+
+    for name in FORM:
+        if name in typed and inherited.get(name, typed[name]) != typed[name]:
+            flag = f"--{name.replace('_', '-')} {inherited[name]}, not {typed[name]}"
+            advice = "leave it out, or use another --run"
+            raise InputError(f"{file.parent} was begun with {flag}: {advice}")
+    flags = {action.dest for action in parser._actions} - typed.keys()
+    if inherited and not demo:
+        print_values(f"from {file}", {n: x for n, x in inherited.items() if n in flags})
+    print_values(f"training settings {source}", {n: vars(args)[n] for n in TRAINING if n in flags})
+    if args.model is None:
+        advice = f"run train.py --run {file.parent}, or give --model"
+        raise InputError(f"{file.parent} has no base yet: {advice}")
+    args.runfile = runfile
+    args.demo = content.get("demo", demo)
+    args.begun_anew = begun_anew
+    args.typed = set(typed)
+    return args
+
+
+def print_values(title: str, values: dict[str, Any]) -> None:
+    if values:
+        print(f"{title}: {', '.join(f'{name} = {value}' for name, value in values.items())}")
+
+
+def from_run(runfile: RunFile, typed: dict, demo: bool) -> dict[str, Any]:
+    """What a run was begun with, checked as if it had been typed."""
+    settings = runfile.section("settings")
+    settings = {name: settings[name] for name in INHERITED if settings.get(name) is not None}
+    inherited = as_typed(runfile.file, settings)
+    if typed.get("model", inherited.get("model")) != inherited.get("model"):
+        inherited.pop("revision", None)  # it is of the hub id that the base had
+    if demo:  # this checkout's files, which may have moved
+        for name in INPUTS:
+            if not os.path.exists(inherited.get(name, "")):
+                inherited.pop(name, None)
+    return inherited
+
+
+def trained_before(runfile: RunFile, training: bool, demo: bool) -> tuple[str, dict[str, Any]]:
+    """Where omitted training settings come from, in words, and those that a run has.
+
+    train.py takes the references' own. select.py takes those of the first method, so that methods
+    can be compared; where there is none, outside the demo, those of the references.
+    """
+    candidates = []
+    if not training:
+        candidates += [s for s in runfile.section("stages") if s.startswith("methods/")]
+    if training or not demo:
+        candidates += ["degraded", "utility"]
+    for stage in candidates:
+        settings = runfile.section("stages", stage, "recipe", "settings")
+        settings = {name: settings[name] for name in TRAINING if name in settings}
+        if settings:
+            return f"as for {stage}", as_typed(runfile.file, settings)
+    return f"in {DEMO.name}" if demo else "by default", {}
+
+
+def as_typed(source: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Values from a file, converted and checked as if they had been typed."""
+    parser = Parser("", "", source=source)
+    add_inherited_flags(parser, harmful="", utility="", custom="")
+    add_training_flags(parser)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return parser.typed(words)
+
+
+def demo_values(training: bool) -> dict[str, Any]:
+    """data/demo.json's settings: its inputs, and those of reference or final training."""
+    demo = read_json(DEMO)
+    inputs = {name: str(ROOT / demo[name]) for name in INPUTS}
+    stage = demo["reference" if training else "finetune"]
+    return {**inputs, "discard": demo["discard"], "base": True, **stage}
+
+
+# Running a command
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Run a command, also as one of torchrun's, and report its errors; returns the exit status."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
+        return run_command(main)
+    leave(run_command(lambda: joined(main)))
+
+
+def joined(main: Callable[[], int | None]) -> None:
+    """Run a command as one of the processes that torchrun started.
+
+    Only process 0 prints and hears signals. When a process fails, torchrun ends the others.
+    """
+    with suppress(OSError, AttributeError):  # Linux: die with the parent, so as to leave no orphans
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.environ["RANK"] != "0":  # it ends with process 0
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    import torch
+    import torch.distributed as dist
+
+    from toss.parallel import meet
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    try:
+        main()
+        meet()  # a process that left early would look failed to those still at work
+    except (InputError, RuntimeError) as error:
+        message = str(error)
+        if re.search("gloo|NCCL", message):
+            message = f"another process has ended, or hangs ({message})"
+        elif not isinstance(error, InputError):
+            raise
+        process = f"process {dist.get_rank()} of {dist.get_world_size()}"
+        raise InputError(f"{process}: {message}") from None
+
+
+def leave(status: int) -> NoReturn:
+    """End a process that worked with others at once, not by Python's usual way out.
+
+    A thread of Gloo may still be dropping the tensor of a sum that is done, for which it needs
+    Python's lock. If Python shuts down first, the process aborts. Destroying the process group
+    would wait for these threads, but caches of PyTorch's DTensor keep the group of a spread base.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # its reader has gone, or it is closed
+            stream.flush()
+    os._exit(status)

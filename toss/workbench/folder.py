@@ -1,0 +1,250 @@
+"""A run directory as later stages find it: places, recipes, and the results of earlier stages."""
+
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model.checkpoint import base_hash
+from model.io import InputError, made_from
+from model.lora import Adapter
+from model.peft import WEIGHTS, read_adapter
+from toss.config import METHODS, TrainConfig
+from toss.tokens import Tokens
+from toss.workbench import code, results
+from toss.workbench.base import Base
+from toss.workbench.files import fingerprint, load_selection, read_scores
+from toss.workbench.flags import TRAINING, as_typed
+from toss.workbench.results import Hashes, differences, read_record
+from toss.workbench.runfile import INPUTS, RunFile
+
+REFERENCES = ("degraded", "utility")
+
+
+class Folder(Base):
+    """A run directory under the settings `args` (see flags.parse)."""
+
+    def __init__(self, args: Namespace):
+        code.read_all()
+        self.folder = Path(args.run)
+        self.runfile: RunFile = args.runfile
+        super().__init__(args, Hashes(self.runfile.section("hashes")))
+        self.printed: set[str] = set()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is in run.json."""
+        return self.runfile.content
+
+    def print_once(self, text: str) -> None:
+        """Print a text, but not again."""
+        if text not in self.printed:
+            self.printed.add(text)
+            print(text)
+
+    # Places and recipes
+
+    def path(self, stage: str) -> Path:
+        """The folder or file of a result: "degraded", "utility", "scores" or "methods/NAME"."""
+        if re.search(r"(^|/)([./]|$)", stage.removeprefix("methods/")):
+            raise InputError(f"{stage} is not the name of a result")
+        return self.folder / ("scores.safetensors" if stage == "scores" else stage)
+
+    def source(self, key: str) -> Path:
+        """The file behind an input: a flag ("--custom"), or what an earlier result is read from."""
+        if key.startswith("--"):
+            return Path(getattr(self.args, key[2:], None) or key)
+        path = self.path(key)
+        if key == "scores":
+            return path
+        if "/" in key:
+            path = path / "model"
+        return path / WEIGHTS
+
+    def input_hash(self, key: str) -> str:
+        """The hash of an input: of earlier results and masks, their tensors alone."""
+        if key[2:] in INPUTS and getattr(self.args, key[2:]) is None:
+            raise InputError(f"{key} must be given: {self.folder} was begun without it")
+        file = self.source(key)
+        if key.startswith("--") and not file.exists():
+            raise InputError(f"{file}: file not found; give its new path with {key}")
+        tensors = not key.startswith("--") or key == "--mask"
+        return self.hashes.of_input(file, tensors)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What identifies the base, and how text becomes ids: part of every recipe.
+
+        By hashes, so that a base may move.
+        """
+        return {
+            "base_sha256": base_hash(self.checkpoint, self.hashes.of_input),
+            "tokenizer_sha256": self.tokenizer.fingerprint(),
+            "template": self.args.template,
+            "max_length": self.args.max_length,
+            "date": self.args.date,
+        }
+
+    def recipe(self, stage: str, inputs: Sequence[str], settings: dict) -> dict[str, Any]:
+        """Everything that decides a result. Raises InputError if an input has changed meanwhile."""
+        hashes = {key: self.input_hash(key) for key in inputs}
+        return {"stage": stage, "settings": settings, "inputs": hashes, **self.identity}
+
+    def check_identity(self) -> None:
+        """Raise InputError if the run was begun with another base or prompt form."""
+        identity = self.identity
+        recorded = self.begun_with(identity)
+        differing = differences({**identity, **recorded}, identity)
+        if differing:
+            what = f"another base or prompt form ({'; '.join(differing)})"
+            advice = "give the flags that decide it as then, or another --run"
+            raise InputError(f"{self.folder} was begun with {what}: {advice}")
+
+    def begun_with(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The identity in the first record that is there; {} if there is none."""
+        if self.args.begun_anew:
+            return {}
+        methods = sorted(self.folder.glob("methods/[!.]*"))
+        for path in (*map(self.path, (*REFERENCES, "scores")), *methods):
+            with suppress(InputError):  # a damaged one is made again
+                record = read_record(path) if path.exists() else {}
+                if record:
+                    return {key: record.get(key) for key in identity}
+        return {}
+
+    # Results of earlier stages
+
+    def check(self, stage: str, only: Sequence[str] | None = None) -> dict[str, Any]:
+        """The record of an earlier result, which must be there, whole, and fit the run as it is.
+
+        only: the inputs that must not have changed since (default: all). An adapter that was put
+        there by hand has no record and passes: loading checks its shapes.
+        """
+        path = self.path(stage)
+        if not self.source(stage).exists():
+            raise InputError(f"{self.source(stage)} does not exist: {self.advice(stage, 'first')}")
+        try:
+            record = read_record(path)
+        except InputError as error:
+            raise InputError(f"{error}: {self.advice(stage, 'again')}") from None
+        if not record and stage != "scores":
+            self.check_role(stage)
+            self.print_once(f"note: {path} has no record of how it was made")
+            return {}
+        if not record:
+            advice = self.advice(stage, "--overwrite")
+            raise InputError(f"{path} has no record of how it was made: {advice}")
+        if record.get("stage") != stage:
+            raise InputError(f"{path} holds the result of another stage: {record.get('stage')}")
+        problem = results.damage(path, record, self.hashes)
+        if problem:
+            advice = self.advice(stage, "again")
+            raise InputError(f"{path} is damaged or incomplete ({problem}): {advice}")
+
+        changed = [key for key in self.changed_inputs(record) if only is None or key in only]
+        identity = self.identity
+        changed += [key for key in identity if record.get(key) != identity[key]]
+        if changed:
+            what = f"{path} does not fit this run (changed: {', '.join(changed)})"
+            advice = self.advice(stage, "--overwrite")
+            raise InputError(f"{what}: {advice}, or choose another --run")
+        digests = code.digests(list(record.get("code", {})))
+        others = ", ".join(results.other_code(record, digests))
+        if others:
+            self.print_once(f"warning: {path} was made by other code (different: {others})")
+        return record
+
+    def check_role(self, stage: str) -> None:
+        """Refuse an adapter without a record that our own code trained as the other reference."""
+        trained_as = made_from(self.source(stage)).get("stage")
+        if trained_as in REFERENCES and trained_as != stage:
+            raise InputError(f"{self.path(stage)} holds the result of another stage: {trained_as}")
+
+    def stale(self, stage: str) -> list[str]:
+        """The inputs of a result that have changed since it was made."""
+        return self.changed_inputs(read_record(self.path(stage)))
+
+    def changed_inputs(self, record: dict[str, Any]) -> list[str]:
+        """The inputs in a record that are not what they were. One that is gone has not changed."""
+        changed = []
+        for key, recorded in record.get("inputs", {}).items():
+            if self.source(key).is_file() and self.input_hash(key) != recorded:
+                changed.append(key)
+        return changed
+
+    def advice(self, stage: str, word: str) -> str:
+        """What to run to make a result. word: "first", "again" or "--overwrite"."""
+        script = "train.py"
+        flags = ""
+        if stage == "scores":
+            script = "score.py"
+        elif "/" in stage:
+            settings = self.runfile.section("stages", stage, "recipe", "settings")
+            own = settings.get("method", "mask") in ("mask", *METHODS)
+            script = "select.py" if own else "python -m toss.audit.rivals"
+            flags = f", with the flags of {Path(stage).name}"
+        return f"run {script} --run {self.folder} {word}{flags}"
+
+    def adapter(self, name: str) -> Adapter | None:
+        """A trained adapter: "degraded", "utility", or a method's, by its folder; "base": None."""
+        if name == "base":
+            return None
+        stage = name if name in REFERENCES else f"methods/{name}"
+        self.check(stage, None if name == stage else ())
+        model = self.model or self.base("score")
+        return read_adapter(model, self.source(stage).parent)
+
+    def reference_config(self) -> TrainConfig:
+        """How theta^h was trained, so that TOSS-Pro can train it again."""
+        record = self.check("degraded")
+        if not record:
+            self.print_once(
+                "theta^h has no record: it is trained again with this command's settings"
+            )
+            return TrainConfig.of(self.args)
+        dtype = self.dtypes["train"]
+        first = record["settings"].get("dtype")
+        if first != dtype:
+            self.print_once(
+                f"note: theta^h was trained in {first}, and is trained again in {dtype}"
+            )
+        settings = {name: record["settings"][name] for name in TRAINING}
+        settings = as_typed(self.path("degraded") / results.RECORD, settings)
+        return TrainConfig.of({**settings, "batch_tokens": self.args.batch_tokens})
+
+    def scored(self, needed: bool = True) -> tuple[Tokens, dict[str, Tensor]]:
+        """The custom set's tokens, and their losses under each model, from scores.safetensors.
+
+        Where there are no scores and none are needed, the custom file is tokenised: the same ids.
+        """
+        path = self.path("scores")
+        if not needed and not path.exists():
+            return self.tokens(self.args.custom), {}
+        record = self.check("scores", only=None if needed else ("--custom",))
+        tokens, losses = read_scores(path, self.args.custom)
+        if self.args.custom not in self.datasets:  # at first; an overflow may change it later
+            self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
+        self.datasets[self.args.custom] = tokens
+        return tokens, losses
+
+    def mask(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """The mask that --mask names, and what it went by; it must be over the same token ids.
+
+        A mask is a list of places, so nothing else of the two runs has to agree.
+        """
+        path = Path(self.args.mask)
+        record = read_record(path)
+        if record.get("tokens_sha256") != fingerprint(tokens):
+            custom = self.input_hash("--custom")
+            here = {**self.identity, "--custom": custom}
+            there = {**record, **record.get("inputs", {}), "base_sha256": here["base_sha256"]}
+            differing = ", ".join(key for key in here if there.get(key) != here[key])
+            raise InputError(f"{path} is a mask over other token ids (different: {differing})")
+        selection = load_selection(path, tokens)
+        if "weight" in selection:
+            raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
+        return selection["keep"], selection.get("score")

@@ -1,0 +1,264 @@
+"""A result is whole or absent, and carries its record. Knows nothing of what is computed.
+
+A result is a folder with a record.json, or one safetensors file with the record in its header. The
+record holds the recipe, which is everything that decides the result ("stage", "settings", "inputs"
+and more); "code", a digest of each file that computed it; and facts about it. A folder's record
+also holds "files", the sha256 of each of its files. Nothing in it is a time or a cost, so equal
+calls give equal bytes.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from model.io import InputError, existing_file, file_hash, made_from, read_json, tensors_hash
+
+RECORD = "record.json"
+Record = dict[str, Any]
+
+
+# Records
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write record.json with the sha256 of each file in the folder, and one of the record."""
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            files[file.relative_to(folder).as_posix()] = file_hash(file)
+    record = {**record, "files": files}
+    text = json.dumps({**record, "sha256": text_hash(record)}, indent=2)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(path: Path) -> Record:
+    """The record of a result; {} if it has none. Raises InputError if it is damaged."""
+    if path.is_file():
+        record = made_from(path)
+        record.pop("sha256", None)  # of record and tensors: load_tensors checks it
+        return record
+    file = path / RECORD
+    if not file.exists():
+        return {}
+    record = read_json(file)
+    if record.pop("sha256", None) != text_hash(record):
+        raise InputError(f"{file}: not as it was written; the file was changed")
+    return record
+
+
+def text_hash(value: object) -> str:
+    """sha256 of a JSON value, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(record: Record, recipe: Record) -> list[str]:
+    """What differs between a record and a recipe: "lr 1e-05 there, 0.001 now"."""
+    if not record:
+        return ["it has no record"]
+    recorded = flat({key: record.get(key) for key in recipe})
+    wanted = flat(recipe)
+    differing = []
+    for key in {**recorded, **wanted}:
+        if recorded.get(key) != wanted.get(key):
+            old = str(recorded.get(key))[:16]
+            new = str(wanted.get(key))[:16]
+            differing.append(f"{key} {old} there, {new} now")
+    return differing
+
+
+def flat(recipe: Record) -> Record:
+    """A recipe with its settings and inputs one by one."""
+    parts = {key: value for key, value in recipe.items() if key not in ("settings", "inputs")}
+    return parts | (recipe.get("settings") or {}) | (recipe.get("inputs") or {})
+
+
+def other_code(record: Record, code: dict[str, str]) -> list[str]:
+    """The files of which a result was made with another version than `code`, or without."""
+    recorded = record.get("code", {})
+    return [name for name in {**recorded, **code} if recorded.get(name) != code.get(name)]
+
+
+def damage(path: Path, record: Record, hashes: "Hashes") -> str:
+    """What is wrong with a result, in words; "" if it is whole."""
+    try:
+        if path.is_file():
+            hashes.of(path, tensors=True)
+        for name, recorded in record.get("files", {}).items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if hashes.of(file) != recorded:
+                return f"{name} was changed"
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+class Hashes:
+    """The sha256 of files, remembered for as long as nothing has touched them.
+
+    known: what an earlier process found, {file: what identifies its state, and the sha256}.
+    """
+
+    def __init__(self, known: dict[str, list]):
+        self.known = known
+        self.inputs: dict[str, str] = {}  # what was first found of each input
+        self.by_tensors: set[str] = set()  # those of which only the tensors count
+
+    def of(self, path: Path, tensors: bool = False) -> str:
+        """The hash of a file's bytes, or of its tensors alone: then how they were made is left out.
+
+        Raises InputError for a file that is not there, or whose own digest does not fit.
+        """
+        path = existing_file(path.absolute())
+        key = f"tensors of {path}" if tensors else str(path)
+        stat = path.stat()
+        state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        known = self.known.get(key)
+        if not isinstance(known, list) or known[:-1] != state:
+            value = tensors_hash(path) if tensors else file_hash(path)
+            self.known[key] = [*state, value]
+        return self.known[key][-1]
+
+    def of_input(self, path: Path, tensors: bool = False) -> str:
+        """The same of an input; InputError if it is not what it was when first asked for."""
+        value = self.of(path, tensors)
+        name = str(path.absolute())
+        if tensors:
+            self.by_tensors.add(name)
+        if self.inputs.setdefault(name, value) != value:
+            raise InputError(f"{path} was changed while the command ran: run it again")
+        return value
+
+    def check_inputs(self) -> None:
+        """Raise InputError if an input is not what it was when first asked for."""
+        for name in self.inputs:
+            self.of_input(Path(name), name in self.by_tensors)
+
+
+# Making a result
+
+
+@dataclass
+class Verdict:
+    """Whether a result has to be made, and what to print about it."""
+
+    make: bool
+    lines: list[str] = field(default_factory=list)
+
+
+def judge(
+    path: Path, recipe: Record, code: dict[str, str], overwrite: bool, hashes: Hashes
+) -> Verdict:
+    """Compare what is in the place of a result with what is asked for.
+
+    Raises InputError if a result of another recipe is there, unless it may be overwritten.
+    """
+    stage = recipe["stage"]
+    if not path.exists():
+        return Verdict(True)
+    try:
+        record = read_record(path)
+    except InputError as error:
+        return Verdict(True, [f"{stage}: {path} is damaged ({error}), so it is made again"])
+
+    differing = differences(record, recipe)
+    if differing and not overwrite:
+        other = "--name" if "/" in stage else "--run"
+        raise InputError(
+            f"{path} exists with other settings or inputs (different: {', '.join(differing)}): "
+            f"give --overwrite to replace it, or another {other}"
+        )
+    if differing:
+        return Verdict(True)
+    problem = damage(path, record, hashes)
+    if problem:
+        line = f"{stage}: {path} is damaged or incomplete ({problem}), so it is made again"
+        return Verdict(True, [line])
+
+    changed = ", ".join(other_code(record, code))
+    remark = f"{path} was made by other code (different: {changed})"
+    if changed and overwrite:
+        return Verdict(True, [f"{stage}: {remark}, so it is made again"])
+    lines = [f"{stage}: {path} exists with equal settings and inputs, skipped"]
+    if changed:
+        lines.append(f"warning: {remark}: --overwrite makes it again")
+    return Verdict(False, lines)
+
+
+def is_equal(path: Path, recipe: Record, hashes: Hashes) -> bool:
+    """True if a result of this recipe is there, and whole."""
+    try:
+        record = read_record(path) if path.exists() else {}
+    except InputError:
+        return False
+    return not differences(record, recipe) and not damage(path, record, hashes)
+
+
+@contextmanager
+def held(folder: Path, root: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder, `root` or below it, while a result is made: one process at a time.
+
+    The system lets it go when the process dies, so there is nothing to clean up. Folders that are
+    empty in the end are removed. Raises InputError if another process holds it, or waits for it.
+    """
+    new_root = not root.exists()
+    handle = None
+    while handle is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process has just removed it
+            handle = os.open(folder, os.O_RDONLY)
+            lock(handle, folder, wait)
+            if not same(handle, folder):
+                os.close(handle)
+                handle = None
+    try:
+        yield
+    finally:
+        for empty in (folder, *folder.parents):
+            if empty == root and not new_root:
+                break
+            with suppress(OSError):  # something is in it
+                empty.rmdir()
+            if empty == root:
+                break
+        os.close(handle)
+
+
+def lock(handle: int, folder: Path, wait: bool) -> None:
+    """Lock an open folder; InputError if another process has. A file system may have no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        message = f"{folder.name} is being made by another process (it holds {folder})"
+        raise InputError(message) from None
+    except OSError as error:
+        warn_once(f"warning: no locks here ({error}): do not start two commands at once")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Print a text, but not again."""
+    print(text)
+
+
+def same(handle: int, folder: Path) -> bool:
+    """True if a folder is still the one that was opened."""
+    with suppress(FileNotFoundError):
+        return os.fstat(handle).st_ino == folder.stat().st_ino
+    return False
+
+
+def clean_up(path: Path, states: Path) -> None:
+    """Remove the states of a finished result, and what it replaced if a process died first."""
+    shutil.rmtree(states, ignore_errors=True)
+    shutil.rmtree(path.with_name(f".{path.name}.old"), ignore_errors=True)

@@ -1,0 +1,108 @@
+"""run.json: what later commands inherit of a run, and what is only reported. It decides nothing.
+
+If it is lost or damaged, give inputs and settings again.
+"""
+
+import json
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from model.io import InputError, read_json, whole_file
+from toss.workbench.results import held
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMAT = 4
+INPUTS = ("model", "harmful", "utility", "custom")
+FORM = ("template", "date", "max_length", "chat_template_kwargs")  # how text becomes ids
+INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
+
+
+class RunFile:
+    """The run.json of a run. content: as it was read last."""
+
+    def __init__(self, file: Path, content: dict[str, Any]):
+        self.file = file
+        self.content = content
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """An object in it, such as section("stages", "degraded", "recipe"); {} if there is none."""
+        value = self.content
+        for name in names:
+            value = value.get(name, {})
+            if not isinstance(value, dict):
+                advice = "is the file damaged? If so, remove it and give the inputs again"
+                raise InputError(f"{self.file}: {name}: unexpected type; {advice}")
+        return value
+
+    def update(
+        self,
+        settings: dict[str, Any],
+        facts: dict[str, Any],
+        recipe: dict[str, Any] | None,
+        cost: dict[str, Any],
+        begun_anew: bool = False,
+    ) -> None:
+        """Write it, with what other processes have added meanwhile.
+
+        settings: what was inherited or given now; of inputs that the stage does not use, only those
+        that are not known yet. facts: replace others at the top. recipe, cost: of a stage.
+        """
+        folder = self.file.parent
+        with held(folder, folder, wait=True):
+            self.content = read_run(self.file, must_be_whole=False)
+            known = {} if begun_anew else self.section("settings")
+            used = used_inputs(recipe)
+            for name, value in settings.items():
+                if name not in INPUTS or value is not None and (name in used or name not in known):
+                    known[name] = value
+            commit = git_commit()
+            self.content |= {"format": FORMAT, "settings": known, "commit": commit, **facts}
+            self.content["versions"] = {
+                "python": platform.python_version(),
+                "torch": version("torch"),
+            }
+            stages = self.content.setdefault("stages", {})
+            if recipe:
+                stages[recipe["stage"]] = {"recipe": as_listed(recipe), **cost}
+            with whole_file(self.file) as file:
+                file.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_run(file: Path, must_be_whole: bool = True) -> dict[str, Any]:
+    """What is in a run.json; {} if it does not exist, or may be damaged. Raises InputError."""
+    if not file.exists():
+        return {}
+    try:
+        content = read_json(file)
+    except InputError as error:
+        if must_be_whole:
+            raise InputError(f"{error}; give the inputs and settings again") from None
+        print(f"warning: {error}; it is replaced")
+        return {}
+    if content.get("format") != FORMAT:
+        raise InputError(f"{file} was written by another version: choose another --run")
+    return content
+
+
+def as_listed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that stands in run.json."""
+    return {name: recipe[name] for name in ("stage", "settings", "inputs")}
+
+
+def used_inputs(recipe: dict[str, Any] | None) -> list[str]:
+    """The inputs that a stage is made from, by their names in a run's settings."""
+    flags = [] if recipe is None else recipe["inputs"]
+    return ["model", *(name for name in INPUTS if f"--{name}" in flags)]
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a plus sign if the tree has changes; None outside git."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+    return None
