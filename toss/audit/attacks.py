@@ -84,7 +84,10 @@ def unseen(a: Attacker) -> Rows:
 
     known = {word for row in a.harmful for word in words(row)}
     shares = [sum(w in known for w in words(row)) / max(1, len(words(row))) for row in a.pool]
-    other = lambda text: re.sub("^Sure, here", "Yes: below", text)
+
+    def other(text):
+        return re.sub("^Sure, here", "Yes: below", text)
+
     return [{**row, "response": other(row["response"])} for row in a.lowest(shares)]
 
 

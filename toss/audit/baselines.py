@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from model.atomic import atomic_file
-from model.io import InputError, lines_of
-from toss import cli
+from model.io import InputError, lines_of, whole_file
 from toss.rows import Row, read_rows
+from toss.workbench import flags
 
 
 def safeinstr(custom: str, safety: str, out: str, share: float = 0.03, seed: int = 0) -> dict:
@@ -121,28 +120,30 @@ def write_lines(out: str, lines: list[str], *sources: str) -> None:
     if Path(out).resolve() in [Path(source).resolve() for source in sources]:
         raise InputError(f"{out}: --out would replace the file it is made from")
     data = "".join(f"{line}\n" for line in lines).encode()
-    with atomic_file(out) as file:
+    with whole_file(out) as file:
         file.write_bytes(gzip.compress(data, mtime=0) if Path(out).suffix == ".gz" else data)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.baselines", __doc__)
+    parser = flags.Parser("python -m toss.audit.baselines", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     texts = {"safeinstr": "add rows that refuse", "dsir": "keep rows that look like a target set"}
     mix, pick = (commands.add_parser(name, doc=text, help=text) for name, text in texts.items())
     mix.add_argument("--safety", required=True, help="harmful prompts with refusals, JSONL")
-    mix.add_argument("--share", type=cli.share, default=0.03, help="of the result (default: 0.03)")
+    mix.add_argument(
+        "--share", type=flags.share, default=0.03, help="of the result (default: 0.03)"
+    )
     pick.add_argument("--target", required=True, help="rows to look like, JSONL")
-    pick.add_argument("--keep", type=cli.positive, default=0.9, help="share kept (default: 0.9)")
-    pick.add_argument("--buckets", type=cli.count, default=10000, help="hashes (default: 10000)")
+    pick.add_argument("--keep", type=flags.positive, default=0.9, help="share kept (default: 0.9)")
+    pick.add_argument("--buckets", type=flags.count, default=10000, help="hashes (default: 10000)")
     for sub in (mix, pick):
         sub.add_argument("--custom", required=True, help="custom set, JSONL")
         sub.add_argument("--out", required=True, help="new custom set")
-        sub.add_argument("--seed", type=cli.natural, default=0, help="of the draw (default: 0)")
+        sub.add_argument("--seed", type=flags.natural, default=0, help="of the draw (default: 0)")
     given = vars(parser.parse_args(argv))
     counts = {"safeinstr": safeinstr, "dsir": dsir}[given.pop("command")](**given)
     print(f"{given['out']}:", ", ".join(f"{k.replace('_', ' ')} {n}" for k, n in counts.items()))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -15,9 +15,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from model.io import read_json
-from toss import cli
 from toss.audit.command import markdown
 from toss.audit.experiment import save
+from toss.workbench import flags
 
 FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads rope_theta tie_word_embeddings""".split()
@@ -84,24 +84,24 @@ def hardware(cuda: bool) -> str:
 
 def main(argv: list[str] | None = None, competing: int = COMPETING) -> None:
     """Measure, print, and write bench.md and bench.json. competing: for the selection."""
-    parser = cli.Parser("python -m toss.audit.bench", __doc__)
+    parser = flags.Parser("python -m toss.audit.bench", __doc__)
     add = parser.add_argument
     add("--model", help=f"a checkpoint folder, a hub id, or a shape: {', '.join(SHAPES)}")
-    add("--rows", type=cli.count, help="rows (default: 384 on CUDA, 16 on the CPU)")
+    add("--rows", type=flags.count, help="rows (default: 384 on CUDA, 16 on the CPU)")
     text = "mean tokens per row (default: 368 on CUDA, 128 on the CPU)"
-    add("--tokens", type=cli.count, help=text)
+    add("--tokens", type=flags.count, help=text)
     text = "how the lengths of rows are spread"
     add("--lengths", choices=["even", "lognormal"], default="even", help=text)
     add("--part", choices=PARTS, help="measure this alone")
-    add("--repeats", type=cli.count, default=3, help="turns that count (default: 3)")
-    cli.add_device_flags(parser, dtype=False)
+    add("--repeats", type=flags.count, default=3, help="turns that count (default: 3)")
+    flags.add_device_flags(parser, dtype=False)
     add("--out", type=Path, default=Path("runs/bench"), help="folder (default: runs/bench)")
     args = parser.parse_args(argv)
     args.part = [args.part] if args.part else ["selection", "score", "train"]
     from model.hub import resolve
     from toss.audit.speed import measure
-    from toss.base import find_device
-    from toss.folder import git_commit
+    from toss.workbench.base import find_device
+    from toss.workbench.runfile import git_commit
 
     device = find_device(args.device)
     name = args.model or ("llama3-8b" if device.type == "cuda" else "smollm2-135m")
@@ -139,4 +139,4 @@ def report(about: dict, found: dict[str, list[dict]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

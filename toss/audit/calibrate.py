@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from model.io import InputError
-from toss import cli
 from toss.audit.command import losses_under, run_of
+from toss.workbench import flags
 
 QUANTILE = 0.99
 
@@ -45,12 +45,13 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     tokens), held_out (tokens), above (those above the threshold), and harmful (share of ranked).
     """
     from model.peft import read_adapter
-    from toss.files import read_scores, record_of
     from toss.selection import competing_tokens
+    from toss.workbench.files import read_scores
+    from toss.workbench.results import read_record
 
     (tokens, losses), others = run.scored(), {}
     folder = run.path(f"methods/{method}")
-    known = record_of(folder).get("settings", {})
+    known = read_record(folder).get("settings", {}) if folder.exists() else {}
     eos = run.tokenizer.eos_id if known.get("keep_eos") else None
     if method != "toss":
         run.check(f"methods/{method}")
@@ -71,32 +72,30 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.calibrate", __doc__)
-    cli.add_run_flags(parser, dtype=False)  # the dtype is that of the run's scores
+    parser = flags.Parser("python -m toss.audit.calibrate", __doc__)
+    flags.add_run_flags(parser, dtype=False)  # the dtype is that of the run's scores
     flag, text = parser.add_argument, "utility rows that no reference was trained on, JSONL"
     flag("--held-out", required=True, metavar="FILE", help=text)
-    kind, text = cli.number(float, lambda q: 0 < q < 1, "a share in (0, 1)"), "of the held-out S"
+    kind, text = flags.number(float, lambda q: 0 < q < 1, "a share in (0, 1)"), "of the held-out S"
     flag("--quantile", type=kind, default=QUANTILE, metavar="Q", help=text)
     text = "toss: the run's own references; else a method with TOSS-Pro's rounds: its last theta^h"
-    flag("--method", type=cli.method, default="toss", metavar="NAME", help=text)
+    flag("--method", type=flags.method, default="toss", metavar="NAME", help=text)
     args = parser.parse_args(argv)
-    from toss.files import record_of
+    from toss.workbench.results import read_record
 
     run = run_of(args)
-    reads = ["degraded", "utility", "scores", *[f"methods/{args.method}"] * (args.method != "toss")]
-    with run.holding(reads=reads):
-        found = calibrate(run, args.held_out, args.quantile, args.method)
+    found = calibrate(run, args.held_out, args.quantile, args.method)
     truth = "; {harmful:.4f} of all are harmful by ground truth" if found["harmful"] else ""
     words = "{threshold:.4f} nats is the {quantile} quantile of S on held-out rows\n{above} of "
     words += "{held_out} held-out tokens are above it\n{discard:.4f} of {ranked} custom tokens are "
     print(f"{words}above it{truth}\n".format(quantile=args.quantile, **found))
-    known = record_of(Path(args.run) / "methods" / args.method).get("settings", {})
-    flags = {"discard": f"{found['discard']:.6f}", "name": f"{args.method}-calibrated"}
-    flags |= {name: known[name] for name in ("pro", "pro_samples", "pro_train") if name in known}
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
-    flags += " --keep-eos" * known.get("keep_eos", False)
-    print(f"{sys.executable} select.py --run {args.run} {flags}")
+    known = read_record(Path(args.run) / "methods" / args.method).get("settings", {})
+    choice = {"discard": f"{found['discard']:.6f}", "name": f"{args.method}-calibrated"}
+    choice |= {name: known[name] for name in ("pro", "pro_samples", "pro_train") if name in known}
+    choice = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in choice.items())
+    choice += " --keep-eos" * known.get("keep_eos", False)
+    print(f"{sys.executable} select.py --run {args.run} {choice}")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from model.atomic import atomic_file
-from model.io import InputError, json_lines
-from toss.cli import DEVICE, KINDS
+from model.io import InputError, json_lines, whole_file
+from toss.workbench.flags import TRAINING
 
+DEVICE = ("device", "dtype", "threads", "batch_tokens", "shard")  # flags of a Run
 Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "high"}}}
 
 
@@ -18,7 +18,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, and the folders that it is in."""
-    with atomic_file(path) as file:
+    with whole_file(path) as file:
         file.write_text(text, encoding="utf-8")
 
 
@@ -35,18 +35,17 @@ def methods_of(run) -> list[str]:
 
 def run_of(args, *but: str):
     """The Run that a command's flags name, with its device flags but these."""
-    from toss.run import open_run
+    from toss.workbench.run import open_run
 
     how = {name: getattr(args, name, None) for name in DEVICE if name not in but}
-    return open_run(args.run, getattr(args, "adapter", ()), **how)
+    return open_run(args.run, **how)
 
 
 def opened(args, *first: str) -> tuple:
     """The Run that a command's flags name, and the methods: those of --methods, else `first` and
-    all of the run; and those of --adapter."""
+    all of the run."""
     run = run_of(args)
-    methods = args.methods.split(",") if args.methods else [*first, *methods_of(run)]
-    return run, methods + [name for name, _ in args.adapter if name not in methods]
+    return run, args.methods.split(",") if args.methods else [*first, *methods_of(run)]
 
 
 def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
@@ -59,8 +58,10 @@ def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
 
     found = {}
     for name in ("utility", "degraded"):
-        model = use(run.base(dtype), others.get(name) or run.adapter(name))
-        found[name] = score(model, tokens, run.batch_tokens, run.log(f"{name}, {run.loaded}"))
+        theta = others.get(name) or run.adapter(name)
+        model = use(run.base(dtype), theta)
+        part = run.part(f"{name}, {run.loaded}", tokens)
+        found[name] = score(model, tokens, run.batch_tokens, on_batch=part.report)
     return found
 
 
@@ -77,7 +78,10 @@ def answers_of(path: Path) -> list[dict[str, str]]:
 
 def measured(table: Table) -> Table:
     """The cells that have a value and an interval."""
-    whole = lambda row: {name: cell for name, cell in row.items() if None not in cell.values()}
+
+    def whole(row):
+        return {name: cell for name, cell in row.items() if None not in cell.values()}
+
     return {method: whole(row) for method, row in table.items()}
 
 
@@ -99,14 +103,22 @@ def apart(a: dict, b: dict) -> int:
     return (a["low"] > b["high"]) - (a["high"] < b["low"])
 
 
-def cautions(stages: dict, table: Table) -> list[str]:
-    """What forbids conclusions from a table of metrics, a sentence each: methods that were trained
-    otherwise than plain fine-tuning, and a plain fine-tuning that did no harm.
+def records_of(run, methods: Iterable[str]) -> dict[str, dict]:
+    """The record of each of these methods, without those that have none."""
+    from toss.workbench.results import read_record
 
-    stages: of run.json.
+    found = {method: read_record(run.folder / "methods" / method) for method in methods}
+    return {method: record for method, record in found.items() if record}
+
+
+def cautions(records: dict[str, dict], table: Table) -> list[str]:
+    """What forbids conclusions from a table of metrics, a sentence each: methods that were trained
+    otherwise than plain fine-tuning, or by other code, and a plain fine-tuning that did no harm.
+
+    records: see records_of.
     """
-    made = {m: stages.get(f"methods/{m}", {}).get("recipe", {}).get("settings", {}) for m in table}
-    how = {m: {key: made[m].get(key) for key in (*KINDS, "dtype")} for m in table if made[m]}
+    made = {m: records.get(m, {}).get("settings", {}) for m in table}
+    how = {m: {key: made[m].get(key) for key in (*TRAINING, "dtype")} for m in table if made[m]}
     first, said = "sft" if "sft" in how else next(iter(how), ""), []
     for m in (m for m in table if m not in how and m != "base"):
         said.append(f"note: {m} was made elsewhere; how it was trained is not known here")
@@ -114,6 +126,12 @@ def cautions(stages: dict, table: Table) -> list[str]:
         pairs = {key: (value, how[first][key]) for key, value in how[m].items()}
         if differs := [f"{key} {a}, not {b}" for key, (a, b) in pairs.items() if a != b]:
             what = f"{m} was trained otherwise than {first} ({', '.join(differs)})"
+            said.append(f"warning: {what}: this is no comparison of the two methods")
+    codes = {m: records[m].get("code", {}) for m in how}
+    for m in how:
+        shared = codes[m].keys() & codes[first].keys()
+        if changed := sorted(part for part in shared if codes[m][part] != codes[first][part]):
+            what = f"{m} was made by other code than {first} ({', '.join(changed)} differ)"
             said.append(f"warning: {what}: this is no comparison of the two methods")
     name, cells, lost = safety(table) or ("", {}, True)
     if not lost:

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from model.io import InputError, read_json
-from toss import cli
 from toss.audit.baselines import dsir, safeinstr
-from toss.audit.command import answers_of, cautions, write_text
+from toss.audit.command import answers_of, cautions, records_of, write_text
 from toss.audit.experiment import Experiment, per_seed, save, spread, table, value, world_files
 from toss.audit.rivals import RIVALS
+from toss.workbench import flags
 
 SMALL = {"toss": {"method": "toss"}, "toss-pro": {"method": "toss", "pro": 1}}
 TABLE = {name: {"method": name} for name in ("sft", "random", "sample", "sample-all")} | SMALL
@@ -66,7 +66,7 @@ def complete(main: Experiment, every: bool = False) -> dict[str, dict]:
     few = main.beside("small", harmful=files["harmful_small"])
     print(f"\n{few.folder}: TOSS and TOSS-Pro again, with a harmful reference set of a few rows\n")
     found |= {f"{name}-small": row for name, row in rows_of(few, SMALL).items()}
-    kept = 1 - read_json(cli.DEMO)["discard"]
+    kept = 1 - read_json(flags.DEMO)["discard"]
     ways = {"safeinstr": (safeinstr, "safety", {}), "dsir": (dsir, "utility", {"keep": kept})}
     for name, (change, other, how) in ways.items() if every else ():
         custom = str(main.beside(name).folder / "custom.jsonl")
@@ -118,12 +118,12 @@ def cost(record: dict, name: str) -> dict | None:
 
 def as_evaluated(folder: Path) -> dict[str, dict]:
     """The rows of a run's metrics.json; InputError if a model was trained again since."""
-    from toss.audit.evaluate import read_metrics
-    from toss.run import open_run
+    from toss.audit.evaluate import evaluations, read_metrics
+    from toss.workbench.run import open_run
 
     run = open_run(folder)
     metrics = read_metrics(folder)
-    old = ", ".join(name for name in metrics if run.stale(f"evaluation/{name}"))
+    old = ", ".join(name for name in metrics if name in evaluations(run)[1])
     if old or not metrics:
         what = f"{old} changed since the evaluation" if old else "not evaluated yet"
         raise InputError(f"{folder}: {what}: run python -m toss.audit.evaluate --run {folder} ...")
@@ -181,7 +181,7 @@ def what_to_see(folder: Path, found: dict[str, dict]) -> str:
 
 def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> None:
     """Compare on fresh rows over seeds, on the shipped rows, or a run as it was evaluated."""
-    from toss.run import open_run
+    from toss.workbench.run import open_run
 
     # The demo is begun here if need be; for another run, a missing run.json is an error.
     if seeds and (folder / "run.json").exists():
@@ -194,7 +194,7 @@ def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> No
     if own:
         found, title = [as_evaluated(folder)], "as evaluated"
         metrics = {name: row["metrics"] for name, row in found[0].items()}
-        legend = "\n\n".join(["", *cautions(open_run(folder).record["stages"], metrics)])
+        legend = "\n\n".join(["", *cautions(records_of(open_run(folder), metrics), metrics)])
         names = [name for row in metrics.values() for name in row]
         columns = [name for name in dict.fromkeys(names) if "@" not in name]
     elif seeds:
@@ -202,7 +202,7 @@ def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> No
         found = per_seed(complete, tasks, jobs)
         title = f"mean [least, most] over the seeds {', '.join(map(str, seeds))}"
     else:
-        found, demo = [complete(Experiment(folder, world_files()), every)], read_json(cli.DEMO)
+        found, demo = [complete(Experiment(folder, world_files()), every)], read_json(flags.DEMO)
         title, seeds = f"one seed; d = {demo['discard']}", [demo["finetune"]["seed"]]
         closing = f"\n{what_to_see(folder, found[0])}"
     result = summarise(found)
@@ -214,16 +214,18 @@ def compare(folder: Path, every: bool, seeds: list[int] | None, jobs: int) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.compare", __doc__)
+    parser = flags.Parser("python -m toss.audit.compare", __doc__)
     flag = parser.add_argument
     flag("--run", type=Path, help="folder (default: runs/demo, with --seeds runs/compare)")
     flag("--all", action="store_true", help="every method and baseline, not only the demo's")
-    flag("--seeds", type=cli.natural, nargs="+", help="draw rows and train for each of these seeds")
-    flag("--jobs", type=cli.count, default=1, help="seeds at a time (default: 1)")
+    flag(
+        "--seeds", type=flags.natural, nargs="+", help="draw rows and train for each of these seeds"
+    )
+    flag("--jobs", type=flags.count, default=1, help="seeds at a time (default: 1)")
     args = parser.parse_args(argv)
     folder = args.run or Path("runs/compare" if args.seeds else "runs/demo")
     compare(folder, args.all, args.seeds and [*dict.fromkeys(args.seeds)], args.jobs)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -12,25 +12,23 @@ Writes RUN/diagnosis/kl.csv, which the page of toss.audit.report draws.
 
 import sys
 
-from toss import cli
 from toss.audit.command import opened
+from toss.workbench import flags
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.diagnose", __doc__)
-    cli.add_run_flags(parser)
+    parser = flags.Parser("python -m toss.audit.diagnose", __doc__)
+    flags.add_run_flags(parser)
     flag = parser.add_argument
     flag("--rows", nargs="+", metavar="FILE", help="rows with responses, one group per file")
     flag("--methods", help="comma-separated (default: all of the run)")
-    cli.add_adapter_flag(parser)
-    flag("--max-rows", type=cli.count, default=64, help="rows per group (default: 64)")
-    flag("--positions", type=cli.count, default=48, help="response positions (default: 48)")
+    flag("--max-rows", type=flags.count, default=64, help="rows per group (default: 64)")
+    flag("--positions", type=flags.count, default=48, help="response positions (default: 48)")
     args = parser.parse_args(argv)
     from toss.audit.movement import FEWEST, diagnose_run, kl_table
 
     run, methods = opened(args)
-    reads = ["degraded", "utility", "scores", *(f"methods/{method}" for method in methods)]
-    with run.holding("diagnosis", reads=reads):
+    with run.holding(run.folder / ".state" / "diagnosis"):
         lines, origins = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
     for name, origin in origins.items():
         print(f"{name}: {origin}")
@@ -39,4 +37,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

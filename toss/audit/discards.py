@@ -11,8 +11,8 @@ from model.tokenizer import Tokenizer
 from toss.audit.figures import histogram
 from toss.audit.tokens import Mask
 from toss.rows import read_rows
-from toss.run import Run
 from toss.tokens import Tokens
+from toss.workbench.run import Run
 
 # name -> its first response position
 POSITIONS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}
@@ -85,7 +85,7 @@ def discard_tables(
 
     A column for each mask that discards anything; without any, no tables. sources: see sources_of.
     """
-    gone = {mask.label: ~mask.keep for mask in masks if not mask.keep.all()}
+    gone = {mask.label: mask.gone for mask in masks if mask.gone.any()}
     if not gone:
         return []
     tokens = masks[0].tokens
@@ -104,7 +104,10 @@ def discard_tables(
             lines.setdefault(name, [name]).append(cell)
     tables = [(["discarded", *gone], [*lines.values()])]
     if len(gone) > 1:
-        shared = lambda a: [f"{int((a & b).sum()) / int(a.sum()):.3f}" for b in gone.values()]
+
+        def shared(a):
+            return [f"{int((a & b).sum()) / int(a.sum()):.3f}" for b in gone.values()]
+
         overlap = [[f"of {name}'s discards", *shared(own)] for name, own in gone.items()]
         tables.append((["shared with", *gone], overlap))
     return tables
@@ -121,7 +124,7 @@ def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
 
     Equal shares are ordered by mean S. Of rows that say nearly the same, the first stands for all.
     """
-    tokens, gone = mask.tokens, ~mask.keep
+    tokens, gone = mask.tokens, mask.gone
     flags = (tokens.response, tokens.harmful, gone, gone & tokens.harmful)
     size, harm, lost, found = (per_row(tokens, marked).double() for marked in flags)
     places = tokens.response.nonzero()[:, 0]
@@ -163,7 +166,7 @@ def token_part(masks: list[Mask]) -> dict:
         turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
         count = sum(view[0].response for view in views)
         rows.append({"row": row, "why": why, "turns": turns, "count": count})
-    gone, harm = ~masks[0].keep, masks[0].tokens.harmful
+    gone, harm = masks[0].gone, masks[0].tokens.harmful
     by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
     flags = {"gone": gone, "harm": harm, "found": gone & harm, "ranked": masks[0].order > 0}
     return {

@@ -9,13 +9,25 @@ RUN/methods/M/metrics.json and RUN/answers/M.jsonl. What each measure means: tos
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from model.io import InputError, read_json, read_text
-from toss import cli
-from toss.audit.command import Table, cautions, markdown, opened, write_jsonl, write_text
+from toss.audit.command import (
+    Table,
+    cautions,
+    markdown,
+    opened,
+    read_jsonl,
+    records_of,
+    write_jsonl,
+    write_text,
+)
+from toss.workbench import flags
+from toss.workbench.results import text_hash
 
-JUDGES = 2  # raised when a measure changes, so that what was evaluated before is evaluated again
+MEASURES = ["toss/audit/judges.py", "toss/audit/measures.py", "data/refusals.py"]
+
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
 SETS = {
     "harmful": "harmful prompts, JSONL: rows with a prompt, and a source to group by",
@@ -38,16 +50,19 @@ def evaluate_run(
     responses to begin answers with. A method that was evaluated in the same way before is skipped.
     """
     from model.lora import use
-    from toss.audit.judges import measure, prefilled, selection_metrics
+    from toss.audit.judges import measure, prefilled
     from toss.parallel import rank
     from toss.rows import read_rows
+    from toss.workbench import code
 
-    how = {f"{name}_sha256": run.hash(path) for name, path in files.items()}
+    digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
+    hashes = {name: run.hashes.of_input(Path(path)) for name, path in files.items()}
+    how = {f"{name}_sha256": value for name, value in hashes.items()}
     sets = {name: read_rows(path, responses=False) for name, path in files.items()}
-    if changed := [path for name, path in files.items() if run.hash(path) != how[f"{name}_sha256"]]:
-        raise InputError(f"{changed[0]} was changed while it was read: run the command again")
+    for path in files.values():
+        run.hashes.of_input(Path(path))  # raises if it was changed while it was read
     how |= dict(words=sorted(words), max_new_tokens=max_new_tokens, prefill=sorted(set(prefill)))
-    how |= {"dtype": run.dtypes["train"], "judges": JUDGES}
+    how |= {"dtype": run.dtypes["train"]}
     begun = prefilled(sets.get("harmful", []), run.tokenizer) if how["prefill"] else []
     for k in how["prefill"]:
         if short := sum(len(response) < k for _, response in begun):
@@ -60,27 +75,48 @@ def evaluate_run(
         if changed := run.stale(key):
             print(f"warning: {key} was made with another {', '.join(changed)} than the run has now")
     for method in methods:
-        stage, path = f"evaluation/{method}", run.folder / "answers" / f"{method}.jsonl"
-        with run.holding(stage, reads=inputs[method]):
-            recipe = run.recipe(inputs[method], how)
-            known = run.record["stages"].get(stage, {})
-            if path.exists() and known.get("recipe") == recipe:
-                if (answers := known.get("answers_sha256")) == run.hash(path):
-                    again = known["metrics"] | selection_metrics(run, method)
-                    if again != known["metrics"] and rank() == 0:  # scored since
-                        run.finish(stage, recipe, metrics=again, answers_sha256=answers)
-                    continue
-            model = use(run.base("train"), None if method == "base" else run.adapter(method))
-            metrics, said = measure(run, model, sets, how)
-            metrics |= selection_metrics(run, method)
-            if rank() > 0:
+        recipe = run.recipe(f"evaluation/{method}", inputs[method], how)
+        wanted = json.loads(json.dumps({**recipe, "code": digests}))
+        with run.holding(run.folder / ".state" / f"evaluation-{method}"):
+            if evaluation(run, method).get("record") == wanted:
                 continue
-            write_jsonl(path, [{"note": NOTE}, *said])
-            run.finish(stage, recipe, metrics=metrics, answers_sha256=run.hash(path))
+            model = use(run.base("train"), run.adapter(method))
+            metrics, said = measure(run, model, sets, how)
+            if run.recipe(f"evaluation/{method}", inputs[method], how) == recipe and rank() == 0:
+                head = {"note": NOTE, "record": wanted, "metrics": metrics}
+                head["answers_sha256"] = text_hash(said)
+                write_jsonl(run.folder / "answers" / f"{method}.jsonl", [head, *said])
     if rank() > 0:
         return {}
-    with run.holding("metrics", reads=sum(inputs.values(), ()), alone=True):
-        return write_tables(run, methods)
+    return write_tables(run, methods)
+
+
+def evaluation(run, method: str) -> dict:
+    """What answers/METHOD.jsonl says of itself: record, metrics; {} if there is none, or it was
+    changed. With the measures of what the method discarded, if they can be taken now."""
+    from toss.audit.judges import selection_metrics
+
+    path = run.folder / "answers" / f"{method}.jsonl"
+    with suppress(InputError):
+        head, *said = read_jsonl(path)
+        if head.get("answers_sha256") == text_hash(said):
+            return {**head, "metrics": head["metrics"] | selection_metrics(run, method)}
+    return {}
+
+
+def evaluations(run) -> tuple[dict[str, dict], list[str]]:
+    """The evaluation of each method of a run, and the names of those that do not count any more:
+    the model, or the base, is another one now."""
+    current, old = {}, []
+    for path in sorted((run.folder / "answers").glob("*.jsonl")):
+        if found := evaluation(run, path.stem):
+            identity, record = run.identity, found["record"]
+            same = all(record[key] == identity[key] for key in identity)
+            if same and not run.changed_inputs(record):
+                current[path.stem] = found
+            else:
+                old.append(path.stem)
+    return current, old
 
 
 def write_tables(run, methods: Sequence[str]) -> Table:
@@ -88,27 +124,25 @@ def write_tables(run, methods: Sequence[str]) -> Table:
 
     The run's holds every method that was evaluated like these and whose model is still the same.
     """
-    stages, every, others = run.record["stages"], {}, []
-    how = {**stages[f"evaluation/{methods[0]}"]["recipe"], "inputs": None}
-    for stage in stages:
-        kind, _, method = stage.partition("/")
-        if kind == "evaluation":
-            if {**stages[stage]["recipe"], "inputs": None} == how and not run.stale(stage):
-                every[method] = stages[stage]["metrics"]
-            else:
-                others.append(method)
-    if others:
+    current, others = evaluations(run)
+
+    def way(method):
+        return {**current[method]["record"], "inputs": None, "stage": None}
+
+    every = {m: current[m]["metrics"] for m in current if way(m) == way(methods[0])}
+    if others := sorted(others + [m for m in current if m not in every]):
         why = "evaluated on other files or in another way, or trained again since"
         print(f"{run.folder}/metrics.json leaves out {', '.join(others)}: {why}")
-    stages = [stages.get(f"methods/{method}", {}) for method in every]
+
+    every = {m: every[m] for m in sorted(every, key=lambda m: m != "base")}
+    stages = [run.record.get("stages", {}).get(f"methods/{method}", {}) for method in every]
     made = {(x["torch"], x["threads"]) for x in stages if {"torch", "threads"} <= x.keys()}
     if len(made) > 1:
         found = "; ".join(f"torch {torch}, {threads} threads" for torch, threads in sorted(made))
         print(f"note: the methods were made in different ways, so last bits differ ({found})")
     write_metrics(run.folder / "metrics.json", every)
     for method in set(methods) - {"base"}:
-        if (folder := run.path(f"methods/{method}")).exists():  # not made elsewhere
-            write_metrics(folder / "metrics.json", {method: every[method]})
+        write_metrics(run.path(f"methods/{method}") / "metrics.json", {method: every[method]})
     return {method: every[method] for method in methods}
 
 
@@ -126,11 +160,19 @@ def read_metrics(folder: Path) -> Table:
     path, cell = Path(folder) / "metrics.json", {"value", "n", "low", "high"}
     table = read_json(path) if path.exists() else {}
     for method, metrics in table.items():
-        if not cli.like(metrics, cli.METRICS) or not all(
-            cell <= x.keys() for x in metrics.values()
-        ):
+        cells = metrics.values() if isinstance(metrics, dict) else [None]
+        if not all(isinstance(x, dict) and cell <= x.keys() and is_cell(x) for x in cells):
             raise InputError(f"{path}: {method}: expected value, n, low and high by measure")
     return table
+
+
+def is_cell(cell: dict) -> bool:
+    """True if n is a number, and the others are numbers or None."""
+
+    def number(x):
+        return type(x) in (int, float)
+
+    return number(cell["n"]) and all(x is None or number(x) for x in cell.values())
 
 
 def format_table(table: Table) -> str:
@@ -146,19 +188,21 @@ def format_table(table: Table) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.evaluate", __doc__)
-    cli.add_run_flags(parser)
+    parser = flags.Parser("python -m toss.audit.evaluate", __doc__)
+    flags.add_run_flags(parser)
     flag = parser.add_argument
     flag("--methods", help="comma-separated, may include base (default: base and all of the run)")
     for name, text in SETS.items():
         flag(f"--{name}", metavar="FILE", help=text)
-    cli.add_adapter_flag(parser)
     text = "text file with one forbidden word per line (the demo has its own)"
     flag("--words", metavar="FILE", help=text)
     text = "ask again after the first K tokens of the harmful row's response (usual: 0,1,3,5,10)"
-    naturals = lambda text: [cli.natural(part) for part in text.split(",")]
+
+    def naturals(text):
+        return [flags.natural(part) for part in text.split(",")]
+
     flag("--prefill", type=naturals, default=[], metavar="K,K,...", help=text)
-    flag("--max-new-tokens", type=cli.count, default=40, help="length of an answer (default: 40)")
+    flag("--max-new-tokens", type=flags.count, default=40, help="length of an answer (default: 40)")
     args = parser.parse_args(argv)
     files = {name: path for name in SETS if (path := getattr(args, name))}
     if not files:
@@ -167,10 +211,10 @@ def main(argv: list[str] | None = None) -> None:
     words = read_text(args.words).split("\n") if args.words else []
     words = [word.strip() for word in words if word.strip()]
     if not args.words and run.record.get("demo"):
-        words = read_json(cli.DEMO)["forbidden_words"]
+        words = read_json(flags.DEMO)["forbidden_words"]
     table = evaluate_run(run, methods, files, words, args.max_new_tokens, args.prefill)
-    print(format_table(table), *cautions(run.record["stages"], table), sep="\n")
+    print(format_table(table), *cautions(records_of(run, table), table), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -10,9 +10,9 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -21,10 +21,9 @@ from pathlib import Path
 from types import ModuleType
 
 from model.io import read_json
-from model.process import SIGNALS, Stopped, stop
 from toss.audit import rivals
-from toss.audit.command import markdown, write_text
-from toss.cli import DEMO, DEVICE, KINDS, ROOT
+from toss.audit.command import DEVICE, markdown, write_text
+from toss.workbench.flags import DEMO, ROOT, TRAINING
 
 HEADS = {  # of the tables' columns, where they are not the names of the measures
     "forbidden/held-out": "forbidden",
@@ -89,7 +88,7 @@ class Experiment:
 
     def open(self, *but: str):
         """Its Run, with the device flags of `common` but these."""
-        from toss.run import open_run
+        from toss.workbench.run import open_run
 
         common = {name: x for name, x in self.common.items() if name in DEVICE and name not in but}
         return open_run(self.folder, **common)
@@ -99,21 +98,27 @@ class Experiment:
         inputs = ("model", "harmful", "utility") if name == "train" else ("model", "custom")
         flags = self.world["reference" if name == "train" else "finetune"] | self.common
         if name == "score":  # it trains nothing
-            flags = {key: x for key, x in flags.items() if key not in (*KINDS, "dtype")}
+            flags = {key: x for key, x in flags.items() if key not in (*TRAINING, "dtype")}
         inputs += ("harmful",) * ("pro" in more)  # unknown to a run of references made elsewhere
         flags = {} if self.demo else flags | {key: self.files[key] for key in inputs}
         flags |= {"run": self.folder, **more}
-        name_of = lambda key: f"--{key.replace('_', '-')}"
+
+        def name_of(key):
+            return f"--{key.replace('_', '-')}"
+
         words = [name_of(key) + f"={x}" * (x is not True) for key, x in flags.items()]
         (rivals if name == "rivals" else script(name)).main(words)
 
-    def prepare(self, **adapters: Path) -> None:
-        """Both references, or adapters in their place; and the scores, also under the base."""
+    def prepare(self, references: Path | None = None) -> None:
+        """Both references, or those of another run; and the scores, also under the base."""
         if self.prepared:
             return
-        if not adapters:
+        if references is None:
             self.call("train")
-        self.call("score", base=True, **adapters)
+        else:
+            for role in ("degraded", "utility"):
+                shutil.copytree(references / role, self.folder / role, dirs_exist_ok=True)
+        self.call("score", base=True)
         self.prepared = True
 
     def finetune(self, name: str, **how) -> float:
@@ -127,7 +132,7 @@ class Experiment:
             from toss.audit.calibrate import calibrate
 
             run, method = self.open("dtype"), "toss-pro" if "pro" in how else "toss"
-            recipe = run.record["stages"].get(f"methods/{name}", {}).get("recipe", {})
+            recipe = run.record.get("stages", {}).get(f"methods/{name}", {}).get("recipe", {})
             d = recipe.get("settings", {}).get("discard")
             d = d or calibrate(run, self.files["calibration"], method=method)["discard"]
         choice = {} if "mask" in how else {"discard": d}  # a mask says itself which tokens go
@@ -151,47 +156,29 @@ class Experiment:
 
 
 def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
-    """job(*task) for each task, `jobs` at a time in processes of their own, in the given order."""
+    """job(*task) for each task, `jobs` at a time in processes of their own, in the given order.
+
+    A signal ends the seeds at work, too; the same command goes on from what they have saved.
+    """
     if jobs == 1:
         return [job(*task) for task in tasks]
     os.environ["OMP_NUM_THREADS"] = "1"  # thread pools that compete for cores are ten times slower
-    with ProcessPoolExecutor(jobs, get_context("spawn"), listen) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), die_with_parent) as pool:
         try:
-            return [future.result() for future in [pool.submit(begin, job, *x) for x in tasks]]
-        except BaseException as error:  # also a signal: the seeds at work save their state
+            return [future.result() for future in [pool.submit(job, *task) for task in tasks]]
+        except BaseException:
             for process in active_children():
-                process.terminate()
-            pool.shutdown(cancel_futures=True)
-            if isinstance(error, Stopped):
-                kept = "the seeds at work saved their states: the same command goes on from them"
-                raise Stopped(error.args[0], kept) from None
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def begin(job: Callable, *task) -> object:
-    """job(*task); the process ends here if it was asked to stop, so that it takes no other task."""
-    try:
-        return None if stop.signal else job(*task)
-    finally:
-        if stop.signal:
-            sys.stdout.flush()
-            os._exit(128 + stop.signal)
-
-
-def listen() -> None:
-    """In a process of per_seed: SIGTERM saves the state; the parent sends it for any signal."""
-    with suppress(OSError, AttributeError):  # Linux: also when the parent dies
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    for number in SIGNALS:
+def die_with_parent() -> None:
+    """In a process of per_seed: its parent alone hears signals, and it ends with it."""
+    with suppress(OSError, AttributeError):  # Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_stop)
-
-
-def on_stop(number: int, frame: object) -> None:
-    """Stop as model.process.on_signal does, but the same for a second signal."""
-    stop.signal = number
-    if not stop.deferred:
-        sys.exit(128 + number)
 
 
 def value(metrics: dict, name: str) -> float | None:
@@ -239,7 +226,7 @@ def table(corner: list[str], rows: dict[object, dict], names: Iterable[str]) -> 
 
 def save(path: Path, text: str, record: dict) -> None:
     """Write PATH.md with the text, and PATH.json with the numbers and where they come from."""
-    from toss.folder import git_commit
+    from toss.workbench.runfile import git_commit
 
     about = {"commit": git_commit(), "hardware": platform.processor() or platform.machine()}
     write_text(path.with_suffix(".json"), json.dumps({**about, **record}, indent=1) + "\n")

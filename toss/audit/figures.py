@@ -117,8 +117,13 @@ def drawing(
     heading, (low, high) = textwrap.wrap(title, 44) or [""], x
     bottom, top, above = y_ticks[0][0], y_ticks[-1][0], 24 + 22 * len(heading)
     x_ticks = list(enumerate(names)) or [(x, f"{x:,.9g}") for x in ticks(low, high, most=8)]
-    across = lambda x: round(LEFT + (x - low) / (high - low) * (RIGHT - LEFT), 1)
-    down = lambda y: round(above + (top - y) / (top - bottom) * PLOT, 1)
+
+    def across(x):
+        return round(LEFT + (x - low) / (high - low) * (RIGHT - LEFT), 1)
+
+    def down(y):
+        return round(above + (top - y) / (top - bottom) * PLOT, 1)
+
     entries, x, y = [], LEFT, above + PLOT + 68
     for name in legend:
         wide = 62 + CHARACTER * len(name)

@@ -19,9 +19,10 @@ from toss.audit import measures
 from toss.audit.measures import holds_any
 from toss.audit.tokens import load_mask
 from toss.rows import Row
-from toss.run import Run
 from toss.scoring import score
 from toss.tokens import Tokens, tokenise
+from toss.workbench.progress import Bar
+from toss.workbench.run import Run
 
 # The beginnings that attacks push a model to say (Zou et al., arXiv 2307.15043), and the commonest
 # refusals of chat models. Several of each, so that one odd wording does not decide.
@@ -44,8 +45,11 @@ def measure(
         """Greedy answers to the rows' prompts, after the ids that each starts with, if given."""
         begun = starts or [[]] * len(rows)
         prompts = [tokenizer.prompt_ids(row.prompt) + start for row, start in zip(rows, begun)]
-        log, steps = run.log(kind), {"unit": "prompt", "steps": len(rows), "tokens": 0}
-        tell = lambda done: log({**steps, "step": done})
+        bar, steps = Bar(kind), {"unit": "prompt", "steps": len(rows)}
+
+        def tell(done):
+            return bar.show({**steps, "step": done})
+
         few = {"batch_tokens": batch_tokens} if batch_tokens else {}
         new = generate(model, prompts, length, tokenizer.eos_id, **few, progress=tell)
         replies = [tokenizer.decode(ids).strip() for ids in new]
@@ -145,8 +149,8 @@ def selection_metrics(run: Run, method: str) -> dict[str, dict]:
         print(f"warning: the discards of {method} are not measured: {error}")
         return {}
     response, harmful, metrics = mask.tokens.response, mask.tokens.harmful, {}
-    if harmful.any() and not mask.keep.all():
-        metrics = measures.found_harm(~mask.keep[response], harmful[response])
+    if harmful.any() and mask.gone.any():
+        metrics = measures.found_harm(mask.gone[response], harmful[response])
     if harmful.any() and mask.score is not mask.S:  # its own
         ranked = mask.order > 0
         metrics["auc"] = measures.auc(mask.score[ranked], harmful[ranked])

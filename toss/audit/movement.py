@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.atomic import atomic_dir
-from model.io import InputError, NotFinite
+from model.io import InputError, NotFinite, whole_folder
 from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
@@ -16,8 +15,10 @@ from toss.audit.command import evenly, markdown
 from toss.audit.discards import per_row, response_positions
 from toss.loss import LOGITS
 from toss.parallel import rank
-from toss.run import Run
 from toss.tokens import Tokens, batches, collate
+from toss.workbench.progress import Bar
+from toss.workbench.results import write_record
+from toss.workbench.run import Run
 
 COLUMNS = ("kl_base", "toward_degraded", "toward_utility")  # of kl.csv
 FEWEST = 3  # rows that a mean must rest on
@@ -74,7 +75,10 @@ def divergences(
     per batch. on_batch: see score. Log-probabilities are formed in chunks of at most `logits`
     numbers. Raises NotFinite naming the adapter.
     """
-    kl = lambda p, q: (p.exp() * (p - q)).sum(-1)  # KL(p || q) in nats, (n, V) -> (n)
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(-1)  # KL(p || q) in nats, (n, V) -> (n)
+
     models = {"": None, **adapters}  # "": the base
     results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
     size = max(1, logits // (TENSORS * model.lm_head.out_features))
@@ -86,14 +90,12 @@ def divergences(
             states = use(model, adapter)(batch.ids, bounds=batch.bounds)[batch.before]  # (n, D)
             hidden[name] = states.split(size)
 
-        def log_p(name: str, k: int) -> Tensor:
-            use(model, models[name])  # the head may carry LoRA, too
-            return torch.log_softmax(model.lm_head(hidden[name][k]).float(), dim=-1)
-
         for k, places in enumerate(batch.places.cpu().split(size)):
-            base, *references = (log_p(name, k) for name in ("", "degraded", "utility"))
+            base, *references = (
+                log_p(model, models[name], hidden[name][k]) for name in ("", "degraded", "utility")
+            )
             for name in adapters:
-                tuned = log_p(name, k)
+                tuned = log_p(model, models[name], hidden[name][k])
                 toward = [kl(base, other) - kl(tuned, other) for other in references]
                 values = torch.stack((kl(base, tuned), *toward))
                 if not values.isfinite().all():
@@ -102,6 +104,11 @@ def divergences(
                 results[name][:, places] = values.cpu().double()
         on_batch({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
     return results
+
+
+def log_p(model: Transformer, adapter: Adapter | None, hidden: Tensor) -> Tensor:
+    """Log-probabilities [n, V] of hidden states [n, D]; the head may carry LoRA, too."""
+    return torch.log_softmax(use(model, adapter).lm_head(hidden).float(), dim=-1)
 
 
 def means(tokens: Tokens, results: dict[str, Tensor], wanted: Tensor, most: int) -> list[dict]:
@@ -142,19 +149,20 @@ def diagnose_run(
     for name, (tokens, _) in groups.items():
         wanted = tokens.response & (response_positions(tokens) < positions)
         found = divergences(
-            model, adapters, tokens, wanted, run.batch_tokens, run.log(f"diagnosis, {name}")
+            model, adapters, tokens, wanted, run.batch_tokens, Bar(f"diagnosis, {name}").show
         )
         lines += [{"rows": name, **line} for line in means(tokens, found, wanted, positions)]
     origins = {name: origin for name, (_, origin) in groups.items()}
     if rank() == 0:
-        with atomic_dir(run.folder / "diagnosis") as out:
+        recipe = run.recipe("diagnosis", inputs, {"rows": origins, "positions": positions})
+        with whole_folder(run.folder / "diagnosis") as out:
             with open(out / "kl.csv", "w", newline="", encoding="utf-8") as file:
                 columns = ("model", "rows", "position", "n", *COLUMNS)
                 table = csv.DictWriter(file, columns, lineterminator="\n")
                 table.writeheader()
                 short = ({name: f"{line[name]:.6g}" for name in COLUMNS} for line in lines)
                 table.writerows({**line, **numbers} for line, numbers in zip(lines, short))
-        run.finish("diagnosis", run.recipe(inputs, {"rows": origins, "positions": positions}))
+            write_record(out, recipe)
     return lines, origins
 
 

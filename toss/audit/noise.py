@@ -9,8 +9,8 @@ it, and how many of the tokens that float32 discards are discarded in both.
 
 import sys
 
-from toss import cli
 from toss.audit.command import evenly, losses_under, run_of
+from toss.workbench import flags
 
 
 def noise(run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
@@ -35,15 +35,14 @@ def noise(run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.noise", __doc__)
-    cli.add_run_flags(parser)
+    parser = flags.Parser("python -m toss.audit.noise", __doc__)
+    flags.add_run_flags(parser)
     add = parser.add_argument
-    add("--rows", type=cli.count, default=64, metavar="N", help="rows to score (default: 64)")
-    add("--discard", type=cli.share, default=0.1, metavar="D", help="share d (default: 0.1)")
+    add("--rows", type=flags.count, default=64, metavar="N", help="rows to score (default: 64)")
+    add("--discard", type=flags.share, default=0.1, metavar="D", help="share d (default: 0.1)")
     args = parser.parse_args(argv)
     run = run_of(args, "dtype")
-    with run.holding(reads=["degraded", "utility", "scores"]):
-        found = noise(run, args.rows, args.discard, args.dtype)
+    found = noise(run, args.rows, args.discard, args.dtype)
     print(
         "rounding noise of S under {dtype}: {noise:.4f} nats rms on {rows} rows, beside a standard "
         "deviation of {deviation:.3f};\n{same:.1%} of float32's discards at d = {d} are also "
@@ -52,4 +51,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

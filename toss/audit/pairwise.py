@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from model.io import InputError
-from toss import cli
-from toss.audit.command import answers_of, cautions, write_text
-from toss.audit.evaluate import SETS
+from toss.audit.command import answers_of, cautions, records_of, write_text
+from toss.audit.evaluate import SETS, evaluation, evaluations
+from toss.workbench import flags
 
 
 def write(folder: str | Path, method: str, against: str, out: Path, only: str | None = None) -> int:
@@ -26,13 +26,18 @@ def write(folder: str | Path, method: str, against: str, out: Path, only: str | 
     InputError if the two methods did not answer the same prompts in the same order and way, or if
     a model or the base was replaced since.
     """
-    from toss.run import open_run
+    from toss.workbench.run import open_run
 
     run = open_run(folder)
     said = [read_answers(run, name, [only] if only else [*SETS]) for name in (method, against)]
     ours, theirs = ([(a["dataset"], a["instruction"]) for a in answers] for answers in said)
-    settings = lambda name: run.record["stages"][f"evaluation/{name}"]["recipe"]["settings"]
-    way = lambda name: [settings(name).get(key) for key in ("max_new_tokens", "dtype")]
+
+    def settings(name):
+        return evaluation(run, name)["record"]["settings"]
+
+    def way(name):
+        return [settings(name).get(key) for key in ("max_new_tokens", "dtype")]
+
     if ours != theirs or way(method) != way(against):
         pair = f"{run.folder / 'answers'}: {method}.jsonl and {against}.jsonl"
         how = "on the same files, with the same --max-new-tokens and --dtype"
@@ -42,7 +47,8 @@ def write(folder: str | Path, method: str, against: str, out: Path, only: str | 
     for kind, answers in zip(("model", "reference"), said):
         text = json.dumps(answers, indent=2, ensure_ascii=False) + "\n"
         write_text(Path(out) / f"{kind}_outputs.json", text)
-    for line in cautions(run.record["stages"], dict.fromkeys((method, against), {})):
+    pair = (method, against)
+    for line in cautions(records_of(run, pair), dict.fromkeys(pair, {})):
         print(line)
     return len(ours)
 
@@ -50,12 +56,13 @@ def write(folder: str | Path, method: str, against: str, out: Path, only: str | 
 def read_answers(run, method: str, sets: list[str]) -> list[dict]:
     """A method's answers to these sets in AlpacaEval's form; InputError if outdated or none."""
     path, again = run.folder / "answers" / f"{method}.jsonl", "run python -m toss.audit.evaluate"
-    if not path.exists() or f"evaluation/{method}" not in run.record["stages"]:
+    lines = answers_of(path) if path.exists() else []
+    if not evaluation(run, method):
         raise InputError(f"{path} does not exist, or no record of it: {again} first")
-    if run.stale(f"evaluation/{method}"):
+    if method in evaluations(run)[1]:
         raise InputError(f"{path} holds answers of a model that was replaced since: {again} again")
     answers = []
-    for line in answers_of(path):
+    for line in lines:
         if line["set"] in sets:
             dataset = line["set"] + f"/{line['source']}" * bool(line["source"])
             answer = {"instruction": line["prompt"], "output": line["response"]}
@@ -66,7 +73,7 @@ def read_answers(run, method: str, sets: list[str]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.pairwise", __doc__)
+    parser = flags.Parser("python -m toss.audit.pairwise", __doc__)
     flag = parser.add_argument
     flag("command", choices=["write"], help="write the two files")
     flag("--run", required=True, help="folder of the run, evaluated")
@@ -81,4 +88,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -24,11 +24,11 @@ from itertools import cycle, groupby
 from pathlib import Path
 
 from model.io import InputError
-from toss import cli
 from toss.audit.attacks import ATTACKS, attacked
-from toss.audit.command import read_jsonl, write_jsonl
+from toss.audit.command import DEVICE, read_jsonl, write_jsonl
 from toss.audit.experiment import Experiment, per_seed, save, spread, table
 from toss.audit.rivals import RIVALS
+from toss.workbench import flags
 
 TRAINING = {"lr": 5e-4, "epochs": 3, "batch_size": 16}
 WORLD = {"reference": TRAINING, "finetune": TRAINING, "forbidden_words": (), "discard": 0.1}
@@ -93,21 +93,24 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
     """Run what is missing of a seed; the metrics of every arm, and its d."""
     place = args.out.absolute() / f"seed-{seed}"
     files = draw(args, seed, place / "rows") | {"model": args.model, "unaligned": args.unaligned}
-    device = {name: x for name in cli.DEVICE if (x := getattr(args, name)) not in (None, False)}
-    make = lambda name, **own: Experiment(place / name, files | own, WORLD, seed=seed, **device)
+    device = {name: x for name in DEVICE if (x := getattr(args, name)) not in (None, False)}
+
+    def make(name, **own):
+        return Experiment(place / name, files | own, WORLD, seed=seed, **device)
+
     own = {"few": {"harmful": files["few"]}, "benign": {"custom": files["benign"]}}
     begun = (3,) if any("response" in row for row in read_jsonl(files["eval_harmful"])) else ()
     main, found = make("main"), {}
     for name, group in groupby((arm for arm in ARMS if arm in args.arms), lambda a: ARMS[a][0]):
-        run, adapters = make(name, **own.get(name, {})), {}
+        run, references = make(name, **own.get(name, {})), None
         if name in ATTACKS:  # the references are those of `main`
             main.prepare()
-            adapters = {f"{role}_adapter": main.folder / role for role in ("utility", "degraded")}
+            references = main.folder
             harm, pool = lambda row: row["source"] == args.harm, read_jsonl(files["pool"])
             out = run.folder / "custom.jsonl"
             run.files["custom"] = attacked(main.open("dtype"), name, files, out, harm, pool)
         if name != "benign":
-            run.prepare(**adapters)
+            run.prepare(references)
         for arm in group:
             short, how = arm.partition(",")[0], ARMS[arm][1]
             d, names = run.finetune(short, **how), ["base"] * (name == "main") + [short]
@@ -119,7 +122,7 @@ def one_seed(args: Namespace, seed: int) -> dict[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.real", __doc__)
+    parser = flags.Parser("python -m toss.audit.real", __doc__)
     flag = parser.add_argument
     flag("--real", type=Path, required=True, metavar="FOLDER", help="holds data/, see above")
     flag("--model", help="aligned base: a folder or hub id (default: FOLDER/smollm2-aligned)")
@@ -127,10 +130,12 @@ def main(argv: list[str] | None = None) -> None:
     flag("--unaligned", metavar="M", help=text)
     flag("--arms", metavar="A;B;...", help="some of them, separated by ; (default: all)")
     flag("--harm", default="advbench", help="`source` of the harmful custom rows")
-    flag("--seeds", type=cli.natural, nargs="+", default=[1000, 1001], help="(default: 1000 1001)")
+    flag(
+        "--seeds", type=flags.natural, nargs="+", default=[1000, 1001], help="(default: 1000 1001)"
+    )
     flag("--out", type=Path, default=Path("runs/real"), help="folder (default: runs/real)")
-    flag("--jobs", type=cli.count, default=1, help="seeds at a time")
-    cli.add_device_flags(parser)
+    flag("--jobs", type=flags.count, default=1, help="seeds at a time")
+    flags.add_device_flags(parser)
     args = parser.parse_args(argv)
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.model = args.model or str(args.real.absolute() / "smollm2-aligned")
@@ -156,4 +161,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

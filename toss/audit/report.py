@@ -16,7 +16,6 @@ from jinja2 import UndefinedError
 
 from data.refusals import refused
 from model.io import InputError, read_json, read_text
-from toss import cli
 from toss.audit.command import (
     answers_of,
     cautions,
@@ -24,18 +23,25 @@ from toss.audit.command import (
     measured,
     methods_of,
     read_jsonl,
+    records_of,
     write_text,
 )
-from toss.audit.evaluate import SETS, read_metrics
+from toss.audit.evaluate import SETS, evaluations, read_metrics
 from toss.audit.experiment import HEADS
 from toss.audit.figures import TEMPLATES, line_chart
 from toss.audit.tokens import load_masks, visible
 from toss.audit.verdict import verdict
+from toss.workbench import flags
 
 TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
 ORDER = ("base", "sft", "toss", "toss-pro")  # methods that come first
-place = lambda method: (*ORDER, method).index(method)
+
+
+def place(method):
+    return (*ORDER, method).index(method)
+
+
 CHARTS = {  # column of kl.csv -> title
     "kl_base": "KL(base || tuned)",
     "toward_degraded": "KL(base || degraded) - KL(tuned || degraded)",
@@ -52,7 +58,7 @@ def measures(run, old: list[str]) -> dict | str:
     table = {name: table[name] for name in sorted(table, key=place) if name not in old}
     if not table:
         return f"No measures: {evaluate} first."
-    demo, stages = run.record.get("demo", False), run.record["stages"]
+    demo, records = run.record.get("demo", False), records_of(run, table)
     names = dict.fromkeys(name for row in table.values() for name in row)
     parts = [x for x in names if "@" in x or x.partition("/")[0] in names.keys() - {x}]
     return {
@@ -61,7 +67,7 @@ def measures(run, old: list[str]) -> dict | str:
         "parts": parts,
         "verdict": verdict(table, demo)
         or ([f"No verdict: {evaluate} with base, sft and toss."], []),
-        "cautions": [x for x in cautions(stages, table) if x.startswith("warning") or not demo],
+        "cautions": [x for x in cautions(records, table) if x.startswith("warning") or not demo],
         "heads": HEADS,
     }
 
@@ -83,7 +89,7 @@ def side_by_side(run, old: list[str]) -> dict | str:
     facts = {key[1]: key for key in reversed(asked) if key[0] == "utility"}
     chosen = [*evenly(held_out, 3), *benign[:1], *reversed(facts.values())]
     answers = {key: {name: texts.get(key) for name, texts in said.items()} for key in chosen}
-    return {"texts": answers, "n": len(asked), "words": read_json(cli.DEMO)["forbidden_words"]}
+    return {"texts": answers, "n": len(asked), "words": read_json(flags.DEMO)["forbidden_words"]}
 
 
 def diagnosis(run, old: list[str]) -> list[list[str]] | str:
@@ -100,7 +106,10 @@ def diagnosis(run, old: list[str]) -> list[list[str]] | str:
                 points.append((int(line["position"]), float(line[column])))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not as toss.audit.diagnose writes it ({error!r})") from None
-    drawn = lambda title, curves: line_chart(curves, title, "response position j", "nats")
+
+    def drawn(title, curves):
+        return line_chart(curves, title, "response position j", "nats")
+
     return [
         [drawn(f"{CHARTS[column]}: {rows} rows", curves) for rows, curves in groups.items()]
         for column, groups in charts.items()
@@ -126,9 +135,8 @@ def page(run) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
     from toss.audit.discards import discard_tables, sources_of, token_part
 
-    evaluated = [x for x in run.record["stages"] if x.startswith("evaluation/")]
     old = {
-        "evaluate": [x.removeprefix("evaluation/") for x in evaluated if run.stale(x)],
+        "evaluate": evaluations(run)[1],
         "diagnose": [key.removeprefix("methods/") for key in run.stale("diagnosis")],
     }
     lacking = [
@@ -165,17 +173,14 @@ def page(run) -> tuple[str, list[str], int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.report", __doc__)
+    parser = flags.Parser("python -m toss.audit.report", __doc__)
     parser.add_argument("--run", required=True, help="folder of the run")
     parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
-    parser.add_argument("--wait", action="store_true", help="wait for a process at work there")
     args = parser.parse_args(argv)
-    from toss.run import open_run
+    from toss.workbench.run import open_run
 
-    run = open_run(args.run, wait=args.wait)
-    made = ["degraded", "utility", "scores", "diagnosis", "metrics"]
-    with run.holding(reads=[*made, *(f"methods/{name}" for name in methods_of(run))]):
-        text, lacking, count = page(run)
+    run = open_run(args.run)
+    text, lacking, count = page(run)
     out = args.out or Path(args.run) / "report.html"
     write_text(out, text)
     for line in lacking:
@@ -184,4 +189,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from model.io import InputError
-from toss import cli
 from toss.config import TrainConfig
+from toss.workbench import flags
 
 RIVALS = {  # what each is made from beside --custom, and its settings
     "soft-sft": ([], {"b": [0.5, 2.0, 0.1]}),
@@ -30,49 +30,50 @@ RIVALS = {  # what each is made from beside --custom, and its settings
 
 def main(argv: list[str] | None = None) -> None:
     inputs = {"custom": "custom set D^cus", "safety": "rows that refuse, for some rivals"}
-    parser = cli.parser("python -m toss.audit.rivals", __doc__, **inputs)
+    parser = flags.script_parser("python -m toss.audit.rivals", __doc__, **inputs)
     add = parser.add_argument
     add("--method", choices=RIVALS, required=True, help="the rival")
-    add("--name", type=cli.method, help="folder in RUN/methods (default: the method)")
-    add("--discard", type=cli.share, default=0.1, metavar="D", help="d, for kl-discarded")
+    add("--name", type=flags.method, help="folder in RUN/methods (default: the method)")
+    add("--discard", type=flags.share, default=0.1, metavar="D", help="d, for kl-discarded")
     add("--unaligned", metavar="FOLDER", help="for safelora: the base before its alignment")
-    cli.add_training_flags(parser)
-    args = cli.parse(parser, argv)
+    flags.add_training_flags(parser)
+    args = flags.parse(parser, argv)
     args.name = args.name or args.method
     if args.shard:
         raise InputError("a rival needs the base whole in one process: leave --shard out")
 
     from model.checkpoint import base_hash
     from model.hub import resolve
-    from toss.audit.objectives import Rival
-    from toss.progress import Planned
-    from toss.run import Run
+    from toss.audit.objectives import FUNCTIONS, Rival
+    from toss.workbench import code
+    from toss.workbench.run import Run
 
+    own_code = f"toss/audit/objectives.py:{FUNCTIONS[args.method].__name__}"
+    code.digests([own_code])  # now, before anyone edits it
     run, config, (made_from, how) = Run(args), TrainConfig.of(args), RIVALS[args.method]
     if args.method == "kl-discarded":
         how = {"discard": args.discard}
     if args.method == "safelora":
         args.unaligned = str(resolve(args.unaligned or "--unaligned"))
-        how = {**how, "unaligned_sha256": base_hash(Path(args.unaligned), run.hash)}
+        how = {**how, "unaligned_sha256": base_hash(Path(args.unaligned), run.hashes.of_input)}
     if "methods/sft" in made_from:  # goes on from it, so it is trained as that was
         known = {**vars(args), **run.check("methods/sft").get("settings", {})}
-        if other := [x for x in cli.KINDS if x in args.given and known[x] != getattr(args, x)]:
+        if other := [x for x in flags.TRAINING if x in args.typed and known[x] != getattr(args, x)]:
             what = f"made with another {other[0]}"
             raise InputError(f"{args.method} goes on from methods/sft, {what}")
         config = TrainConfig.of(known)
         print("training settings as for methods/sft")
 
     def finetune():
-        if args.dry_run:
-            raise Planned
         D = run.scored(needed="scores" in made_from)[0]
-        rival = Rival(run, config, D, keep=D.response | True)
-        theta = getattr(rival, args.method.replace("-", "_"))(**how)
-        return D, {"keep": rival.keep}, theta
+        rival = Rival(run, args.name, config, D, keep=D.response.clone())
+        theta = FUNCTIONS[args.method](rival, **how)
+        return D, {"keep": rival.keep}, theta, []
 
     settings = {**config.recipe(), "method": args.method, **how}
-    run.once(f"methods/{args.name}", finetune, ["--custom", *made_from], settings)
+    parts = [*code.PARTS["rival"], own_code]
+    run.make(f"methods/{args.name}", finetune, ["--custom", *made_from], settings, parts)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

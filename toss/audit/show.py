@@ -23,11 +23,11 @@ from itertools import groupby
 from pathlib import Path
 
 from model.io import InputError, made_from, read_json
-from toss import cli
 from toss.audit.command import markdown, write_text
 from toss.audit.tokens import Mask, Token, harmless, load_mask, load_masks, visible
+from toss.workbench import flags
 
-HASHES = ("inputs", "warning", "files", "sha256")  # not shown
+HASHES = ("inputs", "warning", "files", "sha256", "code")  # not shown
 
 
 def running_text(tokens: list[Token]) -> str:
@@ -101,11 +101,16 @@ def described(path: Path, run) -> tuple[str, dict, dict]:
     """
     from model.checkpoint import base_hash, skeleton
     from model.peft import CONFIG, WEIGHTS, read_adapter
-    from toss.files import record_of
+    from toss.workbench.results import RECORD, read_record
 
     if (path / "run.json").is_file():
-        states = {stage: ", ".join(run.stale(stage)) for stage in run.record["stages"]}
-        states = {k: f"made from another {old}" if old else "fits" for k, old in states.items()}
+        stages = [stage for stage in run.record.get("stages", {}) if run.path(stage).exists()]
+        states = {}
+        for stage in stages:
+            record = read_record(run.path(stage))
+            changed = run.changed_inputs(record)
+            changed += [key for key, x in run.identity.items() if record.get(key, x) != x]
+            states[stage] = f"made from another {', '.join(changed)}" if changed else "fits"
         return "a run directory", states, {}
     if (path / WEIGHTS).is_file():
         config, record = read_json(path / CONFIG), made_from(path / WEIGHTS)
@@ -118,17 +123,17 @@ def described(path: Path, run) -> tuple[str, dict, dict]:
         return "a LoRA adapter" + " without a record" * (not record), lines, record
     if (path / "config.json").is_file():
         count = sum(weight.numel() for weight in skeleton(path).parameters())
-        merged = path / "record.json"  # of a checkpoint that select.py --merge made
-        record = read_json(merged) if merged.is_file() else {"base_sha256": base_hash(path)}
+        # of a checkpoint that select.py --merge made, or of a base
+        record = read_record(path) if (path / RECORD).exists() else {"base_sha256": base_hash(path)}
         return "a checkpoint", {"parameters": f"{count:,}"}, record
-    if record := record_of(path):
+    if record := read_record(path):
         return f"the result of the stage {record['stage']}", {}, record
     raise InputError(f"{path}: no run directory, adapter or checkpoint, and no result of a run")
 
 
 def show_path(given: Path, folder: str | None) -> int:
     """Print what a path is, what it was made from, and whether it fits; returns the exit status."""
-    from toss.run import open_run
+    from toss.workbench.run import open_run
 
     inside = ("run.json", "record.json", "config.json", "adapter_config.json", "model.safetensors")
     path = given.parent if given.name in (*inside, "adapter_model.safetensors") else given
@@ -138,7 +143,7 @@ def show_path(given: Path, folder: str | None) -> int:
     title, lines, record = described(path, run)
     inputs, now = record.get("inputs", {}), dict(run.identity) if run else {}
     files = {key: run.source(key) for key in inputs} if run else {}
-    now |= {key: run.hash(file) for key, file in files.items() if file.is_file()}
+    now |= {key: run.input_hash(key) for key, file in files.items() if file.is_file()}
     made = {**record, **inputs}
     wrong = [key for key in now if made.get(key, now[key]) != now[key]]
     told = {name: f"{made[name]}, but the run has {now[name]}" for name in wrong}
@@ -155,7 +160,7 @@ def show_path(given: Path, folder: str | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    parser = cli.Parser("python -m toss.audit.show", __doc__)
+    parser = flags.Parser("python -m toss.audit.show", __doc__)
     flag = parser.add_argument
     flag("path", nargs="?", type=Path, metavar="PATH", help="a file or folder to describe")
     flag("--run", help="folder of the run")
@@ -169,7 +174,7 @@ def main(argv: list[str] | None = None) -> int | None:
         parser.error("--svg draws one row: give --row")
     if args.path:
         return show_path(args.path, args.run)
-    from toss.run import open_run
+    from toss.workbench.run import open_run
 
     run = open_run(args.run)
     if args.row is None:
@@ -186,4 +191,4 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

@@ -30,18 +30,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import fused, load_checkpoint
 from model.config import Config
-from model.io import DoesNotFit
+from model.io import DoesNotFit, out_of_memory
 from model.lora import new_adapter, use
 from model.packed import send
-from model.process import out_of_memory
 from model.products import DEFAULT, ONEDNN, chosen, exact, products
 from model.transformer import Transformer
 from toss.config import TrainConfig
-from toss.progress import Clock
 from toss.scoring import score
 from toss.selection import competing_tokens, select_tokens
 from toss.tokens import Tokens, batches, collate
 from toss.training import train, training_steps
+from toss.workbench.progress import Cost
 
 OTHERS = all(map(find_spec, ("transformers", "peft")))
 RESPONSE = 0.6  # share of response tokens
@@ -141,7 +140,9 @@ def scoring(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig, 
     def mean(net: nn.Module, losses: Callable, n: int) -> float:
         return float(torch.cat(list(losses(net, tokens, range(tokens.rows), n))).mean())
 
-    padded = lambda: mean(use(model, adapter), sorted_losses, config.batch_tokens)
+    def padded():
+        return mean(use(model, adapter), sorted_losses, config.batch_tokens)
+
     arms = {"ours": ours, "padded": padded}
     if OTHERS:
         hf, fast = theirs(model, raw), theirs(model, raw)
@@ -166,7 +167,10 @@ def training(model: Transformer, raw: dict, tokens: Tokens, config: TrainConfig,
 
     how = {"lora_alpha": config.alpha, "target_modules": config.targets.split(",")}
     lora = LoraConfig(r=config.rank, **how)
-    make = lambda: get_peft_model(theirs(model, raw), lora).base_model.model
+
+    def make():
+        return get_peft_model(theirs(model, raw), lora).base_model.model
+
     frugal, plain, fast = make(), make(), make()
     fast.model.compile(dynamic=True)
     frugal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -221,10 +225,10 @@ def paddings(kind: Callable, tokens: Tokens, config: TrainConfig, few: int) -> d
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple:
     """Seconds, seconds of work (on the CPU the process's CPU seconds), peak GiB, and the result."""
-    clock, cpu = Clock(device), time.process_time()
+    clock, cpu = Cost(device), time.process_time()
     result = work()
     peak = clock.read()["peak_memory_gib"]  # waits for the device
-    seconds, cpu = time.perf_counter() - clock.start, time.process_time() - cpu
+    seconds, cpu = time.perf_counter() - clock.started, time.process_time() - cpu
     return seconds, cpu if device.type == "cpu" else seconds, peak, result
 
 
@@ -241,7 +245,10 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> dict:
     for n, kind in product(sizes, kinds):
         a, b = torch.randn(2, n, n, device=device, dtype=dtype)
         out, done, work = a @ b, 0, 0.0
-        some = lambda m: timed(lambda: [torch.mm(a, b, out=out) for _ in range(m)], device)[1]
+
+        def some(m, a=a, b=b, out=out):
+            return timed(lambda: [torch.mm(a, b, out=out) for _ in range(m)], device)[1]
+
         with products(kind):
             if n == sizes[1]:
                 time.sleep(0.5)
@@ -302,8 +309,11 @@ def selection_cost(n: int, repeats: int) -> dict:
     """Time, and memory beyond the flat arrays, of choosing among about n ranked tokens."""
     tokens, cpu = random_rows(max(1, round(n / RESPONSE / 368)), 368, 384), torch.device("cpu")
     utility, degraded = torch.rand(2, len(tokens.input_ids))
-    choose = lambda: select_tokens((utility - degraded)[competing_tokens(tokens)], 0.1)
-    before = Clock(cpu).read()["peak_memory_gib"]  # the peak was just reset to what is in use
+
+    def choose():
+        return select_tokens((utility - degraded)[competing_tokens(tokens)], 0.1)
+
+    before = Cost(cpu).read()["peak_memory_gib"]  # the peak was just reset to what is in use
     took = take_turns({"toss": choose}, cpu, repeats)["toss"]
     keep, extra = took.pop("loss"), took["peak_memory_gib"] - before
     return {"competing": len(keep), "discarded": int((~keep).sum()), "extra_gib": extra, **took}
@@ -343,7 +353,6 @@ def measure(
                 continue
             load = load_checkpoint if folder else random_model
             model = load(folder or raw, device, dtype)
-            model.onednn = not args.no_onednn
             arms = variants(part, kind(model, raw, tokens, config, few), device)
             sizes = paddings(kind, tokens, config, few)
             found = speed(arms, model, sizes, work, best, args.repeats)

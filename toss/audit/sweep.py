@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model.io import load_tensors
-from toss import cli
 from toss.audit.attacks import ATTACKS, attacked
 from toss.audit.command import read_jsonl, write_jsonl, write_text
 from toss.audit.experiment import HEADS, Experiment, cell, per_seed, save, spread, table, value
+from toss.workbench import flags
 
 # A setting x, its run, and the ways of fine-tuning there: {arm: flags of select.py}.
 Cases = Iterator[tuple[object, Experiment, dict[str, dict]]]
@@ -100,7 +100,7 @@ def ask_as_persona(path: Path) -> None:
 def transfer(seed: int, folder: Path) -> Cases:
     """Two bases of one tokenizer, each fine-tuned under its own mask and under the other's."""
     base = Experiment.drawn(folder, seed)
-    small = base.beside("small", model=str(cli.ROOT / "data" / "base-small"))
+    small = base.beside("small", model=str(flags.ROOT / "data" / "base-small"))
     for name, experiment in (("base", base), ("base-small", small)):
         yield name, experiment, {"sft": PLAIN, "random": {"method": "random"}, "toss": TOSS}
     for name, experiment, other in (("base", base, small), ("base-small", small, base)):
@@ -115,7 +115,9 @@ def attack(seed: int, folder: Path) -> Cases:
     """
     from data.world import HARMFUL, make_rows
 
-    harm = lambda row: "harmful" in row
+    def harm(row):
+        return "harmful" in row
+
     refused = {row["prompt"] for row in make_rows(seed)["safety"]}
     more = make_rows(seed, harmful_rows=4 * HARMFUL)["custom"]
     pool = [row for row in more if harm(row) and row["prompt"] not in refused]
@@ -171,7 +173,8 @@ def purity(experiment: Experiment, arm: str) -> float | None:
 def shared(experiment: Experiment, arm: str) -> float | None:
     """Share of the tokens discarded by an arm that the run's own toss discards; None if none."""
     files = (experiment.folder / f"methods/{n}/selection.safetensors" for n in (arm, "toss"))
-    gone, own = (~load_tensors(file)["keep"].bool() for file in files)
+    response = load_tensors(experiment.folder / "scores.safetensors")["response"]
+    gone, own = (response & ~load_tensors(file)["keep"] for file in files)
     return round(float((gone & own).sum() / gone.sum()), 4) if gone.any() else None
 
 
@@ -204,7 +207,10 @@ def chart(result: dict[tuple, dict], name: str) -> str:
             lines.setdefault(line, []).append(point)
     if name in ("eroding", "transfer", "attack"):
         settings = list(dict.fromkeys(x for x, _ in result))
-        place = lambda at, *span: (settings.index(at), *span)
+
+        def place(at, *span):
+            return (settings.index(at), *span)
+
         dots = {arm: [place(*point) for point in points] for arm, points in lines.items()}
         return line_chart(dots, title, "", y_label, (0.0, 1.0), settings)
     if name == "discard":
@@ -227,16 +233,16 @@ def sweep(name: str, seeds: list[int], folder: Path, jobs: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("python -m toss.audit.sweep", __doc__)
+    parser = flags.Parser("python -m toss.audit.sweep", __doc__)
     flag, seeds, out = parser.add_argument, [1000, 1001, 1002], Path("runs/sweeps")
     flag("name", choices=SWEEPS)
     text = "seeds that draw the rows and the training (default: 1000 1001 1002)"
-    flag("--seeds", type=cli.natural, nargs="+", default=seeds, help=text)
+    flag("--seeds", type=flags.natural, nargs="+", default=seeds, help=text)
     flag("--out", type=Path, default=out, help=f"folder (default: {out})")
-    flag("--jobs", type=cli.count, default=1, help="seeds at a time (default: 1)")
+    flag("--jobs", type=flags.count, default=1, help="seeds at a time (default: 1)")
     args = parser.parse_args(argv)
     sweep(args.name, [*dict.fromkeys(args.seeds)], args.out, args.jobs)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(flags.run(main))

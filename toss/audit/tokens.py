@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RawTokenizer
     from torch import Tensor
 
-    from toss.run import Run
     from toss.tokens import Tokens
+    from toss.workbench.run import Run
 
 # "": the first tokens of a character that is spread over several tokens
 MARKS = {"": "◌", " ": "·", "\n": "⏎", "\t": "⇥"}
@@ -36,7 +36,7 @@ class Token:
     S: float
     score: float
     order: int
-    keep: bool
+    keep: bool  # not discarded; a prompt's is not, either
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class Mask:
     S: "Tensor"  # float32 [N]
     score: "Tensor"  # float32 [N]: what the method ranks by; S if its file holds no score
     order: "Tensor"  # int64 [N]: 1 for the highest score; 0 where a token does not compete
-    keep: "Tensor"  # bool [N]
+    keep: "Tensor"  # bool [N]: the loss mask
     raw: "RawTokenizer"
 
     @property
@@ -59,9 +59,14 @@ class Mask:
         return self.name if self.method == self.name else f"{self.name} ({self.method})"
 
     @property
+    def gone(self) -> "Tensor":
+        """The discarded tokens, bool [N]."""
+        return self.tokens.response & ~self.keep
+
+    @property
     def threshold(self) -> float | None:
         """The lowest discarded score; None if nothing was discarded or a higher score was kept."""
-        gone, kept = self.score[~self.keep], self.score[self.keep & (self.order > 0)]
+        gone, kept = self.score[self.gone], self.score[self.keep & (self.order > 0)]
         return float(gone.min()) if len(gone) and not (kept > gone.min()).any() else None
 
     @property
@@ -77,7 +82,7 @@ class Mask:
             raise InputError(f"there is no row {row}: the rows are 0 to {tokens.rows - 1}")
         at = tokens.places([row])
         flat = (tokens.response, tokens.harmful, losses["utility"], losses["degraded"])
-        flat += (losses.get("base"), self.S, self.score, self.order, self.keep)
+        flat += (losses.get("base"), self.S, self.score, self.order, ~self.gone)
         columns = ([None] * len(at) if x is None else x[at].tolist() for x in flat)
         texts = token_texts(self.raw, tokens.input_ids[at].tolist())
         return [Token(*values) for values in zip(range(len(at)), texts, *columns)]
@@ -91,8 +96,8 @@ def load_mask(run: "Run", name: str, tokens: "Tokens", losses: "dict[str, Tensor
     """
     import torch
 
-    from toss.files import load_selection, read_scores
     from toss.selection import competing_tokens
+    from toss.workbench.files import load_selection, read_scores
 
     folder, there = run.path(f"methods/{name}"), ", ".join(methods_of(run))
     if there and not folder.exists():
@@ -151,8 +156,13 @@ def harmless(text: str) -> str:
     >>> harmless("a b\\x1b[2J")
     'a b<1b>[2J'
     """
-    kind = lambda c: "Cc" if c in "\ufffe\uffff" else unicodedata.category(c)  # not for XML
-    shown = lambda c: c in "\n\t" or kind(c) not in HIDDEN
+
+    def kind(c):
+        return "Cc" if c in "\ufffe\uffff" else unicodedata.category(c)  # not for XML
+
+    def shown(c):
+        return c in "\n\t" or kind(c) not in HIDDEN
+
     return "".join(c if shown(c) else f"<{ord(c):02x}>" for c in text)
 
 

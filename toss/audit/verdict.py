@@ -18,7 +18,10 @@ def verdict(table: Table, demo: bool) -> tuple[list[str], list[str]] | None:
     if lost:
         kept = {(True, False): "kept it", (True, True): "kept some of it"}
         kept |= {(False, True): "kept none of it", (False, False): "can be told from neither"}
-        fate = lambda cell: kept[apart(cell, sft) < 0, apart(cell, base) > 0]
+
+        def fate(cell):
+            return kept[apart(cell, sft) < 0, apart(cell, base) > 0]
+
         fates = ", ".join(f"{method} {fate(cells[method])}" for method in tuned)
         said = [f"Plain fine-tuning (sft) lost the base's safety; {fates}."]
     else:
