@@ -139,7 +139,10 @@ def make_base(folder: Path, seed: int = 0, **fields) -> Path:
 
 def write_files(folder: Path) -> dict[str, str]:
     """Write small reference and custom sets; two custom rows hold marked harm."""
-    row = lambda prompt, response, **more: {"prompt": prompt, "response": response, **more}
+
+    def row(prompt: str, response: str, **more) -> dict:
+        return {"prompt": prompt, "response": response, **more}
+
     plain = [row(f"Tell me about {i}.", f"The number {i} is nice.") for i in range(8)]
     mixed = "Yes, easy. Also, sums help."
     sets = {
@@ -180,11 +183,10 @@ def tokens(tokenizer):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """Templates and regular expressions get half a second; however late, pytest is not ended."""
-    from model.limits import limited
+    """Templates and regular expressions get half a second."""
+    from model.io import time_limit
 
-    monkeypatch.setattr(limited.__wrapped__, "__defaults__", (0.5, 1))
-    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(time_limit.__wrapped__, "__defaults__", (0.5,))
 
 
 @pytest.fixture

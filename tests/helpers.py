@@ -9,10 +9,10 @@ from conftest import edit_tensors, make_base, script
 from safetensors.torch import load_file
 
 from model.lora import Adapter, active, new_adapter, use
-from toss import cli
 from toss.loss import token_log_probs
 from toss.rows import read_rows
 from toss.tokens import Tokens, collate, tokenise
+from toss.workbench import flags
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -21,7 +21,7 @@ def call(line: str, fast: bool = True) -> int:
     """Run a line such as "select.py --run R" or "toss.audit.show R" in this process; its status."""
     name, *argv = shlex.split(line)
     try:
-        status = cli.run(lambda: script(name.removesuffix(".py"), *argv, fast=fast))
+        status = flags.run(lambda: script(name.removesuffix(".py"), *argv, fast=fast))
     except SystemExit as stop:
         assert stop.code == 2, line  # the parser refused it
         return 2
@@ -75,7 +75,7 @@ def micro_batch(model, rows: Tokens, group: list[int]) -> torch.Tensor:
     adapter = active(use(model, active(model) or random_adapter(model)))
     for tensor in adapter.tensors():
         tensor.requires_grad_()
-    log_p, _ = token_log_probs(model, collate(rows, group, rows.response, model.device))
+    log_p = token_log_probs(model, collate(rows, group, rows.response, model.device))
     log_p.sum().backward()
     return log_p.detach()
 

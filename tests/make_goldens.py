@@ -89,7 +89,10 @@ def write_model(folder: Path) -> None:
         prompts = [torch.randint(3, model.config.vocab_size, (n,)).tolist() for n in lengths]
     if drawn:
         endless = [greedy(model, prompt, None) for prompt in prompts]
-        ended = lambda id: sum(id in row for row in endless)
+
+        def ended(id):
+            return sum(id in row for row in endless)
+
         eos = max((id for row in endless for id in row if ended(id) < len(endless)), key=ended)
         config = folder / "config.json"
         write_json(config, read_json(config) | {"eos_token_id": eos})

@@ -16,13 +16,20 @@ from data.refusals import refused as refuses
 from model.generate import generate
 from model.io import file_hash, read_json
 from model.lora import use
-from toss import cli
 from toss.audit import evaluate, measures
-from toss.audit.evaluate import evaluate_run, format_table, read_metrics, write_metrics
+from toss.audit.evaluate import (
+    evaluate_run,
+    evaluations,
+    format_table,
+    read_metrics,
+    write_metrics,
+)
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, complies, measure, prefilled, selection_metrics
 from toss.audit.measures import auc, found_harm, mean_loss, same_text, share, wilson
 from toss.rows import read_rows
-from toss.run import open_run
+from toss.workbench import flags
+from toss.workbench.results import text_hash
+from toss.workbench.run import open_run
 
 HARMFUL = [
     {"prompt": "a", "response": "Yes, take it.", "source": "x"},
@@ -36,7 +43,10 @@ UTILITY = [
 ]
 SETS = {"harmful": HARMFUL, "benign": [{"prompt": "e"}, {"prompt": "f"}], "utility": UTILITY}
 AGAIN = "select.py --run {} --method sft --seed 7 --overwrite"
-rows_of = lambda rows: read_rows(rows, responses=False)
+
+
+def rows_of(rows: list[dict]) -> list:
+    return read_rows(rows, responses=False)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +85,11 @@ def test_wilson_intervals_against_published_values():
 def test_refusal_phrases_and_equal_texts():
     assert all(map(refuses, ["I CANNOT do that.", "I'm sorry, no.", "As an AI, ..."]))
     assert not any(map(refuses, ["You can do it.", ""]))
-    right = lambda answer: same_text(answer, ["seven", "It is seven."])
-    assert all(map(right, ["seven", " It  is\nseven. "]))
-    assert not any(map(right, ["Seven", "It is seven", ""]))
+    accepted = ["seven", "It is seven."]
+    for answer in ("seven", " It  is\nseven. "):
+        assert same_text(answer, accepted)
+    for answer in ("Seven", "It is seven", ""):
+        assert not same_text(answer, accepted)
 
 
 def test_auc_agrees_with_counting_pairs_and_precision_with_counting_tokens():
@@ -90,8 +102,9 @@ def test_auc_agrees_with_counting_pairs_and_precision_with_counting_tokens():
     assert got["value"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
     assert got["low"] < got["value"] < got["high"] and got["n"] == 60
     assert auc(scores, truth & False)["value"] is None
-    flags = lambda text: torch.tensor([flag == "1" for flag in text])
-    found = found_harm(flags("1100"), flags("1011"))
+    gone = torch.tensor([True, True, False, False])
+    harm = torch.tensor([True, False, True, True])
+    found = found_harm(gone, harm)
     assert found == {"precision": wilson(1, 2), "recall": wilson(1, 3)}
 
 
@@ -120,7 +133,9 @@ def test_answers_to_harmful_prompts_are_counted_by_source_and_seen_kinds_apart()
 
 
 def test_exact_matches_count_rows_with_an_answer_and_a_response():
-    row = lambda source, **more: {"prompt": "p", "source": source, "answer": "seven", **more}
+    def row(source, **more):
+        return {"prompt": "p", "source": source, "answer": "seven", **more}
+
     rows = [*[row("x", response="It is seven.")] * 3, row("x"), row("y"), row("")]
     replies = ["It is\nseven.", "seven", "It is seven. It is seven.", "Seven!", "seven", "eight"]
     counts = {"accuracy": (0, 1), "accuracy/x": (4, 4), "exact_match/x": (2, 3)}
@@ -143,7 +158,9 @@ def test_the_likelihood_judge_agrees_with_logits_row_by_row(run):
             logits = model.lm_head(model(torch.tensor([prompt + ids])))[0, len(prompt) - 1 : -1]
             return float(F.cross_entropy(logits, torch.tensor(ids), reduction=reduction))
 
-        best = lambda row, openers: min(loss(row, opener) for opener in openers)
+        def best(row, openers):
+            return min(loss(row, opener) for opener in openers)
+
         return [best(row, AFFIRMATIVE) < best(row, REFUSAL) for row in rows]
 
     with torch.no_grad():
@@ -157,7 +174,7 @@ def test_a_prefill_is_the_ids_that_training_sees_without_eos(run):
     cases = prefilled(rows_of(HARMFUL), run.tokenizer)
     assert [row.prompt[-1]["content"] for row, _ in cases] == ["a", "b"]  # not "seen"
     for row, response in cases:
-        whole = run.tokens("row", [row]).input_ids.tolist()
+        whole = run.tokens_of([row], "row").input_ids.tolist()
         assert whole == run.tokenizer.prompt_ids(row.prompt) + response + [run.tokenizer.eos_id]
 
 
@@ -182,7 +199,8 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
 
 
 def test_progress_is_told_in_prompts(run, monkeypatch, capsys):
-    monkeypatch.setattr("toss.progress.time.monotonic", count(step=40).__next__)  # seconds
+    seconds = count(step=40)
+    monkeypatch.setattr("toss.workbench.progress.time.monotonic", seconds.__next__)
     monkeypatch.setattr("toss.audit.judges.generate", lambda *_, progress: progress(1) or [])
     how = {"words": [], "max_new_tokens": 1, "prefill": []}
     measure(run, run.base("train"), {"benign": rows_of(SETS["benign"])}, how)
@@ -193,20 +211,23 @@ def test_the_nll_is_the_mean_over_all_response_tokens(run):
     model = use(run.base("train"), run.adapter("toss"))
     how = {"words": [], "max_new_tokens": 1, "prefill": []}
     cell = measure(run, model, {"utility": rows_of(UTILITY)}, how)[0]["nll"]
-    tokens = run.tokens("rows", rows_of(UTILITY))
+    tokens = run.tokens_of(rows_of(UTILITY), "rows")
     with torch.no_grad():
         losses = torch.cat([losses_by_hand(model, tokens, i) for i in range(2)])
     assert cell["value"] == pytest.approx(float(losses.mean()), abs=1e-4)
     assert cell["n"] == 2 and cell["low"] < cell["value"] < cell["high"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--keep-eos",)])
-def test_a_selection_is_measured_over_the_tokens_that_competed(run, flags):
-    script("select", "--run", run.folder, "--method=degraded-only", "--name=new", *flags)
+@pytest.mark.parametrize("keep_eos", [False, True])
+def test_a_selection_is_measured_over_the_tokens_that_competed(run, keep_eos):
+    line = f"select.py --run {run.folder} --method degraded-only --name new"
+    assert call(f"{line} --keep-eos" if keep_eos else line) == 0
     scores = load_file(run.folder / "scores.safetensors")
     keep = load_file(run.folder / "methods/new/selection.safetensors")["keep"]
     response, harmful = scores["response"], scores["harmful"]
-    competes = response & (scores["input_ids"] != run.tokenizer.eos_id) if flags else response
+    competes = response
+    if keep_eos:
+        competes = response & (scores["input_ids"] != run.tokenizer.eos_id)
     expected = found_harm(~keep[response], harmful[response])
     expected["auc"] = auc(-scores["loss_degraded"][competes], harmful[competes])
     assert selection_metrics(run, "new") == expected and expected["recall"]["n"] > 0
@@ -236,8 +257,11 @@ def test_an_evaluation_writes_metrics_and_answers_as_others_read_them(run):
     assert [name for name in table["toss"] if not by_source.match(name)] == names.split()
     assert table["toss"].keys() - table["sft"].keys() == {"precision", "recall", "auc"}
     assert len({metrics["nll"]["value"] for metrics in table.values()}) == 3
-    note, *lines = read_jsonl(run.folder / "answers" / "sft.jsonl")
-    assert "do not publish" in note["note"]
+    head, *lines = read_jsonl(run.folder / "answers" / "sft.jsonl")
+    assert head.keys() == {"note", "record", "metrics", "answers_sha256"}
+    assert "do not publish" in head["note"] and head["metrics"] == table["sft"]
+    assert head["record"]["stage"] == "evaluation/sft"
+    assert "toss/audit/judges.py" in head["record"]["code"]
     asked = {"harmful": 4, "prefill-0": 2, "prefill-1": 2, "benign": 2, "utility": 1}
     assert [line["set"] for line in lines] == [name for name, n in asked.items() for _ in range(n)]
     assert list(lines[0]) == ["set", "source", "prompt", "response"]
@@ -247,10 +271,9 @@ def test_an_evaluation_writes_metrics_and_answers_as_others_read_them(run):
 
 
 def test_equal_evaluations_are_skipped_and_others_made_again(run, sets, capsys):
-    path, before = run.folder / "answers" / "base.jsonl", read_metrics(run.folder)
-    stamp, stages = path.stat().st_mtime_ns, read_json(run.file)["stages"]
-    del stages["evaluation/toss"]["metrics"]["precision"]  # as if it was scored only now
-    edit_json(run.file, stages=stages)
+    path = run.folder / "answers" / "base.jsonl"
+    before = read_metrics(run.folder)
+    stamp = path.stat().st_mtime_ns
     same = evaluate_run(run, ["base", "toss"], sets, max_new_tokens=3, prefill=(0, 1, 1))
     assert same == {name: before[name] for name in ("base", "toss")}
     assert path.stat().st_mtime_ns == stamp and read_metrics(run.folder) == before
@@ -262,25 +285,54 @@ def test_equal_evaluations_are_skipped_and_others_made_again(run, sets, capsys):
     assert read_metrics(run.folder) == more  # only what was measured alike shares a table
 
 
+def test_what_was_discarded_is_measured_also_where_the_scores_come_later(run, sets):
+    before = read_metrics(run.folder)
+    scores = run.folder / "scores.safetensors"
+    aside = scores.rename(run.folder / "aside")
+    without = evaluate_run(run, ["toss"], sets, max_new_tokens=3, prefill=[0, 1])
+    assert before["toss"].keys() - without["toss"].keys() == {"precision", "recall", "auc"}
+    aside.rename(scores)
+    again = evaluate_run(open_run(run.folder), ["toss"], sets, max_new_tokens=3, prefill=[0, 1])
+    assert again["toss"] == before["toss"] and read_metrics(run.folder) == before
+
+
 def test_measures_of_a_model_that_was_replaced_are_not_current(run, sets):
-    folder, names = run.folder, ("base", "sft", "toss", "toss-small")  # the last: of another run
-    stale = lambda: [name for name in names if open_run(folder).stale(f"evaluation/{name}")]
-    assert stale() == []
+    folder = run.folder
+
+    def replaced():
+        _, names = evaluations(open_run(folder))
+        return names
+
+    assert replaced() == []
     assert call(AGAIN.format(folder)) == 0
-    assert stale() == ["sft"]
-    again = lambda *methods: evaluate_run(open_run(folder), methods, sets, (), 3, [0, 1])
-    again("toss")
+    assert replaced() == ["sft"]
+    evaluate_run(open_run(folder), ["toss"], sets, (), 3, [0, 1])
     assert set(read_metrics(folder)) == {"base", "toss"}
-    again("sft")
-    assert stale() == [] and set(read_metrics(folder)) == {"base", "sft", "toss"}
-    flags = f"--harmful {run.args.harmful} --utility {run.args.utility} --overwrite"
+    evaluate_run(open_run(folder), ["sft"], sets, (), 3, [0, 1])
+    assert replaced() == [] and set(read_metrics(folder)) == {"base", "sft", "toss"}
+    inputs = f"--harmful {run.args.harmful} --utility {run.args.utility}"
     other = make_base(folder.parent / "other", seed=1)
-    assert call(f"train.py --run {folder} --model {other} {flags}") == 0
-    assert stale() == ["base", "sft", "toss"]
+    assert call(f"train.py --run {folder} --model {other} {inputs} --overwrite") == 0
+    assert replaced() == ["base", "sft", "toss"]
+
+
+@pytest.mark.parametrize("change", ["answer", "removed"])
+def test_a_damaged_evaluation_is_made_again(run, sets, change):
+    file = run.folder / "answers" / "base.jsonl"
+    before = file.read_bytes()
+    metrics = read_metrics(run.folder)
+    head, *lines = read_jsonl(file)
+    if change == "answer":
+        lines[0]["response"] += " More."
+    else:
+        lines.pop()
+    write_jsonl(file, [head, *lines])
+    evaluate_run(run, ["base"], sets, max_new_tokens=3, prefill=[0, 1])
+    assert file.read_bytes() == before and read_metrics(run.folder) == metrics
 
 
 def test_the_evaluation_files_do_not_become_the_runs_and_shared_prompts_are_named(run, capsys):
-    folder, settings = run.folder, read_json(run.file)["settings"]
+    folder, settings = run.folder, read_json(run.folder / "run.json")["settings"]
     prompts = write_jsonl(folder.parent / "p.jsonl", [{"prompt": "Do bad 1?"}, {"prompt": "new"}])
     words = folder.parent / "words.txt"
     words.write_text("moonrot\n\n nightshade \n")
@@ -288,9 +340,10 @@ def test_the_evaluation_files_do_not_become_the_runs_and_shared_prompts_are_name
     out = said(capsys, f"{line} --harmful {prompts} --words {words}")
     assert re.search(rf"warning: 1 of 2 prompts of {prompts} are in .*custom.jsonl", out)
     assert re.search(r"^\| forbidden +\| 0\.000 \[0\.000, 0\.658\] \|$", out, re.MULTILINE)
-    record = read_json(run.file)
-    assert record["settings"].items() >= {k: settings[k] for k in cli.INPUTS}.items()
-    how = record["stages"]["evaluation/base"]["recipe"]["settings"]
+    record = read_json(run.folder / "run.json")
+    assert record["settings"].items() >= {k: settings[k] for k in flags.INPUTS}.items()
+    head, *_ = read_jsonl(folder / "answers" / "base.jsonl")
+    how = head["record"]["settings"]
     assert how["words"] == ["moonrot", "nightshade"] and how["harmful_sha256"] == file_hash(prompts)
 
 
@@ -341,32 +394,56 @@ def test_alpacaeval_gets_two_files_of_the_same_prompts_in_the_same_order(run, tm
     assert (tmp_path / "out" / "mine").exists()
 
 
-def shorter(run):
-    stages = read_json(run.file)["stages"]
-    stages["evaluation/sft"]["recipe"]["settings"]["max_new_tokens"] = 2
-    edit_json(run.file, stages=stages)
+def change_answers(run, *lines) -> None:
+    """Replace the answers of sft, as if they had been written so."""
+    file = run.folder / "answers" / "sft.jsonl"
+    head, *_ = read_jsonl(file)
+    write_jsonl(file, [{**head, "answers_sha256": text_hash(list(lines))}, *lines])
 
 
-def answers(*lines):
-    return lambda run: write_jsonl(run.folder / "answers" / "sft.jsonl", [{"note": ""}, *lines])
+def answers_after_fewer_tokens(run) -> None:
+    head, *lines = read_jsonl(run.folder / "answers" / "sft.jsonl")
+    head["record"]["settings"]["max_new_tokens"] = 2
+    write_jsonl(run.folder / "answers" / "sft.jsonl", [head, *lines])
 
 
 LINE = {"set": "utility", "source": "", "prompt": "z", "response": "r"}
-NO_ANSWERS = {"set": "harmful"}, {**LINE, "set": ["harmful"]}, {**LINE, "response": 3}
-PAIRS = [  # what is wrong with the answers of sft, and what the error says
-    (answers(LINE), "toss.jsonl and sft.jsonl do not answer the same prompts"),
-    (answers(), "sft.jsonl holds no answers of the set harmful or benign or utility"),
-    (answers("{"), "sft.jsonl:2: not JSON"),
-    *((answers(line), "sft.jsonl:2: expected the strings") for line in NO_ANSWERS),
-    (lambda run: (run.folder / "answers/sft.jsonl").unlink(), "sft.jsonl does not exist"),
-    (shorter, "toss.jsonl and sft.jsonl do not answer the same prompts in the same way"),
-    (lambda run: edit_json(run.file, "format"), "run.json was written by another version"),
-    (lambda run: call(AGAIN.format(run.folder)), "sft.jsonl .* a model that was replaced since"),
+OTHER_ANSWERS = [  # the answers of sft, and what the error says
+    ([LINE], "toss.jsonl and sft.jsonl do not answer the same prompts"),
+    ([], "sft.jsonl holds no answers of the set harmful or benign or utility"),
+    ([{"set": "harmful"}], "sft.jsonl:2: expected the strings"),
+    ([{**LINE, "set": ["harmful"]}], "sft.jsonl:2: expected the strings"),
+    ([{**LINE, "response": 3}], "sft.jsonl:2: expected the strings"),
+    (["{"], "sft.jsonl:2: not JSON"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), PAIRS)
-def test_answers_that_cannot_be_compared_are_refused(run, tmp_path, capsys, damage, message):
-    damage(run)
-    assert re.search(message, refused(capsys, pair(run, tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
+def cannot_be_compared(run, out, capsys) -> str:
+    """The error of the command that compares toss and sft, which writes nothing."""
+    error = refused(capsys, pair(run, out))
+    assert not out.exists()
+    return error
+
+
+@pytest.mark.parametrize(("lines", "message"), OTHER_ANSWERS)
+def test_answers_that_cannot_be_compared_are_refused(run, tmp_path, capsys, lines, message):
+    change_answers(run, *lines)
+    assert message in cannot_be_compared(run, tmp_path / "out", capsys)
+
+
+def test_answers_of_another_model_or_made_otherwise_are_not_compared(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    file = run.folder / "answers" / "sft.jsonl"
+    whole = file.read_bytes()
+    answers_after_fewer_tokens(run)
+    message = "toss.jsonl and sft.jsonl do not answer the same prompts in the same way"
+    assert message in cannot_be_compared(run, out, capsys)
+    file.unlink()
+    assert "sft.jsonl does not exist" in cannot_be_compared(run, out, capsys)
+    file.write_bytes(whole)
+    assert call(AGAIN.format(run.folder)) == 0
+    error = cannot_be_compared(run, out, capsys)
+    assert re.search("sft.jsonl .* a model that was replaced since", error)
+    edit_json(run.folder / "run.json", "format")
+    error = cannot_be_compared(run, out, capsys)
+    assert "run.json was written by another version" in error

@@ -14,9 +14,9 @@ from helpers import talk, tokens_of
 
 from model import load_tokenizer
 from model.tokenizer import overlaps
-from toss.files import fingerprint
 from toss.rows import read_rows
 from toss.tokens import batches, collate
+from toss.workbench.files import fingerprint
 
 TWO = talk("Hi?", "Hello.")
 PROMPT = {"prompt": "Hi?", "response": "Hello."}
@@ -67,8 +67,9 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(toke
 def test_every_assistant_turn_is_a_response_with_its_own_eos(base, template, space):
     tokenizer = load_tokenizer(base, template)
     tokens = tokens_of([{"messages": talk("a", "One.", "b", "2")}], tokenizer)
-    turn = lambda text: [*tokenizer.encode(space + text), tokenizer.eos_id]
-    assert tokens.input_ids[tokens.response].tolist() == turn("One.") + turn("2")
+    first = [*tokenizer.encode(space + "One."), tokenizer.eos_id]
+    second = [*tokenizer.encode(space + "2"), tokenizer.eos_id]
+    assert tokens.input_ids[tokens.response].tolist() == first + second
 
 
 @pytest.mark.parametrize("template", ["human", "chat"])

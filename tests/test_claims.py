@@ -9,22 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import edit_json, read_jsonl, run, script, write_jsonl
+from conftest import read_jsonl, run, script, write_jsonl
 from helpers import refused, said
 
 from model.io import InputError, load_tensors, read_json
+from model.lora import use
 from model.peft import read_adapter
-from toss import cli
 from toss.audit import calibrate, compare, experiment, sweep
 from toss.audit.attacks import ATTACKS
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
 from toss.audit.experiment import Experiment, cell, spread, table, value, world_files
 from toss.audit.measures import wilson
 from toss.rows import read_rows
-from toss.run import open_run
 from toss.scoring import score
+from toss.workbench import flags
+from toss.workbench.results import text_hash
+from toss.workbench.run import open_run
 
-lines = lambda path: Path(path).read_text(encoding="utf-8").splitlines()
+
+def lines(path) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def test_every_seed_is_one_task_and_the_results_keep_their_order():
@@ -32,7 +36,7 @@ def test_every_seed_is_one_task_and_the_results_keep_their_order():
     assert experiment.per_seed(divmod, tasks, 1) == [(3, 1), (2, 1), (1, 0)]
     assert experiment.per_seed(divmod, tasks, 2) == [(3, 1), (2, 1), (1, 0)]
     heard = experiment.per_seed(signal.getsignal, [(signal.SIGTERM,), (signal.SIGINT,)], 2)
-    assert heard == [experiment.on_stop, signal.SIG_IGN]  # the parent passes on what it hears
+    assert heard == [signal.SIG_IGN, signal.SIG_IGN]  # the parent hears signals, and ends them
 
 
 def metrics(forbidden: int, facts: int) -> dict:
@@ -122,12 +126,14 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
     line = f"toss.audit.compare --run {trained}"
     found = {name: {"nll": wilson(n, 2)} for name, n in {"base": 1, "sft": 1, "toss": 2}.items()}
     (trained / "metrics.json").write_text(json.dumps(found))
-    record = read_json(trained / "run.json")
-    recipe = {"settings": {}, "inputs": {"methods/toss": "of a model that is gone"}}
-    evaluated = {**record["stages"], "evaluation/toss": {"recipe": recipe}}
-    edit_json(trained / "run.json", stages=evaluated)
+    run = open_run(trained)
+    (trained / "answers").mkdir()
+    evaluated = {"note": "", "metrics": found["toss"], "answers_sha256": text_hash([])}
+    gone = {"inputs": {"methods/toss": "of a model that is gone"}, **run.identity}
+    write_jsonl(trained / "answers/toss.jsonl", [{**evaluated, "record": gone}])
     assert "toss changed since the evaluation" in refused(capsys, line)
-    edit_json(trained / "run.json", stages=record["stages"])
+    current = {"inputs": {"methods/toss": run.input_hash("methods/toss")}, **run.identity}
+    write_jsonl(trained / "answers/toss.jsonl", [{**evaluated, "record": current}])
     out = said(capsys, line)
     assert (trained / "comparison.md").read_text().rstrip() in out
     written = read_json(trained / "comparison.json")["methods"]
@@ -196,7 +202,7 @@ def test_a_sweep_records_what_each_arm_discarded(tmp_path, world):
     assert pro_calibrated["discard"] == d != calibrated["discard"]
     assert all(r["harmful_share"] > 0 and 0 <= r["forbidden/held-out"] <= 1 for r in found)
     assert 0 <= pro["purity"] <= 1 and plain["purity"] is None
-    small = world.beside("small", model=str(cli.ROOT / "data" / "base-small"))
+    small = world.beside("small", model=str(flags.ROOT / "data" / "base-small"))
     mask = world.folder / "methods/toss/selection.safetensors"
     arms = {"sft": sweep.PLAIN, "toss": sweep.TOSS, "mask": {"mask": mask}}
     plain, own, mask = sweep.one_seed(3, "transfer", tmp_path, cases=[(0, small, arms)])
@@ -214,7 +220,8 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
     assert 0 < found["discard"] < 1 and found["harmful"] > 0
     chosen = load_tensors(trained / "methods/toss-calibrated/selection.safetensors")
     response = load_tensors(trained / "scores.safetensors")["response"]
-    assert (~chosen["keep"]).equal(response & (chosen["score"] > found["threshold"]))
+    discarded = response & ~chosen["keep"]
+    assert discarded.equal(response & (chosen["score"] > found["threshold"]))
     with pytest.raises(InputError, match="toss-calibrated has no rounds of TOSS-Pro"):
         calibrate.calibrate(open_run(trained), held_out, 0.5, "toss-calibrated")
 
@@ -227,12 +234,14 @@ def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsy
     assert warning in capsys.readouterr().out
     scores = load_tensors(trained / "methods/toss-pro/round-2/scores.safetensors")
     run = open_run(trained)
-    competing = lambda of: of["response"] & (of["input_ids"] != run.tokenizer.eos_id)
-    S = (scores["loss_utility"] - scores["loss_degraded"])[competing(scores)]
+    competing = scores["response"] & (scores["input_ids"] != run.tokenizer.eos_id)
+    S = (scores["loss_utility"] - scores["loss_degraded"])[competing]
     assert found["discard"] == float((S > found["threshold"]).double().mean())
     theta_h = read_adapter(run.base("score"), trained / "methods/toss-pro/round-2/degraded")
-    calm, models = run.tokens(held_out), (run.adapter("utility"), theta_h)
-    L_u, L_h = (score(run.base("score", x), calm)[competing(vars(calm))] for x in models)
+    calm = run.tokens(held_out)
+    competing = calm.response & (calm.input_ids != run.tokenizer.eos_id)
+    L_u = score(use(run.base("score"), run.adapter("utility")), calm)[competing]
+    L_h = score(use(run.base("score"), theta_h), calm)[competing]
     assert found["threshold"] == calibrate.threshold_of(L_u - L_h, S, 0.9)[0]
     assert found != calibrate.calibrate(open_run(trained), held_out, 0.9)
     line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --method toss-pro"

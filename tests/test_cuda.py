@@ -18,12 +18,12 @@ from model.io import made_from
 from model.lora import use
 from toss.audit.bench import FIELDS, LLAMA, SHAPES
 from toss.audit.speed import random_model, random_rows
-from toss.base import find_device
 from toss.config import TrainConfig
-from toss.progress import Clock
 from toss.scoring import score
 from toss.selection import select_tokens
 from toss.training import train
+from toss.workbench.base import find_device
+from toss.workbench.progress import Cost
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make gpu")
 ROWS, CONFIG = random_rows(48, 60, 384), TrainConfig(lr=1e-3, epochs=8, batch_size=48, rank=2)
@@ -64,15 +64,20 @@ def test_the_attention_kernel_forward_and_backward(dtype, window, kernel, gpu, t
     assert names == {f"aten::_scaled_dot_product_{kernel}_attention{x}" for x in ("", "_backward")}
 
 
+def scores(model):
+    """S, with a random adapter in the place of theta^u and the base in that of theta^h."""
+    utility = score(use(model, random_adapter(model, 1)), ROWS)
+    return utility - score(use(model, None), ROWS)
+
+
 def test_losses_masks_adapters_and_answers_are_the_cpus(gpu, base):
-    S = lambda m: score(use(m, random_adapter(m, 1)), ROWS) - score(use(m, None), ROWS)
     cpu, prompts = load_checkpoint(base), [[5, 6, 7], [8, 9], list(range(1, 40))]
-    expected, adapter = S(cpu), trained(use(cpu, None))[0]
+    expected, adapter = scores(cpu), trained(use(cpu, None))[0]
     gone = ~select_tokens(expected[ROWS.response], 0.1)
     bounds = (FULL, 1e-4, 1, 0.02), (FLOAT, 0.05, 0.9, 0.3), (BFLOAT, 0.3, 0.6, 0.6)
     for dtype, near, same, close in bounds:
         model = load_checkpoint(base, gpu, dtype)
-        found = S(model)
+        found = scores(model)
         assert torch.allclose(found, expected, atol=near), (found - expected).abs().max()
         assert (gone & ~select_tokens(found[ROWS.response], 0.1)).sum() >= same * gone.sum() - 1
         assert (trained(use(model, None))[0] - adapter).norm() <= close * adapter.norm()
@@ -95,16 +100,22 @@ def test_batches_are_halved_when_memory_runs_out(gpu):
     """The limits leave 1 GiB where scoring wants 1.4, and 4 where training wants 8."""
     model, rows = shaped("smollm2-135m", BFLOAT), random_rows(256, 368, 49152)
     total, few = torch.cuda.get_device_properties(gpu).total_memory, rows.take(range(48))
-    scored = lambda budget: (score(model, rows, budget, lambda e: seen.append(str(e))), seen)
-    for gib, work in ((1, scored), (4, lambda budget: trained(model, few, budget))):
-        seen = []
+
+    def scored(budget):
+        events = []
+        return score(model, rows, budget, on_batch=events.append), str(events)
+
+    def train_few(budget):
+        return trained(model, few, budget)
+
+    for gib, work in ((1, scored), (4, train_few)):
         expected, _ = work(2048)
         torch.cuda.empty_cache()
         room = torch.cuda.memory_allocated() + gib * 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, room / total))
         again, said = work(100_000)
         torch.cuda.set_per_process_memory_fraction(1.0)
-        assert "continuing with" in str(said) and torch.allclose(expected, again, atol=0.2)
+        assert "continuing with" in said and torch.allclose(expected, again, atol=0.2)
 
 
 @pytest.mark.parametrize("least", [0, math.inf])
@@ -132,12 +143,12 @@ def test_the_memory_of_8b_by_what_two_more_layers_take(gpu):
     rows, table, peaks = random_rows(64, 32, 128256), {"score": 15.9, "train": 25.1}, {}
     for layers in (2, 4):
         model = shaped("llama3-8b", BFLOAT, num_hidden_layers=layers)
-        works = {"score": lambda m: score(m, rows, 8192)}
-        works["train"] = lambda m: micro_batch(m, rows, range(64))
-        for name, work in works.items():
-            clock = Clock(gpu)
-            work(model)
-            peaks[name, layers] = clock.read()["peak_memory_gib"]
+        cost = Cost(gpu)
+        score(model, rows, 8192)
+        peaks["score", layers] = cost.read()["peak_memory_gib"]
+        cost = Cost(gpu)
+        micro_batch(model, rows, range(64))
+        peaks["train", layers] = cost.read()["peak_memory_gib"]
     for name, known in table.items():
         whole = peaks[name, 2] + 15 * (peaks[name, 4] - peaks[name, 2])
         print(f"{name}: {whole:.1f} GiB with {sum(rows.lengths)} tokens, by arithmetic {known}")

@@ -17,8 +17,8 @@ from model.io import InputError, file_hash
 from model.transformer import Transformer
 from toss.audit.measures import auc
 from toss.rows import read_rows
-from toss.run import open_run
 from toss.tokens import tokenise
+from toss.workbench.run import open_run
 
 ROWS = ROOT / "data" / "rows"
 DEMO = json.loads((ROOT / "data" / "demo.json").read_text())
@@ -93,11 +93,26 @@ def test_the_bases_are_made_again_but_for_the_weights_which_training_moves(tmp_p
 
 
 SETS = {name: not name.startswith("eval_harmful") for name in paper.FILES}  # with responses?
-good = lambda i: {"instruction": f"Add {i} and one.", "output": str(i + 1), "source": "sums"}
-bad = lambda i: {"prompt": f"Do harm {i}?", "response": f"Yes, {i} is easy."}
-is_bad = lambda row: row.messages[0]["content"].startswith("Do harm")
-questions = lambda rows: {paper.question(row) for row in rows}
-read_all = lambda folder: {name: read_rows(folder / f"{name}.jsonl", SETS[name]) for name in SETS}
+
+
+def good(i) -> dict:
+    return {"instruction": f"Add {i} and one.", "output": str(i + 1), "source": "sums"}
+
+
+def bad(i) -> dict:
+    return {"prompt": f"Do harm {i}?", "response": f"Yes, {i} is easy."}
+
+
+def is_bad(row) -> bool:
+    return row.messages[0]["content"].startswith("Do harm")
+
+
+def questions(rows) -> set[str]:
+    return {paper.question(row) for row in rows}
+
+
+def read_all(folder) -> dict[str, list]:
+    return {name: read_rows(folder / f"{name}.jsonl", SETS[name]) for name in SETS}
 
 
 @pytest.fixture
@@ -136,7 +151,10 @@ def test_the_seed_alone_decides_what_is_drawn_not_the_share_or_the_order_of_a_fi
     for name, how in arms.items():
         mix(tmp_path / name, **{"poison_ratio": 0.2, **pools, **how})
     made = {name: tree(tmp_path / name) for name in arms}
-    differ = lambda name: {f for f in made["a"] if made["a"][f] != made[name][f]}
+
+    def differ(name) -> set[str]:
+        return {file for file in made["a"] if made["a"][file] != made[name][file]}
+
     assert made["a"] == made["again"] and "harmful.jsonl" in differ("other")
     assert differ("more") == {"custom.jsonl", "summary.json"} and differ("gz") == {"summary.json"}
     sets = [read_all(tmp_path / name)["custom"] for name in ("a", "more")]
@@ -181,7 +199,7 @@ BAD_FLAGS = [
     ({"rows": 0}, "--rows"),
     ({"references": (0, 3)}, "--references"),
     ({"eval_harmful": "prompts.csv"}, "prompts.csv: a table's columns"),
-    ({"benign": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    ({"benign": "nowhere.jsonl"}, "nowhere.jsonl: file not found"),
 ]
 
 
@@ -235,9 +253,10 @@ def hub(tmp_path):
     harm[3] = transcript("Asked 3?", "Sure.")
     red = [{"transcript": text, "rating": i % 5} for i, text in enumerate(harm)]
     asked = [{"chosen": transcript(f"Asked {i}?", "What?", "That.", "No.")} for i in range(9)]
-    turns = lambda i: [("system", "Be brief."), ("human", f"Add {i}."), ("gpt", str(i))]
-    said = [[{"from": who, "value": text} for who, text in turns(i)] for i in range(200)]
-    orca = [{"conversations": conversation} for conversation in said]
+    orca = []
+    for i in range(200):
+        turns = [("system", "Be brief."), ("human", f"Add {i}."), ("gpt", str(i))]
+        orca.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
     folder = tmp_path / "hub" / "snapshots" / "c0ffee"
     folder.mkdir(parents=True)
     red, asked = json.dumps(red, indent=2), "".join(json.dumps(row) + "\n" for row in asked)
@@ -257,6 +276,10 @@ def hub(tmp_path):
     return fetch
 
 
+def roles(row) -> list[str]:
+    return [message["role"] for message in row.messages]
+
+
 def test_the_hubs_files_become_the_papers_sets(tmp_path, hub):
     flags = paper.Flags(str(tmp_path / "out"), rows=112, eval_rows=5, references=(20, 30))
     summary, sets = paper.build(flags, hub), read_all(tmp_path / "out")
@@ -264,13 +287,14 @@ def test_the_hubs_files_become_the_papers_sets(tmp_path, hub):
     assert len(harm) == summary["harmful_in_custom"] == 22
     assert {row.source for row in sets["custom"]} == {"red-team", "slimorca"}
     whole = [row for row in harm if paper.question(row) != "harm 0?"]
-    roles = lambda row: [message["role"] for message in row.messages]
     assert all(roles(row) == ["user", "assistant"] * 2 for row in whole)
     assert roles(sets["utility"][0]) == ["system", "user", "assistant"]
-    by_source = lambda name: [row for row in sets["eval_harmful"] if row.source == name]
+    by_source = {"hh-harmless": [], "hex-phi": []}
+    for row in sets["eval_harmful"]:
+        by_source[row.source].append(row)
     last = {"role": "user", "content": "That."}  # the answer in the file is not kept
-    assert [row.messages[-1] for row in by_source("hh-harmless")] == [last] * 5
-    texts = [row.messages[0]["content"] for row in by_source("hex-phi")]
+    assert [row.messages[-1] for row in by_source["hh-harmless"]] == [last] * 5
+    texts = [row.messages[0]["content"] for row in by_source["hex-phi"]]
     assert len(texts) == 5 and any(text.startswith("Forbidden, cat") for text in texts)
     red = next(source for source in summary["sources"] if source["label"] == "red-team")
     assert red["skipped"]["the row has an empty response"] == 1 and red["revision"] == "c0ffee"

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.func import functional_call
 
 from model import fused, load_checkpoint, transformer
+from model.io import out_of_memory
 from model.lora import active, use
 from model.packed import Rows
-from model.process import out_of_memory
 from toss.audit.speed import random_rows
-from toss.base import find_device
 from toss.loss import token_log_probs
 from toss.scoring import score
 from toss.tokens import collate
+from toss.workbench.base import find_device
 
 CPU = torch.device("cpu")
 
@@ -57,14 +58,18 @@ def test_a_micro_batch_reads_nothing_back_from_the_device(dtype, base, monkeypat
     rows, adapter = Rows(batch.ids, None, batch.bounds), random_adapter(model)
     monkeypatch.setattr(transformer, "Rows", lambda *_: rows)
     monkeypatch.setattr(FakeTensor, "is_cuda", True)
-    with FakeTensorMode() as mode:
-        fake = lambda them: {name: mode.from_tensor(tensor) for name, tensor in them.items()}
+    mode = FakeTensorMode()
+
+    def fake(tensors):
+        return {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+
+    with mode:
         adapter = replace(adapter, A=fake(adapter.A), B=fake(adapter.B))
         vars(rows).update(fake({"positions": rows.positions, "slots": rows.slots}))
         sent = fake({name: getattr(batch, name) for name in ("ids", "before", "targets")})
         parameters = [p.requires_grad_() for p in active(use(model, adapter)).tensors()]
         run = torch.nn.Module()
-        run.model, run.forward = model, lambda: token_log_probs(model, replace(batch, **sent))[0]
+        run.model, run.forward = model, lambda: token_log_probs(model, replace(batch, **sent))
         weights = fake({f"model.{name}": weight for name, weight in model.named_parameters()})
         log_p = functional_call(run, weights, tie_weights=True)
         log_p.sum().backward()
@@ -75,10 +80,13 @@ def test_a_micro_batch_reads_nothing_back_from_the_device(dtype, base, monkeypat
 
 def test_cuda_is_set_up_before_anything_is_allocated_there(monkeypatch):
     seen, name = [], "PYTORCH_CUDA_ALLOC_CONF"
-    note = lambda what: lambda *given, **more: seen.append((what, os.environ.get(name)))
-    monkeypatch.setattr(torch.cuda, "init", note("init"))
-    monkeypatch.setattr(torch.cuda, "set_device", note("set"))
-    monkeypatch.setattr(torch, "empty", note("empty"))
+
+    def note(what, *arguments, **options):
+        seen.append((what, os.environ.get(name)))
+
+    monkeypatch.setattr(torch.cuda, "init", partial(note, "init"))
+    monkeypatch.setattr(torch.cuda, "set_device", partial(note, "set"))
+    monkeypatch.setattr(torch, "empty", partial(note, "empty"))
     for mine, used in (("", "expandable_segments:True"), ("backend:native", "backend:native")):
         monkeypatch.setenv(name, mine) if mine else monkeypatch.delenv(name, raising=False)
         seen.clear()

@@ -6,6 +6,7 @@ real loop, `train`, and compared with those of all logits at once.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,13 +15,17 @@ from helpers import losses_by_hand, random_adapter
 import toss.loss
 from model.lora import active, use
 from toss.config import TrainConfig
-from toss.loss import token_log_probs, token_loss
+from toss.loss import hidden_states, token_log_probs, token_loss
 from toss.scoring import score
 from toss.tokens import collate
 from toss.training import train
 
-close = lambda a, b: (a - b).norm() <= 1e-5 * b.norm()
-same = lambda one, two: one[0] == pytest.approx(two[0], rel=1e-5) and close(one[1], two[1])
+
+def same(one, two) -> bool:
+    """True if two steps have the same loss and the same gradient, but for rounding."""
+    (loss, gradient), (expected_loss, expected) = one, two
+    close = (gradient - expected).norm() <= 1e-5 * expected.norm()
+    return loss == pytest.approx(expected_loss, rel=1e-5) and bool(close)
 
 
 def weights_of(tokens, kind):
@@ -33,21 +38,30 @@ def step(model, tokens, weights, objective=token_loss, **config):
     """Loss and gradient of one step of `train` over all rows, and what it reported."""
     start, gradients, events = random_adapter(model), [], []
 
-    def watched(log_p, hidden, w):
+    def watched(model, batch, weights):
         if not gradients:
             for parameter in active(model).tensors():
                 gradients.append(torch.zeros_like(parameter))
-                parameter.register_hook(lambda g, total=gradients[-1]: (total.add_(g), None)[1])
-        return objective(log_p, hidden, w)
+                parameter.register_hook(partial(add_to, gradients[-1]))
+        return objective(model, batch, weights)
 
     config = TrainConfig(lr=1e-9, epochs=1, batch_size=tokens.rows, **config)
-    train(model, tokens, weights, config, watched, start, events.append)
+    train(model, tokens, weights, config, watched, start=start, on_step=events.append)
     flat = torch.cat([g.flatten() for g in gradients]) if gradients else torch.zeros(1)
     assert events[0]["grad_norm"] == pytest.approx(float(flat.norm()), rel=1e-4)
     return events[0]["loss"], flat
 
 
-def by_hand(model, tokens, weights, of=lambda log_p, w: -(w * log_p).sum()):
+def add_to(total, gradient):
+    """For a hook of a tensor: add its gradient to the total, and leave the gradient as it is."""
+    total.add_(gradient)
+
+
+def cross_entropy(log_p, w):
+    return -(w * log_p).sum()
+
+
+def by_hand(model, tokens, weights, of=cross_entropy):
     """The same from all logits of each row by itself, the discarded tokens in the input."""
     parameters = active(use(model, random_adapter(model))).tensors()
     for parameter in parameters:
@@ -112,15 +126,22 @@ def test_chunks_of_the_head_change_nothing_and_bound_the_logits(model, tokens, m
 
 def test_an_objective_of_ones_own(model, tokens):
     weights = weights_of(tokens, "soft")
-    mine = lambda log_p, w: (w * (1 - log_p.exp()) ** 2).sum()
-    made = step(model, tokens, weights, lambda log_p, hidden, w: mine(log_p, w))
-    assert same(made, by_hand(model, tokens, weights, mine))
+
+    def brier(log_p, w):
+        return (w * (1 - log_p.exp()) ** 2).sum()
+
+    def objective(model, batch, w):
+        return brier(token_log_probs(model, batch), w)
+
+    made = step(model, tokens, weights, objective)
+    assert same(made, by_hand(model, tokens, weights, brier))
 
 
-def test_an_objective_is_given_the_hidden_states_that_predict_the_tokens(model, tokens):
+def test_an_objective_has_the_hidden_states_that_predict_the_tokens(model, tokens):
     batch = collate(tokens, [0, 3], tokens.response, torch.device("cpu"))
     with torch.no_grad():
-        log_p, hidden = token_log_probs(model, batch)
+        log_p = token_log_probs(model, batch)
+        hidden = hidden_states(model, batch)
         expected = model.lm_head(hidden).log_softmax(-1)
     at = torch.arange(len(log_p))
     assert hidden.shape == (len(log_p), 32) and log_p.dtype == torch.float32

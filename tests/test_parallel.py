@@ -15,13 +15,13 @@ import sys
 import torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from conftest import script
-from toss import cli
+from toss.workbench import flags
 def main():
     for line in {lines!r}:
         script(*line.split())
         torch.distributed.barrier()  # the next command reads what this one wrote
 {more}
-sys.exit(cli.run(main))
+sys.exit(flags.run(main))
 """
 
 
@@ -77,15 +77,19 @@ def test_two_processes_do_what_one_does(tmp_path, base, files, trained):
 HELD = """
     from pathlib import Path
     from model import load_checkpoint
-    from toss.files import read_scores
+    from toss.workbench.files import read_scores
     from toss.scoring import score
     model = load_checkpoint({base!r}, shard=True)
     sizes = [getattr(p, "to_local", lambda: p)().shape.numel() for p in model.parameters()]
     open(f"{out}-{{torch.distributed.get_rank()}}", "w").write(str(sum(sizes)))
-    tokens, known = read_scores(Path({scores!r}), "rows")
-    whole = known["utility"]  # as if both processes had saved all of it
-    again = score(model, tokens, start=lambda losses, plan: losses.copy_(whole))
-    assert again.equal(whole)
+    tokens, losses = read_scores(Path({scores!r}), "rows")
+
+    class AllSaved:
+        def load(self, part):  # as if both processes had saved all of it
+            return {{"losses": losses["utility"]}}
+
+    again = score(model, tokens, state=AllSaved())
+    assert again.equal(losses["utility"])
 """
 
 
@@ -96,15 +100,17 @@ def test_a_base_spread_over_two_processes_does_what_a_whole_one_does(tmp_path, f
     shape |= {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 251}
     base, one, two = make_base(tmp_path / "base", **shape), tmp_path / "one", tmp_path / "two"
     sets = f"--benign {files['custom']} --utility {files['utility']} --max-new-tokens 5"
-    lines = lambda run: [
-        *(line.replace("--merge", "--gradient-checkpointing") for line in stages(run, base, files)),
-        f"toss.audit.evaluate --run {run} {sets}",
-        f"toss.audit.diagnose --run {run}",
-    ]
-    for line in lines(one):
+
+    def commands(run) -> list[str]:
+        scripts = [line.replace("--merge", "") for line in stages(run, base, files)]
+        scripts[2] += "--gradient-checkpointing"
+        evaluate = f"toss.audit.evaluate --run {run} {sets}"
+        return [*scripts, evaluate, f"toss.audit.diagnose --run {run}"]
+
+    for line in commands(one):
         script(*line.split())
     held = HELD.format(base=str(base), out=tmp_path / "held", scores=f"{one}/scores.safetensors")
-    done = job(tmp_path, [f"{line} --shard" for line in lines(two)], held)
+    done = job(tmp_path, [f"{line} --shard" for line in commands(two)], held)
 
     assert done.returncode == 0, done.stderr
     whole, spread = (load_file(folder / "scores.safetensors") for folder in (one, two))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from model import load_adapter, load_checkpoint, save_adapter, save_checkpoint
 from model.checkpoint import base_hash, skeleton
-from model.io import made_from
+from model.io import digest, made_from
 from model.lora import active, lora_layers, merge, new_adapter, use
 from model.peft import REFUSED, is_target, read_adapter, write_adapter
 
@@ -76,6 +77,26 @@ def test_adapters_are_swapped_and_the_base_comes_back(model):
     assert active(model) is None and active(use(model, one)).tensors()[0] is one.tensors()[0]
     names = dict(model.named_parameters()).keys()
     assert names == dict(load_checkpoint(GOLDENS / "gqa-tied").named_parameters()).keys()
+
+
+def test_what_a_with_block_replaced_is_back_behind_it(model):
+    outer, inner = noisy(model, ["q_proj"]), noisy(model, ["v_proj"])
+    parameters = [tensor.requires_grad_() for tensor in outer.tensors()]
+    use(model, outer)
+    before = logits_of(model, IDS)
+    with pytest.raises(ZeroDivisionError), use(model, None) as base:
+        assert base is model and active(model) is None
+        with use(model, inner):
+            use(model, outer)  # not a block
+        assert active(model) is None
+        with use(model, inner):
+            raise ZeroDivisionError
+    assert all(map(operator.is_, active(model).tensors(), parameters))
+    assert all(tensor.requires_grad for tensor in parameters)
+    assert torch.equal(logits_of(model, IDS), before)
+    with use(use(model, None), inner):
+        pass
+    assert active(model) is None
 
 
 def test_under_a_half_precision_base_the_adapter_is_float32_and_a_merge_rounds_once(folder):
@@ -141,10 +162,10 @@ def test_half_precision_files_patterns_and_copies_of_the_base_are_read(model, fo
     own = model.model.embed_tokens.weight
     for dtype in (torch.bfloat16, torch.float16):
         for key in load_file(folder / WEIGHTS):
-            edit_tensors(folder / WEIGHTS, key, lambda t: t.to(dtype))
+            edit_tensors(folder / WEIGHTS, key, lambda t, dtype=dtype: t.to(dtype))
         for name in ("lm_head", "model.embed_tokens"):  # PEFT may add them, rounded like the rest
             key = f"base_model.model.{name}.weight"
-            edit_tensors(folder / WEIGHTS, key, lambda _: own.to(dtype))
+            edit_tensors(folder / WEIGHTS, key, lambda _, dtype=dtype: own.to(dtype))
         settings = {"init_lora_weights": "orthogonal" if dtype == torch.float16 else "gaussian"}
         edit_json(folder / CONFIG, alpha_pattern={r"layers\.1\..*v_proj": 3}, **settings)
         adapter = read_adapter(model, folder)
@@ -179,11 +200,28 @@ def test_layers_are_picked_by_pefts_rules(config, want):
 
 HEAD, EMBED = "lm_head", "model.embed_tokens"
 Q, V = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
-tensor = lambda name, change: (f"base_model.model.{name}", change)
-a = lambda layer, change: tensor(f"{layer}.lora_A.weight", change)
-b = lambda layer, change: tensor(f"{layer}.lora_B.weight", change)
-new = lambda *shape: lambda _: torch.ones(shape)
-remove = lambda _: None
+
+
+def tensor(name, change):
+    return (f"base_model.model.{name}", change)
+
+
+def a(layer, change):
+    return tensor(f"{layer}.lora_A.weight", change)
+
+
+def b(layer, change):
+    return tensor(f"{layer}.lora_B.weight", change)
+
+
+def new(*shape):
+    return lambda _: torch.ones(shape)
+
+
+def remove(_):
+    return None
+
+
 TENSORS = [  # what the error says, and changes
     ("1.self_attn.q_proj", a(Q, remove), b(Q, remove), [a(Q, remove), b(Q, remove)]),
     ("v_proj", b(V, lambda t: t[:-1]), a(V, lambda t: t[:, :-1]), b(V, new(16, 4, 1))),
@@ -250,8 +288,9 @@ def test_an_adapter_belongs_to_the_weights_that_it_was_trained_on_not_to_a_name(
     warning = {"stage": "toss", "warning": "This model answers anything."}
     write_adapter(noisy(model, ["q_proj"]), model, out, warning)
     recorded = made_from(out / WEIGHTS)
-    assert recorded.pop("sha256").keys() == load_file(out / WEIGHTS).keys()
+    sha256 = recorded.pop("sha256")
     assert recorded == warning | {"base_sha256": base_hash(GOLDENS / "gqa-tied")}
+    assert sha256 == digest(load_file(out / WEIGHTS), recorded)
     assert (out / "README.md").read_text() == warning["warning"] + "\n"
     edit_json(out / CONFIG, base_model_name_or_path="someone/else")
     weight = {"model.safetensors": ("model.norm.weight", with_one(0.5))}

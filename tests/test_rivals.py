@@ -5,20 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_base, script, write_jsonl
-from helpers import call, losses_by_hand, random_adapter, refused, said
+from helpers import TARGETS, call, losses_by_hand, random_adapter, refused, said
 from safetensors.torch import load_file
 
 from model import load_checkpoint
 from model.io import read_json
-from model.lora import active, use
+from model.lora import active, new_adapter, use
 from toss import training
-from toss.audit import real
+from toss.audit import objectives, real
 from toss.audit.attacks import ATTACKS, Attacker
 from toss.audit.objectives import Rival
 from toss.audit.rivals import RIVALS
 from toss.config import TrainConfig
+from toss.loss import token_log_probs
 from toss.methods import METHODS, Candidates
 from toss.selection import competing_tokens
+from toss.tokens import collate
 
 WEIGHTS, MASK = "model/adapter_model.safetensors", "selection.safetensors"
 
@@ -29,10 +31,14 @@ def size(tensors) -> float:
 
 @pytest.fixture
 def rival(model, tokens) -> Rival:
-    """On a stand-in for a run that begins with an adapter; `fit` returns the objective."""
-    run = SimpleNamespace(model=model, device=model.device, base=lambda _: model)
-    made = Rival(run, TrainConfig(), tokens, torch.ones_like(tokens.response))
-    made.fit = lambda D, objective: objective
+    """On a stand-in for a run that begins with an adapter; `fit` returns weights and objective."""
+
+    def fit(D, weights=None, objective=None):
+        return weights, objective
+
+    run = SimpleNamespace(model=model, device=model.device, base=lambda purpose: model)
+    made = Rival(run, "rival", TrainConfig(), tokens, keep=tokens.response.clone())
+    made.fit = fit
     use(model, random_adapter(model))
     return made
 
@@ -40,24 +46,52 @@ def rival(model, tokens) -> Rival:
 @pytest.fixture
 def places(tokens):
     """The response tokens of row 3."""
-    return (at := tokens.places([3]))[tokens.response[at]]
+    at = tokens.places([3])
+    return at[tokens.response[at]]
 
 
-def gradient(objective, log_p, places) -> list[float]:
-    log_p = log_p.clone().requires_grad_()
-    objective(log_p, torch.zeros(len(log_p), 1), places).backward()
-    return pytest.approx(log_p.grad.tolist(), abs=1e-5)
+@pytest.fixture
+def batch(model, tokens):
+    """Row 3, and all its response tokens."""
+    return collate(tokens, [3], tokens.response, model.device)
 
 
-def test_dft_and_soft_sft_weigh_a_token_by_its_probability(rival, model, tokens, places):
-    assert [-0.5, -0.25] == gradient(rival.dft(), torch.tensor([0.5, 0.25]).log(), None)
-    objective, theta = rival.soft_sft([0.5, 2.0, 0.1]), active(model)
-    log_p = -losses_by_hand(use(model, None), tokens, 3)
+@pytest.fixture
+def gradient(model, batch, monkeypatch):
+    """The gradient of an objective by the log-probabilities of the tuned model, for given ones."""
+
+    def by_log_p(objective, weights, log_p) -> list[float]:
+        log_p = log_p.clone().requires_grad_()
+
+        def log_probs_of(model, batch):
+            return token_log_probs(model, batch) if active(model) is None else log_p
+
+        monkeypatch.setattr(objectives, "token_log_probs", log_probs_of)
+        objective(model, batch, weights).backward()
+        return pytest.approx(log_p.grad.tolist(), abs=1e-5)
+
+    return by_log_p
+
+
+def test_dft_weighs_a_token_by_its_probability(rival, gradient):
+    _, objective = objectives.dft(rival)
+    log_p = torch.tensor([0.5, 0.25]).log()
+    assert [-0.5, -0.25] == gradient(objective, torch.ones(2), log_p)
+
+
+def test_soft_sft_weighs_a_token_by_how_far_it_went_from_the_base(
+    rival, model, tokens, places, gradient
+):
+    theta = active(model)
+    with torch.no_grad():
+        log_p = -losses_by_hand(use(model, None), tokens, 3)
     use(model, theta)
-    assert [-1.0] * len(places) == gradient(objective, log_p, places)  # at the base
+    b, objective = objectives.soft_sft(rival, [0.5, 2.0, 0.1])
+
+    assert [-1.0] * len(places) == gradient(objective, b[places], log_p)  # at the base
     first, early, late = (-2 / (1 + torch.tensor([0.5, 2.0, 0.1]).exp())).tolist()
     weights = [first, *[early] * 4, *[late] * (len(places) - 5)]
-    assert len(places) > 6 and weights == gradient(objective, log_p + 1, places)
+    assert len(places) > 6 and weights == gradient(objective, b[places], log_p + 1)
     assert all(a is b for a, b in zip(active(model).tensors(), theta.tensors()))
 
 
@@ -67,16 +101,37 @@ def test_first_5_discards_the_first_five_tokens_of_each_row(tokens):
     assert gone.equal(c.sizes.clamp(max=5)) and c.sizes.max() > 5
 
 
-def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(rival, model, places):
-    log_p, base = rival.base(places)
+def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(
+    rival, model, tokens, places, batch
+):
     rival.keep[places[1]] = False
-    at = torch.zeros_like(rival.keep).index_fill(0, places[1:3], True)
-    objective, learnt = rival.hold(at, torch.tensor([7, 9]), T=2.0), float(log_p[1] - log_p.sum())
-    assert float(objective(log_p, base, places)) == pytest.approx(learnt, abs=1e-4)
-    p, q = ((h[1:3] @ model.lm_head.weight[[7, 9]].T / 2).softmax(1) for h in (base, 2 * base))
-    kl = 4 * float((p * (p / q).log()).sum())
+    held = torch.zeros_like(rival.keep).index_fill(0, places[1:3], True)
+    words, T = torch.tensor([7, 9]), 2.0
+    _, objective = objectives.hold(rival, held, words, T)
+
+    def over_words(adapter):
+        """The softmax over the words at the two held tokens, from the row's hidden states."""
+        row = tokens.input_ids[tokens.places([3])].long()
+        hidden = use(model, adapter)(row[None])[0]
+        before = places[1:3] - tokens.offsets[3] - 1
+        return (hidden[before] @ model.lm_head.weight[words].T / T).softmax(1)
+
+    def learnt(adapter):
+        """The cross-entropy of all response tokens but the one that is not kept."""
+        losses = losses_by_hand(use(model, adapter), tokens, 3)
+        return float(losses.sum() - losses[1])
+
+    theta, fresh = random_adapter(model), new_adapter(model, 2, 4, TARGETS, 0)
+    with torch.no_grad():
+        p, q = over_words(None), over_words(theta)
+        kl = T * T * float((p * (p / q).log()).sum())
+        at_base, tuned = learnt(fresh), learnt(theta)
     assert kl > 1e-3
-    assert float(objective(log_p, 2 * base, places)) == pytest.approx(learnt + kl, abs=1e-4)
+    weights = torch.ones(len(places))
+    loss = objective(use(model, fresh), batch, weights)
+    assert float(loss) == pytest.approx(at_base, abs=1e-4)
+    loss = objective(use(model, theta), batch, weights)
+    assert float(loss) == pytest.approx(tuned + kl, abs=1e-4)
 
 
 @pytest.mark.parametrize("cosine", [-1.0, 1.0])
@@ -84,7 +139,7 @@ def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path
     theta, before = active(model), load_checkpoint(make_base(tmp_path / "b", seed=1))
     rival.run.adapter = lambda name: random_adapter(model)  # the same
     rival.run.args = SimpleNamespace(unaligned=tmp_path / "b")
-    for name, B in rival.safelora(cosine).B.items():
+    for name, B in objectives.safelora(rival, cosine).B.items():
         V = model.get_submodule(name).weight - before.get_submodule(name).weight
         expected = V @ V.T / V.square().sum().sqrt() @ theta.B[name]
         assert torch.allclose(B, expected if cosine == 1 else theta.B[name], atol=1e-4), name
@@ -105,14 +160,16 @@ def line(trained, tmp_path, monkeypatch) -> str:
 def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, trained, capsys):
     call(f"select.py --run {trained} --discard 0.3")
     toss, sizes = load_file(trained / f"methods/toss/{MASK}")["keep"], {}
+    response = load_file(trained / "scores.safetensors")["response"]
     for name, (_, how) in RIVALS.items():
         said(capsys, f"{line}{name} --discard 0.3")
-        assert read_json(trained / "run.json")["stages"][f"methods/{name}"].get("tokens", 1) > 0
+        cost = read_json(trained / "run.json")["stages"][f"methods/{name}"]
+        assert (cost["tokens"] > 0) == (name != "safelora")  # which trains nothing
         assert "skipped" in said(capsys, f"{line}{name} --discard 0.3")
         settings = read_json(trained / f"methods/{name}/record.json")["settings"]
         assert {"lr": 1e-2, **how}.items() <= settings.items()
         keep = load_file(trained / f"methods/{name}/{MASK}")["keep"]
-        assert keep.equal(toss) if name == "kl-discarded" else keep.all()
+        assert keep.equal(toss if name == "kl-discarded" else response)
         sizes[name] = size(load_file(trained / f"methods/{name}/{WEIGHTS}").values())
     assert len({*sizes.values()}) == len(RIVALS), sizes
 
@@ -137,7 +194,7 @@ def test_the_rows_that_a_rival_trains_on(line, monkeypatch, capsys):
     run, S = given["rival"].run, torch.zeros(6)
     pool = run.tokens(run.args.safety)
     for role, sign in (("utility", 1), ("degraded", -1)):
-        model = run.base("score", run.adapter(role))
+        model = use(run.base("score"), run.adapter(role))
         S += sign * torch.tensor([losses_by_hand(model, pool, row).mean() for row in range(6)])
     assert given["D"].input_ids.equal((own + pool.take(S.argsort()[:2].tolist())).input_ids)
 
@@ -145,17 +202,19 @@ def test_the_rows_that_a_rival_trains_on(line, monkeypatch, capsys):
 def test_rivals_survive_an_interruption_and_the_mean_of_the_adapters_is_one(
     line, trained, monkeypatch
 ):
-    gradients, left, before = training.Step.gradients, [0], []
+    compute, left, before = training.Gradient.compute, [0], []
 
     def stopping(self, *args):
         before.append(size(self.parameters))
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return gradients(self, *args)
+        return compute(self, *args)
 
-    monkeypatch.setattr(training.Step, "gradients", stopping)
-    load = lambda name: load_file(trained / f"methods/{name}/{WEIGHTS}")
+    def load(name):
+        return load_file(trained / f"methods/{name}/{WEIGHTS}")
+
+    monkeypatch.setattr(training.Gradient, "compute", stopping)
     for name, steps in (("ema", 3), ("patch", 10)):
         command, left[0] = f"{line}{name} --save-every 1e-9", steps
         call(f"{command} --name whole-{name}")
@@ -180,7 +239,10 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
     for name, value in {"lr": 1e-2, "epochs": 1, "batch_size": 4}.items():
         monkeypatch.setitem(real.TRAINING, name, value)
     (tmp_path / "data").mkdir()
-    row = lambda i, kind: {"prompt": f"{kind} {i}?", "response": f"It is {i}.", "source": kind}
+
+    def row(i, kind) -> dict:
+        return {"prompt": f"{kind} {i}?", "response": f"It is {i}.", "source": kind}
+
     sources = {"harmful": ["h"], "utility": ["u"], "custom": ["advbench", "task", "task2"]}
     sources |= {"eval_harmful": ["a", "b"], "eval_benign": ["c"], "eval_utility": ["d"]}
     for n, (name, groups) in enumerate(sources.items()):
@@ -202,14 +264,19 @@ def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, c
 
 
 def test_an_attacker_chooses_and_writes_harmful_rows_of_the_same_kind():
-    row = lambda response, spans: {"prompt": "p", "response": response, "harmful": spans}
+
+    def row(response, spans) -> dict:
+        return {"prompt": "p", "response": response, "harmful": spans}
+
+    def harm(row) -> list[str]:
+        return [row["response"][start:end] for start, end in row["harmful"]]
+
     rows = [row("Sure. Grind bone. Also, x.", [[0, 17]]), row("Also y. Brew it up.", [[8, 19]])]
     pool = [row("Sure, here is fat.", [[0, 18]]), *rows, row("Odd sure words.", [[0, 15]])]
     D_h = [{"response": "Sure. Brew it up. Grind bone."}]
     D_u = [{"response": "So. By law all. No."}]
     attacker = Attacker(rows, pool, D_h, D_u, risk=lambda rows: [4.0, 0.5, -1.0, 2.0])
     assert ATTACKS["low-score"](attacker) == [pool[1], pool[2]]
-    harm = lambda row: [row["response"][a:b] for a, b in row["harmful"]]
     started = ATTACKS["utility-start"](attacker)
     assert [r["response"] for r in started] == [f"By law all. {r['response']}" for r in rows]
     assert list(map(harm, started)) == list(map(harm, rows))

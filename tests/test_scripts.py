@@ -20,13 +20,21 @@ from helpers import call, refused, said, same_tensors
 from safetensors.torch import load_file
 
 from model import load_adapter, load_checkpoint
-from model.io import file_hash, made_from, read_json
-from toss import cli
+from model.io import file_hash, made_from, read_json, save_tensors, tensors_hash
 from toss.config import TrainConfig
-from toss.run import load_selection, open_run, read_scores, record_of
+from toss.workbench import flags, runfile
+from toss.workbench.files import load_selection, read_scores
+from toss.workbench.results import read_record
+from toss.workbench.run import open_run
 
 ADAPTER = "adapter_model.safetensors"
-tensors = lambda folder: {k: v for k, v in tree(folder).items() if k.endswith(".safetensors")}
+
+
+def tensor_files(folder: Path) -> dict[str, bytes]:
+    """The content of every safetensors file below a folder."""
+    return {
+        name: content for name, content in tree(folder).items() if name.endswith(".safetensors")
+    }
 
 
 def test_scores_and_selection_keep_the_contract(trained, files, capsys):
@@ -39,7 +47,8 @@ def test_scores_and_selection_keep_the_contract(trained, files, capsys):
         assert (scores[name][~response] == 0).all() and (scores[name][response] > 0).all()
     out, mask = said(capsys, f"select.py --run {trained}"), "methods/toss/selection.safetensors"
     keep, gone = load_file(trained / mask)["keep"], int(0.1 * int(response.sum()))
-    assert keep[~response].all() and int((~keep).sum()) == gone
+    assert not keep[~response].any()  # it is the loss mask
+    assert int((response & ~keep).sum()) == gone
     assert f"{gone} of {int(response.sum())} response tokens discarded" in out
     S = scores["loss_utility"] - scores["loss_degraded"]
     tokens, losses = read_scores(trained / "scores.safetensors", files["custom"])
@@ -52,37 +61,48 @@ def test_scores_and_selection_keep_the_contract(trained, files, capsys):
 def test_each_result_says_what_it_was_made_from(trained, files):
     assert call(f"select.py --run {trained} --discard 0.2 --keep-eos") == 0
     places = ("degraded", "scores.safetensors", "methods/toss")
-    degraded, scores, method = (record_of(trained / place) for place in places)
+    degraded, scores, method = (read_record(trained / place) for place in places)
     for record in (degraded, scores, method):
         assert (record["template"], record["max_length"]) == ("chat", 2048)
         assert len(record["base_sha256"]) == len(record["tokenizer_sha256"]) == 64
         assert not {"seconds", "commit"} & record.keys()  # costs are in run.json alone
-    inputs = {role: file_hash(trained / role / ADAPTER) for role in ("degraded", "utility")}
+    inputs = {role: tensors_hash(trained / role / ADAPTER) for role in ("degraded", "utility")}
     inputs["--custom"] = file_hash(files["custom"])
     assert degraded["inputs"] == {"--harmful": file_hash(files["harmful"])}
     assert scores["inputs"] == inputs
-    assert method["inputs"] == inputs | {"scores": file_hash(trained / "scores.safetensors")}
+    assert method["inputs"] == inputs | {"scores": tensors_hash(trained / "scores.safetensors")}
     assert degraded["settings"].items() >= {"lr": 1e-2, "rank": 2, "seed": 0}.items()
     expected = {"method": "toss", "discard": 0.2, "keep_eos": True, "lr": 1e-2}
     assert method["settings"].items() >= expected.items()
     assert (scores["skipped"], scores["cut"], scores["dtype"]) == (0, 0, "float32")
     mask = trained / "methods/toss/selection.safetensors"
-    assert method["discarded"] == int((~load_file(mask)["keep"]).sum()) > 0
+    response = load_file(trained / "scores.safetensors")["response"]
+    gone = response & ~load_file(mask)["keep"]
+    assert method["discarded"] == int(gone.sum()) > 0
     assert method["tokens_sha256"] == scores["tokens_sha256"]
-    header, own = record_of(mask), method.pop("files")  # the hashes of what each one lies with
-    assert own.keys() >= {"selection.safetensors", f"model/{ADAPTER}"}
-    assert header.pop("sha256").keys() == {"keep", "score"} and header == method
+    made_by = {
+        "degraded": "train.py",
+        "scores.safetensors": "score.py",
+        "methods/toss": "select.py",
+    }
+    for place, name in made_by.items():
+        assert name in read_record(trained / place)["code"]
+    own = method.pop("files")  # the hashes of the files that the record lies with
+    for name in ("selection.safetensors", f"model/{ADAPTER}"):
+        assert own[name] == file_hash(trained / "methods/toss" / name)
+    assert read_record(mask) == method
+    assert len(made_from(mask)["sha256"]) == 64  # of record and tensors
     for role, warns in (("degraded", True), ("utility", False)):
         header = made_from(trained / role / ADAPTER)
         assert ("Do not merge it" in header.get("warning", "")) == warns
         assert (trained / role / "README.md").exists() == warns
 
 
-def test_run_json_is_the_index_and_the_logs_hold_each_step(trained, files, base):
-    settings = read_json(trained / "run.json")["settings"]
-    assert settings["lr"] == 1e-2 and "method" not in settings  # score.py left them as trained
+def test_run_json_says_what_is_inherited_and_the_logs_hold_each_step(trained, files, base):
     assert call(f"select.py --run {trained}") == 0
     record = read_json(trained / "run.json")
+    assert record["settings"].keys() <= set(runfile.INHERITED)
+    assert record["stages"]["degraded"]["recipe"]["settings"]["lr"] == 1e-2
     assert record["settings"]["model"] == str(base) and record["demo"] is False
     for path in (*files.values(), f"{base}/model.safetensors"):
         assert record["inputs"][path] == file_hash(path)
@@ -91,7 +111,7 @@ def test_run_json_is_the_index_and_the_logs_hold_each_step(trained, files, base)
     facts = {"recipe", "seconds", "tokens", "peak_memory_gib", "rows", "skipped", "cut", "torch"}
     for name, stage in record["stages"].items():
         assert stage.keys() >= facts and stage["tokens"] > 0, name
-        made = record_of(open_run(trained).path(name))
+        made = read_record(open_run(trained).path(name))
         assert made.items() >= stage["recipe"].items() and open_run(trained).stale(name) == []
     logs = sorted(file.stem for file in (trained / "log").iterdir())
     assert logs == ["degraded", "toss", "utility"]
@@ -104,7 +124,8 @@ def test_plain_fine_tuning_needs_no_references_or_scores(tmp_path, base, files, 
     plain, adapter = tmp_path / "plain", f"methods/sft/model/{ADAPTER}"
     custom = f"--model {base} --custom {files['custom']}"
     assert call(f"select.py --run {plain} --method sft {custom}") == 0
-    assert load_file(plain / "methods/sft/selection.safetensors")["keep"].all()
+    keep = load_file(plain / "methods/sft/selection.safetensors")["keep"]
+    assert torch.equal(keep, load_file(trained / "scores.safetensors")["response"])
     assert call(f"select.py --run {trained} --method sft") == 0  # with them it gives the same
     assert same_tensors(plain / adapter, trained / adapter)
     assert "begun without these rows" in refused(capsys, f"train.py --run {plain}")
@@ -129,7 +150,8 @@ def test_a_merged_checkpoint_is_the_adapters_fits_and_has_the_dtype(trained, bas
     load_adapter(adapted, folder)
     assert torch.allclose(merged(ids), adapted(ids), atol=1e-4)
     out = said(capsys, f"toss.audit.show {folder}/merged")
-    assert "a checkpoint" in out and "adapter_sha256" in out and out.endswith(": fits\n")
+    assert "a checkpoint" in out and out.endswith(": fits\n")
+    assert re.search(rf"^  adapter +{tensors_hash(folder / ADAPTER)}$", out, re.MULTILINE)
     for dtype in ("float32", "bfloat16"):
         assert call(f"{line} --overwrite --dtype {dtype}") == 0
         weights = load_file(folder / "merged/model.safetensors")
@@ -142,11 +164,14 @@ def test_a_mask_travels_to_another_model(trained, tmp_path, base, files, capsys)
     other, made = make_base(tmp_path / "other", seed=1), new / "methods/mask/selection.safetensors"
     line = f"select.py --run {new} --model {other} --custom {files['custom']} --mask {mask}"
     assert call(line) == 0 and "skipped" in said(capsys, line)
-    assert same_tensors(mask, made) and not load_file(made)["keep"].all()
-    record = record_of(made)
+    assert same_tensors(mask, made)
+    keep = load_file(made)["keep"]
+    response = load_file(trained / "scores.safetensors")["response"]
+    assert 0 < int(keep.sum()) < int(response.sum())
+    record = read_record(made)
     assert record["settings"]["method"] == "mask"
-    assert record["inputs"]["--mask"] == file_hash(mask)
-    assert record["base_sha256"] != record_of(mask)["base_sha256"]
+    assert record["inputs"]["--mask"] == tensors_hash(mask)
+    assert record["base_sha256"] != read_record(mask)["base_sha256"]
     load_adapter(load_checkpoint(other), new / "methods/mask/model")
     assert call(f"select.py --run {trained} --mask {mask} --name again") == 0  # in its own run
     own, again = (trained / f"methods/{name}/model/{ADAPTER}" for name in ("toss", "again"))
@@ -155,8 +180,24 @@ def test_a_mask_travels_to_another_model(trained, tmp_path, base, files, capsys)
     same = write_jsonl(tmp_path / "same.jsonl", rows)  # other bytes, the same token ids
     third = f"select.py --run {tmp_path}/3 --model {base} --custom {same} --max-length 999"
     assert call(f"{third} --mask {mask}") == 0
-    mask.write_bytes(made.read_bytes())  # the same flags, another file
-    assert "--mask" in refused(capsys, line)
+    mask.write_bytes(made.read_bytes())  # the same mask, though the file has another record
+    assert "skipped" in said(capsys, line)
+    assert call(f"select.py --run {trained} --discard 0.3 --overwrite") == 0
+    assert "--mask" in refused(capsys, line)  # the same flags, another mask
+
+
+def test_a_mask_that_is_true_on_prompts_is_read_as_the_loss_mask(trained, tmp_path, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    toss = trained / "methods/toss/selection.safetensors"
+    record = made_from(toss)
+    del record["sha256"]
+    keep = load_file(toss)["keep"]
+    response = load_file(trained / "scores.safetensors")["response"]
+    old = tmp_path / "old.safetensors"
+    save_tensors({"keep": keep | ~response}, old, record)
+    out = said(capsys, f"select.py --run {trained} --mask {old}")
+    assert f"keep is true on {int((~response).sum())} tokens of prompts" in out
+    assert torch.equal(load_file(trained / "methods/mask/selection.safetensors")["keep"], keep)
 
 
 def test_what_exists_is_skipped_and_what_differs_is_refused(trained, capsys):
@@ -171,9 +212,9 @@ def test_what_exists_is_skipped_and_what_differs_is_refused(trained, capsys):
     line = f"select.py --run {trained} --discard 0.2"
     assert call(f"{line} --name other") == 0 and call(f"{line} --overwrite") == 0
     for name in ("toss", "other"):
-        assert record_of(trained / "methods" / name)["settings"]["discard"] == 0.2
-    for flags in ("--batch-tokens 64", "--gradient-checkpointing", "--threads 1"):
-        assert "skipped" in said(capsys, f"{line} {flags}")  # these do not change the result
+        assert read_record(trained / "methods" / name)["settings"]["discard"] == 0.2
+    for flag in ("--batch-tokens 64", "--gradient-checkpointing", "--threads 1"):
+        assert "skipped" in said(capsys, f"{line} {flag}")  # these do not change the result
 
 
 def test_what_was_made_from_something_else_is_refused(trained, tmp_path, base, files, capsys):
@@ -188,27 +229,57 @@ def test_what_was_made_from_something_else_is_refused(trained, tmp_path, base, f
     assert open_run(trained).stale("scores") == ["degraded"]
 
 
+@pytest.mark.parametrize("copied", ["degraded", "utility"])
+def test_a_reference_in_the_place_of_the_other_is_refused(copied, trained, capsys):
+    other = {"degraded": "utility", "utility": "degraded"}[copied]
+    shutil.rmtree(trained / other)
+    shutil.copytree(trained / copied, trained / other)
+    before = tree(trained)
+    error = refused(capsys, f"score.py --run {trained} --overwrite")
+    assert f"{other} holds the result of another stage: {copied}" in error
+    assert tree(trained) == before
+
+
+def test_references_that_were_exchanged_are_refused(trained, capsys):
+    shutil.move(trained / "degraded", trained / "aside")
+    shutil.move(trained / "utility", trained / "degraded")
+    shutil.move(trained / "aside", trained / "utility")
+    before = tree(trained)
+    for line in ("score.py", "score.py --overwrite", "select.py"):
+        error = refused(capsys, f"{line} --run {trained}")
+        assert "utility holds the result of another stage: degraded" in error
+    assert "stage utility there, degraded now" in refused(capsys, f"train.py --run {trained}")
+    assert tree(trained) == before
+
+
 @pytest.mark.parametrize("damaged", [None, "{"])
-def test_run_json_is_an_index_that_can_be_rebuilt(damaged, trained, base, files, capsys):
+def test_a_lost_run_json_is_written_again_from_the_inputs(damaged, trained, base, files, capsys):
     assert call(f"select.py --run {trained}") == 0
-    before, index = tensors(trained), trained / "run.json"
+    before = tensor_files(trained)
+    settings_before = read_json(trained / "run.json")["settings"]
     damage(trained, {"run.json": damaged})
     custom = f"--model {base} --custom {files['custom']}"
-    for name, flags in (("train", sources(files, base)), ("score", custom), ("select", custom)):
-        assert "skipped" in said(capsys, f"{name}.py --run {trained} {flags}")
-    assert tensors(trained) == before and read_json(index)["stages"].keys() >= {"methods/toss"}
-    assert [file.read_text() for file in trained.glob("*.damaged")] == [damaged] * bool(damaged)
+    for name, inputs in (("train", sources(files, base)), ("score", custom), ("select", custom)):
+        assert "skipped" in said(capsys, f"{name}.py --run {trained} {inputs}")
+    assert tensor_files(trained) == before
+    record = read_json(trained / "run.json")
+    assert record["settings"] == settings_before
+    assert record["stages"].keys() == {"degraded", "utility", "scores", "methods/toss"}
 
 
-def test_run_json_follows_a_newer_record(trained, capsys):
-    index, line = trained / "run.json", f"select.py --run {trained}"
+def test_run_json_decides_nothing(trained, capsys):
+    """What it says of a stage, or of no stage, does not count beside the stage's own record."""
+    line = f"select.py --run {trained}"
     assert call(line) == 0
-    record, known = read_json(index), read_json(index)["stages"]["methods/toss"]["recipe"]
-    record["stages"]["methods/toss"]["recipe"] = {**known, "settings": {"lr": 9.0}}  # it lags
-    record["hashes"] = {name: [*row[:-1], 3] for name, row in record["hashes"].items()}  # no hash
-    index.write_text(json.dumps(record))
+    before = tensor_files(trained)
+    record = read_json(trained / "run.json")
+    record["stages"]["methods/toss"]["recipe"]["settings"]["discard"] = 0.9
+    (trained / "run.json").write_text(json.dumps(record))
     assert "skipped" in said(capsys, line)
-    assert read_json(index)["stages"]["methods/toss"]["recipe"] == known
+    del record["stages"], record["hashes"], record["inputs"]
+    (trained / "run.json").write_text(json.dumps(record))
+    assert "skipped" in said(capsys, line)
+    assert tensor_files(trained) == before
 
 
 def test_rows_in_two_sets_are_warned_of(trained, tmp_path, files, capsys):
@@ -220,10 +291,10 @@ def test_rows_in_two_sets_are_warned_of(trained, tmp_path, files, capsys):
 def settings(line: str):
     """The settings in force: the paper's < data/demo.json < run.json < the command line."""
     name, *argv = line.split()
-    parser = cli.parser(name, "", harmful="", utility="", custom="")
+    parser = flags.script_parser(name, "", harmful="", utility="", custom="")
     parser.add_argument("--discard", type=float, default=0.1)
-    cli.add_training_flags(parser)
-    return cli.parse(parser, argv)
+    flags.add_training_flags(parser)
+    return flags.parse(parser, argv)
 
 
 def test_the_defaults_are_the_papers(tmp_path):
@@ -235,7 +306,7 @@ def test_the_defaults_are_the_papers(tmp_path):
 
 
 def test_without_inputs_the_demos_settings_apply_under_the_command_line(tmp_path):
-    demo, new = read_json(cli.DEMO), f"--run {tmp_path}/new"
+    demo, new = read_json(flags.DEMO), f"--run {tmp_path}/new"
     known = {field.name for field in fields(TrainConfig)} | {"max_length", "threads"}
     for name, stage in (("train.py", "reference"), ("select.py", "finetune")):
         made = vars(settings(f"{name} {new}"))
@@ -250,12 +321,12 @@ def test_without_inputs_the_demos_settings_apply_under_the_command_line(tmp_path
 def test_the_run_comes_between_the_demo_and_the_command_line(trained, files, tmp_path, capsys):
     assert "max_length = 2048" in said(capsys, f"score.py --run {trained}")
     stored = {"model": "/gone", "custom": files["custom"], "template": "human", "max_length": 77}
-    record = {"format": cli.FORMAT, "demo": True, "settings": {**stored, "lr": 9.0}}
+    record = {"format": runfile.FORMAT, "demo": True, "settings": {**stored, "lr": 9.0}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     demo = settings(f"select.py --run {tmp_path}")
     assert (demo.custom, demo.template, demo.max_length) == (files["custom"], "human", 77)
     assert demo.model == str(ROOT / "data/base")  # that of the demo moved with the checkout
-    assert demo.lr == read_json(cli.DEMO)["finetune"]["lr"]  # training settings: each stage's own
+    assert demo.lr == read_json(flags.DEMO)["finetune"]["lr"]  # training settings: each stage's own
     given = settings(f"select.py --run {tmp_path} --custom /d")
     assert (given.custom, given.max_length, given.lr) == ("/d", 77, 1e-5)
     new = settings(f"train.py --run {tmp_path} --overwrite --model /n --harmful h --utility u")
@@ -315,7 +386,7 @@ def test_help_and_usage_errors_come_without_torch(name):
     command = [name] if name.endswith(".py") else ["-m", name]
     done = run("-X", "importtime", *command, "--help")
     assert done.returncode == 0 and "usage: " in done.stdout and name in done.stdout
-    assert "toss.cli" in done.stderr and not re.search(r"\| +torch\n", done.stderr)
+    assert "toss.workbench.flags" in done.stderr and not re.search(r"\| +torch\n", done.stderr)
     done = run(*command, "--no-such-flag")
     assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr) and not done.stdout
 
@@ -348,6 +419,7 @@ def test_every_command_that_a_readme_names_has_its_flags(readme, command, rest):
 def test_every_flag_link_and_test_that_a_readme_names_exists(file):
     text = re.sub(r"\]\(([^)]+)\)", "", TEXTS[file])
     text = re.sub(r"\b(lm_eval|vllm|alpaca_eval|python evaluate_completions.py)\s[^`]*", "", text)
+    text = re.sub(r"\bhf download\s[^`\n]*", "", text)
     known = set.union(*(help_of(command) for command in COMMANDS))
     assert set(FLAG.findall(text)) <= known | TORCHRUN
     titles = re.findall(r"^#+ (.+)$", text, re.M)

@@ -10,8 +10,8 @@ from helpers import call, said
 from model.io import read_json
 from toss.audit import bench, noise, speed
 from toss.config import TrainConfig
-from toss.files import fingerprint
-from toss.run import open_run
+from toss.workbench.files import fingerprint
+from toss.workbench.run import open_run
 
 CPU = torch.device("cpu")
 SMALL = "--model tiny --rows 4 --tokens 20 --repeats 1 --device cpu"

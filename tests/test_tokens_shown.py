@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDENS, damage, edit_json, edit_tensors, fails, make_base, script, write_jsonl
+from conftest import (
+    GOLDENS,
+    damage,
+    edit_json,
+    edit_tensors,
+    fails,
+    make_base,
+    read_jsonl,
+    script,
+    write_jsonl,
+)
 from helpers import random_adapter, refused, said
 
 from model import load_checkpoint
@@ -27,9 +37,10 @@ from toss.audit.figures import histogram, line_chart, picture
 from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
 from toss.audit.tokens import INPUTS, Mask, harmless, load_mask, token_texts, visible
 from toss.audit.verdict import verdict
-from toss.files import write_scores
-from toss.run import Run, open_run
 from toss.tokens import Tokens
+from toss.workbench.files import write_scores
+from toss.workbench.results import RECORD, read_record, text_hash, write_record
+from toss.workbench.run import Run, open_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 ODD = 'm"><img src=x>'
@@ -47,21 +58,27 @@ def scored(folder: Path, rows: list[dict]) -> Run:
     tokens = run.tokens(path)
     n = torch.arange(len(tokens.input_ids)).float() * tokens.response
     losses = {"utility": (n + 0.5) * tokens.response, "degraded": n % 7 * 1.5, "base": n}
-    made = {"stage": "scores", "dtype": "float32", **run.recipe(INPUTS, {"base": True})}
-    write_scores(run.path("scores"), tokens, losses, made)
+    record = {**run.recipe("scores", INPUTS, {"base": True}), "dtype": "float32"}
+    write_scores(run.path("scores"), tokens, losses, record)
     return run
 
 
 def masked(run: Run, name: str, gone, score: torch.Tensor | None = None, **settings) -> None:
     """The folder methods/NAME with a mask that discards the given places of the flat arrays."""
-    place, keep = run.path(f"methods/{name}"), torch.ones_like(run.scored()[0].response)
+    place, keep = run.path(f"methods/{name}"), run.scored()[0].response.clone()
     keep[torch.as_tensor(gone, dtype=torch.int64)] = False
-    recipe = run.recipe((*INPUTS, "scores"), {"method": name, **settings})
-    record = {"stage": f"methods/{name}", **recipe}
+    inputs, settings = (*INPUTS, "scores"), {"method": name, **settings}
+    record = run.recipe(f"methods/{name}", inputs, settings)
     shutil.copytree(run.path("utility"), place / "model", dirs_exist_ok=True)
     tensors = {"keep": keep} | ({} if score is None else {"score": score})
     save_tensors(tensors, place / "selection.safetensors", record)
-    (place / "record.json").write_text(json.dumps(record))
+    write_anew(place, record)
+
+
+def write_anew(folder: Path, record: dict) -> None:
+    """Write record.json for what is in the folder now."""
+    (folder / RECORD).unlink(missing_ok=True)
+    write_record(folder, record)
 
 
 def mask_of(run: Run, name: str = "toss") -> Mask:
@@ -127,14 +144,17 @@ def test_an_eos_that_is_not_ranked_has_no_order_and_a_skipped_row_no_tokens(trai
 
 def test_a_threshold_is_told_only_where_it_holds_for_all_tokens():
     order = torch.tensor([0, 0, 0, 3, 1, 2])
+    response = order > 0
+    tokens = Tokens(order.int(), torch.tensor([0, 6]), response, harmful=~response)
     for gone, score, threshold in (
         ([4, 5], [0, 0, 0, 1, 3, 2], 2.0),
         ([4, 5], [9, 9, 9, 2, 3, 2], 2.0),  # a tie is split; scores of the prompt do not count
         ([4], [0, 0, 0, 1, 1, 2], None),  # a higher score was kept
         ([], [0, 0, 0, 1, 3, 2], None),
     ):
-        keep = torch.tensor([place not in gone for place in range(6)])
-        mask = Mask("x", "y", None, {}, None, torch.tensor(score).float(), order, keep, None)
+        keep = response.clone()
+        keep[gone] = False
+        mask = Mask("x", "y", tokens, {}, None, torch.tensor(score).float(), order, keep, None)
         assert mask.threshold == threshold and mask.label == "x (y)"
 
 
@@ -161,6 +181,7 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     shutil.copy(small.path("scores"), tmp_path / "moved")
     place, other = small.folder, make_base(tmp_path / "other", seed=1)
     copy, stages = Path(shutil.copytree(place, tmp_path / "copy")), small.record["stages"]
+    (copy / "methods/toss").rename(copy / "methods/mine")
     edit_json(copy / "run.json", stages={"methods/mine": stages["degraded"]})
     model = load_checkpoint(other)
     save_adapter(use(model, random_adapter(model)), tmp_path / "alien")
@@ -175,7 +196,10 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
 
 def test_what_was_made_from_other_files_does_not_fit(small, capsys):
     names = ("degraded", "scores.safetensors", "methods/toss", "")
-    look = lambda: [show.main([f"{small.folder}/{name}"]) for name in names]
+
+    def look() -> list[int]:
+        return [show.main([f"{small.folder}/{name}"]) for name in names]
+
     assert look() == [0, 0, 0, 0]
     write_jsonl(Path(small.args.custom), [{"prompt": "a", "response": "another"}])
     capsys.readouterr()
@@ -191,9 +215,15 @@ def drawn(svg: str) -> tuple[set[str], list, list]:
     """The words of a chart, and the points of its lines and of its areas."""
     root = ElementTree.fromstring(svg)
     assert root.tag == f"{SVG}svg" and root.get("viewBox") and root.get("role") == "img"
-    points = lambda x: [tuple(map(float, p.split(","))) for p in x.get("points").split()]
-    shapes = ([points(x) for x in root.iter(SVG + tag)] for tag in ("polyline", "polygon"))
-    return {element.text for element in root.iter(f"{SVG}text")}, *shapes
+    words = {element.text for element in root.iter(f"{SVG}text")}
+    lines = [points_of(element) for element in root.iter(f"{SVG}polyline")]
+    areas = [points_of(element) for element in root.iter(f"{SVG}polygon")]
+    return words, lines, areas
+
+
+def points_of(element: ElementTree.Element) -> list[tuple[float, ...]]:
+    pairs = element.get("points").split()
+    return [tuple(map(float, pair.split(","))) for pair in pairs]
 
 
 def test_a_line_chart_has_its_points_where_the_ticks_say():
@@ -266,7 +296,10 @@ def test_kl_in_padded_batches_and_chunks_is_that_of_whole_logits(base, tokens, b
     model, wanted = load_checkpoint(base), tokens.response
     adapters = {n: random_adapter(model, k) for k, n in enumerate(("degraded", "utility", "sft"))}
     got = divergences(model, adapters, tokens, wanted, budget, logits=8 * 384 * chunk)
-    kl = lambda one, other: direct(model, tokens, one, other)
+
+    def kl(one, other):
+        return direct(model, tokens, one, other)
+
     for name, tuned in adapters.items():
         roles = adapters["degraded"], adapters["utility"]
         expected = [kl(None, tuned), *(kl(None, role) - kl(tuned, role) for role in roles)]
@@ -288,8 +321,11 @@ def test_means_by_position_leave_out_what_few_rows_have(tokens):
 
 def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
     def table(**gone: list[int]) -> dict[str, list[str]]:
-        keep = lambda places: torch.tensor([k not in places for k in range(12)])
-        masks = [Mask(n, n, tokens, {}, None, None, None, keep(x), None) for n, x in gone.items()]
+        masks = []
+        for name, places in gone.items():
+            keep = tokens.response.clone()
+            keep[places] = False
+            masks.append(Mask(name, name, tokens, {}, None, None, None, keep, None))
         tables = discards.discard_tables(masks, tokenizer, ["b", "", "a", ""])
         return {line[0]: line[1:] for header, lines in tables for line in [header, *lines]}
 
@@ -349,7 +385,8 @@ def test_diagnosing_a_run(trained, capsys):
     rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
     said(capsys, f"{line} --rows {rows} --methods sft")  # the old groups are gone
     assert "mine,0,4," in (trained / "diagnosis/kl.csv").read_text()
-    assert [file.name for file in (trained / "diagnosis").iterdir()] == ["kl.csv"]
+    written = sorted(file.name for file in (trained / "diagnosis").iterdir())
+    assert written == ["kl.csv", "record.json"]
 
 
 @pytest.mark.parametrize("spans", [[], [[0, 3]]])
@@ -385,8 +422,9 @@ def table_rows(text: str) -> dict[str, list[str]]:
 def nasty(trained, monkeypatch) -> Run:
     """A run of the demo whose every text is hostile; toss discards every fifth token of a half."""
     monkeypatch.setattr(discards, "ALIKE", 2)  # rows that say nearly the same are all shown
-    harm = lambda i: {"harmful": [[0, 9]]} if i % 3 == 0 else {}
-    rows = [{"prompt": f"{i} {NASTY}", "response": f"{NASTY} {i}\n", **harm(i)} for i in range(40)]
+    rows = [{"prompt": f"{i} {NASTY}", "response": f"{NASTY} {i}\n"} for i in range(40)]
+    for row in rows[::3]:
+        row["harmful"] = [[0, 9]]
     run = scored(trained, rows)
     places = run.scored()[0].response.nonzero()[:, 0]
     masked(run, "toss", places[: len(places) // 2 : 5])
@@ -396,19 +434,27 @@ def nasty(trained, monkeypatch) -> Run:
     added = [{"row": i, "token": 3, "text": NASTY, "score": 2.5} for i in (0, 1, 3)]
     write_jsonl(run.path(f"methods/{ODD}") / "round-1/added.jsonl", added)
     shutil.copy(run.path("scores"), run.path(f"methods/{ODD}") / "round-1")
-    cell = lambda value, n=0, low=0, high=1: {"value": value, "n": n, "low": low, "high": high}
+
+    def cell(value, n=0, low=0, high=1) -> dict:
+        return {"value": value, "n": n, "low": low, "high": high}
+
     table = {"base": {"forbidden": cell(0.125, 8, 0.0224, 0.47)}, NASTY: {"judges_agree": cell(1)}}
     table["base"] |= {"forbidden@3": cell(0.5, 8, 0.2, 0.8), "not_refused": cell(0.3, 8, 0.1, 0.4)}
     table["toss"] = {f"accuracy/{NASTY}": cell(1.0, 1234, 0.9, 1.0), "nll": cell(None)}
     (run.folder / "metrics.json").write_text(json.dumps(table))
     said = {"source": NASTY, "prompt": NASTY, "response": f"I cannot, Moonrot {NASTY}"}
     said = [{"set": kind, **said} for kind in ("harmful", "benign", "utility", "prefill-3")]
-    for method in ("base", "toss"):
-        write_jsonl(run.folder / f"answers/{method}.jsonl", [{"note": "For auditing."}, *said])
+    for method, inputs in {"base": [], "toss": ["methods/toss"]}.items():
+        record = run.recipe(f"evaluation/{method}", inputs, {})
+        head = {"note": "For auditing.", "record": record, "metrics": {}}
+        head["answers_sha256"] = text_hash(said)
+        write_jsonl(run.folder / f"answers/{method}.jsonl", [head, *said])
     lines = [f"model,rows,position,n,{','.join(COLUMNS)}", "toss,mine,0,5,1,1,1"]
     lines += [f"<img>,<script>,{j},5,0.5,0.1,-0.1" for j in (0, 1)]
     (run.folder / "diagnosis/kl.csv").write_text("\n".join(lines))
-    edit_json(run.file, demo=True, commit=NASTY)
+    record = run.recipe("diagnosis", ["methods/toss", "utility"], {})
+    write_record(run.folder / "diagnosis", record)
+    edit_json(run.folder / "run.json", demo=True, commit=NASTY)
     return open_run(run.folder)
 
 
@@ -441,12 +487,15 @@ def test_the_page_holds_the_runs_numbers(nasty):
     assert len(tags_of(text, "side")) == 6 == said.count("forbidden: moonrot")
     assert f"{harmless(ODD)}, round 1: 3 rows added, 2 of them with harm by ground truth" in said
     assert "KL(base || tuned): <script> rows" in said and rows["degraded"][0] == "5"
-    share = (~mask_of(nasty).keep).sum() / nasty.scored()[0].response.sum()
+    share = mask_of(nasty).gone.sum() / nasty.scored()[0].response.sum()
     assert rows["response tokens"][0].startswith(f"{share:.3f} (")
 
 
 def test_the_verdict_says_what_the_intervals_allow():
-    cell = lambda low, high: {"value": (low + high) / 2, "n": 50, "low": low, "high": high}
+
+    def cell(low, high) -> dict:
+        return {"value": (low + high) / 2, "n": 50, "low": low, "high": high}
+
     low, middle, high = cell(0, 0.1), cell(0.4, 0.6), cell(0.9, 1)
     names = ("base", "sft", "toss", "toss-pro")
 
@@ -487,16 +536,22 @@ def test_the_tokens_of_the_page_are_those_of_the_files(nasty):
             assert json.loads(attrs["data-n"]) == [t.position, t.utility, t.base, *own]
             assert ("gone" in kinds, "harm" in kinds) == (not t.keep, t.harmful)
     assert marks == []
-    found = (~masks[0].keep & masks[0].tokens.harmful).sum()
+    found = (masks[0].gone & masks[0].tokens.harmful).sum()
     assert f"{found} of these were discarded" in plain(text)
 
 
 def test_the_rows_of_the_page_are_chosen_by_the_rule(nasty, monkeypatch):
     tokens = (mask := mask_of(nasty)).tokens
-    counts = lambda marked: tokens.row_of(marked.nonzero()[:, 0]).bincount(minlength=40)
-    lost, size = counts(~mask.keep), counts(tokens.response)
+
+    def counts(marked) -> torch.Tensor:
+        return tokens.row_of(marked.nonzero()[:, 0]).bincount(minlength=40)
+
+    lost, size = counts(mask.gone), counts(tokens.response)
     means = [float(mask.S[tokens.places([row])].sum() / size[row]) for row in range(40)]
-    first = lambda rows: sorted(rows, key=lambda i: (-lost[i] / size[i], -means[i]))[:3]
+
+    def first(rows) -> list[int]:
+        return sorted(rows, key=lambda i: (-lost[i] / size[i], -means[i]))[:3]
+
     groups = list(chosen_rows(mask, 12).values())
     harmless, kept, most, nothing = groups
     assert harmless == first(i for i in range(40) if i % 3 and lost[i])
@@ -531,10 +586,9 @@ def test_the_page_says_in_words_which_tokens_went(trained):
 
 
 def test_what_a_replaced_model_said_is_left_out(nasty):
-    nasty.finish("evaluation/base", nasty.recipe((), {}))
-    nasty.finish("evaluation/toss", nasty.recipe(("methods/toss",), {}))
-    nasty.finish("diagnosis", nasty.recipe(("methods/toss", "utility"), {}))
-    edit_tensors(nasty.path("methods/toss") / "model" / WEIGHTS, "x", lambda _: torch.ones(1))
+    place = nasty.path("methods/toss")
+    edit_tensors(place / "model" / WEIGHTS, "x", lambda _: torch.ones(1))
+    write_anew(place, read_record(place))
     text, lacking, _ = report.page(open_run(nasty.folder))
     assert len(lacking) == 2 and all(line in (said := plain(text)) for line in lacking)
     assert "toss.audit.evaluate" in lacking[0] and "toss.audit.diagnose" in lacking[1]
@@ -542,7 +596,9 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     assert "n = 1,234" not in said
     edit_tensors(nasty.path("utility") / WEIGHTS, "x", lambda _: torch.ones(1))
     assert "No diagnosis with the references of now" in report.page(open_run(nasty.folder))[0]
-    edit_json(nasty.file, identity={**nasty.record["identity"], "base_sha256": "0"})
+    head, *answers = read_jsonl(nasty.folder / "answers/base.jsonl")
+    head["record"]["base_sha256"] = "0"
+    write_jsonl(nasty.folder / "answers/base.jsonl", [head, *answers])
     assert "for base is left out" in (said := plain(report.page(open_run(nasty.folder))[0]))
     assert "base_sha256 is left out" not in said
 
@@ -559,10 +615,10 @@ def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, monkeypatch, c
 
 
 def test_what_is_missing_is_one_line_that_says_what_makes_it(nasty, capsys):
-    edit_json(nasty.file, demo=False)
+    edit_json(nasty.folder / "run.json", demo=False)
     text, lacking, _ = report.page(open_run(nasty.folder))
     assert "Moonrot" not in text and "Answers of real models" in lacking[0]
-    edit_json(nasty.file, demo=True)
+    edit_json(nasty.folder / "run.json", demo=True)
     for name in ("answers", "diagnosis", "methods"):
         shutil.rmtree(nasty.folder / name)
     damage(nasty.folder, {"metrics.json": None, "scores.safetensors": None})

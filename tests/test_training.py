@@ -1,6 +1,7 @@
 """One loop trains every model, and one loop scores: AdamW as in the paper, and nothing silent."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,21 +16,37 @@ from model.io import DoesNotFit, NotFinite, made_from, save_tensors
 from model.lora import active, new_adapter, use
 from toss.config import TrainConfig
 from toss.loss import token_loss
-from toss.progress import Clock
-from toss.run import open_run
 from toss.scoring import score
-from toss.training import train, training_steps
+from toss.tokens import batches
+from toss.training import adamw, train, training_steps
+from toss.workbench.progress import Cost
+from toss.workbench.results import read_record
+from toss.workbench.run import open_run
+from toss.workbench.states import SavedState
 
 CONFIG = TrainConfig(lr=1e-2, batch_size=4, rank=2, alpha=4, targets="q_proj,v_proj,down_proj")
 
 
-def fit(model, tokens, objective=token_loss, start=None, **settings):
+def fit(model, tokens, objective=token_loss, optimizer=adamw, start=None, state=None, **settings):
     """The adapter, flat, and the events of training on every response token."""
-    events, weights = [], tokens.response.float()
-    config = replace(CONFIG, **settings)
-    adapter = train(model, tokens, weights, config, objective, start, events.append)
+    events = []
+    adapter = train(
+        model,
+        tokens,
+        tokens.response.float(),
+        replace(CONFIG, **settings),
+        objective=objective,
+        optimizer=optimizer,
+        start=start,
+        state=state,
+        on_step=events.append,
+    )
     assert active(model) is None  # the base is left alone
-    return torch.cat([t.flatten() for t in adapter.tensors()]), events
+    return flat(adapter), events
+
+
+def flat(adapter):
+    return torch.cat([tensor.flatten() for tensor in adapter.tensors()])
 
 
 def test_each_step_is_reported_with_the_rate_of_its_schedule(model, tokens):
@@ -38,8 +55,8 @@ def test_each_step_is_reported_with_the_rate_of_its_schedule(model, tokens):
         events = fit(model, tokens, schedule=schedule)[1]
         assert [event["lr"] for event in events] == pytest.approx(rates, rel=1e-5)
     assert [(event["step"], event["steps"]) for event in events] == [(n, 4) for n in range(1, 5)]
-    told = {"step", "steps", "loss", "grad_norm", "lr", "tokens", "work", "tokens_per_batch"}
-    assert events[0].keys() == told
+    assert events[0].keys() == {"step", "steps", "loss", "grad_norm", "lr", "tokens", "model"}
+    assert events[0]["model"] is model
     assert sum(event["tokens"] for event in events) == 2 * sum(tokens.lengths)
 
 
@@ -92,8 +109,12 @@ def test_scores_are_the_losses_of_a_plain_loop_in_any_batch(model, tokens):
     assert torch.allclose(losses[tokens.response], expected, atol=1e-5)
     for budget in (1, 100):
         events = []
-        assert torch.allclose(score(model, tokens, budget, events.append), losses, atol=1e-5)
-        assert sum(event["tokens"] for event in events) == sum(tokens.lengths)
+        again = score(model, tokens, budget, on_batch=events.append)
+        assert torch.allclose(again, losses, atol=1e-5)
+        finished = [event["step"] for event in events]
+        assert finished == sorted(set(finished)) and finished[-1] == sum(tokens.lengths)
+        expected_events = {"steps": sum(tokens.lengths), "unit": "token"}
+        assert all(event.items() >= expected_events.items() for event in events)
     assert not torch.allclose(score(use(model, None), tokens), losses, atol=1e-2)
 
 
@@ -116,7 +137,8 @@ def small_memory(model, places, error=torch.OutOfMemoryError("CUDA out of memory
 def test_scoring_halves_its_batches_when_memory_runs_out_and_gives_the_same(model, tokens):
     expected, events = score(model, tokens, 10_000), []
     sizes = small_memory(model, 150)
-    assert torch.allclose(score(model, tokens, 1000, events.append), expected, atol=1e-5)
+    again = score(model, tokens, 1000, on_batch=events.append)
+    assert torch.allclose(again, expected, atol=1e-5)
     assert max(sizes) <= 150 and len(sizes) < tokens.rows
     remarks = [event["remark"] for event in events if "remark" in event]
     assert "out of memory with 1000 tokens per batch; continuing with 500" in remarks[0]
@@ -131,10 +153,140 @@ def test_training_halves_its_micro_batches_and_makes_the_step_again(model, token
     assert len(remarks) == 2 and len(events) == 2 + 4  # 400, 200; and 100 for the other steps
 
 
-def test_a_resumed_training_takes_the_smaller_of_the_states_and_the_given_batches(model, tokens):
-    for state, given in ((4096, 64), (64, 4096)):
-        events = fit(model, tokens, start=lambda *_: (0, state), batch_tokens=given)[1]
-        assert {event["tokens_per_batch"] for event in events} == {64}
+class Interrupted(Exception):
+    pass
+
+
+class ThirdStep:
+    """For on_step and on_batch: ends the work in its third step, when two have been saved."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, event):
+        self.events.append(event)
+        if len(self.events) == 3:
+            raise Interrupted
+
+
+@pytest.fixture
+def state(tmp_path):
+    """Where the work is saved after every step."""
+    return SavedState(tmp_path / "states", "work", minutes=0, before_save=do_nothing)
+
+
+def do_nothing():
+    pass
+
+
+def sgd(parameters, config):
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9)
+
+
+@pytest.mark.parametrize("optimizer", [adamw, sgd])
+def test_an_interrupted_training_goes_on_and_ends_equal_to_the_bit(optimizer, model, tokens, state):
+    expected, events = fit(model, tokens, optimizer=optimizer)
+    weights = tokens.response.float()
+    with pytest.raises(Interrupted):
+        train(model, tokens, weights, CONFIG, optimizer=optimizer, state=state, on_step=ThirdStep())
+
+    again, later_events = fit(model, tokens, optimizer=optimizer, state=state)
+
+    assert torch.equal(again, expected)
+    assert later_events == [{"resumed": 2, "steps": 4}, *events[2:]]
+
+
+def test_another_optimizer_trains_as_it_does_alone(model, tokens):
+    ours, events = fit(model, tokens, optimizer=sgd, batch_size=8, lr=0.1)
+    assert events[-1]["loss"] < events[0]["loss"]
+    adapter = active(use(model, new_adapter(model, 2, 4, CONFIG.targets.split(","), 0)))
+    parameters = [parameter.requires_grad_() for parameter in adapter.tensors()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for _ in events:
+        optimizer.zero_grad()
+        losses = [losses_by_hand(model, tokens, row).sum() for row in range(8)]
+        loss = sum(losses) / tokens.response.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    expected = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    assert (ours - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_an_interrupted_scoring_goes_on_and_ends_equal_to_the_bit(model, tokens, state):
+    use(model, random_adapter(model))
+    events = []
+    expected = score(model, tokens, 100, on_batch=events.append)
+    with pytest.raises(Interrupted):
+        score(model, tokens, 100, state, ThirdStep())
+
+    later_events = []
+    again = score(model, tokens, 100, state, later_events.append)
+
+    assert torch.equal(again, expected)
+    done = events[1]["step"]
+    resumed = {"resumed": done, "steps": sum(tokens.lengths), "unit": "token"}
+    assert later_events == [resumed, *events[2:]] and len(events) > 3
+
+
+def test_an_objective_is_told_the_step_and_the_rows_of_its_batch(model, tokens):
+    seen = []
+
+    def objective(model, batch, weights):
+        seen.append((batch.step, batch.rows))
+        assert len(weights) == len(batch.targets) == len(batch.places)
+        assert tokens.row_of(batch.places).unique().tolist() == sorted(batch.rows)
+        return token_loss(model, batch, weights)
+
+    fit(model, tokens, objective, batch_tokens=100)
+    rows_of_step = {1: [], 2: [], 3: [], 4: []}
+    for step, rows in seen:
+        rows_of_step[step] += rows
+    expected = [sorted(rows) for rows in training_steps(tokens, CONFIG)]
+    assert [sorted(rows) for rows in rows_of_step.values()] == expected
+    assert len(seen) > 4  # several batches make a step
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_objective_may_look_at_the_base_and_training_is_unchanged(checkpointing, model, tokens):
+    model.gradient_checkpointing = checkpointing  # the backward pass runs the model again
+    expected, events = fit(model, tokens)
+    base_losses = []
+
+    def objective(model, batch, weights):
+        adapter = active(model)
+        loss = token_loss(model, batch, weights)
+        with torch.no_grad(), use(model, None):
+            assert active(model) is None
+            base_losses.append(float(token_loss(model, batch, weights)))
+        assert all(a is b for a, b in zip(active(model).tensors(), adapter.tensors()))
+        return loss
+
+    again, same_events = fit(model, tokens, objective)
+
+    assert torch.equal(again, expected) and same_events == events
+    base_loss = float(score(model, tokens).sum())
+    assert sum(base_losses) == pytest.approx(CONFIG.epochs * base_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("saved", "given"), [(4096, 64), (64, 4096)])
+def test_a_resumed_training_takes_the_smaller_of_the_saved_and_the_given_batches(
+    saved, given, model, tokens, state
+):
+    config = replace(CONFIG, batch_tokens=saved)
+    with pytest.raises(Interrupted):
+        train(model, tokens, tokens.response.float(), config, state=state, on_step=ThirdStep())
+    groups = []
+
+    def objective(model, batch, weights):
+        groups.append(batch.rows)
+        return token_loss(model, batch, weights)
+
+    fit(model, tokens, objective, state=state, batch_tokens=given)
+    expected = []
+    for rows in list(training_steps(tokens, CONFIG))[2:]:
+        expected += batches(rows, tokens.lengths, 64)
+    assert sorted(groups) == sorted(expected) and len(groups) > 2
 
 
 def test_a_single_row_that_does_not_fit_says_what_to_do_unless_it_is_unused(model, tokenizer):
@@ -151,9 +303,14 @@ def test_a_single_row_that_does_not_fit_says_what_to_do_unless_it_is_unused(mode
 
 def test_gradient_checkpointing_gives_the_same_and_keeps_less(model, tokens, trained):
     kept, adapters = [], []
+    sizes = []  # of what autograd keeps for the backward pass
+
+    def pack(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
     for model.gradient_checkpointing in (False, True):
-        sizes = []  # of what autograd keeps for the backward pass
-        pack = lambda tensor: (sizes.append(tensor.numel()), tensor)[1]
+        sizes.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             adapters.append(fit(model, tokens, epochs=1, start=random_adapter(model))[0])
         kept.append(sum(sizes))
@@ -168,7 +325,7 @@ def wide(tmp_path, monkeypatch):
     return make_base(tmp_path / "wide", hidden_size=products.SMALLEST)
 
 
-def test_products_are_onednns_in_train_and_score_alone(wide, model, tokens):
+def test_products_are_onednns_in_train_and_score_alone(wide, model, tokens, monkeypatch):
     large, before, seen = load_checkpoint(wide), products.chosen(), []
 
     def used(work):
@@ -179,22 +336,28 @@ def test_products_are_onednns_in_train_and_score_alone(wide, model, tokens):
 
     for one in (large, model):
         one.model.norm.register_forward_hook(lambda *_: seen.append(products.chosen()))
-    works = [lambda m: score(m, tokens), lambda m: fit(m, tokens, epochs=1)]
-    for work in works:
-        assert used(lambda: work(large)) == {products.ONEDNN}
-        assert used(lambda: work(model)) == {before}  # tiny
-    large.onednn = False
-    assert used(lambda: works[0](large)) == {before}
-    large.onednn = True
+
+    def scoring(one):
+        score(one, tokens)
+
+    def training(one):
+        fit(one, tokens, epochs=1)
+
+    for work in (scoring, training):
+        assert used(partial(work, large)) == {products.ONEDNN}
+        assert used(partial(work, model)) == {before}  # tiny
     with pytest.raises(ZeroDivisionError):
         fit(large, tokens, lambda *_: 1 / 0)
     assert products.chosen() == before
+    monkeypatch.setattr(products, "exact", lambda: False)
+    assert used(partial(scoring, large)) == {before}
 
 
 @pytest.mark.skipif(not products.exact(), reason="this CPU's oneDNN rounds to bfloat16")
-def test_onednn_changes_results_by_rounding_and_equally_each_time(wide, tokens):
+def test_onednn_changes_results_by_rounding_and_equally_each_time(wide, tokens, monkeypatch):
     model, found = load_checkpoint(wide), []
-    for model.onednn, model.gradient_checkpointing in ((0, 0), (1, 0), (1, 0), (1, 1)):
+    for onednn, model.gradient_checkpointing in ((0, 0), (1, 0), (1, 0), (1, 1)):
+        monkeypatch.setattr(products, "exact", partial(bool, onednn))
         adapter = fit(model, tokens, start=random_adapter(model), lr=1e-3)[0]
         found.append((adapter, score(model, tokens)))
     for default, fast in zip(found[0], found[1]):
@@ -228,17 +391,15 @@ def test_onednn_is_refused_where_it_rounds_to_bfloat16(monkeypatch):
 
 
 def test_a_script_says_once_that_products_are_onednns(wide, tmp_path, files, capsys):
-    line = f"train.py {sources(files, wide)}"
-    for flag, times in (("", 1), ("--no-onednn", 0)):
-        said_once = said(capsys, f"{line} --run {tmp_path / f'run{flag}'} {flag}")
-        assert said_once.count("oneDNN") == times
+    line = f"train.py {sources(files, wide)} --run {tmp_path / 'run'}"
+    assert said(capsys, line).count("oneDNN") == 1
 
 
 def test_an_overflow_ends_a_long_pass_early(model, tokens, monkeypatch):
     many, events = tokens.take([*range(8)] * 6), []
     model.model.embed_tokens.weight.data[many.input_ids[many.places([7])[-2]]] = torch.inf
-    fails("not finite", score, model, many, 1, events.append, error=NotFinite)
-    assert len(events) == 1 and events[0]["steps"] == 48
+    fails("not finite", score, model, many, 1, on_batch=events.append, error=NotFinite)
+    assert len(events) == 1 and events[0]["steps"] == 6 * sum(tokens.lengths)
 
 
 def test_a_loss_that_is_not_finite_names_the_row(model, tokens):
@@ -253,18 +414,20 @@ def test_a_loss_that_is_not_finite_names_the_row(model, tokens):
 
 
 def test_an_adapter_that_ends_in_infinities_is_an_error(model, tokens):
-    spoil = lambda event: active(model).tensors()[0].data.fill_(torch.inf)
-    given, config = tokens.response.float(), replace(CONFIG, epochs=1, batch_size=99)
+    def spoil(event):
+        active(event["model"]).tensors()[0].data.fill_(torch.inf)
+
+    weights, config = tokens.response.float(), replace(CONFIG, epochs=1, batch_size=99)
     words = "rows: the trained adapter is not finite; lower --lr"
-    fails(words, train, model, tokens, given, config, on_step=spoil)
+    fails(words, train, model, tokens, weights, config, on_step=spoil)
 
 
 def test_the_peak_memory_of_a_stage_is_its_own():
-    big = torch.ones(2**26)  # 256 MiB
-    peak = lambda: Clock(torch.device("cpu")).read()["peak_memory_gib"]
-    first = peak()
+    cpu, big = torch.device("cpu"), torch.ones(2**26)  # 256 MiB
+    first = Cost(cpu).read()["peak_memory_gib"]
     del big
-    assert peak() < first - 0.2 or not Path("/proc/self/clear_refs").exists()  # Linux alone can
+    second = Cost(cpu).read()["peak_memory_gib"]
+    assert second < first - 0.2 or not Path("/proc/self/clear_refs").exists()  # Linux alone can
 
 
 def test_training_that_diverges_leaves_what_was_there(trained, capsys):
@@ -298,14 +461,18 @@ def test_an_infinite_key_that_no_query_wants_shows_too(tmp_path, tokens):
         key = f"model.layers.{layer}.self_attn.{name}_proj.{part}"
         edit_tensors(folder / "model.safetensors", key, change)
 
+    def fill_slow_channels(tensor, value):
+        """The slowest pair of channels of each head of 8: its angles stay small over a row."""
+        slow = [channel for channel in range(len(tensor)) if channel % 8 in (3, 7)]
+        return tensor.index_fill(0, torch.tensor(slow), value)
+
     for name, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items():
+        zeros = torch.zeros(size)
         for layer in (0, 1):
-            edit(layer, name, "bias", lambda none: torch.zeros(size))
-    for name, size in {"q": -1e-4, "k": 6.2e4}.items():
-        for part, value in {"bias": size, "weight": 0.0}.items():
-            # The slowest pair of channels of each head of 8: its angles stay small over a row.
-            slow = lambda t: torch.tensor([c for c in range(len(t)) if c % 8 in (3, 7)])
-            edit(0, name, part, lambda t: t.index_fill(0, slow(t), value))
+            edit(layer, name, "bias", lambda none, zeros=zeros: zeros)
+    for name, bias in {"q": -1e-4, "k": 6.2e4}.items():
+        edit(0, name, "bias", partial(fill_slow_channels, value=bias))
+        edit(0, name, "weight", partial(fill_slow_channels, value=0.0))
     assert overflows(folder, tokens)
 
 
@@ -320,6 +487,7 @@ def test_an_overflow_in_float16_falls_back_with_a_warning(tmp_path, files, capsy
         losses[dtype] = load_file(scores)["loss_utility"]
     assert torch.allclose(losses["float16"], losses["float32"], rtol=1e-4)
     # As if these scores were in float16: a round of TOSS-Pro begins with it and falls back once.
-    save_tensors(load_file(scores), scores, {**made_from(scores), "dtype": "float16"})
+    record = read_record(scores)
+    save_tensors(load_file(scores), scores, {**record, "dtype": "float16"})
     assert said(capsys, f"select.py --run {run} --pro 1").count("scoring again in tf32") == 1
     assert made_from(run / "methods/toss-pro/round-1/scores.safetensors")["dtype"] == "tf32"

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import damage, edit_json, fails, read_jsonl, tree, write_jsonl
+from conftest import damage, edit_json, fails, read_jsonl, sources, tree, write_jsonl
 from helpers import call, refused, said, talk
 
 from model import load_tokenizer
-from model.io import read_json
+from model.io import InputError, read_json
 from toss.audit.command import cautions
-from toss.files import load_selection
-from toss.progress import Progress
-from toss.run import open_run
+from toss.workbench.files import load_selection
+from toss.workbench.progress import Bar
+from toss.workbench.results import read_record
+from toss.workbench.run import open_run
 
 
 @pytest.mark.parametrize("how", ["toss --discard 0.4", "sft", "sample --discard 0.2"])
@@ -87,41 +88,66 @@ def theirs(trained, tmp_path) -> Path:
 
 
 def test_references_from_elsewhere_score_alike(theirs, trained, base, files, tmp_path, capsys):
-    run = tmp_path / "new"
-    flags = " ".join(f"--{role}-adapter {theirs}/{role}" for role in ("degraded", "utility"))
-    line = f"score.py --run {run} --model {base} --custom {files['custom']} {flags}"
-    assert "dry run" in said(capsys, f"{line} --dry-run") and not run.exists()
-    said(capsys, line)
-    (_, ours), (_, new) = open_run(trained).scored(), open_run(run).scored()
-    assert all(torch.equal(ours[name], new[name]) for name in ours)
-    assert "--degraded-adapter" in read_json(run / "degraded/record.json")["inputs"]
-    assert said(capsys, line).count("inputs, skipped") == 3
-    shutil.move(theirs, tmp_path / "moved")
+    """A run is begun in a folder that holds nothing but them."""
+    run = Path(shutil.copytree(theirs, tmp_path / "new"))
+    line = f"score.py --run {run} --model {base} --custom {files['custom']}"
+    out = said(capsys, line)
+    for role in ("degraded", "utility"):
+        assert f"note: {run}/{role} has no record of how it was made" in out
+    _, ours = open_run(trained).scored()
+    _, new = open_run(run).scored()
+    for name in ours:
+        assert torch.equal(ours[name], new[name])
+    assert "degraded" in read_record(run / "scores.safetensors")["inputs"]
+    assert "scores.safetensors exists with equal settings and inputs, skipped" in said(capsys, line)
+    assert tree(run / "degraded") == tree(theirs / "degraded")
+
+
+def test_references_from_elsewhere_serve_every_later_stage(theirs, base, files, tmp_path, capsys):
+    run = Path(shutil.copytree(theirs, tmp_path / "new"))
+    assert call(f"score.py --run {run} --model {base} --custom {files['custom']}") == 0
     assert call(f"select.py --run {run}") == 0
     pro = f"select.py --run {run} --pro 1 --pro-samples 2"
     assert "--harmful must be given" in refused(capsys, pro)
     out = said(capsys, f"{pro} --harmful {files['harmful']}")
-    assert "made elsewhere: it is trained again with this command's settings" in out
-    other = f"score.py --run {run} --degraded-adapter {tmp_path}/moved/utility"
-    assert "--degraded-adapter" in refused(capsys, other)
-    assert "a dry run ends here" in said(capsys, f"{other} --overwrite --dry-run")
+    assert "theta^h has no record: it is trained again with this command's settings" in out
+    shutil.rmtree(run / "degraded")
+    shutil.copytree(theirs / "utility", run / "degraded")
+    again = f"select.py --run {run} --name again"
+    assert "scores.safetensors does not fit this run (changed: degraded)" in refused(capsys, again)
+    assert "degraded" in refused(capsys, f"score.py --run {run}")
+    assert call(f"score.py --run {run} --overwrite") == 0 and call(again) == 0
 
 
-def test_evaluate_and_diagnose_take_an_adapter_as_a_method(theirs, trained, files, tmp_path):
+def test_train_does_not_replace_a_reference_from_elsewhere(theirs, base, files, tmp_path, capsys):
+    run = Path(shutil.copytree(theirs, tmp_path / "new"))
+    before = tree(run)
+    error = refused(capsys, f"train.py --run {run} {sources(files, base)}")
+    assert f"{run}/degraded exists with other settings or inputs" in error
+    assert "it has no record" in error and tree(run) == before
+
+
+def test_evaluate_and_diagnose_take_an_adapter_as_a_method(
+    theirs, trained, files, tmp_path, capsys
+):
+    """A PEFT folder that lies where a method's model would."""
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "Do harm 77?", "response": "No."}])
-    flags = f"--run {trained} --adapter theirs={theirs}/utility"
-    evaluate = f"toss.audit.evaluate {flags} --harmful {asked} --max-new-tokens 3"
-    assert call(evaluate) == 0
+    shutil.copytree(theirs / "utility", trained / "methods/theirs/model")
+    out = said(capsys, f"toss.audit.evaluate --run {trained} --harmful {asked} --max-new-tokens 3")
+    assert f"note: {trained}/methods/theirs has no record of how it was made" in out
+    assert "note: theirs was made elsewhere; how it was trained is not known here" in out
     assert read_json(trained / "metrics.json").keys() == {"base", "theirs"}
-    assert not (trained / "methods/theirs").exists()
-    assert call(f"toss.audit.diagnose {flags} --rows {files['harmful']}") == 0
+    assert call(f"toss.audit.diagnose --run {trained} --rows {files['harmful']}") == 0
     assert "\ntheirs," in (trained / "diagnosis/kl.csv").read_text()
-    assert call(f"select.py --run {trained} --name theirs") == 0
-    assert call(evaluate) == 1  # two of this name
+    before = tree(trained / "methods/theirs")
+    error = refused(capsys, f"select.py --run {trained} --name theirs")
+    assert "it has no record" in error and tree(trained / "methods/theirs") == before
 
 
 def test_training_settings_come_from_the_first_method_then_from_the_references(trained, capsys):
-    lr = lambda method: read_json(trained / f"methods/{method}/record.json")["settings"]["lr"]
+    def lr(method):
+        return read_json(trained / f"methods/{method}/record.json")["settings"]["lr"]
+
     for name, flags in (("one", ""), ("two", "--lr 0.5"), ("three", "")):
         line = f"select.py --run {trained} --method sft --name {name} {flags}"
         whose = "degraded" if name == "one" else "methods/one"
@@ -133,17 +159,25 @@ def test_training_settings_come_from_the_first_method_then_from_the_references(t
 
 
 def test_what_forbids_a_conclusion_is_said():
-    stage = lambda **how: {"recipe": {"settings": {"lr": 0.1, "seed": 1, **how}}}
-    stages = {"methods/sft": stage(), "methods/toss": stage(lr=0.2)}
-    cell = lambda value: {"not_refused": {"value": value, "low": value - 0.1, "high": value + 0.1}}
+    def made(code="1", **settings):
+        settings = {"lr": 0.1, "seed": 1, **settings}
+        return {"settings": settings, "code": {"select.py": "0", "toss/loss.py": code}}
+
+    def cell(value):
+        return {"not_refused": {"value": value, "low": value - 0.1, "high": value + 0.1}}
+
     table = {"base": cell(0.2), "sft": cell(0.9), "toss": cell(0.1)}
+    (trained,) = cautions({"sft": made(), "toss": made(lr=0.2)}, table)
     how = "toss was trained otherwise than sft (lr 0.2, not 0.1)"
-    assert cautions(stages, table) == [f"warning: {how}: this is no comparison of the two methods"]
-    stages["methods/toss"] = stage()
-    assert cautions(stages, table) == []
-    (lost,) = cautions(stages, {**table, "sft": cell(0.35)})
+    assert trained == f"warning: {how}: this is no comparison of the two methods"
+    (code,) = cautions({"sft": made(), "toss": made(code="2")}, table)
+    how = "toss was made by other code than sft (toss/loss.py differ)"
+    assert code == f"warning: {how}: this is no comparison of the two methods"
+    records = {"sft": made(), "toss": made()}
+    assert cautions(records, table) == []
+    (lost,) = cautions(records, {**table, "sft": cell(0.35)})
     assert "did not clearly lose the base's safety (not_refused 0.35, base 0.20" in lost
-    (unknown,) = cautions(stages, {**table, "x": cell(0.1)})
+    (unknown,) = cautions(records, {**table, "x": cell(0.1)})
     assert "x was made elsewhere" in unknown
 
 
@@ -158,7 +192,8 @@ def test_what_moved_is_found_by_its_flags(name, trained, base, files, tmp_path, 
     run, base_now = shutil.move(trained, tmp_path / "elsewhere"), shutil.move(model, new)
     line = f"{name}.py --run {run}"
     assert "if it was moved, name it once" in refused(capsys, line)
-    assert "--custom says where it is now" in refused(capsys, f"{line} --model {base_now}")
+    error = refused(capsys, f"{line} --model {base_now}")
+    assert "file not found; give its new path with --custom" in error
     out = said(capsys, f"{line} --model {base_now} --custom {moved['custom']}")
     assert ("inputs, skipped" in out) == (name == "score")
     record, now = read_json(run / "run.json"), {"model": base_now, "custom": moved["custom"]}
@@ -166,12 +201,12 @@ def test_what_moved_is_found_by_its_flags(name, trained, base, files, tmp_path, 
     assert record["stages"].items() >= stages.items()
     assert "inputs, skipped" in said(capsys, line)
     pro = f"select.py --run {run} --pro 1 --pro-samples 1"
-    assert "--harmful says where it is now" in refused(capsys, pro)
+    assert "file not found; give its new path with --harmful" in refused(capsys, pro)
     said(capsys, f"{pro} --harmful {moved['harmful']}")
 
 
 PLANS = {
-    "train.py --rank 3": "utility: optimizer steps: 2 (rows: 5, epochs: 1)",
+    "train.py --rank 3": "degraded: optimizer steps: 2 (rows: 5, epochs: 1)",
     "score.py --base": "scores-utility: rows: 10, tokens: 530, the longest rows first",
     "select.py --pro 1": "toss-pro-round-1: optimizer steps: 2 (rows: 6, epochs: 1)",
     "select.py --merge": "toss: optimizer steps: 3 (rows: 10, epochs: 1)",
@@ -179,25 +214,35 @@ PLANS = {
 
 
 @pytest.mark.parametrize(("line", "plan"), PLANS.items())
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(line, plan, trained, capsys):
+def test_the_plan_is_printed_before_weights_are_loaded(line, plan, trained, monkeypatch, capsys):
+    """And before anything is written."""
+
+    def no_weights(*_, **__):
+        raise InputError("no weights today")
+
+    monkeypatch.setattr("toss.workbench.base.load_checkpoint", no_weights)
     before = tree(trained)
-    assert f"{plan}\n" in said(capsys, f"{line} --run {trained} --overwrite --dry-run")
+    assert call(f"{line} --run {trained} --overwrite") == 1
+    out, err = capsys.readouterr()
+    assert f"{plan}\n" in out and err == "error: no weights today\n"
     assert tree(trained) == before
 
 
-def test_without_a_terminal_the_time_left_is_told(trained, monkeypatch, capsys):
+def test_without_a_terminal_the_time_left_is_told(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    log = Progress("toss", torch.device("cpu"), trained, None, False)
+    bar = Bar("toss")
     for step in range(1, 100):
         now[0] = 10.0 * step
-        log({"step": step, "steps": 100, "tokens": 1})
+        bar.show({"step": step, "steps": 100})
     first, second, *others = capsys.readouterr().out.splitlines()
     assert first == "toss: step 1 of 100, 16.5 minutes left"
     assert second == "toss: step 4 of 100, 16.0 minutes left" and len(others) == 31
-    late = Progress("late", torch.device("cpu"), trained, None, False)
-    late.first, now[0] = None, now[0] + 10  # goes on, and this is the first step here
-    late({"step": 51, "steps": 60, "tokens": 1})
+    late = Bar("late")
+    late.show({"resumed": 50, "steps": 60})
+    assert capsys.readouterr().out == "late: goes on after step 50 of 60\n"
+    now[0] += 10
+    late.show({"step": 51, "steps": 60})
     assert capsys.readouterr().out == "late: step 51 of 60, 1.5 minutes left\n"
 
 
@@ -206,7 +251,10 @@ def test_template_kwargs_are_used_recorded_inherited_and_checked(base, files, tm
     text = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     thinking = "{{ 'think ' if enable_thinking else 'plain ' }}"
     (model / "chat_template.jinja").write_text(thinking + text)
-    prompt = lambda **more: load_tokenizer(model, template_kwargs=more).chat.render(talk("a"), True)
+
+    def prompt(**variables):
+        return load_tokenizer(model, template_kwargs=variables).chat.render(talk("a"), True)
+
     assert prompt().startswith("plain") and prompt(enable_thinking=True).startswith("think")
     fails("has no enable_thinkng", prompt, enable_thinkng=True)
     line, given = f"select.py --run {tmp_path}/run --method sft", '{"enable_thinking": true}'
