@@ -16,8 +16,9 @@ selection.safetensors and the adapter in model/; NAME is the method, toss-pro wi
 import sys
 
 if __name__ == "select":
-    # This file hides the standard library's `select` from every program that runs in this folder:
-    # subprocess and asyncio import it. They get the real module, found on the rest of the path.
+    # Nothing of TOSS: skip this block. This file hides the standard library's `select` from every
+    # program that runs in this folder: subprocess and asyncio import it. They get the real module,
+    # found on the rest of the path.
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
     from os.path import dirname, realpath
@@ -48,6 +49,17 @@ def main(argv=None):
     if args.pro and not args.pro_samples:  # the paper names no k: 6 % of the rows
         args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
 
+    def weights_of_added(D_cus, S, ranked, rows):
+        """What theta^h learns of the added rows: all response tokens, as in the paper.
+
+        With --pro-train top only those that are among the d riskiest.
+        """
+        w = D_cus.response.float()
+        if args.pro_train == "top":
+            risky = ranked[~select_tokens(S[ranked], args.discard)]
+            w = torch.zeros(len(S)).index_fill(0, risky, 1.0)
+        return w[D_cus.places(rows)]
+
     def finetune():
         # D^cus as it was scored, the losses L of its tokens, and the places of those that compete.
         D_cus, L = run.scored(needed=args.method not in UNSCORED)
@@ -65,7 +77,9 @@ def main(argv=None):
             name = f"{args.name}-round-{t + 1}"
             theta_h = run.train(name, D_h + D_cus.take(added), w_h, run.reference_config())
             L["degraded"] = run.score(f"{name}-scores", theta_h, D_cus)
-            rounds.append(Round([(row, int(ranked[i])) for row, i in riskiest], S, theta_h, {**L}))
+            tokens = [(row, int(ranked[i])) for row, i in riskiest]
+            losses = dict(L)  # L changes in the next round
+            rounds.append(Round(added=tokens, S=S, degraded=theta_h, losses=losses))
 
         # The loss mask: which response tokens are learnt. A discarded one stays in the input.
         in_loss = D_cus.response.clone()
@@ -82,17 +96,6 @@ def main(argv=None):
         w = in_loss.float()
         theta = run.train(args.name, D_cus, w, config)
         return D_cus, {"keep": in_loss, "score": S}, theta, rounds
-
-    def weights_of_added(D_cus, S, ranked, rows):
-        """What theta^h learns of the added rows: all response tokens, as in the paper.
-
-        With --pro-train top only those that are among the d riskiest.
-        """
-        w = D_cus.response.float()
-        if args.pro_train == "top":
-            risky = ranked[~select_tokens(S[ranked], args.discard)]
-            w = torch.zeros(len(S)).index_fill(0, risky, 1.0)
-        return w[D_cus.places(rows)]
 
     run.make(f"methods/{args.name}", finetune, inputs_of(args), settings_of(args, config))
     if args.merge:

@@ -21,7 +21,7 @@ def main(argv=None):
     inputs = {"harmful": "harmful reference set D^h", "utility": "utility reference set D^u"}
     parser = flags.script_parser("train.py", __doc__, **inputs)
     flags.add_training_flags(parser)
-    args = flags.parse(parser, argv)
+    args = flags.parse(parser, argv, references=True)
 
     from toss.workbench.run import Run  # after parsing: torch takes a while to import
 

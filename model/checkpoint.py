@@ -25,7 +25,7 @@ from model.io import (
     writing,
 )
 from model.lora import active
-from model.sharding import keep_up, read, spread
+from model.sharding import dummy_pass, read, spread
 from model.transformer import Transformer
 
 
@@ -143,7 +143,7 @@ def load_checkpoint(
     model.requires_grad_(False).eval()
     if shard:  # makes the tensors that blocks are gathered into: inference mode's cannot train
         with torch.inference_mode(False), torch.no_grad():
-            keep_up(model)
+            dummy_pass(model)
     return model
 
 

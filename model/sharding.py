@@ -68,17 +68,17 @@ def read(tensors, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return tensor, bool(finite)
 
 
-def in_step(model: nn.Module, groups: list) -> Iterator:
+def with_dummy_passes(model: nn.Module, groups: list) -> Iterator:
     """A step's batches; if the base is spread, then empty passes until all had equally many."""
     passes = torch.tensor(len(groups))
     if model.sharded:
         dist.all_reduce(passes, dist.ReduceOp.MAX)
     yield from groups
     for _ in range(int(passes) - len(groups)):
-        keep_up(model)
+        dummy_pass(model)
 
 
-def keep_up(model: nn.Module) -> None:
+def dummy_pass(model: nn.Module) -> None:
     """If the base is spread, run a token through it for the others' sake, in training also back."""
     if model.sharded:
         token = torch.zeros(1, dtype=torch.int64, device=model.device)

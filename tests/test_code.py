@@ -101,7 +101,7 @@ def test_comments_docstrings_layout_and_a_new_method_change_nothing(project, tra
     for line in ("train.py", "score.py", "select.py --method local"):
         out = said(capsys, f"{line} --run {trained}")
         assert "skipped" in out and "other code" not in out, line
-    edit(project, "toss/methods.py", "order = S.argsort(", "order = (2 * S).argsort(")  # of local
+    edit(project, "toss/methods.py", "select_tokens(S_of_row,", "select_tokens(2 * S_of_row,")
     out = said(capsys, f"select.py --method local --run {trained}")
     assert "other code (different: toss/methods.py:local)" in out
 

@@ -294,7 +294,7 @@ def settings(line: str):
     parser = flags.script_parser(name, "", harmful="", utility="", custom="")
     parser.add_argument("--discard", type=float, default=0.1)
     flags.add_training_flags(parser)
-    return flags.parse(parser, argv)
+    return flags.parse(parser, argv, references=name == "train.py")
 
 
 def test_the_defaults_are_the_papers(tmp_path):

@@ -88,11 +88,8 @@ def first_5(c: Candidates) -> Choice:
 def local(c: Candidates) -> Choice:
     """The highest floor(d |y_i|) of each row by itself: by the rounding, less than d in all."""
     S = c.S()
-    order = S.argsort(descending=True, stable=True)
-    order = order[c.row[order].argsort(stable=True)]  # by row, riskiest first within a row
-    count = (c.d * c.sizes[c.row].double() + 1e-9).floor()
-    keep = c.position() >= count
-    return keep[order.argsort()], S
+    keep = [select_tokens(S_of_row, c.d) for S_of_row in S.split(c.sizes.tolist())]
+    return torch.cat(keep), S
 
 
 def degraded_only(c: Candidates) -> Choice:

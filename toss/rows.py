@@ -60,9 +60,12 @@ def row_of(raw: dict, where: str, responses: bool = True) -> Row:
         messages = messages_of(present, responses)
         row = Row(messages, where, harmful_spans(present, messages))
         for key in ("source", "answer"):
-            text = note(present.get(key), checked=key in present and not responses)
-            if text is not None:
-                setattr(row, key, text)
+            if key in present:
+                text = note(present[key])
+                if text is None and not responses:
+                    raise InputError("`source` and `answer` must be whole texts or numbers")
+                if text is not None:
+                    setattr(row, key, text)
         return row
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
@@ -73,9 +76,8 @@ def row_of(raw: dict, where: str, responses: bool = True) -> Row:
 def messages_of(raw: dict, responses: bool) -> list[dict[str, str]]:
     """The conversation of a row, checked. Raises InputError."""
     messages = [message(role, text) for role, text in conversation(raw, responses)]
-    # With a prompt or an instruction alone, what is missing is the response.
-    promising = responses and ("prompt" in raw or "instruction" in raw)
-    if not messages and not promising:
+    only_a_prompt = responses and ("prompt" in raw or "instruction" in raw)
+    if not messages and not only_a_prompt:
         raise InputError(f"no turns in any of the known forms ({FORMS}), but {list(raw)}")
 
     replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
@@ -103,15 +105,11 @@ def harmful_spans(raw: dict, messages: list[dict[str, str]]) -> list[list[int]]:
     return spans
 
 
-def note(value: Any, checked: bool) -> str | None:
-    """A `source` or `answer` as text. For another kind of value None, or if `checked` an error."""
-    if type(value) in (str, int, float):
-        text = str(value)
-        if not SURROGATE.search(text) or not checked:
-            return text
-    if checked:
-        raise InputError("`source` and `answer` must be whole texts or numbers")
-    return None
+def note(value: Any) -> str | None:
+    """A `source` or `answer` as text; None if it is of another kind, or no whole text."""
+    if type(value) not in (str, int, float) or SURROGATE.search(str(value)):
+        return None
+    return str(value)
 
 
 def message(role: str, text: str | list) -> dict[str, str]:

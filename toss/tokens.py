@@ -107,9 +107,11 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
             # A row that is too long ends with its last response token: what follows is of no use.
             end = len(ids)
             if end > max_length:
-                fitting = response[:max_length].nonzero()[0]
-                end = int(fitting.max(initial=-1)) + 1
-                cut += end > 0
+                fitting = np.flatnonzero(response[:max_length])
+                end = 0
+                if len(fitting) > 0:
+                    end = int(fitting[-1]) + 1
+                    cut += 1
             parts.append((ids[:end], response[:end], harmful[:end]))
 
     if incomplete:
@@ -238,9 +240,12 @@ def batches(rows: Iterable[int], lengths: list[int], budget: int) -> list[list[i
     Padding inside attention counts. Longest first: running out of memory shows at once.
     """
     groups = []
+    group: list[int] = []
     for row in sorted(rows, key=lambda row: -lengths[row]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if not groups or (len(groups[-1]) + 1) * longest > budget:
-            groups.append([])
-        groups[-1].append(row)
+        if group and (len(group) + 1) * lengths[group[0]] > budget:
+            groups.append(group)
+            group = []
+        group.append(row)
+    if group:
+        groups.append(group)
     return groups

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from model.io import InputError
 from model.lora import Adapter, active, new_adapter, use
 from model.products import fast
-from model.sharding import in_step
+from model.sharding import with_dummy_passes
 from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_loss
@@ -51,10 +51,11 @@ def train(
 
     weights: float32 [N], w over the flat arrays; only response tokens count. objective: takes the
     place of the sum, see loss.token_loss. optimizer: makes it; what its state_dict() holds is saved
-    and brought back. start: an adapter to continue from. state: where the work is saved, and from
-    where an interrupted call goes on. on_step gets {"step", "steps", "loss", "grad_norm", "lr",
-    "tokens", "model"} after each step, {"resumed", "steps"} before the first one if earlier work is
-    taken over, and {"remark": text} when batches are halved.
+    and brought back. start: an adapter to continue from.
+    state: where the work of this call, and of no other, is saved and taken up again. on_step gets
+    {"step", "steps", "loss", "grad_norm", "lr", "tokens", "model"} after each step,
+    {"resumed", "steps"} before the first one if work is taken up, and {"remark": text} when batches
+    are halved.
     Raises InputError naming the row when a loss is not finite, DoesNotFit for a row too long.
     """
     # The adapter, fresh or a copy, on the model, and its optimizer.
@@ -64,6 +65,9 @@ def train(
     adapter = active(use(model, deepcopy(start)))  # on the model's device
     parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
     updates = optimizer(parameters, config)
+
+    for group in updates.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # a group may have a rate of its own
 
     # What an interrupted call has saved.
     finished = 0
@@ -83,9 +87,9 @@ def train(
     for step, rows in enumerate(training_steps(tokens, config), start=1):
         if step <= finished:
             continue
-        lr = config.lr * decay(config.schedule, (step - 1) / steps)
+        factor = decay(config.schedule, (step - 1) / steps)
         for group in updates.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["initial_lr"] * factor
 
         loss = None
         while loss is None:
@@ -98,7 +102,8 @@ def train(
             raise InputError(f"{place}; lower --lr, or use --dtype float32")
         updates.step()
 
-        event = {"step": step, "steps": steps, "loss": loss, "grad_norm": norm, "lr": lr}
+        event = {"step": step, "steps": steps, "loss": loss, "grad_norm": norm}
+        event["lr"] = config.lr * factor
         event["tokens"] = sum(tokens.lengths[row] for row in rows)
         event["model"] = model
         on_step(event)
@@ -167,7 +172,7 @@ class Gradient:
         count = int(self.tokens.response[self.tokens.places(rows)].sum())  # sum_i |y_i|
         total = torch.zeros((), device=self.model.device)
         groups = batches(self.own_rows(rows), self.tokens.lengths, budget)
-        for group in in_step(self.model, groups):
+        for group in with_dummy_passes(self.model, groups):
             batch = collate(self.tokens, group, self.wanted, self.model.device, step)
             loss = self.objective(self.model, batch, self.weights[batch.places]) / count
             loss.backward()
@@ -189,9 +194,7 @@ class Gradient:
     def find_bad_row(self, rows: list[int]) -> str:
         """Find the row whose loss or gradient is not finite, by running rows one at a time."""
         for row in rows:
-            loss = attempt(self.model, self.compute, [row], 0, 1)
-            if loss is None:  # too little memory now
-                continue
+            loss = self.compute([row], step=0, budget=1)
             finite = [bool(parameter.grad.isfinite().all()) for parameter in self.parameters]
             if not math.isfinite(loss) or not all(finite):
                 return f"the loss or its gradient is not finite on row {row} (counted from 0)"

@@ -7,7 +7,6 @@ references were trained, select.py as the first method, else as demo.json has it
 
 import argparse
 import ctypes
-import difflib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ DEMO = ROOT / "data" / "demo.json"
 TRAINING = tuple(f.name for f in fields(TrainConfig) if f.metadata)
 # What a command has where it has no such flag.
 DEFAULTS = {
-    **dict.fromkeys((*INHERITED, "mask", "device", "threads", "batch_tokens")),
+    **dict.fromkeys((*INHERITED, "mask", "threads", "batch_tokens")),
     "max_length": 2048,
     "device": "auto",
     "dtype": "auto",
@@ -71,15 +70,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if self.source:
             raise InputError(f"{self.source}: {message}")
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].split("=")[0]
-        similar = difflib.get_close_matches(unknown, flags, 1)
-        if similar:
-            message += f"; did you mean {similar[0]}?"
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def typed(self, argv: list[str] | None) -> dict[str, Any]:
-        """The flags that are on the command line, and their values."""
+        """The flags that are on the command line, and their values.
+
+        argparse fills in no default where the namespace has a value already.
+        """
         unset = object()
         blank = Namespace(**{action.dest: unset for action in self._actions})
         values = vars(self.parse_args(argv, blank))
@@ -202,34 +199,34 @@ def add_training_flags(parser: Parser) -> None:
 # Values
 
 
-def parse(parser: Parser, argv: list[str] | None = None) -> Namespace:
+def parse(parser: Parser, argv: list[str] | None = None, references: bool = False) -> Namespace:
     """The settings in force: the command line's, and for omitted flags see above.
 
-    Prints what comes from the run. Raises InputError when a flag contradicts what the run was begun
-    with, or when inputs are missing.
+    references: the command begins runs, and trains as the references were trained. Prints what
+    comes from the run. Raises InputError when a flag contradicts what the run was begun with, or
+    when inputs are missing.
     """
     typed = parser.typed(argv)
-    training = parser.prog == "train.py"
     file = Path(typed.get("run", "runs/demo")) / "run.json"
     inputs = [name for name in INPUTS if name in typed]
-    missing = [f"--{name}" for name in INPUTS[:3] if name not in typed]
-    if training and inputs and missing:
+    missing = [f"--{name}" for name in ("model", "harmful", "utility") if name not in typed]
+    if references and inputs and missing:
         need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
         raise InputError(f"{need}, but not: {' and '.join(missing)}")
 
     # With all its inputs and --overwrite, train.py begins the run anew.
-    begun_anew = training and bool(inputs) and "overwrite" in typed
+    begun_anew = references and bool(inputs) and "overwrite" in typed
     content = read_run(file, must_be_whole=not inputs)
     if begun_anew:
         content = {}
     runfile = RunFile(file, content)
     demo = not inputs and content.get("demo", True)
     inherited = from_run(runfile, typed, demo)
-    source, settings = trained_before(runfile, training, demo)
+    source, settings = trained_before(runfile, references, demo)
 
     values = dict(DEFAULTS)
     if demo:
-        values |= demo_values(training)
+        values |= demo_values(references)
     values |= inherited | settings
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
@@ -272,16 +269,16 @@ def from_run(runfile: RunFile, typed: dict, demo: bool) -> dict[str, Any]:
     return inherited
 
 
-def trained_before(runfile: RunFile, training: bool, demo: bool) -> tuple[str, dict[str, Any]]:
+def trained_before(runfile: RunFile, references: bool, demo: bool) -> tuple[str, dict[str, Any]]:
     """Where omitted training settings come from, in words, and those that a run has.
 
     train.py takes the references' own. select.py takes those of the first method, so that methods
     can be compared; where there is none, outside the demo, those of the references.
     """
     candidates = []
-    if not training:
+    if not references:
         candidates += [s for s in runfile.section("stages") if s.startswith("methods/")]
-    if training or not demo:
+    if references or not demo:
         candidates += ["degraded", "utility"]
     for stage in candidates:
         settings = runfile.section("stages", stage, "recipe", "settings")
@@ -300,11 +297,11 @@ def as_typed(source: Path, values: dict[str, Any]) -> dict[str, Any]:
     return parser.typed(words)
 
 
-def demo_values(training: bool) -> dict[str, Any]:
+def demo_values(references: bool) -> dict[str, Any]:
     """data/demo.json's settings: its inputs, and those of reference or final training."""
     demo = read_json(DEMO)
     inputs = {name: str(ROOT / demo[name]) for name in INPUTS}
-    stage = demo["reference" if training else "finetune"]
+    stage = demo["reference" if references else "finetune"]
     return {**inputs, "discard": demo["discard"], "base": True, **stage}
 
 

@@ -20,7 +20,7 @@ from toss.workbench.base import Base
 from toss.workbench.files import fingerprint, load_selection, read_scores
 from toss.workbench.flags import TRAINING, as_typed
 from toss.workbench.results import Hashes, differences, read_record
-from toss.workbench.runfile import INPUTS, RunFile
+from toss.workbench.runfile import RunFile
 
 REFERENCES = ("degraded", "utility")
 
@@ -57,7 +57,7 @@ class Folder(Base):
     def source(self, key: str) -> Path:
         """The file behind an input: a flag ("--custom"), or what an earlier result is read from."""
         if key.startswith("--"):
-            return Path(getattr(self.args, key[2:], None) or key)
+            return Path(getattr(self.args, key.removeprefix("--"), None) or "")
         path = self.path(key)
         if key == "scores":
             return path
@@ -67,13 +67,13 @@ class Folder(Base):
 
     def input_hash(self, key: str) -> str:
         """The hash of an input: of earlier results and masks, their tensors alone."""
-        if key[2:] in INPUTS and getattr(self.args, key[2:]) is None:
-            raise InputError(f"{key} must be given: {self.folder} was begun without it")
         file = self.source(key)
-        if key.startswith("--") and not file.exists():
+        is_flag = key.startswith("--")
+        if is_flag and file == Path():
+            raise InputError(f"{key} must be given: {self.folder} was begun without it")
+        if is_flag and not file.exists():
             raise InputError(f"{file}: file not found; give its new path with {key}")
-        tensors = not key.startswith("--") or key == "--mask"
-        return self.hashes.of_input(file, tensors)
+        return self.hashes.of_input(file, tensors=not is_flag or key == "--mask")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -81,9 +81,10 @@ class Folder(Base):
 
         By hashes, so that a base may move.
         """
+        tokenizer = self.tokenizer  # settles template and date
         return {
             "base_sha256": base_hash(self.checkpoint, self.hashes.of_input),
-            "tokenizer_sha256": self.tokenizer.fingerprint(),
+            "tokenizer_sha256": tokenizer.fingerprint(),
             "template": self.args.template,
             "max_length": self.args.max_length,
             "date": self.args.date,
@@ -98,7 +99,7 @@ class Folder(Base):
         """Raise InputError if the run was begun with another base or prompt form."""
         identity = self.identity
         recorded = self.begun_with(identity)
-        differing = differences({**identity, **recorded}, identity)
+        differing = differences(recorded, identity) if recorded else []
         if differing:
             what = f"another base or prompt form ({'; '.join(differing)})"
             advice = "give the flags that decide it as then, or another --run"
@@ -127,10 +128,10 @@ class Folder(Base):
         path = self.path(stage)
         if not self.source(stage).exists():
             raise InputError(f"{self.source(stage)} does not exist: {self.advice(stage, 'first')}")
-        try:
-            record = read_record(path)
-        except InputError as error:
-            raise InputError(f"{error}: {self.advice(stage, 'again')}") from None
+        record, problem = results.inspect(path, self.hashes)
+        if problem:
+            advice = self.advice(stage, "again")
+            raise InputError(f"{path} is damaged or incomplete ({problem}): {advice}")
         if not record and stage != "scores":
             self.check_role(stage)
             self.print_once(f"note: {path} has no record of how it was made")
@@ -140,11 +141,6 @@ class Folder(Base):
             raise InputError(f"{path} has no record of how it was made: {advice}")
         if record.get("stage") != stage:
             raise InputError(f"{path} holds the result of another stage: {record.get('stage')}")
-        problem = results.damage(path, record, self.hashes)
-        if problem:
-            advice = self.advice(stage, "again")
-            raise InputError(f"{path} is damaged or incomplete ({problem}): {advice}")
-
         changed = [key for key in self.changed_inputs(record) if only is None or key in only]
         identity = self.identity
         changed += [key for key in identity if record.get(key) != identity[key]]

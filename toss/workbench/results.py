@@ -22,6 +22,7 @@ from typing import Any
 from model.io import InputError, existing_file, file_hash, made_from, read_json, tensors_hash
 
 RECORD = "record.json"
+TENSORS = "tensors of "  # before a path: only the tensors of a file count
 Record = dict[str, Any]
 
 
@@ -102,6 +103,15 @@ def damage(path: Path, record: Record, hashes: "Hashes") -> str:
     return ""
 
 
+def inspect(path: Path, hashes: "Hashes") -> tuple[Record, str]:
+    """The record of a result, {} if it has none or it cannot be read, and what is wrong with it."""
+    try:
+        record = read_record(path)
+    except InputError as error:
+        return {}, str(error)
+    return record, damage(path, record, hashes)
+
+
 class Hashes:
     """The sha256 of files, remembered for as long as nothing has touched them.
 
@@ -110,8 +120,7 @@ class Hashes:
 
     def __init__(self, known: dict[str, list]):
         self.known = known
-        self.inputs: dict[str, str] = {}  # what was first found of each input
-        self.by_tensors: set[str] = set()  # those of which only the tensors count
+        self.inputs: dict[str, str] = {}  # what was first found of each input, by its key
 
     def of(self, path: Path, tensors: bool = False) -> str:
         """The hash of a file's bytes, or of its tensors alone: then how they were made is left out.
@@ -119,7 +128,7 @@ class Hashes:
         Raises InputError for a file that is not there, or whose own digest does not fit.
         """
         path = existing_file(path.absolute())
-        key = f"tensors of {path}" if tensors else str(path)
+        key = TENSORS + str(path) if tensors else str(path)
         stat = path.stat()
         state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         known = self.known.get(key)
@@ -131,17 +140,15 @@ class Hashes:
     def of_input(self, path: Path, tensors: bool = False) -> str:
         """The same of an input; InputError if it is not what it was when first asked for."""
         value = self.of(path, tensors)
-        name = str(path.absolute())
-        if tensors:
-            self.by_tensors.add(name)
-        if self.inputs.setdefault(name, value) != value:
+        key = TENSORS + str(path.absolute()) if tensors else str(path.absolute())
+        if self.inputs.setdefault(key, value) != value:
             raise InputError(f"{path} was changed while the command ran: run it again")
         return value
 
     def check_inputs(self) -> None:
         """Raise InputError if an input is not what it was when first asked for."""
-        for name in self.inputs:
-            self.of_input(Path(name), name in self.by_tensors)
+        for key in list(self.inputs):
+            self.of_input(Path(key.removeprefix(TENSORS)), key.startswith(TENSORS))
 
 
 # Making a result
@@ -165,10 +172,10 @@ def judge(
     stage = recipe["stage"]
     if not path.exists():
         return Verdict(True)
-    try:
-        record = read_record(path)
-    except InputError as error:
-        return Verdict(True, [f"{stage}: {path} is damaged ({error}), so it is made again"])
+    record, problem = inspect(path, hashes)
+    remake = f"{stage}: {path} is damaged or incomplete ({problem}), so it is made again"
+    if problem and not record:
+        return Verdict(True, [remake])
 
     differing = differences(record, recipe)
     if differing and not overwrite:
@@ -179,10 +186,8 @@ def judge(
         )
     if differing:
         return Verdict(True)
-    problem = damage(path, record, hashes)
     if problem:
-        line = f"{stage}: {path} is damaged or incomplete ({problem}), so it is made again"
-        return Verdict(True, [line])
+        return Verdict(True, [remake])
 
     changed = ", ".join(other_code(record, code))
     remark = f"{path} was made by other code (different: {changed})"
@@ -196,11 +201,10 @@ def judge(
 
 def is_equal(path: Path, recipe: Record, hashes: Hashes) -> bool:
     """True if a result of this recipe is there, and whole."""
-    try:
-        record = read_record(path) if path.exists() else {}
-    except InputError:
+    if not path.exists():
         return False
-    return not differences(record, recipe) and not damage(path, record, hashes)
+    record, problem = inspect(path, hashes)
+    return not problem and not differences(record, recipe)
 
 
 @contextmanager
@@ -208,7 +212,9 @@ def held(folder: Path, root: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder, `root` or below it, while a result is made: one process at a time.
 
     The system lets it go when the process dies, so there is nothing to clean up. Folders that are
-    empty in the end are removed. Raises InputError if another process holds it, or waits for it.
+    empty in the end are removed, so that a refused command leaves nothing. So the folder that was
+    opened may be gone when it is locked; then it is made again. Raises InputError if another
+    process holds it, or waits for it.
     """
     new_root = not root.exists()
     handle = None

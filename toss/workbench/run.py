@@ -25,10 +25,10 @@ from toss.training import train
 from toss.workbench import code, files, results
 from toss.workbench.files import Round
 from toss.workbench.flags import Parser, add_run_flags, parse
-from toss.workbench.folder import Folder
+from toss.workbench.folder import REFERENCES, Folder
 from toss.workbench.progress import Progress, describe_cost, total_cost
 from toss.workbench.results import held, read_record
-from toss.workbench.runfile import FORM, INPUTS, as_listed, used_inputs
+from toss.workbench.runfile import FORM, INPUTS, as_listed
 from toss.workbench.states import SavedState
 
 
@@ -53,10 +53,10 @@ class Run(Folder):
     ) -> None:
         """Make a result, unless it exists already. Raises InputError if a different one does.
 
-        inputs: flags of files, the rows first, and earlier results. build() returns what is to be
-        written: an Adapter; tokens and their losses; or tokens, a selection {"keep": bool [N],
-        "score": float [N] or None}, an Adapter and the rounds of TOSS-Pro. code_parts: what
-        computes it (default: the script's; see code.py).
+        inputs: flags of files, and earlier results. build() returns what is to be written: of a
+        reference an Adapter; of the scores the tokens and their losses; of a method the tokens, a
+        selection {"keep": bool [N], "score": float [N] or None}, an Adapter and the rounds of
+        TOSS-Pro. code_parts: what computes it (default: the script's; see code.py).
         """
         self.check_identity()
         for key in inputs:
@@ -67,29 +67,32 @@ class Run(Folder):
         recipe = self.recipe(stage, inputs, settings)
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
         path = self.path(stage)
-        asked = (path, recipe, digests, self.args.overwrite, self.hashes)
         states = self.folder / ".state" / stage.replace("/", "-")
         self.state_folder = states / results.text_hash([recipe, digests])[:16]
 
-        verdict = results.judge(*asked)
+        def look() -> results.Verdict:
+            return results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
+
+        verdict = look()
         for line in verdict.lines:
             print(line)
         if not verdict.make:
             self.follow(recipe)
-            if (
-                rank() == 0 and states.parent.exists()
-            ):  # a process may have died before it cleaned up
+            # A process may have died after it published the result, before it cleaned up.
+            left_over = rank() == 0 and states.parent.exists()
+            if left_over:
                 with suppress(InputError), self.holding(states):
                     results.clean_up(path, self.state_folder)
             return
+
         with self.holding(states):
-            if not results.judge(*asked).make:
+            if not look().make:
                 raise InputError(f"{path} was made by another process meanwhile: run it again")
             result = self.build(build)
-            self.recipe(stage, inputs, settings)  # raises if an input was changed meanwhile
+            self.hashes.check_inputs()
             if rank() == 0:
                 self.publish(stage, result, {**recipe, "code": digests})
-                results.clean_up(path, states)
+                results.clean_up(path, states)  # those of other recipes too
         meet()  # nobody looks for the result before it is there
 
     @contextmanager
@@ -118,9 +121,9 @@ class Run(Folder):
     ) -> Adapter:
         """toss.training.train from the base, told, logged and saved under this name."""
         part = self.part(name, tokens, config)
-        base = self.base("train")
-        state = self.state(part)
-        return train(base, tokens, weights, config, state=state, on_step=part.report, **options)
+        state = self.state(part, self.dtypes["train"])
+        options |= {"state": state, "on_step": part.report}
+        return train(self.base("train"), tokens, weights, config, **options)
 
     def score(self, name: str, adapter: Adapter | str | None, tokens: Tokens) -> Tensor:
         """toss.scoring.score of the base with an adapter, told and saved under this name.
@@ -130,8 +133,9 @@ class Run(Folder):
         part = self.part(name, tokens)
         if isinstance(adapter, str):
             adapter = self.adapter(adapter)
+        state = self.state(part, self.dtypes["score"])
         model = use(self.base("score"), adapter)
-        return score(model, tokens, self.args.batch_tokens, self.state(part), part.report)
+        return score(model, tokens, self.args.batch_tokens, state, part.report)
 
     def part(self, name: str, tokens: Tokens, config: TrainConfig | None = None) -> Progress:
         """A part of the stage at work; prints what will be done."""
@@ -139,11 +143,9 @@ class Run(Folder):
         self.parts[name] = Progress(name, self.device, tokens, config, log)
         return self.parts[name]
 
-    def state(self, part: Progress) -> SavedState:
-        """Where a part of the stage at work is saved."""
-        name = (
-            f"{part.name}-{self.loaded}"  # after an overflow, scoring begins anew in another dtype
-        )
+    def state(self, part: Progress, dtype: str) -> SavedState:
+        """Where a part of the stage at work is saved. After an overflow it begins anew in TF32."""
+        name = f"{part.name}-{dtype}"
         part.state = SavedState(self.state_folder, name, self.args.save_every, self.begin)
         return part.state
 
@@ -152,21 +154,12 @@ class Run(Folder):
     def publish(self, stage: str, result: Any, record: dict[str, Any]) -> None:
         """Write a result, put it into its place, and say so."""
         path = self.path(stage)
-        lines = []
-        if isinstance(result, Adapter):
-            with whole_folder(path) as folder:
-                files.write_reference(folder, result, self.model, record)
+        if stage in REFERENCES:
+            lines = self.write_reference(path, result, record)
         elif stage == "scores":
-            record["dtype"] = self.dtypes["score"]
-            with whole_file(path) as file:
-                files.write_scores(file, *result, record)
-            lines = files.describe_scores(*result)
-            if record["dtype"] != "float32":
-                command = f"python -m toss.audit.noise --run {self.folder}"
-                lines.append(f"scored in {record['dtype']}; for the rounding noise of S: {command}")
+            lines = self.write_scores(path, *result, record)
         else:
-            with whole_folder(path) as folder:
-                lines = self.write_method(folder, *result, record)
+            lines = self.write_method(path, *result, record)
         cost = total_cost(self.parts)
         self.note(record, cost)
         print(f"{stage}: wrote {path}")
@@ -174,9 +167,28 @@ class Run(Folder):
         for line in lines:
             print(f"{stage}: {line}")
 
+    def write_reference(self, path: Path, adapter: Adapter, record: dict[str, Any]) -> list[str]:
+        """Write theta^h or theta^u; returns the closing lines."""
+        with whole_folder(path) as folder:
+            files.write_reference(folder, adapter, self.model, record)
+        return []
+
+    def write_scores(
+        self, path: Path, tokens: Tokens, losses: dict[str, Tensor], record: dict[str, Any]
+    ) -> list[str]:
+        """Write the scores; returns the closing lines."""
+        dtype = self.dtypes["score"]
+        with whole_file(path) as file:
+            files.write_scores(file, tokens, losses, {**record, "dtype": dtype})
+        lines = files.describe_scores(tokens, losses)
+        if dtype != "float32":
+            command = f"python -m toss.audit.noise --run {self.folder}"
+            lines.append(f"scored in {dtype}; for the rounding noise of S: {command}")
+        return lines
+
     def write_method(
         self,
-        folder: Path,
+        path: Path,
         tokens: Tokens,
         selection: dict[str, Tensor | None],
         adapter: Adapter,
@@ -184,27 +196,35 @@ class Run(Folder):
         record: dict[str, Any],
     ) -> list[str]:
         """Write a method, with the rounds of TOSS-Pro; returns the closing lines."""
-        lines = []
-        for t, pro_round in enumerate(rounds, start=1):
-            rows = [row for row, _ in pro_round.added]
-            lines.append(f"TOSS-Pro round {t}: {len(rows)} rows added to D^h")
-            of_round = self.recipe(f"round-{t}", ["--custom", "--harmful"], {"added_rows": rows})
-            of_round |= {"code": record["code"], "dtype": self.dtypes["score"]}
-            place = folder / f"round-{t}"
-            files.write_added(place / "added.jsonl", pro_round, tokens, self.tokenizer)
-            files.write_reference(place / "degraded", pro_round.degraded, self.model, of_round)
-            files.write_scores(place / "scores.safetensors", tokens, pro_round.losses, of_round)
-
         keep_eos = record["settings"].get("keep_eos")
         ranked = len(competing_tokens(tokens, self.tokenizer.eos_id if keep_eos else None))
         if self.args.mask:
             ranked = read_record(Path(self.args.mask)).get("ranked", ranked)
-        discarded = int((tokens.response & ~selection["keep"]).sum())
-        record = {**record, "discarded": discarded, "ranked": ranked}
-        record["tokens_sha256"] = files.fingerprint(tokens)
-        files.write_method(folder, selection, adapter, self.model, record)
-        lost = f"{files.lost_rows(tokens, selection['keep'])} rows lost all their tokens"
+        keep = selection["keep"]
+        discarded = int((tokens.response & ~keep).sum())
+        facts = {"discarded": discarded, "ranked": ranked}
+        facts["tokens_sha256"] = files.fingerprint(tokens)
+        with whole_folder(path) as folder:
+            for t, pro_round in enumerate(rounds, start=1):
+                self.write_round(folder / f"round-{t}", t, pro_round, tokens, record["code"])
+            files.write_method(folder, selection, adapter, self.model, {**record, **facts})
+
+        lines = []
+        for t, pro_round in enumerate(rounds, start=1):
+            lines.append(f"TOSS-Pro round {t}: {len(pro_round.added)} rows added to D^h")
+        lost = f"{files.lost_rows(tokens, keep)} rows lost all their tokens"
         return [*lines, f"{discarded} of {ranked} response tokens discarded, {lost}"]
+
+    def write_round(
+        self, folder: Path, t: int, pro_round: Round, tokens: Tokens, digests: dict[str, str]
+    ) -> None:
+        """Write a round of TOSS-Pro, with records of its own."""
+        rows = [row for row, _ in pro_round.added]
+        record = self.recipe(f"round-{t}", ["--custom", "--harmful"], {"added_rows": rows})
+        record |= {"code": digests, "dtype": self.dtypes["score"]}
+        files.write_added(folder / "added.jsonl", pro_round, tokens, self.tokenizer)
+        files.write_reference(folder / "degraded", pro_round.degraded, self.model, record)
+        files.write_scores(folder / "scores.safetensors", tokens, pro_round.losses, record)
 
     def merge(self, stage: str) -> None:
         """Write the merged checkpoint of a method, in process 0.
@@ -234,11 +254,21 @@ class Run(Folder):
 
     def note(self, recipe: dict[str, Any] | None = None, cost: dict | None = None) -> None:
         """Write run.json: what later commands inherit, and what is reported of a stage."""
-        names = (*INPUTS, "revision", *FORM)
-        settings = {name: getattr(self.args, name) for name in names}
         inputs = {**self.runfile.section("inputs"), **self.hashes.inputs}
         facts = {"demo": self.args.demo, "inputs": inputs, "hashes": self.hashes.known}
+        settings = self.inherited(recipe)
         self.runfile.update(settings, facts, recipe, cost or {}, self.args.begun_anew)
+
+    def inherited(self, recipe: dict[str, Any] | None) -> dict[str, Any]:
+        """What later commands inherit: the prompt form; the inputs of a stage, and new ones."""
+        settings = {name: getattr(self.args, name) for name in ("revision", *FORM)}
+        known = self.runfile.section("settings")
+        for name in INPUTS:
+            value = getattr(self.args, name)
+            used = name == "model" or not recipe or f"--{name}" in recipe["inputs"]
+            if value is not None and (used or name not in known):
+                settings[name] = value
+        return settings
 
     def begin(self) -> None:
         """Before a state is saved: it is of the inputs that its folder names, and run.json exists.
@@ -253,14 +283,13 @@ class Run(Folder):
         """Let run.json follow a skipped stage that it does not know, or whose input was moved."""
         if rank() > 0:
             return
-        settings = self.runfile.section("settings")
-        names = used_inputs(recipe)
-        moved = [name for name in names if getattr(self.args, name) != settings.get(name)]
-        known = dict(self.runfile.section("stages", recipe["stage"]))
-        if known.pop("recipe", None) != as_listed(recipe):
+        entry = self.runfile.section("stages", recipe["stage"])
+        cost = {name: value for name, value in entry.items() if name != "recipe"}
+        moved = not self.inherited(recipe).items() <= self.runfile.section("settings").items()
+        if entry.get("recipe") != as_listed(recipe):
             self.note(recipe)  # a process died before it wrote the cost
         elif moved:
-            self.note(recipe, cost=known)
+            self.note(recipe, cost)
 
 
 def open_run(folder: str | Path, **settings: Any) -> Run:

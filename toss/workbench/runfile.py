@@ -1,6 +1,7 @@
-"""run.json: what later commands inherit of a run, and what is only reported. It decides nothing.
+"""run.json: it fills in omitted flags, remembers hashes of files, and reports costs.
 
-If it is lost or damaged, give inputs and settings again.
+What a result is, its own record says. If run.json is lost or damaged, give inputs and settings
+again.
 """
 
 import json
@@ -48,22 +49,20 @@ class RunFile:
     ) -> None:
         """Write it, with what other processes have added meanwhile.
 
-        settings: what was inherited or given now; of inputs that the stage does not use, only those
-        that are not known yet. facts: replace others at the top. recipe, cost: of a stage.
+        settings: what was inherited or given now. facts: replace others at the top. recipe, cost:
+        of a stage.
         """
         folder = self.file.parent
         with held(folder, folder, wait=True):
             self.content = read_run(self.file, must_be_whole=False)
             known = {} if begun_anew else self.section("settings")
-            used = used_inputs(recipe)
-            for name, value in settings.items():
-                if name not in INPUTS or value is not None and (name in used or name not in known):
-                    known[name] = value
-            commit = git_commit()
-            self.content |= {"format": FORMAT, "settings": known, "commit": commit, **facts}
-            self.content["versions"] = {
-                "python": platform.python_version(),
-                "torch": version("torch"),
+            versions = {"python": platform.python_version(), "torch": version("torch")}
+            self.content |= {
+                "format": FORMAT,
+                "settings": {**known, **settings},
+                "commit": git_commit(),
+                "versions": versions,
+                **facts,
             }
             stages = self.content.setdefault("stages", {})
             if recipe:
@@ -91,12 +90,6 @@ def read_run(file: Path, must_be_whole: bool = True) -> dict[str, Any]:
 def as_listed(recipe: dict[str, Any]) -> dict[str, Any]:
     """The part of a recipe that stands in run.json."""
     return {name: recipe[name] for name in ("stage", "settings", "inputs")}
-
-
-def used_inputs(recipe: dict[str, Any] | None) -> list[str]:
-    """The inputs that a stage is made from, by their names in a run's settings."""
-    flags = [] if recipe is None else recipe["inputs"]
-    return ["model", *(name for name in INPUTS if f"--{name}" in flags)]
 
 
 def git_commit() -> str | None:

@@ -51,6 +51,11 @@ class SavedState:
         self.earlier_seconds = values.pop("seconds")
         return values
 
+    def remove(self) -> None:
+        """Forget what was saved, when the work is done."""
+        for file in self.folder.glob(f"{self.name}-*.pt"):
+            file.unlink()
+
     def is_due(self, last: bool) -> bool:
         """True if it is time to save, or if this is the last step."""
         return last or time.monotonic() - self.last_save >= 60 * self.minutes
