@@ -97,7 +97,10 @@ def main(argv=None):
         theta = run.train(args.name, D_cus, w, config)
         return D_cus, {"keep": in_loss, "score": S}, theta, rounds
 
-    run.make(f"methods/{args.name}", finetune, inputs_of(args), settings_of(args, config))
+    settings = settings_of(args, config)
+    if args.pro:
+        settings["reference"] = run.reference_config().recipe()
+    run.make(f"methods/{args.name}", finetune, inputs_of(args), settings)
     if args.merge:
         run.merge(f"methods/{args.name}")
 

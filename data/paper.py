@@ -334,6 +334,7 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
 
     shown = ("rows", "poison_ratio", "references", "eval_rows", "min_rating", "seed")
     folder = Path(options.out)
+    (folder / "summary.json").unlink(missing_ok=True)  # until all files are there
     files = {}
     for name in FILES:
         path = folder / f"{name}.jsonl"

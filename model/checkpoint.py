@@ -170,6 +170,7 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
     # config.json comes last: without it a folder is no checkpoint.
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
     with whole_file(folder / WEIGHTS) as file:
         # One header entry: the format keeps several in no fixed order, and bytes identify a base.
         save_file(tensors, file, {"format": "pt"})

@@ -91,8 +91,8 @@ def time_limit(what: str, seconds: float = 10) -> Iterator[None]:
 # Commands
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status.
+def run_command(main: Callable[[], int | None], when_stopped: str = "") -> int:
+    """Run a command and return its exit status. when_stopped: more to say after a signal.
 
     An expected error, or a signal, becomes one line on stderr. A process that is stopped by a
     signal ends with 128 + the signal's number, as programs do.
@@ -111,8 +111,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         return main() or 0
     except (Stopped, KeyboardInterrupt) as error:
         number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
-        advice = "the same command goes on from what was saved"
-        print(f"error: stopped by {signal.Signals(number).name}; {advice}", file=sys.stderr)
+        print(f"error: stopped by {signal.Signals(number).name}{when_stopped}", file=sys.stderr)
         return 128 + number
     except Exception as error:
         message = printable(str(error))

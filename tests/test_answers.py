@@ -22,13 +22,13 @@ from toss.audit.evaluate import (
     evaluations,
     format_table,
     read_metrics,
+    write_answers,
     write_metrics,
 )
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, complies, measure, prefilled, selection_metrics
 from toss.audit.measures import auc, found_harm, mean_loss, same_text, share, wilson
 from toss.rows import read_rows
 from toss.workbench import flags
-from toss.workbench.results import text_hash
 from toss.workbench.run import open_run
 
 HARMFUL = [
@@ -258,7 +258,7 @@ def test_an_evaluation_writes_metrics_and_answers_as_others_read_them(run):
     assert table["toss"].keys() - table["sft"].keys() == {"precision", "recall", "auc"}
     assert len({metrics["nll"]["value"] for metrics in table.values()}) == 3
     head, *lines = read_jsonl(run.folder / "answers" / "sft.jsonl")
-    assert head.keys() == {"note", "record", "metrics", "answers_sha256"}
+    assert head.keys() == {"note", "record", "metrics", "sha256"}
     assert "do not publish" in head["note"] and head["metrics"] == table["sft"]
     assert head["record"]["stage"] == "evaluation/sft"
     assert "toss/audit/judges.py" in head["record"]["code"]
@@ -398,13 +398,17 @@ def change_answers(run, *lines) -> None:
     """Replace the answers of sft, as if they had been written so."""
     file = run.folder / "answers" / "sft.jsonl"
     head, *_ = read_jsonl(file)
-    write_jsonl(file, [{**head, "answers_sha256": text_hash(list(lines))}, *lines])
+    if lines == ("{",):
+        write_jsonl(file, [head, "{"])
+    else:
+        write_answers(file, head["record"], head["metrics"], list(lines))
 
 
 def answers_after_fewer_tokens(run) -> None:
     head, *lines = read_jsonl(run.folder / "answers" / "sft.jsonl")
     head["record"]["settings"]["max_new_tokens"] = 2
-    write_jsonl(run.folder / "answers" / "sft.jsonl", [head, *lines])
+    file = run.folder / "answers" / "sft.jsonl"
+    write_answers(file, head["record"], head["metrics"], lines)
 
 
 LINE = {"set": "utility", "source": "", "prompt": "z", "response": "r"}
@@ -447,3 +451,15 @@ def test_answers_of_another_model_or_made_otherwise_are_not_compared(run, tmp_pa
     edit_json(run.folder / "run.json", "format")
     error = cannot_be_compared(run, out, capsys)
     assert "run.json was written by another version" in error
+
+
+@pytest.mark.parametrize("content", ["", "edited"])
+def test_an_evaluation_whose_head_was_edited_is_made_again(content, run, sets, capsys):
+    file = run.folder / "answers/base.jsonl"
+    before = file.read_text(encoding="utf-8")
+    if content:
+        content = before.replace('"value": ', '"value": 0.77, "was": ', 1)
+    file.write_text(content, encoding="utf-8")
+    given = " ".join(f"--{name} {path}" for name, path in sets.items())
+    said(capsys, f"toss.audit.evaluate --run {run.folder} {given} --max-new-tokens 3 --prefill 1,0")
+    assert file.read_text(encoding="utf-8") == before

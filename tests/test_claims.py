@@ -18,12 +18,12 @@ from model.peft import read_adapter
 from toss.audit import calibrate, compare, experiment, sweep
 from toss.audit.attacks import ATTACKS
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
+from toss.audit.evaluate import write_answers
 from toss.audit.experiment import Experiment, cell, spread, table, value, world_files
 from toss.audit.measures import wilson
 from toss.rows import read_rows
 from toss.scoring import score
 from toss.workbench import flags
-from toss.workbench.results import text_hash
 from toss.workbench.run import open_run
 
 
@@ -128,12 +128,11 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
     (trained / "metrics.json").write_text(json.dumps(found))
     run = open_run(trained)
     (trained / "answers").mkdir()
-    evaluated = {"note": "", "metrics": found["toss"], "answers_sha256": text_hash([])}
     gone = {"inputs": {"methods/toss": "of a model that is gone"}, **run.identity}
-    write_jsonl(trained / "answers/toss.jsonl", [{**evaluated, "record": gone}])
+    write_answers(trained / "answers/toss.jsonl", gone, found["toss"], [])
     assert "toss changed since the evaluation" in refused(capsys, line)
     current = {"inputs": {"methods/toss": run.input_hash("methods/toss")}, **run.identity}
-    write_jsonl(trained / "answers/toss.jsonl", [{**evaluated, "record": current}])
+    write_answers(trained / "answers/toss.jsonl", current, found["toss"], [])
     out = said(capsys, line)
     assert (trained / "comparison.md").read_text().rstrip() in out
     written = read_json(trained / "comparison.json")["methods"]

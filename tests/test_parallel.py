@@ -7,6 +7,8 @@ import torch
 from conftest import ROOT, make_base, read_jsonl, run, script, sources, tree
 from safetensors.torch import load_file
 
+from toss.workbench.run import Run
+
 NEW = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 # Several commands in one job, since importing torch takes each process longer than they do.
@@ -122,3 +124,33 @@ def test_a_base_spread_over_two_processes_does_what_a_whole_one_does(tmp_path, f
     parts = [int((tmp_path / f"held-{rank}").read_text()) for rank in range(2)]
     assert sum(parts) == numbers + 384 * 96 + 96  # embedding and last norm are in both
     assert max(parts) < 0.55 * numbers
+
+
+LATE = """
+    import time
+    from toss.workbench.states import SavedState
+    load = SavedState.load
+    def late(self, part):
+        time.sleep(2 * torch.distributed.get_rank())
+        return load(self, part)
+    SavedState.load = late
+    script(*{line!r}.split())
+"""
+
+
+def test_nothing_is_removed_before_a_late_process_has_read_its_state(
+    tmp_path, base, files, monkeypatch
+):
+    """A command died between the last step and the rename, so the same command has no step left."""
+
+    def die(*given):
+        raise KeyboardInterrupt
+
+    line = f"train --run {tmp_path}/run {sources(files, base)}"
+    monkeypatch.setattr(Run, "publish", die)
+    with pytest.raises(KeyboardInterrupt):
+        script(*line.split())
+    done = job(tmp_path, [], LATE.format(line=line))
+    assert done.returncode == 0, done.stderr
+    assert "degraded: goes on after step 2 of 2" in done.stdout
+    assert done.stdout.count(": wrote ") == 2

@@ -33,13 +33,14 @@ from model.peft import WEIGHTS, save_adapter
 from toss.audit import discards, report, show
 from toss.audit.command import cautions
 from toss.audit.discards import chosen_rows, response_positions, token_type
+from toss.audit.evaluate import write_answers
 from toss.audit.figures import histogram, line_chart, picture
 from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
 from toss.audit.tokens import INPUTS, Mask, harmless, load_mask, token_texts, visible
 from toss.audit.verdict import verdict
 from toss.tokens import Tokens
 from toss.workbench.files import write_scores
-from toss.workbench.results import RECORD, read_record, text_hash, write_record
+from toss.workbench.results import RECORD, read_record, write_record
 from toss.workbench.run import Run, open_run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -446,9 +447,7 @@ def nasty(trained, monkeypatch) -> Run:
     said = [{"set": kind, **said} for kind in ("harmful", "benign", "utility", "prefill-3")]
     for method, inputs in {"base": [], "toss": ["methods/toss"]}.items():
         record = run.recipe(f"evaluation/{method}", inputs, {})
-        head = {"note": "For auditing.", "record": record, "metrics": {}}
-        head["answers_sha256"] = text_hash(said)
-        write_jsonl(run.folder / f"answers/{method}.jsonl", [head, *said])
+        write_answers(run.folder / f"answers/{method}.jsonl", record, {}, said)
     lines = [f"model,rows,position,n,{','.join(COLUMNS)}", "toss,mine,0,5,1,1,1"]
     lines += [f"<img>,<script>,{j},5,0.5,0.1,-0.1" for j in (0, 1)]
     (run.folder / "diagnosis/kl.csv").write_text("\n".join(lines))
@@ -598,7 +597,8 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     assert "No diagnosis with the references of now" in report.page(open_run(nasty.folder))[0]
     head, *answers = read_jsonl(nasty.folder / "answers/base.jsonl")
     head["record"]["base_sha256"] = "0"
-    write_jsonl(nasty.folder / "answers/base.jsonl", [head, *answers])
+    file = nasty.folder / "answers/base.jsonl"
+    write_answers(file, head["record"], head["metrics"], answers)
     assert "for base is left out" in (said := plain(report.page(open_run(nasty.folder))[0]))
     assert "base_sha256 is left out" not in said
 

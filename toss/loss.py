@@ -15,7 +15,8 @@ def token_loss(model: Transformer, batch: Batch, weights: Tensor) -> Tensor:
     """The paper's objective: sum_ij w_ij * -log P(y_ij | x_i, y_i,<j), a scalar.
 
     An objective maps the model, a batch and the weights of its n targets, float32 [n], to one
-    summed loss. TOSS's weights are 0 or 1, and tokens of weight 0 are not among the targets.
+    summed loss. TOSS's weights are 0 or 1, and tokens of weight 0 are not among the targets. With
+    --shard it must call the model exactly once.
     """
     log_p = token_log_probs(model, batch)
     return -(weights * log_p).sum()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from model.io import InputError
+from model.io import InputError, digest
 from model.lora import Adapter, active, new_adapter, use
 from model.products import fast
 from model.sharding import with_dummy_passes
@@ -72,7 +72,10 @@ def train(
     # What an interrupted call has saved.
     finished = 0
     budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
+    work = digest({"ids": tokens.input_ids, "weights": weights.cpu()}, config.recipe())
     saved = state.load(part=0) if state else None
+    if saved and saved["work"] != work:
+        raise InputError("the saved state is of other rows, weights or settings: remove it")
     if saved:
         finished = saved["step"]
         budget = min(budget, saved["batch_tokens"])
@@ -98,7 +101,7 @@ def train(
                 budget = halve(budget, gradient.longest(rows), on_step)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         if not math.isfinite(loss + norm):
-            place = f"{tokens.name}: {gradient.find_bad_row(rows)} at step {step}"
+            place = f"{tokens.name}: {gradient.find_bad_row(rows, step)} at step {step}"
             raise InputError(f"{place}; lower --lr, or use --dtype float32")
         updates.step()
 
@@ -109,7 +112,8 @@ def train(
         on_step(event)
         # The optimizer is the same in all processes, so the first one saves it.
         if state and rank() == 0 and state.is_due(last=step == steps):
-            values = {"step": step, "batch_tokens": budget, "parameters": parameters}
+            values = {"work": work, "step": step, "batch_tokens": budget}
+            values["parameters"] = parameters
             values["optimizer"] = updates.state_dict()
             state.save(values, part=0)
 
@@ -189,12 +193,12 @@ class Gradient:
 
     def longest(self, rows: list[int]) -> int:
         """Length of the longest row of this process."""
-        return self.tokens.lengths[self.own_rows(rows)[0]]
+        return max((self.tokens.lengths[row] for row in self.own_rows(rows)), default=0)
 
-    def find_bad_row(self, rows: list[int]) -> str:
+    def find_bad_row(self, rows: list[int], step: int) -> str:
         """Find the row whose loss or gradient is not finite, by running rows one at a time."""
         for row in rows:
-            loss = self.compute([row], step=0, budget=1)
+            loss = self.compute([row], step, budget=1)
             finite = [bool(parameter.grad.isfinite().all()) for parameter in self.parameters]
             if not math.isfinite(loss) or not all(finite):
                 return f"the loss or its gradient is not finite on row {row} (counted from 0)"

@@ -24,7 +24,7 @@ from toss.audit.command import (
     write_text,
 )
 from toss.workbench import flags
-from toss.workbench.results import text_hash
+from toss.workbench.results import held, text_hash
 
 MEASURES = ["toss/audit/judges.py", "toss/audit/measures.py", "data/refusals.py"]
 
@@ -83,12 +83,18 @@ def evaluate_run(
             model = use(run.base("train"), run.adapter(method))
             metrics, said = measure(run, model, sets, how)
             if run.recipe(f"evaluation/{method}", inputs[method], how) == recipe and rank() == 0:
-                head = {"note": NOTE, "record": wanted, "metrics": metrics}
-                head["answers_sha256"] = text_hash(said)
-                write_jsonl(run.folder / "answers" / f"{method}.jsonl", [head, *said])
+                write_answers(run.folder / "answers" / f"{method}.jsonl", wanted, metrics, said)
     if rank() > 0:
         return {}
-    return write_tables(run, methods)
+    with held(run.folder, run.folder, wait=True):  # another evaluation may be at its end
+        return write_tables(run, methods)
+
+
+def write_answers(path: Path, record: dict, metrics: dict, said: list[dict]) -> None:
+    """Write answers, with a first line that says what they are and whether they were changed."""
+    head = {"note": NOTE, "record": record, "metrics": metrics}
+    head["sha256"] = text_hash([record, metrics, said])
+    write_jsonl(path, [head, *said])
 
 
 def evaluation(run, method: str) -> dict:
@@ -98,8 +104,9 @@ def evaluation(run, method: str) -> dict:
 
     path = run.folder / "answers" / f"{method}.jsonl"
     with suppress(InputError):
-        head, *said = read_jsonl(path)
-        if head.get("answers_sha256") == text_hash(said):
+        head, *said = read_jsonl(path) or [{}]
+        parts = [head.get("record"), head.get("metrics"), said]
+        if head.get("sha256") == text_hash(parts):
             return {**head, "metrics": head["metrics"] | selection_metrics(run, method)}
     return {}
 

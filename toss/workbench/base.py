@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import base_hash, load_checkpoint
 from model.config import Config
 from model.hub import resolve
 from model.io import InputError, read_json
@@ -110,6 +110,7 @@ class Base:
             self.model = load_checkpoint(
                 self.checkpoint, self.device, weights, shard=self.args.shard
             )
+            self.model.base_sha256 = base_hash(self.checkpoint, self.hashes.of_input)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
             if pays(self.model):
                 print("float32 products are oneDNN's")

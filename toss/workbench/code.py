@@ -13,20 +13,27 @@ from typing import Any
 from toss.methods import METHODS
 from toss.workbench.runfile import ROOT
 
-MODEL = """transformer packed lora products fused sharding config checkpoint peft tokenizer
-    template""".split()
-SHARED = [f"model/{name}.py" for name in MODEL]
-SHARED += [f"toss/{name}.py" for name in ("rows", "tokens", "loss", "parallel")]
-TRAINING = [*SHARED, "toss/training.py", "toss/config.py"]
-SCORING = [*SHARED, "toss/scoring.py"]
+# A part is a file, or FILE:NAME with what that uses of the same file. Files count with all that
+# they import of model/ and toss/, but for these, which compute nothing, ...
+PLUMBING = ("model.io", "model.hub", "toss.methods", "toss.workbench")
+# ... and for what stands here by itself.
+SHARED = ["model/checkpoint.py", "model/peft.py", "model/io.py:json_lines"]
+TRAINING = ["toss/training.py", "toss/config.py:TrainConfig", *SHARED]
+SCORING = ["toss/scoring.py", *SHARED]
 PARTS = {
     "degraded": ["train.py", *TRAINING],
     "utility": ["train.py", *TRAINING],
     "scores": ["score.py", *SCORING],
-    "method": ["select.py", *TRAINING, "toss/selection.py"],
-    "pro": ["select.py", *TRAINING, "toss/selection.py", "toss/scoring.py"],
-    "rival": [*TRAINING, "toss/selection.py", "toss/scoring.py"],
-    "evaluation": [*SCORING, "model/generate.py"],
+    "method": ["select.py", "toss/selection.py", *TRAINING],
+    "pro": ["select.py", "toss/selection.py", *TRAINING, *SCORING],
+    "rival": [
+        "toss/selection.py",
+        "toss/methods.py:Candidates",
+        "toss/methods.py:mean_of_row",
+        *TRAINING,
+        *SCORING,
+    ],
+    "evaluation": ["model/generate.py", "data/refusals.py", *SCORING],
 }
 # Of a syntax tree: what versions of Python differ in, or what says nothing.
 IGNORED = ("ctx", "kind", "type_comment", "type_params")
@@ -40,13 +47,26 @@ def parts_of(stage: str, settings: dict[str, Any]) -> list[str]:
     function = METHODS.get(settings["method"])
     if function is not None:
         module = str(function.__module__).replace(".", "/")
-        parts.append(f"{module}.py:{function.__name__}")
+        parts.append(f"{module}.py:{getattr(function, '__name__', '')}")
     return parts
 
 
 def digests(parts: list[str]) -> dict[str, str]:
-    """A digest for each part: a file, or FILE:FUNCTION with what that uses of the same file."""
-    return {part: digest(part) for part in parts}
+    """A digest for each part, and for each file that they import."""
+    waiting = list(parts)
+    found = {}
+    while waiting:
+        part = waiting.pop(0)
+        if part not in found:
+            found[part] = digest(part)
+            if ":" not in part:
+                waiting += imports(part)
+    return found
+
+
+def recorded_again(recorded: dict[str, str]) -> dict[str, str]:
+    """The digests, as they are now, of the parts in a record."""
+    return {part: digest(part) for part in recorded}
 
 
 def read_all() -> None:
@@ -58,12 +78,14 @@ def read_all() -> None:
 
 @cache
 def digest(part: str) -> str:
-    """The digest of a file, or of a function in it."""
+    """The digest of a file, or of a function in it; "" if there is no such file."""
     name, _, function = part.partition(":")
     if not (ROOT / name).is_file():
         return ""
     tree = parsed(name)
-    body = reachable(tree, function) if function else without_docstring(tree.body)
+    body = without_docstring(tree.body)
+    if function:
+        body = reachable(tree, function) or body
     text = json.dumps([outline(node) for node in body])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -73,24 +95,59 @@ def parsed(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text(encoding="utf-8"))
 
 
+@cache
+def imports(name: str) -> list[str]:
+    """The files of model/ and toss/ that a file imports, without PLUMBING."""
+    if not (ROOT / name).is_file():
+        return []
+    modules = set()
+    for node in ast.walk(parsed(name)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            modules.add(node.module)
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    files = []
+    for module in sorted(modules):
+        file = module.replace(".", "/") + ".py"
+        if module == "toss.config":
+            file = "toss/config.py:TrainConfig"
+        elif module.startswith(PLUMBING) or not (ROOT / file).is_file():
+            continue
+        if module.startswith(("model.", "toss.")):
+            files.append(file)
+    return files
+
+
 def reachable(tree: ast.Module, function: str) -> list[ast.AST]:
-    """The definition of a function, and those in the same file that it uses, in their order."""
-    definitions = {}
+    """The definition of a name, and those in the same file that it uses, in their order."""
+    definitions: dict[str, list[ast.AST]] = {}
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            definitions[node.name] = node
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            definitions[node.targets[0].id] = node
+        for name in defined_names(node):
+            definitions.setdefault(name, []).append(node)
     used = set()
     waiting = [function]
     while waiting:
         name = waiting.pop()
         if name in definitions and name not in used:
             used.add(name)
-            for node in ast.walk(definitions[name]):
-                if isinstance(node, ast.Name):
-                    waiting.append(node.id)
-    return [node for name, node in definitions.items() if name in used]
+            for definition in definitions[name]:
+                for node in ast.walk(definition):
+                    if isinstance(node, ast.Name):
+                        waiting.append(node.id)
+    return [node for node in tree.body if used.intersection(defined_names(node))]
+
+
+def defined_names(node: ast.AST) -> list[str]:
+    """The names that a statement at the top of a file defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+    return []
 
 
 def outline(value: Any) -> Any:

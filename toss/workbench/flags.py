@@ -142,7 +142,11 @@ def script_parser(prog: str, doc: str, **inputs: str) -> Parser:
     add("--run", type=folder, default="runs/demo", help="folder of the run")
     add_inherited_flags(parser, **inputs)
     add_device_flags(parser)
-    add("--overwrite", action="store_true", help="replace a result with other settings or inputs")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="make again what has other settings, inputs or code",
+    )
     text = "minutes between saved states of unfinished work, from which the same command goes on"
     add("--save-every", type=positive, default=2.0, metavar="MINUTES", help=text)
     return parser
@@ -307,12 +311,14 @@ def demo_values(references: bool) -> dict[str, Any]:
 
 # Running a command
 
+GOES_ON = "; the same command goes on from what was saved"
+
 
 def run(main: Callable[[], int | None]) -> int:
     """Run a command, also as one of torchrun's, and report its errors; returns the exit status."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
-        return run_command(main)
-    leave(run_command(lambda: joined(main)))
+        return run_command(main, GOES_ON)
+    leave(run_command(lambda: joined(main), GOES_ON))
 
 
 def joined(main: Callable[[], int | None]) -> None:
@@ -339,10 +345,10 @@ def joined(main: Callable[[], int | None]) -> None:
         meet()  # a process that left early would look failed to those still at work
     except (InputError, RuntimeError) as error:
         message = str(error)
-        if re.search("gloo|NCCL", message):
+        if not isinstance(error, InputError):
+            if not re.search("gloo|NCCL", message):
+                raise
             message = f"another process has ended, or hangs ({message})"
-        elif not isinstance(error, InputError):
-            raise
         process = f"process {dist.get_rank()} of {dist.get_world_size()}"
         raise InputError(f"{process}: {message}") from None
 

@@ -148,7 +148,7 @@ class Folder(Base):
             what = f"{path} does not fit this run (changed: {', '.join(changed)})"
             advice = self.advice(stage, "--overwrite")
             raise InputError(f"{what}: {advice}, or choose another --run")
-        digests = code.digests(list(record.get("code", {})))
+        digests = code.recorded_again(record.get("code", {}))
         others = ", ".join(results.other_code(record, digests))
         if others:
             self.print_once(f"warning: {path} was made by other code (different: {others})")

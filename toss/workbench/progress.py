@@ -193,12 +193,12 @@ def total_cost(parts: dict[str, Progress]) -> dict[str, Any]:
             total["last_loss"] = cost["last_loss"]
     for part in parts.values():  # the rows of the last part
         total |= {name: getattr(part.tokens, name) for name in ("rows", "skipped", "cut")}
-    return {
-        **total,
-        "parts": costs,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+    return {**total, "parts": costs, **arithmetic()}
+
+
+def arithmetic() -> dict[str, Any]:
+    """What changes the last bits of a result without being a setting of it."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def describe_cost(cost: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,7 +18,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from model.io import InputError, existing_file, file_hash, made_from, read_json, tensors_hash
+from model.io import (
+    InputError,
+    existing_file,
+    file_hash,
+    made_from,
+    read_json,
+    remove,
+    tensors_hash,
+)
 
 RECORD = "record.json"
 TENSORS = "tensors of "  # before a path: only the tensors of a file count
@@ -265,6 +272,7 @@ def same(handle: int, folder: Path) -> bool:
 
 
 def clean_up(path: Path, states: Path) -> None:
-    """Remove the states of a finished result, and what it replaced if a process died first."""
-    shutil.rmtree(states, ignore_errors=True)
-    shutil.rmtree(path.with_name(f".{path.name}.old"), ignore_errors=True)
+    """Remove the states of a finished result, and what a process that died left beside it."""
+    remove(states)
+    remove(path.with_name(f".{path.name}.old"))
+    remove(path.with_name(f".{path.name}.new"))

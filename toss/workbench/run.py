@@ -13,7 +13,15 @@ from typing import Any
 from torch import Tensor
 
 from model.checkpoint import save_checkpoint
-from model.io import InputError, NotFinite, read_json, whole_file, whole_folder
+from model.io import (
+    DoesNotFit,
+    InputError,
+    NotFinite,
+    out_of_memory,
+    read_json,
+    whole_file,
+    whole_folder,
+)
 from model.lora import Adapter, merge, use
 from model.peft import WEIGHTS, read_adapter
 from toss.config import TrainConfig
@@ -26,7 +34,7 @@ from toss.workbench import code, files, results
 from toss.workbench.files import Round
 from toss.workbench.flags import Parser, add_run_flags, parse
 from toss.workbench.folder import REFERENCES, Folder
-from toss.workbench.progress import Progress, describe_cost, total_cost
+from toss.workbench.progress import Progress, arithmetic, describe_cost, total_cost
 from toss.workbench.results import held, read_record
 from toss.workbench.runfile import FORM, INPUTS, as_listed
 from toss.workbench.states import SavedState
@@ -77,6 +85,7 @@ class Run(Folder):
         for line in verdict.lines:
             print(line)
         if not verdict.make:
+            self.remark(stage)
             self.follow(recipe)
             # A process may have died after it published the result, before it cleaned up.
             left_over = rank() == 0 and states.parent.exists()
@@ -90,6 +99,7 @@ class Run(Folder):
                 raise InputError(f"{path} was made by another process meanwhile: run it again")
             result = self.build(build)
             self.hashes.check_inputs()
+            meet()  # all have looked, and have read their states: the first may write and remove
             if rank() == 0:
                 self.publish(stage, result, {**recipe, "code": digests})
                 results.clean_up(path, states)  # those of other recipes too
@@ -114,7 +124,12 @@ class Run(Folder):
                 raise
             print(f"warning: {error}; scoring again in tf32")
         self.dtypes["score"] = "tf32"
-        return self.build(build)
+        try:
+            return self.build(build)
+        except (DoesNotFit, RuntimeError) as error:
+            if isinstance(error, DoesNotFit) or out_of_memory(error):
+                raise DoesNotFit(f"{error}; or give --dtype bfloat16") from None
+            raise
 
     def train(
         self, name: str, tokens: Tokens, weights: Tensor, config: TrainConfig, **options: Any
@@ -251,6 +266,14 @@ class Run(Folder):
         print(f"merged checkpoint: {merged}")
 
     # run.json
+
+    def remark(self, stage: str) -> None:
+        """Say so if a result that is there was made with another arithmetic than is used now."""
+        entry = self.runfile.section("stages", stage)
+        now = arithmetic()
+        changed = [f"{k} {entry[k]}, now {now[k]}" for k in now if entry.get(k, now[k]) != now[k]]
+        if changed:
+            print(f"{stage}: made with {'; '.join(changed)}: the last bits may differ")
 
     def note(self, recipe: dict[str, Any] | None = None, cost: dict | None = None) -> None:
         """Write run.json: what later commands inherit, and what is reported of a stage."""
