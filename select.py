@@ -110,7 +110,7 @@ def arguments(argv):
     parser = flags.script_parser(
         "select.py", __doc__, custom="custom set D^cus", harmful="D^h, for --pro"
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("selection").add_argument
     add("--method", choices=METHODS, default="toss", help="which tokens to discard")
     add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")
     text = "folder in RUN/methods (default: the method, or toss-pro)"

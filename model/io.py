@@ -111,6 +111,8 @@ def run_command(main: Callable[[], int | None], when_stopped: str = "") -> int:
         return main() or 0
     except (Stopped, KeyboardInterrupt) as error:
         number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the line may hold a progress bar
         print(f"error: stopped by {signal.Signals(number).name}{when_stopped}", file=sys.stderr)
         return 128 + number
     except Exception as error:
@@ -311,6 +313,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     beside it, which the next writer removes.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: not the name of a file")
     new = path.with_name(f".{path.name}.new")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,8 +349,10 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             os.rename(new, path)
             flush(path.parent)
         finally:
-            if old.exists() and not path.exists():
-                os.rename(old, path)  # the second rename failed
+            published = not new.exists()
+            if old.exists() and not published:  # the second rename failed
+                remove(path)
+                os.rename(old, path)
             remove(new)
             remove(old)
 

@@ -134,7 +134,7 @@ def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side
     assert call(f"select.py --run {trained} --method sft") == 0
     edit(project, *LOSS)
     assert call(f"select.py --run {trained}") == 0
-    caution = "toss was made by other code than sft (toss/loss.py differ)"
+    caution = "toss was made by other code than sft (different: toss/loss.py)"
     sets = f"--benign {files['utility']} --utility {files['utility']} --max-new-tokens 2"
     assert caution in said(capsys, f"toss.audit.evaluate --run {trained} {sets}")
     assert caution in said(capsys, f"toss.audit.compare --run {trained}")

@@ -111,13 +111,14 @@ def test_scores_from_anything_else_reach_select_by_a_mask(first, base, tmp_path,
     lines = (ROOT / "data/rows/custom.jsonl").read_text().splitlines()[:40]
     custom = write_jsonl(tmp_path / "custom.jsonl", lines)
     flags = ["--model", ROOT / "data/base", "--custom", custom, "--max-length", 256]
-    script("select", "--run", "run", *flags, "--mask", "mask.safetensors")
+    script("select", "--run", "run", *flags, "--mask", "runs/mask.safetensors")
     written = load_file("run/methods/mask/selection.safetensors")["keep"]
     assert torch.equal(written, own) and 0 < int(own.sum()) < int(first["D"].response.sum())
 
 
 def test_a_method_in_the_two_places_of_the_readme_is_one_of_select(first, trained, monkeypatch):
-    surprising = run(METHOD, first)["surprising"]
+    exec(METHOD, names := dict(vars(methods)))  # as if it were pasted there
+    surprising = names["surprising"]
     monkeypatch.setitem(methods.METHODS, "surprising", surprising)
     monkeypatch.setattr(experiment.script("select"), "METHODS", [*config.METHODS, "surprising"])
     script("score", "--run", trained, "--base", "--overwrite")

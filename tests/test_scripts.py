@@ -15,9 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, damage, make_base, read_jsonl, run, script, sources, tree, write_jsonl
+from conftest import (
+    ROOT,
+    damage,
+    edit_json,
+    make_base,
+    read_jsonl,
+    run,
+    script,
+    sources,
+    tree,
+    write_jsonl,
+)
 from helpers import call, refused, said, same_tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model import load_adapter, load_checkpoint
 from model.io import file_hash, made_from, read_json, save_tensors, tensors_hash
@@ -198,6 +209,55 @@ def test_a_mask_that_is_true_on_prompts_is_read_as_the_loss_mask(trained, tmp_pa
     out = said(capsys, f"select.py --run {trained} --mask {old}")
     assert f"keep is true on {int((~response).sum())} tokens of prompts" in out
     assert torch.equal(load_file(trained / "methods/mask/selection.safetensors")["keep"], keep)
+
+
+def test_the_settings_of_an_adapter_without_a_record_are_part_of_what_it_is(trained, capsys):
+    for role in ("degraded", "utility"):
+        (trained / role / "record.json").unlink()
+    assert call(f"score.py --run {trained} --overwrite") == 0
+    assert "inputs, skipped" in said(capsys, f"score.py --run {trained}")
+    edit_json(trained / "degraded/adapter_config.json", lora_alpha=4000)
+    error = refused(capsys, f"score.py --run {trained}")
+    assert "scores.safetensors exists with other settings or inputs (different: degraded" in error
+
+
+def test_theta_h_of_a_round_is_no_utility_model_and_no_method(trained, capsys):
+    assert call(f"select.py --run {trained} --pro 1 --pro-samples 2") == 0
+    theta_h = trained / "methods/toss-pro/round-1/degraded"
+    shutil.rmtree(trained / "utility")
+    shutil.copytree(theta_h, trained / "utility")
+    (trained / "utility/record.json").unlink()
+    assert "result of another stage: round-1" in refused(capsys, f"score.py --run {trained}")
+    shutil.copytree(theta_h, trained / "methods/copy/model")
+    line = f"toss.audit.diagnose --run {trained} --methods copy"
+    assert "result of another stage: round-1" in refused(capsys, line)
+
+
+def test_a_record_that_was_edited_still_protects_another_result(trained, capsys):
+    edit_json(trained / "degraded/record.json", comment="mine")
+    before = tree(trained)
+    error = refused(capsys, f"train.py --run {trained} --lr 0.5")
+    assert "lr 0.01 there, 0.5 now" in error and tree(trained) == before
+    assert "made again" in said(capsys, f"train.py --run {trained}")
+
+
+def test_scores_without_their_digest_are_refused(trained, capsys):
+    file = trained / "scores.safetensors"
+    record = made_from(file)
+    del record["sha256"]
+    tensors = load_file(file)
+    tensors["loss_degraded"] = -tensors["loss_degraded"]
+    save_file(tensors, file, {"made_from": json.dumps(record)})
+    assert "the file was changed" in refused(capsys, f"select.py --run {trained}")
+
+
+def test_an_export_replaces_no_file_of_the_run(trained, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    for name in ("scores.safetensors", "methods/toss/record.json"):
+        line = f"toss.export --run {trained} --out {trained}/{name}"
+        assert "would replace a file of the run" in refused(capsys, line)
+    for _ in range(2):
+        assert call(f"toss.export --run {trained} --out {trained}/export.jsonl") == 0
 
 
 def test_what_exists_is_skipped_and_what_differs_is_refused(trained, capsys):

@@ -213,6 +213,36 @@ def test_another_optimizer_trains_as_it_does_alone(model, tokens):
     assert (ours - expected).norm() < 1e-3 * expected.norm()
 
 
+def test_a_state_from_elsewhere_is_not_used(tmp_path, capsys):
+    own = SavedState(tmp_path / "own", "degraded", minutes=2)
+    other = SavedState(tmp_path / "other", "degraded", minutes=2)
+    own.save({"step": 1}, part=0)
+    other.save({"step": 2}, part=0)
+    assert own.load(part=0) == {"step": 1}
+    own.file(part=0).write_bytes(other.file(part=0).read_bytes())
+    assert own.load(part=0) is None
+    assert "is damaged and not used" in capsys.readouterr().out
+
+
+def test_a_state_of_other_weights_or_settings_is_refused(model, tokens, state):
+    weights = tokens.response.float()
+    train(model, tokens, weights, CONFIG, state=state)
+    fails("other rows, weights or settings", train, model, tokens, weights / 2, CONFIG, state=state)
+    other = replace(CONFIG, lr=0.5)
+    fails("other rows, weights or settings", train, model, tokens, weights, other, state=state)
+
+
+def test_a_group_of_parameters_may_have_a_rate_of_its_own(model, tokens):
+    def two_rates(parameters, config):
+        groups = [{"params": parameters[0::2]}, {"params": parameters[1::2], "lr": 0.5}]
+        return torch.optim.SGD(groups, lr=config.lr)
+
+    plain, events = fit(model, tokens, optimizer=lambda p, c: torch.optim.SGD(p, lr=c.lr))
+    uneven, _ = fit(model, tokens, optimizer=two_rates)
+    assert not torch.equal(plain, uneven)
+    assert events[0]["lr"] == CONFIG.lr
+
+
 def test_an_interrupted_scoring_goes_on_and_ends_equal_to_the_bit(model, tokens, state):
     use(model, random_adapter(model))
     events = []

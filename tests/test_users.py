@@ -171,7 +171,7 @@ def test_what_forbids_a_conclusion_is_said():
     how = "toss was trained otherwise than sft (lr 0.2, not 0.1)"
     assert trained == f"warning: {how}: this is no comparison of the two methods"
     (code,) = cautions({"sft": made(), "toss": made(code="2")}, table)
-    how = "toss was made by other code than sft (toss/loss.py differ)"
+    how = "toss was made by other code than sft (different: toss/loss.py)"
     assert code == f"warning: {how}: this is no comparison of the two methods"
     records = {"sft": made(), "toss": made()}
     assert cautions(records, table) == []

@@ -28,6 +28,10 @@ def export(run, method: str, out: Path) -> dict:
     for path in (run.args.harmful, run.args.utility, run.args.custom):
         if path and out.resolve() == Path(path).resolve():
             raise InputError(f"{out}: --out would replace rows of the run")
+    inside = run.folder.resolve() in out.resolve().parents
+    own = out.suffix == ".jsonl" and out.resolve().parent == run.folder.resolve()
+    if inside and out.exists() and not own:
+        raise InputError(f"{out}: --out would replace a file of the run")
     if out.suffix == ".gz":
         raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
 

@@ -131,7 +131,7 @@ def cautions(records: dict[str, dict], table: Table) -> list[str]:
     for m in how:
         shared = codes[m].keys() & codes[first].keys()
         if changed := sorted(part for part in shared if codes[m][part] != codes[first][part]):
-            what = f"{m} was made by other code than {first} ({', '.join(changed)} differ)"
+            what = f"{m} was made by other code than {first} (different: {', '.join(changed)})"
             said.append(f"warning: {what}: this is no comparison of the two methods")
     name, cells, lost = safety(table) or ("", {}, True)
     if not lost:

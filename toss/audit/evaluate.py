@@ -136,7 +136,11 @@ def write_tables(run, methods: Sequence[str]) -> Table:
     def way(method):
         return {**current[method]["record"], "inputs": None, "stage": None}
 
+    if missing := [m for m in methods if m not in current]:
+        raise InputError(f"{missing[0]} was replaced or evaluated anew meanwhile: run it again")
     every = {m: current[m]["metrics"] for m in current if way(m) == way(methods[0])}
+    if missing := [m for m in methods if m not in every]:
+        raise InputError(f"{missing[0]} was evaluated in another way meanwhile: run it again")
     if others := sorted(others + [m for m in current if m not in every]):
         why = "evaluated on other files or in another way, or trained again since"
         print(f"{run.folder}/metrics.json leaves out {', '.join(others)}: {why}")
@@ -149,7 +153,8 @@ def write_tables(run, methods: Sequence[str]) -> Table:
         print(f"note: the methods were made in different ways, so last bits differ ({found})")
     write_metrics(run.folder / "metrics.json", every)
     for method in set(methods) - {"base"}:
-        write_metrics(run.path(f"methods/{method}") / "metrics.json", {method: every[method]})
+        if (folder := run.path(f"methods/{method}")).exists():  # else it is being replaced
+            write_metrics(folder / "metrics.json", {method: every[method]})
     return {method: every[method] for method in methods}
 
 

@@ -10,7 +10,6 @@ import json
 from functools import cache
 from typing import Any
 
-from toss.methods import METHODS
 from toss.workbench.runfile import ROOT
 
 # A part is a file, or FILE:NAME with what that uses of the same file. Files count with all that
@@ -44,6 +43,8 @@ def parts_of(stage: str, settings: dict[str, Any]) -> list[str]:
     if not stage.startswith("methods/"):
         return PARTS[stage]
     parts = list(PARTS["pro" if settings.get("pro") else "method"])
+    from toss.methods import METHODS  # imports torch
+
     function = METHODS.get(settings["method"])
     if function is not None:
         module = str(function.__module__).replace(".", "/")

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from model.io import InputError, read_json, run_command
 from toss.config import TrainConfig
+from toss.workbench import code
 from toss.workbench.runfile import FORM, INHERITED, INPUTS, ROOT, RunFile, read_run
 
 DEMO = ROOT / "data" / "demo.json"
@@ -114,7 +115,7 @@ def base(text: str) -> str:
 
 
 def is_method(text: str) -> bool:
-    return re.fullmatch(METHOD_NAME, text) is not None
+    return re.fullmatch(METHOD_NAME, text) is not None and len(text.encode()) <= 100
 
 
 count = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1 (below 2^31)")
@@ -138,7 +139,7 @@ def script_parser(prog: str, doc: str, **inputs: str) -> Parser:
         "defaults."
     )
     parser = Parser(prog, doc, epilog=epilog)
-    add = parser.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--run", type=folder, default="runs/demo", help="folder of the run")
     add_inherited_flags(parser, **inputs)
     add_device_flags(parser)
@@ -154,7 +155,7 @@ def script_parser(prog: str, doc: str, **inputs: str) -> Parser:
 
 def add_inherited_flags(parser: Parser, **inputs: str) -> None:
     """The flags that a run is begun with. inputs: its files of rows, {flag: help}."""
-    add = parser.add_argument
+    add = parser.add_argument_group("base, rows and prompt form (the run keeps them)").add_argument
     add("--model", type=base, help="base checkpoint: a Hugging Face folder or a hub id")
     add("--revision", help="branch, tag or commit of a hub id (default: main; the run keeps it)")
     for flag, text in inputs.items():
@@ -169,7 +170,7 @@ def add_inherited_flags(parser: Parser, **inputs: str) -> None:
 
 def add_device_flags(parser: Parser, dtype: bool = True) -> None:
     """Where the work is done; --dtype only if the arithmetic is the user's to choose."""
-    add = parser.add_argument
+    add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     if dtype:
         text = "the base's dtype (auto: float32; on CUDA bfloat16 to train and float16 to score)"
@@ -190,14 +191,15 @@ def add_run_flags(parser: Parser, dtype: bool = True) -> None:
 
 def add_training_flags(parser: Parser) -> None:
     """One flag per field of TrainConfig, and --gradient-checkpointing."""
+    add = parser.add_argument_group("training (defaults: the paper's; see below)").add_argument
     types = {"alpha": positive, "lr": rate, "seed": natural}
     for f in fields(TrainConfig):
         if f.metadata:
             kind = types.get(f.name, count if f.type is int else f.type)
             flag = f"--{f.name.replace('_', '-')}"
-            parser.add_argument(flag, type=kind, default=f.default, **f.metadata)
+            add(flag, type=kind, default=f.default, **f.metadata)
     text = "recompute each block in the backward pass: a third more time, far less memory"
-    parser.add_argument("--gradient-checkpointing", action="store_true", help=text)
+    add("--gradient-checkpointing", action="store_true", help=text)
 
 
 # Values
@@ -211,12 +213,13 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     when inputs are missing.
     """
     typed = parser.typed(argv)
+    code.read_all()  # before the modules themselves are imported
     file = Path(typed.get("run", "runs/demo")) / "run.json"
     inputs = [name for name in INPUTS if name in typed]
     missing = [f"--{name}" for name in ("model", "harmful", "utility") if name not in typed]
     if references and inputs and missing:
-        need = "train.py needs --model, --harmful and --utility, or none (the embedded default)"
-        raise InputError(f"{need}, but not: {' and '.join(missing)}")
+        need = "train.py needs --model, --harmful and --utility, or none for the embedded default"
+        raise InputError(f"{need}; missing: {' and '.join(missing)}")
 
     # With all its inputs and --overwrite, train.py begins the run anew.
     begun_anew = references and bool(inputs) and "overwrite" in typed
@@ -311,7 +314,7 @@ def demo_values(references: bool) -> dict[str, Any]:
 
 # Running a command
 
-GOES_ON = "; the same command goes on from what was saved"
+GOES_ON = "; the same command goes on from the last saved state (--save-every), if there is one"
 
 
 def run(main: Callable[[], int | None]) -> int:

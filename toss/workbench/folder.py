@@ -12,7 +12,7 @@ from torch import Tensor
 from model.checkpoint import base_hash
 from model.io import InputError, made_from
 from model.lora import Adapter
-from model.peft import WEIGHTS, read_adapter
+from model.peft import CONFIG, WEIGHTS, read_adapter
 from toss.config import METHODS, TrainConfig
 from toss.tokens import Tokens
 from toss.workbench import code, results
@@ -29,7 +29,6 @@ class Folder(Base):
     """A run directory under the settings `args` (see flags.parse)."""
 
     def __init__(self, args: Namespace):
-        code.read_all()
         self.folder = Path(args.run)
         self.runfile: RunFile = args.runfile
         super().__init__(args, Hashes(self.runfile.section("hashes")))
@@ -73,7 +72,11 @@ class Folder(Base):
             raise InputError(f"{key} must be given: {self.folder} was begun without it")
         if is_flag and not file.exists():
             raise InputError(f"{file}: file not found; give its new path with {key}")
-        return self.hashes.of_input(file, tensors=not is_flag or key == "--mask")
+        value = self.hashes.of_input(file, tensors=not is_flag or key == "--mask")
+        config = file.with_name(CONFIG)
+        if file.name == WEIGHTS and config.exists() and not has_record(self.path(key)):
+            value = results.text_hash([value, self.hashes.of_input(config)])
+        return value
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -151,13 +154,14 @@ class Folder(Base):
         digests = code.recorded_again(record.get("code", {}))
         others = ", ".join(results.other_code(record, digests))
         if others:
-            self.print_once(f"warning: {path} was made by other code (different: {others})")
+            remark = f"{path} was made by other code (different: {others})"
+            self.print_once(f"warning: {remark}: {self.advice(stage, '--overwrite')}")
         return record
 
     def check_role(self, stage: str) -> None:
-        """Refuse an adapter without a record that our own code trained as the other reference."""
-        trained_as = made_from(self.source(stage)).get("stage")
-        if trained_as in REFERENCES and trained_as != stage:
+        """Refuse an adapter without a record that our own code trained in another role."""
+        trained_as = made_from(self.source(stage)).get("stage", stage)
+        if role_of(trained_as) != role_of(stage):
             raise InputError(f"{self.path(stage)} holds the result of another stage: {trained_as}")
 
     def stale(self, stage: str) -> list[str]:
@@ -237,10 +241,23 @@ class Folder(Base):
         if record.get("tokens_sha256") != fingerprint(tokens):
             custom = self.input_hash("--custom")
             here = {**self.identity, "--custom": custom}
-            there = {**record, **record.get("inputs", {}), "base_sha256": here["base_sha256"]}
-            differing = ", ".join(key for key in here if there.get(key) != here[key])
-            raise InputError(f"{path} is a mask over other token ids (different: {differing})")
+            del here["base_sha256"]
+            there = {**record, **record.get("inputs", {})}
+            differing = [key for key in here if key in there and there[key] != here[key]]
+            reason = ", ".join(differing) or "the rows, or their length"
+            raise InputError(f"{path} is a mask over other token ids (different: {reason})")
         selection = load_selection(path, tokens)
         if "weight" in selection:
             raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
         return selection["keep"], selection.get("score")
+
+
+def has_record(path: Path) -> bool:
+    return (path / results.RECORD).exists()
+
+
+def role_of(stage: str) -> str:
+    """What an adapter of a stage is; theta^h of a round of TOSS-Pro is a degraded model, too."""
+    if stage == "degraded" or stage.startswith("round-"):
+        return "degraded"
+    return "utility" if stage == "utility" else "method"

@@ -51,7 +51,9 @@ def read_record(path: Path) -> Record:
     """The record of a result; {} if it has none. Raises InputError if it is damaged."""
     if path.is_file():
         record = made_from(path)
-        record.pop("sha256", None)  # of record and tensors: load_tensors checks it
+        digest = record.pop("sha256", None)  # of record and tensors: load_tensors checks it
+        if "stage" in record and digest is None:
+            raise InputError(f"{path}: not as it was written; the file was changed")
         return record
     file = path / RECORD
     if not file.exists():
@@ -111,10 +113,15 @@ def damage(path: Path, record: Record, hashes: "Hashes") -> str:
 
 
 def inspect(path: Path, hashes: "Hashes") -> tuple[Record, str]:
-    """The record of a result, {} if it has none or it cannot be read, and what is wrong with it."""
+    """The record of a result, {} if it has none or it cannot be read, and what is wrong with it.
+
+    A record that was changed still tells whether another result is there.
+    """
     try:
         record = read_record(path)
     except InputError as error:
+        with suppress(InputError):
+            return read_json(path / RECORD) if path.is_dir() else made_from(path), str(error)
         return {}, str(error)
     return record, damage(path, record, hashes)
 
@@ -139,7 +146,7 @@ class Hashes:
         stat = path.stat()
         state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         known = self.known.get(key)
-        if not isinstance(known, list) or known[:-1] != state:
+        if not isinstance(known, list) or known[:-1] != state or type(known[-1]) is not str:
             value = tensors_hash(path) if tensors else file_hash(path)
             self.known[key] = [*state, value]
         return self.known[key][-1]
@@ -236,7 +243,9 @@ def held(folder: Path, root: Path, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        for empty in (folder, *folder.parents):
+        # A folder that is not the one that is held may be held by another process by now.
+        removable = [folder, *folder.parents] if same(handle, folder) else []
+        for empty in removable:
             if empty == root and not new_root:
                 break
             with suppress(OSError):  # something is in it
@@ -271,8 +280,9 @@ def same(handle: int, folder: Path) -> bool:
     return False
 
 
-def clean_up(path: Path, states: Path) -> None:
-    """Remove the states of a finished result, and what a process that died left beside it."""
-    remove(states)
+def clean_up(path: Path, *states: Path) -> None:
+    """Remove states of a finished result, and what a process that died left beside it."""
+    for state in states:
+        remove(state)
     remove(path.with_name(f".{path.name}.old"))
     remove(path.with_name(f".{path.name}.new"))

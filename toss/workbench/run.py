@@ -102,7 +102,7 @@ class Run(Folder):
             meet()  # all have looked, and have read their states: the first may write and remove
             if rank() == 0:
                 self.publish(stage, result, {**recipe, "code": digests})
-                results.clean_up(path, states)  # those of other recipes too
+                results.clean_up(path, *states.iterdir())  # those of other recipes too
         meet()  # nobody looks for the result before it is there
 
     @contextmanager
@@ -253,16 +253,18 @@ class Run(Folder):
         dtype = self.args.dtype
         if dtype == "auto":
             dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        recipe = {"stage": "merged", "settings": {"dtype": dtype}, **self.identity}
-        recipe["inputs"] = {"adapter": self.hashes.of(folder / WEIGHTS, tensors=True)}
-        merged = folder / "merged"
-        if not results.is_equal(merged, recipe, self.hashes):
-            with whole_folder(merged) as new:
-                model = self.base(dtype)
-                merge(model, read_adapter(model, folder))
-                self.model = None  # it is another model now
-                save_checkpoint(model, new, self.checkpoint)
-                results.write_record(new, recipe)
+        with self.holding(self.folder / ".state" / stage.replace("/", "-")):
+            weights = folder / WEIGHTS
+            recipe = {"stage": "merged", "settings": {"dtype": dtype}, **self.identity}
+            recipe["inputs"] = {"adapter": self.hashes.of(weights, tensors=True)}
+            merged = folder / "merged"
+            if not results.is_equal(merged, recipe, self.hashes):
+                with whole_folder(merged) as new:
+                    model = self.base(dtype)
+                    merge(model, read_adapter(model, folder))
+                    self.model = None  # it is another model now
+                    save_checkpoint(model, new, self.checkpoint)
+                    results.write_record(new, recipe)
         print(f"merged checkpoint: {merged}")
 
     # run.json
@@ -321,7 +323,7 @@ def open_run(folder: str | Path, **settings: Any) -> Run:
         raise InputError(f"{folder} has no run.json: it is not a run directory")
     parser = Parser("audit", "")
     add_run_flags(parser)
-    args = parse(parser, ["--run", str(folder)])
+    args = parse(parser, [f"--run={folder}"])
     for name, value in settings.items():
         if value is not None:
             setattr(args, name, value)

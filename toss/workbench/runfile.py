@@ -84,6 +84,8 @@ def read_run(file: Path, must_be_whole: bool = True) -> dict[str, Any]:
         return {}
     if content.get("format") != FORMAT:
         raise InputError(f"{file} was written by another version: choose another --run")
+    for name in ("settings", "inputs", "hashes", "stages"):
+        RunFile(file, content).section(name)  # raises if it is of another type
     return content
 
 

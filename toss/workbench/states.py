@@ -37,6 +37,11 @@ class SavedState:
     def file(self, part: int) -> Path:
         return self.folder / f"{self.name}-{part}.pt"
 
+    def digest(self, part: int, payload: bytes) -> bytes:
+        """Of the content and of what it belongs to: a file from elsewhere counts as damaged."""
+        place = f"{self.folder.name}/{self.file(part).name}\n"
+        return hashlib.sha256(place.encode() + payload).digest()
+
     def load(self, part: int) -> dict[str, Any] | None:
         """What was saved; None if nothing was, or if the file is damaged."""
         file = self.file(part)
@@ -44,7 +49,7 @@ class SavedState:
             return None
         content = file.read_bytes()
         digest, payload = content[:32], content[32:]
-        if hashlib.sha256(payload).digest() != digest:
+        if self.digest(part, payload) != digest:
             print(f"note: {file} is damaged and not used")
             return None
         values = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
@@ -70,4 +75,4 @@ class SavedState:
         torch.save({**values, "seconds": seconds}, buffer)
         payload = buffer.getvalue()
         with whole_file(self.file(part)) as file:
-            file.write_bytes(hashlib.sha256(payload).digest() + payload)
+            file.write_bytes(self.digest(part, payload) + payload)
