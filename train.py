@@ -39,8 +39,11 @@ def main(argv=None):
         w = D_u.response.float()
         return run.train("utility", D_u, w, config)
 
-    run.make("degraded", train_theta_h, inputs=["--harmful"], settings=config.recipe())
-    run.make("utility", train_theta_u, inputs=["--utility"], settings=config.recipe())
+    settings = config.recipe()
+    run.look("degraded", ["--harmful"], settings)  # a refusal comes before any training
+    run.look("utility", ["--utility"], settings)
+    run.make("degraded", train_theta_h, ["--harmful"], settings)
+    run.make("utility", train_theta_u, ["--utility"], settings)
 
 
 if __name__ == "__main__":

@@ -233,6 +233,13 @@ def test_theta_h_of_a_round_is_no_utility_model_and_no_method(trained, capsys):
     assert "result of another stage: round-1" in refused(capsys, line)
 
 
+def test_a_refused_reference_is_refused_before_the_other_one_is_trained(trained, capsys):
+    shutil.rmtree(trained / "degraded")
+    before = tree(trained)
+    assert "lr 0.01 there, 0.5 now" in refused(capsys, f"train.py --run {trained} --lr 0.5")
+    assert tree(trained) == before
+
+
 def test_a_record_that_was_edited_still_protects_another_result(trained, capsys):
     edit_json(trained / "degraded/record.json", comment="mine")
     before = tree(trained)

@@ -128,6 +128,7 @@ class Folder(Base):
         only: the inputs that must not have changed since (default: all). An adapter that was put
         there by hand has no record and passes: loading checks its shapes.
         """
+        self.check_identity()
         path = self.path(stage)
         if not self.source(stage).exists():
             raise InputError(f"{self.source(stage)} does not exist: {self.advice(stage, 'first')}")

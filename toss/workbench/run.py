@@ -66,22 +66,13 @@ class Run(Folder):
         selection {"keep": bool [N], "score": float [N] or None}, an Adapter and the rounds of
         TOSS-Pro. code_parts: what computes it (default: the script's; see code.py).
         """
-        self.check_identity()
         for key in inputs:
             if not key.startswith("--"):
                 self.check(key)
-        dtype = self.dtypes["score" if stage == "scores" else "train"]
-        settings = {**settings, "dtype": dtype}
-        recipe = self.recipe(stage, inputs, settings)
-        digests = code.digests([*code_parts] or code.parts_of(stage, settings))
+        recipe, digests, verdict = self.look(stage, inputs, settings, code_parts)
         path = self.path(stage)
         states = self.folder / ".state" / stage.replace("/", "-")
         self.state_folder = states / results.text_hash([recipe, digests])[:16]
-
-        def look() -> results.Verdict:
-            return results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
-
-        verdict = look()
         for line in verdict.lines:
             print(line)
         if not verdict.make:
@@ -95,7 +86,8 @@ class Run(Folder):
             return
 
         with self.holding(states):
-            if not look().make:
+            _, _, verdict = self.look(stage, inputs, settings, code_parts)
+            if not verdict.make:
                 raise InputError(f"{path} was made by another process meanwhile: run it again")
             result = self.build(build)
             self.hashes.check_inputs()
@@ -104,6 +96,25 @@ class Run(Folder):
                 self.publish(stage, result, {**recipe, "code": digests})
                 results.clean_up(path, *states.iterdir())  # those of other recipes too
         meet()  # nobody looks for the result before it is there
+
+    def look(
+        self,
+        stage: str,
+        inputs: Sequence[str],
+        settings: dict[str, Any],
+        code_parts: Sequence[str] = (),
+    ) -> tuple[dict[str, Any], dict[str, str], results.Verdict]:
+        """The recipe and the code of what is asked for, and whether it has to be made.
+
+        Raises InputError if another result is there; see make.
+        """
+        self.check_identity()
+        dtype = self.dtypes["score" if stage == "scores" else "train"]
+        recipe = self.recipe(stage, inputs, {**settings, "dtype": dtype})
+        digests = code.digests([*code_parts] or code.parts_of(stage, settings))
+        path = self.path(stage)
+        verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
+        return recipe, digests, verdict
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[None]:
