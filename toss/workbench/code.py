@@ -5,11 +5,10 @@ else. Comments, docstrings and layout do not count, and every version of Python 
 """
 
 import ast
-import hashlib
-import json
 from functools import cache
 from typing import Any
 
+from toss.workbench.results import text_hash
 from toss.workbench.runfile import ROOT
 
 # A part is a file, or FILE:NAME with what that uses of the same file. Files count with all that
@@ -87,8 +86,7 @@ def digest(part: str) -> str:
     body = without_docstring(tree.body)
     if function:
         body = reachable(tree, function) or body
-    text = json.dumps([outline(node) for node in body])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return text_hash([outline(node) for node in body])[:16]
 
 
 @cache

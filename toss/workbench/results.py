@@ -136,13 +136,17 @@ class Hashes:
         self.known = known
         self.inputs: dict[str, str] = {}  # what was first found of each input, by its key
 
+    def key(self, path: Path, tensors: bool) -> str:
+        """What a hash stands under."""
+        return f"{TENSORS}{path.absolute()}" if tensors else str(path.absolute())
+
     def of(self, path: Path, tensors: bool = False) -> str:
         """The hash of a file's bytes, or of its tensors alone: then how they were made is left out.
 
         Raises InputError for a file that is not there, or whose own digest does not fit.
         """
         path = existing_file(path.absolute())
-        key = TENSORS + str(path) if tensors else str(path)
+        key = self.key(path, tensors)
         stat = path.stat()
         state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         known = self.known.get(key)
@@ -154,8 +158,7 @@ class Hashes:
     def of_input(self, path: Path, tensors: bool = False) -> str:
         """The same of an input; InputError if it is not what it was when first asked for."""
         value = self.of(path, tensors)
-        key = TENSORS + str(path.absolute()) if tensors else str(path.absolute())
-        if self.inputs.setdefault(key, value) != value:
+        if self.inputs.setdefault(self.key(path, tensors), value) != value:
             raise InputError(f"{path} was changed while the command ran: run it again")
         return value
 
@@ -230,7 +233,7 @@ def held(folder: Path, root: Path, wait: bool = False) -> Iterator[None]:
     opened may be gone when it is locked; then it is made again. Raises InputError if another
     process holds it, or waits for it.
     """
-    new_root = not root.exists()
+    lasting = root if root.exists() else root.parent
     handle = None
     while handle is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,12 +249,10 @@ def held(folder: Path, root: Path, wait: bool = False) -> Iterator[None]:
         # A folder that is not the one that is held may be held by another process by now.
         removable = [folder, *folder.parents] if same(handle, folder) else []
         for empty in removable:
-            if empty == root and not new_root:
+            if empty == lasting:
                 break
             with suppress(OSError):  # something is in it
                 empty.rmdir()
-            if empty == root:
-                break
         os.close(handle)
 
 
