@@ -48,6 +48,7 @@ def main(argv=None):
     config = TrainConfig.of(args)
     if args.pro and not args.pro_samples:  # the paper names no k: 6 % of the rows
         args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
+    reference = run.reference_config() if args.pro else None  # how theta^h was trained
 
     def weights_of_added(D_cus, S, ranked, rows):
         """What theta^h learns of the added rows: all response tokens, as in the paper.
@@ -75,7 +76,7 @@ def main(argv=None):
             D_h = run.tokens(args.harmful)
             w_h = torch.cat((D_h.response.float(), weights_of_added(D_cus, S, ranked, added)))
             name = f"{args.name}-round-{t + 1}"
-            theta_h = run.train(name, D_h + D_cus.take(added), w_h, run.reference_config())
+            theta_h = run.train(name, D_h + D_cus.take(added), w_h, reference)
             L["degraded"] = run.score(f"{name}-scores", theta_h, D_cus)
             tokens = [(row, int(ranked[i])) for row, i in riskiest]
             losses = dict(L)  # L changes in the next round
@@ -99,7 +100,7 @@ def main(argv=None):
 
     settings = settings_of(args, config)
     if args.pro:
-        settings["reference"] = run.reference_config().recipe()
+        settings["reference"] = reference.recipe()
     run.make(f"methods/{args.name}", finetune, inputs_of(args), settings)
     if args.merge:
         run.merge(f"methods/{args.name}")

@@ -203,16 +203,12 @@ class Folder(Base):
         """How theta^h was trained, so that TOSS-Pro can train it again."""
         record = self.check("degraded")
         if not record:
-            self.print_once(
-                "theta^h has no record: it is trained again with this command's settings"
-            )
+            print("theta^h has no record: it is trained again with this command's settings")
             return TrainConfig.of(self.args)
         dtype = self.dtypes["train"]
         first = record["settings"].get("dtype")
         if first != dtype:
-            self.print_once(
-                f"note: theta^h was trained in {first}, and is trained again in {dtype}"
-            )
+            print(f"note: theta^h was trained in {first}, and is trained again in {dtype}")
         settings = {name: record["settings"][name] for name in TRAINING}
         settings = as_typed(self.path("degraded") / results.RECORD, settings)
         return TrainConfig.of({**settings, "batch_tokens": self.args.batch_tokens})
