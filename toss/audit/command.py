@@ -60,8 +60,8 @@ def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
     for name in ("utility", "degraded"):
         theta = others.get(name) or run.adapter(name)
         model = use(run.base(dtype), theta)
-        part = run.part(f"{name}, {run.loaded}", tokens)
-        found[name] = score(model, tokens, run.batch_tokens, on_batch=part.report)
+        progress = run.progress(f"{name}, {run.loaded}")
+        found[name] = score(model, tokens, run.batch_tokens, on_batch=progress.report)
     return found
 
 

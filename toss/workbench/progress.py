@@ -1,4 +1,4 @@
-"""What is told of a part of a stage: a bar or a line, a log of its steps, and its cost."""
+"""What is printed and noted of the work: a bar or a line, a log of the steps, and the cost."""
 
 import json
 import resource
@@ -12,57 +12,23 @@ import torch
 from tqdm import tqdm
 
 from model.io import whole_file, writing
-from toss.config import TrainConfig
 from toss.parallel import rank
-from toss.tokens import Tokens
-from toss.training import count_steps
-from toss.workbench.states import SavedState
 
 FIRST_LINE, EVERY = 5, 30  # seconds until the first line without a terminal, and between two
 
 
 class Progress:
-    """A part of a stage, such as the training of a reference, as it is seen and counted.
+    """What training or scoring reports after each step: shown, and written to a log."""
 
-    Prints what will be done. tokens: the rows that it is about. config: of a training.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        device: torch.device,
-        tokens: Tokens,
-        config: TrainConfig | None,
-        log: Path,
-    ):
-        rows = sum(length > 0 for length in tokens.lengths)
-        passes = 1
-        if config is None:
-            print(f"{name}: rows: {rows}, tokens: {len(tokens.input_ids)}, the longest rows first")
-        else:
-            passes = config.epochs
-            steps = count_steps(tokens, config)
-            print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
-        self.name = name
-        self.tokens = tokens
+    def __init__(self, name: str, log: Path):
         self.bar = Bar(name)
         self.log = StepLog(log)
-        self.cost = Cost(device, passes * len(tokens.input_ids))
-        self.state: SavedState | None = None
 
     def report(self, event: dict[str, Any]) -> None:
         """What training and scoring call after each step."""
         self.bar.show(event)
-        self.cost.count(event)
         if rank() == 0:
             self.log.write(event)
-
-    def total(self) -> dict[str, Any]:
-        """The cost, with the time of the processes that saved their work before this one."""
-        cost = dict(self.cost.result)
-        if self.state:
-            cost["seconds"] = round(cost["seconds"] + self.state.earlier_seconds, 2)
-        return cost
 
 
 class Bar:
@@ -142,28 +108,24 @@ class StepLog:
 
 
 class Cost:
-    """Seconds, tokens and peak memory of a piece of work, the last loss of a training."""
+    """Tokens, seconds and peak memory of a stage, from now on."""
 
-    def __init__(self, device: torch.device, tokens: int = 0):
+    def __init__(self, device: torch.device):
         self.device = device
-        self.tokens = tokens
-        self.last_loss: float | None = None
+        self.tokens = 0
+        self.earlier_seconds = 0.0  # that processes before this one worked
         self.started = time.perf_counter()
-        self.result: dict[str, Any] = {"tokens": tokens, "seconds": 0.0, "peak_memory_gib": 0.0}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
             with suppress(OSError):  # resets the peak on Linux; elsewhere it stays
                 Path("/proc/self/clear_refs").write_text("5")
 
-    def count(self, event: dict[str, Any]) -> None:
-        """Take notice of a step; the last one ends the count."""
-        self.last_loss = event.get("loss", self.last_loss)
-        if "step" in event and event["step"] == event["steps"]:
-            self.result = self.read()
-
     def read(self) -> dict[str, Any]:
-        """The cost so far. Memory: what was allocated on CUDA, the process's on the CPU."""
+        """The cost so far, and what changes the last bits without being a setting.
+
+        Memory: what was allocated on CUDA, the process's on the CPU.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
@@ -171,41 +133,18 @@ class Cost:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             if sys.platform != "darwin":
                 peak *= 1024
-        cost = {
+        seconds = time.perf_counter() - self.started + self.earlier_seconds
+        return {
             "tokens": self.tokens,
-            "seconds": round(time.perf_counter() - self.started, 2),
+            "seconds": round(seconds, 2),
             "peak_memory_gib": round(peak / 2**30, 3),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
         }
-        if self.last_loss is not None:
-            cost["last_loss"] = self.last_loss
-        return cost
-
-
-def total_cost(parts: dict[str, Progress]) -> dict[str, Any]:
-    """What the parts of a stage took together, and each of them; facts about its rows."""
-    costs = {name: part.total() for name, part in parts.items()}
-    total: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "peak_memory_gib": 0.0}
-    for cost in costs.values():
-        total["tokens"] += cost["tokens"]
-        total["seconds"] = round(total["seconds"] + cost["seconds"], 2)
-        total["peak_memory_gib"] = max(total["peak_memory_gib"], cost["peak_memory_gib"])
-        if "last_loss" in cost:
-            total["last_loss"] = cost["last_loss"]
-    for part in parts.values():  # the rows of the last part
-        total |= {name: getattr(part.tokens, name) for name in ("rows", "skipped", "cut")}
-    return {**total, "parts": costs, **arithmetic()}
-
-
-def arithmetic() -> dict[str, Any]:
-    """What changes the last bits of a result without being a setting of it."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def describe_cost(cost: dict[str, Any]) -> str:
     """What a stage took, in words."""
     speed = cost["tokens"] / max(cost["seconds"], 1e-9)
     text = f"{cost['tokens']} tokens in {cost['seconds']:.1f} s ({speed:,.0f} per second), "
-    text += f"peak memory {cost['peak_memory_gib']:.2f} GiB"
-    if "last_loss" in cost:
-        text += f", last loss {cost['last_loss']:.3f}"
-    return text
+    return f"{text}peak memory {cost['peak_memory_gib']:.2f} GiB"

@@ -29,12 +29,12 @@ from toss.parallel import meet, rank
 from toss.scoring import score
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
-from toss.training import train
+from toss.training import count_steps, train
 from toss.workbench import code, files, results
 from toss.workbench.files import Round
 from toss.workbench.flags import Parser, add_run_flags, parse
 from toss.workbench.folder import REFERENCES, Folder
-from toss.workbench.progress import Progress, arithmetic, describe_cost, total_cost
+from toss.workbench.progress import Cost, Progress, describe_cost
 from toss.workbench.results import held, read_record
 from toss.workbench.runfile import FORM, INPUTS, as_listed
 from toss.workbench.states import SavedState
@@ -45,9 +45,9 @@ class Run(Folder):
 
     def __init__(self, args: Namespace):
         super().__init__(args)
-        # Of the stage at work: where its states are, and its parts, by name.
+        # Of the stage at work.
         self.state_folder = self.folder
-        self.parts: dict[str, Progress] = {}
+        self.cost: Cost | None = None
 
     # Making a result
 
@@ -76,7 +76,6 @@ class Run(Folder):
         for line in verdict.lines:
             print(line)
         if not verdict.make:
-            self.remark(stage)
             self.follow(recipe)
             # A process may have died after it published the result, before it cleaned up.
             left_over = rank() == 0 and states.parent.exists()
@@ -89,6 +88,7 @@ class Run(Folder):
             _, _, verdict = self.look(stage, inputs, settings, code_parts)
             if not verdict.make:
                 raise InputError(f"{path} was made by another process meanwhile: run it again")
+            self.cost = Cost(self.device)
             result = self.build(build)
             self.hashes.check_inputs()
             meet()  # all have looked, and have read their states: the first may write and remove
@@ -127,7 +127,6 @@ class Run(Folder):
 
     def build(self, build: Callable[[], Any]) -> Any:
         """What build() returns. If scoring in float16 overflows, it is made in TF32 instead."""
-        self.parts = {}
         try:
             return build()
         except NotFinite as error:
@@ -146,34 +145,42 @@ class Run(Folder):
         self, name: str, tokens: Tokens, weights: Tensor, config: TrainConfig, **options: Any
     ) -> Adapter:
         """toss.training.train from the base, told, logged and saved under this name."""
-        part = self.part(name, tokens, config)
-        state = self.state(part, self.dtypes["train"])
-        options |= {"state": state, "on_step": part.report}
-        return train(self.base("train"), tokens, weights, config, **options)
+        rows = sum(length > 0 for length in tokens.lengths)
+        steps = count_steps(tokens, config)
+        print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
+        options |= {"state": self.state(name, "train"), "on_step": self.progress(name).report}
+        adapter = train(self.base("train"), tokens, weights, config, **options)
+        self.count(options["state"], config.epochs * len(tokens.input_ids))
+        return adapter
 
     def score(self, name: str, adapter: Adapter | str | None, tokens: Tokens) -> Tensor:
         """toss.scoring.score of the base with an adapter, told and saved under this name.
 
         adapter: a value, or the name of an earlier result.
         """
-        part = self.part(name, tokens)
+        rows = sum(length > 0 for length in tokens.lengths)
+        size = len(tokens.input_ids)
+        print(f"{name}: rows: {rows}, tokens: {size}, the longest rows first")
         if isinstance(adapter, str):
             adapter = self.adapter(adapter)
-        state = self.state(part, self.dtypes["score"])
+        state = self.state(name, "score")
         model = use(self.base("score"), adapter)
-        return score(model, tokens, self.args.batch_tokens, state, part.report)
+        losses = score(model, tokens, self.args.batch_tokens, state, self.progress(name).report)
+        self.count(state, size)
+        return losses
 
-    def part(self, name: str, tokens: Tokens, config: TrainConfig | None = None) -> Progress:
-        """A part of the stage at work; prints what will be done."""
-        log = self.folder / "log" / f"{name}.jsonl"
-        self.parts[name] = Progress(name, self.device, tokens, config, log)
-        return self.parts[name]
+    def progress(self, name: str) -> Progress:
+        return Progress(name, self.folder / "log" / f"{name}.jsonl")
 
-    def state(self, part: Progress, dtype: str) -> SavedState:
+    def state(self, name: str, purpose: str) -> SavedState:
         """Where a part of the stage at work is saved. After an overflow it begins anew in TF32."""
-        name = f"{part.name}-{dtype}"
-        part.state = SavedState(self.state_folder, name, self.args.save_every, self.begin)
-        return part.state
+        name = f"{name}-{self.dtypes[purpose]}"
+        return SavedState(self.state_folder, name, self.args.save_every, self.begin)
+
+    def count(self, state: SavedState, tokens: int) -> None:
+        """Add a finished part to the cost of the stage at work."""
+        self.cost.tokens += tokens
+        self.cost.earlier_seconds += state.earlier_seconds
 
     # Writing a result
 
@@ -186,7 +193,7 @@ class Run(Folder):
             lines = self.write_scores(path, *result, record)
         else:
             lines = self.write_method(path, *result, record)
-        cost = total_cost(self.parts)
+        cost = self.cost.read()
         self.note(record, cost)
         print(f"{stage}: wrote {path}")
         print(f"    {describe_cost(cost)}")
@@ -279,14 +286,6 @@ class Run(Folder):
         print(f"merged checkpoint: {merged}")
 
     # run.json
-
-    def remark(self, stage: str) -> None:
-        """Say so if a result that is there was made with another arithmetic than is used now."""
-        entry = self.runfile.section("stages", stage)
-        now = arithmetic()
-        changed = [f"{k} {entry[k]}, now {now[k]}" for k in now if entry.get(k, now[k]) != now[k]]
-        if changed:
-            print(f"{stage}: made with {'; '.join(changed)}: the last bits may differ")
 
     def note(self, recipe: dict[str, Any] | None = None, cost: dict | None = None) -> None:
         """Write run.json: what later commands inherit, and what is reported of a stage."""
