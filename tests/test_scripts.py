@@ -119,7 +119,7 @@ def test_run_json_says_what_is_inherited_and_the_logs_hold_each_step(trained, fi
         assert record["inputs"][path] == file_hash(path)
     assert record["versions"].keys() == {"python", "torch"} and "commit" in record
     assert record["stages"].keys() == {"degraded", "utility", "scores", "methods/toss"}
-    facts = {"recipe", "seconds", "tokens", "peak_memory_gib", "torch", "threads"}
+    facts = {"recipe", "seconds", "tokens", "peak_memory_gib", "rows", "skipped", "cut", "torch"}
     for name, stage in record["stages"].items():
         assert stage.keys() >= facts and stage["tokens"] > 0, name
         made = read_record(open_run(trained).path(name))

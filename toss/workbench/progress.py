@@ -114,6 +114,7 @@ class Cost:
         self.device = device
         self.tokens = 0
         self.earlier_seconds = 0.0  # that processes before this one worked
+        self.facts: dict[str, int] = {}  # about the rows that were worked on last
         self.started = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -140,6 +141,7 @@ class Cost:
             "peak_memory_gib": round(peak / 2**30, 3),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            **self.facts,
         }
 
 

@@ -150,7 +150,7 @@ class Run(Folder):
         print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
         options |= {"state": self.state(name, "train"), "on_step": self.progress(name).report}
         adapter = train(self.base("train"), tokens, weights, config, **options)
-        self.count(options["state"], config.epochs * len(tokens.input_ids))
+        self.count(options["state"], tokens, config.epochs)
         return adapter
 
     def score(self, name: str, adapter: Adapter | str | None, tokens: Tokens) -> Tensor:
@@ -166,7 +166,7 @@ class Run(Folder):
         state = self.state(name, "score")
         model = use(self.base("score"), adapter)
         losses = score(model, tokens, self.args.batch_tokens, state, self.progress(name).report)
-        self.count(state, size)
+        self.count(state, tokens)
         return losses
 
     def progress(self, name: str) -> Progress:
@@ -177,10 +177,11 @@ class Run(Folder):
         name = f"{name}-{self.dtypes[purpose]}"
         return SavedState(self.state_folder, name, self.args.save_every, self.begin)
 
-    def count(self, state: SavedState, tokens: int) -> None:
-        """Add a finished part to the cost of the stage at work."""
-        self.cost.tokens += tokens
+    def count(self, state: SavedState, tokens: Tokens, passes: int = 1) -> None:
+        """Add a finished part to the cost of the stage at work; note facts about its rows."""
+        self.cost.tokens += passes * len(tokens.input_ids)
         self.cost.earlier_seconds += state.earlier_seconds
+        self.cost.facts = {name: getattr(tokens, name) for name in ("rows", "skipped", "cut")}
 
     # Writing a result
 
