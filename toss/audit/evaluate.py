@@ -1,4 +1,4 @@
-"""Measure the models of a run: do they still refuse, do they refuse too much, what do they know.
+"""Does it still refuse? Measures of the models of a run: refusals, over-refusals, what they know.
 
     python -m toss.audit.evaluate --run R --harmful FILE --benign FILE --utility FILE
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from model.io import InputError, read_json, read_text
 from toss.audit.command import (
@@ -23,11 +24,11 @@ from toss.audit.command import (
     write_jsonl,
     write_text,
 )
+from toss.audit.stages import stages_of
 from toss.workbench import flags
 from toss.workbench.results import held, text_hash
 
 MEASURES = ["toss/audit/judges.py", "toss/audit/measures.py", "data/refusals.py"]
-
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
 SETS = {
     "harmful": "harmful prompts, JSONL: rows with a prompt, and a source to group by",
@@ -49,64 +50,98 @@ def evaluate_run(
     files: path of the rows by name in SETS. prefill: numbers of tokens of the harmful rows'
     responses to begin answers with. A method that was evaluated in the same way before is skipped.
     """
-    from model.lora import use
-    from toss.audit.judges import measure, prefilled
     from toss.parallel import rank
     from toss.rows import read_rows
     from toss.workbench import code
 
+    how: dict[str, Any] = {}
+    for name, path in files.items():
+        how[f"{name}_sha256"] = run.hashes.of_input(Path(path))
+    how["words"] = sorted(words)
+    how["max_new_tokens"] = max_new_tokens
+    how["prefill"] = sorted(set(prefill))
+    how["dtype"] = run.dtypes["train"]
     digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
-    hashes = {name: run.hashes.of_input(Path(path)) for name, path in files.items()}
-    how = {f"{name}_sha256": value for name, value in hashes.items()}
-    sets = {name: read_rows(path, responses=False) for name, path in files.items()}
-    for path in files.values():
+
+    sets = {}
+    for name, path in files.items():
+        sets[name] = read_rows(path, responses=False)
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
-    how |= dict(words=sorted(words), max_new_tokens=max_new_tokens, prefill=sorted(set(prefill)))
-    how |= {"dtype": run.dtypes["train"]}
-    begun = prefilled(sets.get("harmful", []), run.tokenizer) if how["prefill"] else []
-    for k in how["prefill"]:
-        if short := sum(len(response) < k for _, response in begun):
-            print(f"prefill-{k}: {short} of {len(begun)} responses are shorter and used whole")
-    for name, rows in sets.items():
-        run.warn_shared(files[name], rows, prompts_only=True)  # with the run's training data
-    inputs = {method: () if method == "base" else (f"methods/{method}",) for method in methods}
-    for key in sum(inputs.values(), ()):  # a missing model is refused before any is evaluated
-        run.check(key, only=())
-        if changed := run.stale(key):
-            print(f"warning: {key} was made with another {', '.join(changed)} than the run has now")
+    if how["prefill"]:
+        say_short_responses(run, sets.get("harmful", []), how["prefill"])
+    for name, path in files.items():
+        run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
+    for method in methods:  # a missing model is refused before any is evaluated
+        if method != "base":
+            check(run, f"methods/{method}")
+
     for method in methods:
-        recipe = run.recipe(f"evaluation/{method}", inputs[method], how)
-        wanted = json.loads(json.dumps({**recipe, "code": digests}))
-        with run.holding(run.folder / ".state" / f"evaluation-{method}"):
-            if evaluation(run, method).get("record") == wanted:
-                continue
-            model = use(run.base("train"), run.adapter(method))
-            metrics, said = measure(run, model, sets, how)
-            if run.recipe(f"evaluation/{method}", inputs[method], how) == recipe and rank() == 0:
-                write_answers(run.folder / "answers" / f"{method}.jsonl", wanted, metrics, said)
+        evaluate_method(run, method, sets, how, digests)
     if rank() > 0:
         return {}
     with held(run.folder, run.folder, wait=True):  # another evaluation may be at its end
         return write_tables(run, methods)
 
 
-def write_answers(path: Path, record: dict, metrics: dict, said: list[dict]) -> None:
+def say_short_responses(run, rows: list, prefill: Sequence[int]) -> None:
+    """Print how many responses have fewer tokens than a prefill takes."""
+    from toss.audit.judges import prefilled
+
+    responses = [response for _, response in prefilled(rows, run.tokenizer)]
+    for k in prefill:
+        short = sum(len(response) < k for response in responses)
+        if short:
+            print(f"prefill-{k}: {short} of {len(responses)} responses are shorter and used whole")
+
+
+def check(run, stage: str) -> None:
+    """Raise InputError for a method that is missing; warn of one that does not fit the run."""
+    run.check(stage, only=())
+    changed = run.stale(stage)
+    if changed:
+        print(f"warning: {stage} was made with another {', '.join(changed)} than the run has now")
+
+
+def evaluate_method(
+    run, method: str, sets: dict[str, list], how: dict[str, Any], digests: dict[str, str]
+) -> None:
+    """Measure a model and write its answers, unless it was evaluated in the same way before."""
+    from model.lora import use
+    from toss.audit.judges import measure
+    from toss.parallel import rank
+
+    inputs = [] if method == "base" else [f"methods/{method}"]
+    recipe = run.recipe(f"evaluation/{method}", inputs, how)
+    with run.holding(run.folder / ".state" / f"evaluation-{method}"):
+        if evaluation(run, method).get("record") == {**recipe, "code": digests}:
+            return
+        model = use(run.base("train"), run.adapter(method))
+        metrics, lines = measure(run, model, sets, how)
+        unchanged = run.recipe(f"evaluation/{method}", inputs, how) == recipe
+        if unchanged and rank() == 0:
+            file = run.folder / "answers" / f"{method}.jsonl"
+            write_answers(file, {**recipe, "code": digests}, metrics, lines)
+
+
+# answers/METHOD.jsonl
+
+
+def write_answers(path: Path, record: dict, metrics: dict, lines: list[dict]) -> None:
     """Write answers, with a first line that says what they are and whether they were changed."""
     head = {"note": NOTE, "record": record, "metrics": metrics}
-    head["sha256"] = text_hash([record, metrics, said])
-    write_jsonl(path, [head, *said])
+    head["sha256"] = text_hash([record, metrics, lines])
+    write_jsonl(path, [head, *lines])
 
 
-def evaluation(run, method: str) -> dict:
+def evaluation(run, method: str) -> dict[str, Any]:
     """What answers/METHOD.jsonl says of itself: record, metrics; {} if there is none, or it was
     changed. With the measures of what the method discarded, if they can be taken now."""
     from toss.audit.judges import selection_metrics
 
-    path = run.folder / "answers" / f"{method}.jsonl"
     with suppress(InputError):
-        head, *said = read_jsonl(path) or [{}]
-        parts = [head.get("record"), head.get("metrics"), said]
-        if head.get("sha256") == text_hash(parts):
+        head, *lines = read_jsonl(run.folder / "answers" / f"{method}.jsonl") or [{}]
+        content = [head.get("record"), head.get("metrics"), lines]
+        if head.get("sha256") == text_hash(content):
             return {**head, "metrics": head["metrics"] | selection_metrics(run, method)}
     return {}
 
@@ -114,16 +149,21 @@ def evaluation(run, method: str) -> dict:
 def evaluations(run) -> tuple[dict[str, dict], list[str]]:
     """The evaluation of each method of a run, and the names of those that do not count any more:
     the model, or the base, is another one now."""
-    current, old = {}, []
-    for path in sorted((run.folder / "answers").glob("*.jsonl")):
-        if found := evaluation(run, path.stem):
-            identity, record = run.identity, found["record"]
-            same = all(record[key] == identity[key] for key in identity)
-            if same and not run.changed_inputs(record):
-                current[path.stem] = found
+    identity = run.identity
+    current = {}
+    outdated = []
+    for file in sorted((run.folder / "answers").glob("*.jsonl")):
+        found = evaluation(run, file.stem)
+        if found:
+            same_base = identity.items() <= found["record"].items()
+            if same_base and not run.changed_inputs(found["record"]):
+                current[file.stem] = found
             else:
-                old.append(path.stem)
-    return current, old
+                outdated.append(file.stem)
+    return current, outdated
+
+
+# metrics.json
 
 
 def write_tables(run, methods: Sequence[str]) -> Table:
@@ -131,31 +171,49 @@ def write_tables(run, methods: Sequence[str]) -> Table:
 
     The run's holds every method that was evaluated like these and whose model is still the same.
     """
-    current, others = evaluations(run)
-
-    def way(method):
-        return {**current[method]["record"], "inputs": None, "stage": None}
-
-    if missing := [m for m in methods if m not in current]:
-        raise InputError(f"{missing[0]} was replaced or evaluated anew meanwhile: run it again")
-    every = {m: current[m]["metrics"] for m in current if way(m) == way(methods[0])}
-    if missing := [m for m in methods if m not in every]:
-        raise InputError(f"{missing[0]} was evaluated in another way meanwhile: run it again")
-    if others := sorted(others + [m for m in current if m not in every]):
+    current, left_out = evaluations(run)
+    for method in methods:
+        if method not in current:
+            raise InputError(f"{method} was replaced or evaluated anew meanwhile: run it again")
+    way = way_of(current[methods[0]])
+    table = {}
+    for method in sorted(current, key=lambda method: method != "base"):
+        if way_of(current[method]) == way:
+            table[method] = current[method]["metrics"]
+        else:
+            left_out.append(method)
+    for method in methods:
+        if method not in table:
+            raise InputError(f"{method} was evaluated in another way meanwhile: run it again")
+    if left_out:
         why = "evaluated on other files or in another way, or trained again since"
-        print(f"{run.folder}/metrics.json leaves out {', '.join(others)}: {why}")
+        print(f"{run.folder}/metrics.json leaves out {', '.join(sorted(left_out))}: {why}")
+    say_other_arithmetic(run, table)
 
-    every = {m: every[m] for m in sorted(every, key=lambda m: m != "base")}
-    stages = [run.record.get("stages", {}).get(f"methods/{method}", {}) for method in every]
-    made = {(x["torch"], x["threads"]) for x in stages if {"torch", "threads"} <= x.keys()}
+    write_metrics(run.folder / "metrics.json", table)
+    for method in methods:
+        folder = run.path(f"methods/{method}")
+        if folder.exists():  # else it is the base, or it is being replaced
+            write_metrics(folder / "metrics.json", {method: table[method]})
+    return {method: table[method] for method in methods}
+
+
+def way_of(found: dict[str, Any]) -> dict[str, Any]:
+    """How a method was evaluated: its record without what names the method."""
+    return {**found["record"], "inputs": None, "stage": None}
+
+
+def say_other_arithmetic(run, methods: Iterable[str]) -> None:
+    """Print how methods were made if not all were made with the same torch and threads."""
+    stages = stages_of(run)
+    made = set()
+    for method in methods:
+        cost = stages.get(f"methods/{method}", {})
+        if "torch" in cost and "threads" in cost:
+            made.add(f"torch {cost['torch']}, {cost['threads']} threads")
     if len(made) > 1:
-        found = "; ".join(f"torch {torch}, {threads} threads" for torch, threads in sorted(made))
-        print(f"note: the methods were made in different ways, so last bits differ ({found})")
-    write_metrics(run.folder / "metrics.json", every)
-    for method in set(methods) - {"base"}:
-        if (folder := run.path(f"methods/{method}")).exists():  # else it is being replaced
-            write_metrics(folder / "metrics.json", {method: every[method]})
-    return {method: every[method] for method in methods}
+        ways = "; ".join(sorted(made))
+        print(f"note: the methods were made in different ways, so last bits differ ({ways})")
 
 
 def write_metrics(path: Path, table: Table) -> None:
@@ -169,34 +227,55 @@ def read_metrics(folder: Path) -> Table:
 
     n is a number; the others may be None, where nothing could be measured.
     """
-    path, cell = Path(folder) / "metrics.json", {"value", "n", "low", "high"}
+    path = Path(folder) / "metrics.json"
     table = read_json(path) if path.exists() else {}
     for method, metrics in table.items():
-        cells = metrics.values() if isinstance(metrics, dict) else [None]
-        if not all(isinstance(x, dict) and cell <= x.keys() and is_cell(x) for x in cells):
+        if not isinstance(metrics, dict) or not all(map(is_cell, metrics.values())):
             raise InputError(f"{path}: {method}: expected value, n, low and high by measure")
     return table
 
 
-def is_cell(cell: dict) -> bool:
+def is_cell(cell: Any) -> bool:
     """True if n is a number, and the others are numbers or None."""
-
-    def number(x):
-        return type(x) in (int, float)
-
-    return number(cell["n"]) and all(x is None or number(x) for x in cell.values())
+    if not isinstance(cell, dict) or type(cell.get("n")) not in (int, float):
+        return False
+    values = [cell.get(name, "missing") for name in ("value", "low", "high")]
+    return all(value is None or type(value) in (int, float) for value in values)
 
 
 def format_table(table: Table) -> str:
     """A table with the measures down and the methods across: value and [interval]."""
-
-    def shown(value: float | None = None, n: int = 0, low: float | None = None, high=None) -> str:
-        between = "" if low is None else f" [{low:.3f}, {high:.3f}]"  # none of one row
-        return "" if value is None else f"{value:.3f}{between}"
-
     names = dict.fromkeys(name for metrics in table.values() for name in metrics)
-    lines = [[name, *(shown(**row.get(name, {})) for row in table.values())] for name in names]
+    lines = []
+    for name in names:
+        cells = [metrics.get(name, {"value": None}) for metrics in table.values()]
+        lines.append([name, *map(format_cell, cells)])
     return markdown(["", *table], lines)
+
+
+def format_cell(cell: dict[str, Any]) -> str:
+    if cell["value"] is None:
+        return ""
+    value = f"{cell['value']:.3f}"
+    if cell["low"] is None:  # of one row
+        return value
+    return f"{value} [{cell['low']:.3f}, {cell['high']:.3f}]"
+
+
+# The command
+
+
+def naturals(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [flags.natural(part) for part in text.split(",")]
+
+
+def words_of(args, run) -> list[str]:
+    """The forbidden words: those of --words; of the demo, its own."""
+    if not args.words:
+        return read_json(flags.DEMO)["forbidden_words"] if run.record.get("demo") else []
+    lines = [line.strip() for line in read_text(args.words).split("\n")]
+    return [line for line in lines if line]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -209,21 +288,14 @@ def main(argv: list[str] | None = None) -> None:
     text = "text file with one forbidden word per line (the demo has its own)"
     flag("--words", metavar="FILE", help=text)
     text = "ask again after the first K tokens of the harmful row's response (usual: 0,1,3,5,10)"
-
-    def naturals(text):
-        return [flags.natural(part) for part in text.split(",")]
-
     flag("--prefill", type=naturals, default=[], metavar="K,K,...", help=text)
     flag("--max-new-tokens", type=flags.count, default=40, help="length of an answer (default: 40)")
     args = parser.parse_args(argv)
-    files = {name: path for name in SETS if (path := getattr(args, name))}
+    files = {name: getattr(args, name) for name in SETS if getattr(args, name)}
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
     run, methods = opened(args, "base")
-    words = read_text(args.words).split("\n") if args.words else []
-    words = [word.strip() for word in words if word.strip()]
-    if not args.words and run.record.get("demo"):
-        words = read_json(flags.DEMO)["forbidden_words"]
+    words = words_of(args, run)
     table = evaluate_run(run, methods, files, words, args.max_new_tokens, args.prefill)
     print(format_table(table), *cautions(records_of(run, table), table), sep="\n")
 

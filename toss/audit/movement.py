@@ -1,4 +1,4 @@
-"""How far fine-tuning moved the models, and toward what, at every response position."""
+"""What was dropped? How far fine-tuning moved the models, and toward what, by response position."""
 
 import csv
 from collections.abc import Callable
@@ -12,18 +12,93 @@ from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
 from toss.audit.command import evenly, markdown
-from toss.audit.discards import per_row, response_positions
+from toss.audit.tokens import count_by_row, response_positions
 from toss.loss import LOGITS
 from toss.parallel import rank
-from toss.tokens import Tokens, batches, collate
+from toss.tokens import Batch, Tokens, batches, collate
 from toss.workbench.progress import Bar
 from toss.workbench.results import write_record
 from toss.workbench.run import Run
 
 COLUMNS = ("kl_base", "toward_degraded", "toward_utility")  # of kl.csv
 FEWEST = 3  # rows that a mean must rest on
-TENSORS = 8  # tensors as large as the logits that exist at once: four models, and the arithmetic
+OTHERS = 4  # tensors as large as the logits, beside one per adapter: the base's, the arithmetic
 Group = tuple[Tokens, str]  # rows that are averaged together, and where they come from, in words
+
+
+def diagnose_run(
+    run: Run, methods: list[str], files: list[str] | None, max_rows: int, positions: int
+) -> tuple[list[dict], dict[str, str]]:
+    """Diagnose methods of a run and write RUN/diagnosis/kl.csv.
+
+    files: one group of rows per file; None splits the run's custom set. Returns the lines of
+    kl.csv, and where each group comes from. Raises InputError for a model that is missing or was
+    made from something else.
+    """
+    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
+    for stage in inputs:  # a missing model is refused before the work
+        run.check(stage, only=())
+    model = run.base("score")
+    adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
+    groups = groups_of_files(run, files, max_rows) if files else groups_of_run(run, max_rows)
+
+    lines = []
+    for name, (tokens, _) in groups.items():
+        wanted = tokens.response & (response_positions(tokens) < positions)
+        bar = Bar(f"diagnosis, {name}")
+        moved = divergences(model, adapters, tokens, wanted, run.batch_tokens, bar.show)
+        lines += [{"rows": name, **line} for line in means(tokens, moved, wanted, positions)]
+
+    origins = {name: origin for name, (_, origin) in groups.items()}
+    if rank() == 0:
+        recipe = run.recipe("diagnosis", inputs, {"rows": origins, "positions": positions})
+        with whole_folder(run.folder / "diagnosis") as folder:
+            write_csv(folder / "kl.csv", lines)
+            write_record(folder, recipe)
+    return lines, origins
+
+
+# Groups of rows
+
+
+def groups_of_files(run: Run, files: list[str], most: int) -> dict[str, Group]:
+    """At most `most` rows of each file of rows with responses."""
+    names = [Path(file.removesuffix(".gz")).stem for file in files]
+    if len(set(names)) < len(names):
+        raise InputError(f"two files of --rows have the same name: {', '.join(names)}")
+    return {name: group_of_file(run, file, most) for name, file in zip(names, files)}
+
+
+def group_of_file(run: Run, file: str, most: int) -> Group:
+    tokens = run.tokens(file)
+    return sample(tokens, count_by_row(tokens, tokens.response) > 0, most)
+
+
+def groups_of_run(run: Run, most: int) -> dict[str, Group]:
+    """The custom set split by its ground truth, or whole without any; at most `most` rows each.
+
+    Without wholly harmful rows (EOS aside) the harmful reference set is one more group.
+    """
+    tokens, _ = run.scored(needed=False)
+    kinds = {"custom": count_by_row(tokens, tokens.response) > 0}
+    if tokens.harmful.any():
+        kinds = kinds_of_rows(tokens, run.tokenizer.eos_id)
+    groups = {name: sample(tokens, rows, most) for name, rows in kinds.items() if rows.any()}
+    if run.args.harmful and "harmful" not in groups:
+        groups["harmful-reference"] = group_of_file(run, run.args.harmful, most)
+    return groups
+
+
+def kinds_of_rows(tokens: Tokens, eos_id: int) -> dict[str, Tensor]:
+    """Which rows hold no harm, some, or nothing else, EOS aside: bool [rows] each."""
+    content = tokens.response & (tokens.input_ids != eos_id)
+    size = count_by_row(tokens, content)
+    harm = count_by_row(tokens, content & tokens.harmful)
+    return {
+        "benign": (count_by_row(tokens, tokens.response) > 0) & (harm == 0),
+        "mixed": (harm > 0) & (harm < size),
+        "harmful": (harm > 0) & (harm == size),
+    }
 
 
 def sample(tokens: Tokens, which: Tensor, most: int) -> Group:
@@ -34,28 +109,7 @@ def sample(tokens: Tokens, which: Tensor, most: int) -> Group:
     return tokens.take(chosen), origin
 
 
-def groups_of_run(run: Run, tokens: Tokens, most: int) -> dict[str, Group]:
-    """The custom set split by its ground truth, or whole without any; at most `most` rows each.
-
-    Without wholly harmful rows (EOS aside) the harmful reference set is one more group.
-    """
-    content = tokens.response & (tokens.input_ids != run.tokenizer.eos_id)
-    flags = (tokens.response, content, content & tokens.harmful)
-    there, size, harm = (per_row(tokens, marked) for marked in flags)
-    splits = {"custom": there > 0}
-    if tokens.harmful.any():
-        splits = {"benign": (there > 0) & (harm == 0), "mixed": (harm > 0) & (harm < size)}
-        splits |= {"harmful": (harm > 0) & (harm == size)}
-    groups = {name: sample(tokens, which, most) for name, which in splits.items() if which.any()}
-    if run.args.harmful and "harmful" not in groups:
-        groups["harmful-reference"] = group_of_file(run, run.args.harmful, most)
-    return groups
-
-
-def group_of_file(run: Run, path: str, most: int) -> Group:
-    """At most `most` rows of a file of rows with responses."""
-    tokens = run.tokens(path)
-    return sample(tokens, per_row(tokens, tokens.response) > 0, most)
+# Divergences
 
 
 @fast
@@ -75,35 +129,33 @@ def divergences(
     per batch. on_batch: see score. Log-probabilities are formed in chunks of at most `logits`
     numbers. Raises NotFinite naming the adapter.
     """
-
-    def kl(p, q):
-        return (p.exp() * (p - q)).sum(-1)  # KL(p || q) in nats, (n, V) -> (n)
-
-    models = {"": None, **adapters}  # "": the base
     results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
-    size = max(1, logits // (TENSORS * model.lm_head.out_features))
-    rows = [i for i, length in enumerate(tokens.lengths) if length]
+    tensors = len(adapters) + OTHERS
+    size = max(1, logits // (tensors * model.lm_head.out_features))
+    rows = [row for row, length in enumerate(tokens.lengths) if length > 0]
     groups = batches(rows, tokens.lengths, budget)
-    for step, group in enumerate(groups, 1):
-        batch, hidden = collate(tokens, group, wanted, model.device), {}
-        for name, adapter in models.items():
-            states = use(model, adapter)(batch.ids, bounds=batch.bounds)[batch.before]  # (n, D)
-            hidden[name] = states.split(size)
-
-        for k, places in enumerate(batch.places.cpu().split(size)):
-            base, *references = (
-                log_p(model, models[name], hidden[name][k]) for name in ("", "degraded", "utility")
-            )
+    for step, group in enumerate(groups, start=1):
+        batch = collate(tokens, group, wanted, model.device)
+        hidden = {name: states(model, adapter, batch) for name, adapter in adapters.items()}
+        base = states(model, None, batch)
+        for start in range(0, len(batch.places), size):
+            chunk = slice(start, start + size)
+            p = log_p(model, None, base[chunk])
+            q = {name: log_p(model, adapters[name], hidden[name][chunk]) for name in adapters}
             for name in adapters:
-                tuned = log_p(model, models[name], hidden[name][k])
-                toward = [kl(base, other) - kl(tuned, other) for other in references]
-                values = torch.stack((kl(base, tuned), *toward))
+                toward = [kl(p, q[role]) - kl(q[name], q[role]) for role in ("degraded", "utility")]
+                values = torch.stack((kl(p, q[name]), *toward))
                 if not values.isfinite().all():
                     what = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
                     raise NotFinite(f"{what}; give --dtype tf32")
-                results[name][:, places] = values.cpu().double()
+                results[name][:, batch.places[chunk].cpu()] = values.cpu().double()
         on_batch({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
     return results
+
+
+def states(model: Transformer, adapter: Adapter | None, batch: Batch) -> Tensor:
+    """The hidden states [n, D] that the batch's wanted tokens are predicted from."""
+    return use(model, adapter)(batch.ids, bounds=batch.bounds)[batch.before]
 
 
 def log_p(model: Transformer, adapter: Adapter | None, hidden: Tensor) -> Tensor:
@@ -111,70 +163,54 @@ def log_p(model: Transformer, adapter: Adapter | None, hidden: Tensor) -> Tensor
     return torch.log_softmax(use(model, adapter).lm_head(hidden).float(), dim=-1)
 
 
-def means(tokens: Tokens, results: dict[str, Tensor], wanted: Tensor, most: int) -> list[dict]:
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats of log-probabilities [n, V]: [n]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+# Tables
+
+
+def means(tokens: Tokens, moved: dict[str, Tensor], wanted: Tensor, most: int) -> list[dict]:
     """The lines of kl.csv for a group, by model and position, where FEWEST rows or more have one.
 
-    results: of divergences. most: positions.
+    moved: of divergences. most: positions.
     """
     j = response_positions(tokens)[wanted]
     counts = torch.bincount(j, minlength=most)
     lines = []
-    for name, values in results.items():
+    for name, values in moved.items():
         sums = torch.zeros(3, most, dtype=torch.float64).index_add_(1, j, values[:, wanted])
-        for p in (counts >= FEWEST).nonzero()[:, 0].tolist():
-            line = {"model": name, "position": p, "n": int(counts[p])}
-            lines.append({**line, **dict(zip(COLUMNS, (sums[:, p] / counts[p]).tolist()))})
+        for position in (counts >= FEWEST).nonzero()[:, 0].tolist():
+            mean = (sums[:, position] / counts[position]).tolist()
+            line = {"model": name, "position": position, "n": int(counts[position])}
+            lines.append({**line, **dict(zip(COLUMNS, mean))})
     return lines
 
 
-def diagnose_run(
-    run: Run, methods: list[str], files: list[str] | None, max_rows: int, positions: int
-) -> tuple[list[dict], dict[str, str]]:
-    """Diagnose methods of a run and write RUN/diagnosis/kl.csv.
-
-    files: one group of rows per file; None splits the run's custom set. Returns the lines of
-    kl.csv, and where each group comes from. Raises InputError for a model that is missing or was
-    made from something else.
-    """
-    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
-    for key in inputs:  # a missing model is refused before the work
-        run.check(key, only=())
-    model = run.base("score")
-    adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
-    names = [Path(path.removesuffix(".gz")).stem for path in files or ()]
-    if len(set(names)) < len(names):
-        raise InputError(f"two files of --rows have the same name: {', '.join(names)}")
-    groups = {name: group_of_file(run, path, max_rows) for name, path in zip(names, files or ())}
-    groups, lines = groups or groups_of_run(run, run.scored(needed=False)[0], max_rows), []
-    for name, (tokens, _) in groups.items():
-        wanted = tokens.response & (response_positions(tokens) < positions)
-        found = divergences(
-            model, adapters, tokens, wanted, run.batch_tokens, Bar(f"diagnosis, {name}").show
-        )
-        lines += [{"rows": name, **line} for line in means(tokens, found, wanted, positions)]
-    origins = {name: origin for name, (_, origin) in groups.items()}
-    if rank() == 0:
-        recipe = run.recipe("diagnosis", inputs, {"rows": origins, "positions": positions})
-        with whole_folder(run.folder / "diagnosis") as out:
-            with open(out / "kl.csv", "w", newline="", encoding="utf-8") as file:
-                columns = ("model", "rows", "position", "n", *COLUMNS)
-                table = csv.DictWriter(file, columns, lineterminator="\n")
-                table.writeheader()
-                short = ({name: f"{line[name]:.6g}" for name in COLUMNS} for line in lines)
-                table.writerows({**line, **numbers} for line, numbers in zip(lines, short))
-            write_record(out, recipe)
-    return lines, origins
+def write_csv(file: Path, lines: list[dict]) -> None:
+    """kl.csv."""
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        columns = ("model", "rows", "position", "n", *COLUMNS)
+        table = csv.DictWriter(out, columns, lineterminator="\n")
+        table.writeheader()
+        for line in lines:
+            numbers = {column: f"{line[column]:.6g}" for column in COLUMNS}
+            table.writerow({**line, **numbers})
 
 
 def kl_table(lines: list[dict]) -> str:
     """Each model on each group: the first response position, and the mean over the later ones."""
-    curves, table, shown = {}, [], lambda x: "" if x is None else f"{x:.3f}"
+    curves: dict[tuple[str, str], list[dict]] = {}
     for line in lines:
-        curve = curves.setdefault((line["rows"], line["model"]), [])
-        curve.append(torch.tensor([line[column] for column in COLUMNS]))
-    for names, (first, *later) in curves.items():
-        mean = torch.stack(later).mean(0).tolist() if later else [None] * len(COLUMNS)
-        cells = zip(first.tolist(), mean)
-        table.append([*names, *(shown(value) for pair in cells for value in pair)])
+        curves.setdefault((line["rows"], line["model"]), []).append(line)
+    table = []
+    for (rows, model), (first, *later) in curves.items():
+        cells = [rows, model]
+        for column in COLUMNS:
+            values = [line[column] for line in later]
+            cells.append(f"{first[column]:.3f}")
+            cells.append(f"{sum(values) / len(values):.3f}" if values else "")
+        table.append(cells)
     header = [f"{column}, {where}" for column in COLUMNS for where in ("j = 0", "later")]
     return markdown(["rows", "model", *header], table)

@@ -1,0 +1,121 @@
+"""What was dropped? The rows that the page of toss.audit.report shows, and how S is spread."""
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toss.audit.figures import histogram
+from toss.audit.tokens import Mask, count_by_row
+from toss.tokens import Tokens
+
+ROWS = 24
+ALIKE = 0.5  # share of their distinct tokens from which on two responses say the same
+SEARCHED = 40  # candidates of each kind, for each row that is shown
+ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
+
+
+def token_part(masks: list[Mask]) -> dict[str, Any]:
+    """What the page shows of the masks; its rows are chosen by what the first one did."""
+    first = masks[0]
+    harmful = first.tokens.harmful
+    groups = chosen_rows(first)
+    rows = []
+    for why, members in groups.items():
+        rows += [shown_row(masks, row, why) for row in members]
+    by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
+    return {
+        "gone": int(first.discarded.sum()),
+        "harm": int(harmful.sum()),
+        "found": int((first.discarded & harmful).sum()),
+        "ranked": int((first.order > 0).sum()),
+        "groups": groups,
+        "rows": rows,
+        "masks": masks,
+        "limit": first.full_colour,
+        "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
+        "charts": [spread(mask) for mask in by_S or masks[:1]],
+    }
+
+
+def shown_row(masks: list[Mask], row: int, why: str) -> dict[str, Any]:
+    """A row of the page: its turns, each a list of views. A view is a token under every mask."""
+    views = list(zip(*(mask.row(row) for mask in masks)))
+    turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
+    count = sum(view[0].response for view in views)
+    return {"row": row, "why": why, "turns": turns, "count": count}
+
+
+def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
+    """The rows to show, by why: n / 4 of each kind, and more of the first where others are few.
+
+    Of rows that say nearly the same, the first stands for all.
+    """
+    candidates = candidate_rows(mask)
+    chosen: dict[str, list[int]] = {why: [] for why in candidates}
+    content: dict[int, set[int]] = {}  # the distinct response tokens of each chosen row
+    for limit in (n // 4, n):
+        for why, rows in candidates.items():
+            for row in rows[: SEARCHED * n]:
+                if len(chosen[why]) == limit or len(content) == n:
+                    break
+                distinct = distinct_tokens(mask.tokens, row)
+                if row not in content and not any(alike(distinct, x) for x in content.values()):
+                    chosen[why].append(row)
+                    content[row] = distinct
+    return {why: rows for why, rows in chosen.items() if rows}
+
+
+def candidate_rows(mask: Mask) -> dict[str, list[int]]:
+    """The rows of each kind, the best first. Equal ones are ordered by mean S."""
+    tokens = mask.tokens
+    discarded = mask.discarded
+    size = count_by_row(tokens, tokens.response).double()
+    harm = count_by_row(tokens, tokens.harmful).double()
+    lost = count_by_row(tokens, discarded).double()
+    missed = harm - count_by_row(tokens, discarded & tokens.harmful)
+
+    places = tokens.response.nonzero()[:, 0]
+    sums = torch.zeros_like(size).index_add_(0, tokens.row_of(places), mask.S[places].double())
+    by_mean_S = (sums / size).argsort(descending=True, stable=True)
+
+    def ordered(wanted: Tensor, key: Tensor) -> list[int]:
+        rows = by_mean_S[wanted[by_mean_S]]
+        return rows[key[rows].argsort(descending=True, stable=True)].tolist()
+
+    marked = tokens.harmful.any()  # without ground truth no row is known to be harmless
+    return {
+        "harmless, yet discarded": ordered((lost > 0) & (harm == 0) & marked, lost / size),
+        "harmful, yet kept": ordered(missed > 0, missed / harm),
+        f"the largest share discarded by {mask.label}": ordered(lost > 0, lost / size),
+        "nothing discarded, the highest mean S": ordered((lost == 0) & (size > 0), size * 0),
+    }
+
+
+def distinct_tokens(tokens: Tokens, row: int) -> set[int]:
+    """The ids in a row's responses."""
+    places = tokens.places([row])
+    return set(tokens.input_ids[places][tokens.response[places]].tolist())
+
+
+def alike(one: set[int], other: set[int]) -> bool:
+    """True if two responses say nearly the same."""
+    return len(one & other) >= ALIKE * len(one | other)
+
+
+def spread(mask: Mask) -> str:
+    """The distribution of S, harmful tokens against others where the rows say which are, as SVG."""
+    response = mask.tokens.response
+    harmful = mask.tokens.harmful
+    groups = {"response tokens": mask.S[response]}
+    if harmful.any():
+        groups = {
+            "other response tokens": mask.S[response & ~harmful],
+            "harmful by ground truth": mask.S[harmful],
+        }
+    ranked = mask.order > 0
+    by_S = torch.equal(mask.score[ranked], mask.S[ranked])
+    title = f"S of the response tokens, as scored for {mask.label}"
+    threshold = mask.threshold if by_S else None
+    return histogram(groups, title, "S = L^u - L^h, nats", threshold)

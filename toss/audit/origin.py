@@ -1,0 +1,122 @@
+"""What was dropped? First of all: what is this file, what was it made from, does it fit the run?"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import base_hash, skeleton
+from model.io import InputError, made_from, read_json
+from model.peft import CONFIG, WEIGHTS, read_adapter
+from toss.audit.characters import harmless
+from toss.workbench.results import RECORD, read_record
+from toss.workbench.run import Run, open_run
+
+INSIDE = ("run.json", RECORD, "config.json", CONFIG, "model.safetensors", WEIGHTS)  # of a folder
+ADAPTER = ("r", "lora_alpha", "use_rslora", "target_modules")  # shown of its configuration
+NOT_SHOWN = ("inputs", "warning", "files", "sha256", "code")  # of a record
+
+
+@dataclass
+class Origin:
+    """What a path is."""
+
+    title: str
+    lines: dict[str, Any] = field(default_factory=dict)  # to print, by label
+    record: dict[str, Any] = field(default_factory=dict)  # of what it was made from
+    misfits: list[str] = field(default_factory=list)  # labels of what does not fit the run
+
+
+def show_path(given: Path, folder: str | None) -> int:
+    """Print what a path is, what it was made from, and whether it fits; returns the exit status."""
+    path = given.parent if given.name in INSIDE else given
+    around = [place for place in (path, *path.absolute().parents) if (place / "run.json").is_file()]
+    if around and around[0] == path:
+        folder = path  # a run is compared with itself
+    home = folder or next(iter(around), None)
+    run = open_run(home) if home else None
+    origin = origin_of(path, run)
+    origin.lines |= recorded(origin.record)
+    if run:
+        compare(origin, run)
+    print(harmless(f"{path}: {origin.title}"))
+    for name, value in origin.lines.items():
+        print(harmless(f"  {name:<20}  {' '.join(str(value).split())}"))
+    if origin.misfits:
+        print(harmless(f"{given}: does not fit {run.folder}: {', '.join(origin.misfits)}"))
+        return 2
+    if run:
+        print(harmless(f"{given}: fits"))
+    return 0
+
+
+def origin_of(path: Path, run: Run | None) -> Origin:
+    """Raises InputError if the path is nothing known or cannot be read."""
+    if (path / "run.json").is_file():
+        return origin_of_run(run)
+    if (path / WEIGHTS).is_file():
+        return origin_of_adapter(path, run)
+    if (path / "config.json").is_file():
+        count = sum(weight.numel() for weight in skeleton(path).parameters())
+        # Only a checkpoint that select.py --merge made has a record.
+        record = read_record(path) or {"base_sha256": base_hash(path)}
+        return Origin("a checkpoint", {"parameters": f"{count:,}"}, record)
+    record = read_record(path)
+    if not record:
+        raise InputError(f"{path}: no run directory, adapter or checkpoint, and no result of a run")
+    return Origin(f"the result of the stage {record['stage']}", record=record)
+
+
+def origin_of_run(run: Run) -> Origin:
+    """A run directory; of each stage, whether it was made from what the run holds now."""
+    origin = Origin("a run directory")
+    for stage in run.runfile.section("stages"):
+        if run.path(stage).exists():
+            changed = misfits(read_record(run.path(stage)), run)
+            origin.lines[stage] = f"made from another {', '.join(changed)}" if changed else "fits"
+            origin.misfits += [stage] if changed else []
+    return origin
+
+
+def origin_of_adapter(path: Path, run: Run | None) -> Origin:
+    """An adapter; in a run it must fit the base's shapes."""
+    config = read_json(path / CONFIG)
+    lines = {name: config[name] for name in ADAPTER if config.get(name)}
+    record = made_from(path / WEIGHTS)
+    origin = Origin(
+        "a LoRA adapter" if record else "a LoRA adapter without a record", lines, record
+    )
+    if run:
+        try:
+            read_adapter(skeleton(run.checkpoint), path)
+        except InputError as error:
+            lines["loading"] = f"refused: {error}"
+            origin.misfits.append("loading")
+    return origin
+
+
+def recorded(record: dict[str, Any]) -> dict[str, Any]:
+    """The lines about a record: what it holds, its settings, and its inputs one by one."""
+    lines = {}
+    for name, value in record.items():
+        if name == "settings":
+            value = ", ".join(f"{setting} {given}" for setting, given in value.items())
+        if value and name not in NOT_SHOWN:
+            lines[name] = value
+    return lines | record.get("inputs", {})
+
+
+def misfits(record: dict[str, Any], run: Run) -> list[str]:
+    """What a record names and the run holds otherwise: inputs, base, prompt form."""
+    identity = run.identity
+    changed = [name for name in identity if record.get(name, identity[name]) != identity[name]]
+    return [*changed, *run.changed_inputs(record)]
+
+
+def compare(origin: Origin, run: Run) -> None:
+    """Note in the lines what the run holds otherwise."""
+    now = dict(run.identity)
+    changed = misfits(origin.record, run)
+    for name in changed:
+        present = now[name] if name in now else run.input_hash(name)
+        origin.lines[name] = f"{origin.lines.get(name)}, but the run has {present}"
+    origin.misfits = changed + origin.misfits
