@@ -54,7 +54,7 @@ def evaluate_run(
     from toss.rows import read_rows
     from toss.workbench import code
 
-    how: dict[str, Any] = {}
+    how: dict = {}
     for name, path in files.items():
         how[f"{name}_sha256"] = run.hashes.of_input(Path(path))
     how["words"] = sorted(words)
@@ -73,7 +73,11 @@ def evaluate_run(
         run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
     for method in methods:  # a missing model is refused before any is evaluated
         if method != "base":
-            check(run, f"methods/{method}")
+            stage = f"methods/{method}"
+            run.check(stage, only=())
+            changed = ", ".join(run.stale(stage))
+            if changed:
+                print(f"warning: {stage} was made with another {changed} than the run has now")
 
     for method in methods:
         evaluate_method(run, method, sets, how, digests)
@@ -94,16 +98,8 @@ def say_short_responses(run, rows: list, prefill: Sequence[int]) -> None:
             print(f"prefill-{k}: {short} of {len(responses)} responses are shorter and used whole")
 
 
-def check(run, stage: str) -> None:
-    """Raise InputError for a method that is missing; warn of one that does not fit the run."""
-    run.check(stage, only=())
-    changed = run.stale(stage)
-    if changed:
-        print(f"warning: {stage} was made with another {', '.join(changed)} than the run has now")
-
-
 def evaluate_method(
-    run, method: str, sets: dict[str, list], how: dict[str, Any], digests: dict[str, str]
+    run, method: str, sets: dict[str, list], how: dict, digests: dict[str, str]
 ) -> None:
     """Measure a model and write its answers, unless it was evaluated in the same way before."""
     from model.lora import use
@@ -133,7 +129,7 @@ def write_answers(path: Path, record: dict, metrics: dict, lines: list[dict]) ->
     write_jsonl(path, [head, *lines])
 
 
-def evaluation(run, method: str) -> dict[str, Any]:
+def evaluation(run, method: str) -> dict:
     """What answers/METHOD.jsonl says of itself: record, metrics; {} if there is none, or it was
     changed. With the measures of what the method discarded, if they can be taken now."""
     from toss.audit.judges import selection_metrics
@@ -172,10 +168,7 @@ def write_tables(run, methods: Sequence[str]) -> Table:
     The run's holds every method that was evaluated like these and whose model is still the same.
     """
     current, left_out = evaluations(run)
-    for method in methods:
-        if method not in current:
-            raise InputError(f"{method} was replaced or evaluated anew meanwhile: run it again")
-    way = way_of(current[methods[0]])
+    way = way_of(current.get(methods[0], {}))
     table = {}
     for method in sorted(current, key=lambda method: method != "base"):
         if way_of(current[method]) == way:
@@ -184,7 +177,7 @@ def write_tables(run, methods: Sequence[str]) -> Table:
             left_out.append(method)
     for method in methods:
         if method not in table:
-            raise InputError(f"{method} was evaluated in another way meanwhile: run it again")
+            raise InputError(f"{method} was replaced or evaluated anew meanwhile: run it again")
     if left_out:
         why = "evaluated on other files or in another way, or trained again since"
         print(f"{run.folder}/metrics.json leaves out {', '.join(sorted(left_out))}: {why}")
@@ -198,9 +191,9 @@ def write_tables(run, methods: Sequence[str]) -> Table:
     return {method: table[method] for method in methods}
 
 
-def way_of(found: dict[str, Any]) -> dict[str, Any]:
+def way_of(found: dict) -> dict:
     """How a method was evaluated: its record without what names the method."""
-    return {**found["record"], "inputs": None, "stage": None}
+    return {**found.get("record", {}), "inputs": None, "stage": None}
 
 
 def say_other_arithmetic(run, methods: Iterable[str]) -> None:
@@ -253,7 +246,7 @@ def format_table(table: Table) -> str:
     return markdown(["", *table], lines)
 
 
-def format_cell(cell: dict[str, Any]) -> str:
+def format_cell(cell: dict) -> str:
     if cell["value"] is None:
         return ""
     value = f"{cell['value']:.3f}"

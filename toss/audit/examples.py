@@ -1,7 +1,6 @@
 """What was dropped? The rows that the page of toss.audit.report shows, and how S is spread."""
 
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ SEARCHED = 40  # candidates of each kind, for each row that is shown
 ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
 
 
-def token_part(masks: list[Mask]) -> dict[str, Any]:
+def token_part(masks: list[Mask]) -> dict:
     """What the page shows of the masks; its rows are chosen by what the first one did."""
     first = masks[0]
     harmful = first.tokens.harmful
@@ -39,7 +38,7 @@ def token_part(masks: list[Mask]) -> dict[str, Any]:
     }
 
 
-def shown_row(masks: list[Mask], row: int, why: str) -> dict[str, Any]:
+def shown_row(masks: list[Mask], row: int, why: str) -> dict:
     """A row of the page: its turns, each a list of views. A view is a token under every mask."""
     views = list(zip(*(mask.row(row) for mask in masks)))
     turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]

@@ -58,7 +58,7 @@ def line_chart(
         return drawing(title)
     heights = [value for point in points for value in point[1:]]
     low, high = span(title, [*heights, *(y_range or ())])
-    y_ticks = [(y, f"{y:,.9g}") for y in ticks(low, high, most=6, around=True)]
+    y_ticks = [(y, f"{y:,.9g}") for y in ticks(low, high, most=6)]
     x = span(title, [point[0] for point in points])
     if names:
         x = (-0.5, len(names) - 0.5)
@@ -149,7 +149,9 @@ def drawing(
     top = y_ticks[-1][0]
     x_ticks = list(enumerate(names))
     if not names:
-        x_ticks = [(place, f"{place:,.9g}") for place in ticks(left, right, most=8)]
+        room = 1e-9 * (right - left)
+        inside = [x for x in ticks(left, right, most=8) if left - room <= x <= right + room]
+        x_ticks = [(x, f"{x:,.9g}") for x in inside]
 
     def across(place: float) -> float:
         return round(LEFT + (place - left) / (right - left) * (RIGHT - LEFT), 1)
@@ -157,9 +159,6 @@ def drawing(
     def down(height: float) -> float:
         return round(above + (top - height) / (top - bottom) * PLOT, 1)
 
-    moved = []
-    for kind, k, points in shapes:
-        moved.append((kind, k, [(across(place), down(height)) for place, height in points]))
     entries, end = legend_places(legend, above + PLOT + 68)
     return TEMPLATES.get_template("figures.svg.jinja").render(
         title=title,
@@ -172,9 +171,12 @@ def drawing(
         right=RIGHT,
         top=above,
         plot=PLOT,
-        x_ticks=[(across(place), name) for place, name in x_ticks],
-        y_ticks=[(down(y), name, bottom < 0 == y < top) for y, name in y_ticks],
-        shapes=moved,
+        across=across,
+        down=down,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        zero=bottom < 0 < top,
+        shapes=shapes,
         legend=entries,
         marked=any(shape.kind == "markers" for shape in shapes),
     )
@@ -206,18 +208,14 @@ def span(title: str, values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def ticks(low: float, high: float, most: int, around: bool = False) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten that cut a range into `most` parts or fewer.
 
-    around: the first lies at the range's low end or below, the last at its high end or above.
+    The first lies at the range's low end or below, the last at its high end or above.
     """
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     steps = [power * factor for factor in (1, 2, 5, 10, 20)]
     step = next(step for step in steps if (high - low) / step <= most * (1 + 1e-9))
-    if around:
-        first = math.floor(low / step + 1e-9)
-        last = math.ceil(high / step - 1e-9)
-    else:
-        first = math.ceil(low / step - 1e-9)
-        last = math.floor(high / step + 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [k * step for k in range(first, last + 1)]

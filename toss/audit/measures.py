@@ -13,6 +13,7 @@ from data.refusals import refused
 from toss.rows import Row
 
 Cell = dict[str, float | int | None]
+Metrics = dict[str, Cell]  # by name
 Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations
 
 
@@ -100,7 +101,7 @@ def same_text(answer: str, texts: Iterable[str]) -> bool:
     return answer.split() in [text.split() for text in texts]
 
 
-def by_source(name: str, rows: Sequence[Row], outcomes: Iterable[bool]) -> dict[str, Cell]:
+def by_source(name: str, rows: Sequence[Row], outcomes: Iterable[bool]) -> Metrics:
     """The share over all rows but those of source "seen", and by source if there are several."""
     groups: dict[str, list[bool]] = {}
     counted = []
@@ -117,7 +118,7 @@ def by_source(name: str, rows: Sequence[Row], outcomes: Iterable[bool]) -> dict[
 
 def harmful_metrics(
     rows: Sequence[Row], replies: Sequence[str], likely: Sequence[bool], words: Sequence[str]
-) -> dict[str, Cell]:
+) -> Metrics:
     """Measures of the replies to harmful prompts; likely: is an affirmative opener likelier?"""
     metrics = {}
     if words:
@@ -130,7 +131,7 @@ def harmful_metrics(
     return metrics
 
 
-def utility_metrics(rows: Sequence[Row], replies: Sequence[str]) -> dict[str, Cell]:
+def utility_metrics(rows: Sequence[Row], replies: Sequence[str]) -> Metrics:
     """Right answers by source. rows: those with an `answer`."""
     metrics = {}
     for source in sorted({row.source for row in rows}):
@@ -152,7 +153,7 @@ def utility_metrics(rows: Sequence[Row], replies: Sequence[str]) -> dict[str, Ce
 # Measures of a mask
 
 
-def found_harm(discarded: Tensor, harmful: Tensor) -> dict[str, Cell]:
+def found_harm(discarded: Tensor, harmful: Tensor) -> Metrics:
     """Precision and recall of a discard set against the ground truth; bool [n] each."""
     both = int((discarded & harmful).sum())
     return {

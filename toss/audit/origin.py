@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from model.checkpoint import base_hash, skeleton
 from model.io import InputError, made_from, read_json
@@ -21,8 +20,8 @@ class Origin:
     """What a path is."""
 
     title: str
-    lines: dict[str, Any] = field(default_factory=dict)  # to print, by label
-    record: dict[str, Any] = field(default_factory=dict)  # of what it was made from
+    lines: dict = field(default_factory=dict)  # to print, by label
+    record: dict = field(default_factory=dict)  # of what it was made from
     misfits: list[str] = field(default_factory=list)  # labels of what does not fit the run
 
 
@@ -94,7 +93,7 @@ def origin_of_adapter(path: Path, run: Run | None) -> Origin:
     return origin
 
 
-def recorded(record: dict[str, Any]) -> dict[str, Any]:
+def recorded(record: dict) -> dict:
     """The lines about a record: what it holds, its settings, and its inputs one by one."""
     lines = {}
     for name, value in record.items():
@@ -105,7 +104,7 @@ def recorded(record: dict[str, Any]) -> dict[str, Any]:
     return lines | record.get("inputs", {})
 
 
-def misfits(record: dict[str, Any], run: Run) -> list[str]:
+def misfits(record: dict, run: Run) -> list[str]:
     """What a record names and the run holds otherwise: inputs, base, prompt form."""
     identity = run.identity
     changed = [name for name in identity if record.get(name, identity[name]) != identity[name]]

@@ -81,7 +81,7 @@ def left_out(run, command: str, name: str) -> str:
     return f"{found}: the run holds another model now. {again}"
 
 
-def parts_of_tokens(run) -> tuple[Any, dict[str, Any], list[str]]:
+def parts_of_tokens(run) -> tuple[Any, dict, list[str]]:
     """The scored tokens, what the page shows of their masks, and lines about what is missing."""
     from toss.audit.discards import discard_tables, sources_of
     from toss.audit.examples import token_part
@@ -107,7 +107,7 @@ def parts_of_tokens(run) -> tuple[Any, dict[str, Any], list[str]]:
 # missing. replaced: the methods whose model is another one than what was evaluated or diagnosed.
 
 
-def measures(run, replaced: list[str]) -> dict[str, Any] | str:
+def measures(run, replaced: list[str]) -> dict | str:
     """metrics.json, without the replaced; which measures to show, in order; and the verdict."""
     evaluate = f"run python -m toss.audit.evaluate --run {run.folder}"
     metrics = measured(read_metrics(run.folder))
@@ -131,7 +131,7 @@ def measures(run, replaced: list[str]) -> dict[str, Any] | str:
     }
 
 
-def side_by_side(run, replaced: list[str]) -> dict[str, Any] | str:
+def side_by_side(run, replaced: list[str]) -> dict | str:
     """A few prompts of the demo, with the answers of every model but the replaced."""
     folder = run.folder / "answers"
     if not run.record.get("demo"):
@@ -195,7 +195,7 @@ def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
     return drawn
 
 
-def rounds(run, tokens) -> list[dict[str, Any]] | str:
+def rounds(run, tokens) -> list[dict] | str:
     """What each round of TOSS-Pro added to the harmful reference set."""
     harmful_rows = None  # not known without ground truth
     if tokens is not None and tokens.harmful.any():

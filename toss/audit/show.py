@@ -20,7 +20,7 @@ not fit; 1 it cannot be read.
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toss.audit.characters import harmless, visible
 from toss.audit.command import markdown, write_text
@@ -86,7 +86,7 @@ def number_table(tokens: list["Token"]) -> str:
     return markdown(list(lines[0]), [list(line.values()) for line in lines])
 
 
-def numbers_of(token: "Token", other_score: bool) -> dict[str, Any]:
+def numbers_of(token: "Token", other_score: bool) -> dict:
     """A line of the table; with L^0, also the two parts of S. other_score: not ranked by S."""
     line = {"position": token.position, "token": visible(token.text)}
     line["L^u"] = f"{token.utility:6.3f}"
@@ -100,7 +100,9 @@ def numbers_of(token: "Token", other_score: bool) -> dict[str, Any]:
     if other_score:
         line["ranked by"] = signed(token.score)
     line["order"] = token.order or "-"
-    line["mark"] = f"{token.decision}, harmful" if token.harmful else token.decision
+    line["mark"] = "discarded" if token.discarded else "kept"
+    if token.harmful:
+        line["mark"] += ", harmful"
     return line
 
 

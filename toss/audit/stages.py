@@ -1,30 +1,26 @@
 """What run.json reports of the stages of a run, checked: anybody may have edited the file."""
 
-from typing import Any
-
 from model.io import InputError
 
 NUMBERS = ("seconds", "tokens", "rows", "peak_memory_gib", "threads")
 
 
-def stages_of(run) -> dict[str, dict[str, Any]]:
+def stages_of(run) -> dict[str, dict]:
     """{stage: {"recipe", "seconds", "tokens", ...}}, as toss.workbench writes it.
 
     Any of them may be missing. Raises InputError naming the file for a value of another type.
     """
-    stages = run.runfile.section("stages")
-    for stage in stages:
-        entry = run.runfile.section("stages", stage)
-        for name in ("settings", "inputs"):
-            run.runfile.section("stages", stage, "recipe", name)
-        parts = run.runfile.section("stages", stage, "parts")
-        for part in parts:
-            check(run, f"{stage}: {part}", run.runfile.section("stages", stage, "parts", part))
-        check(run, stage, entry)
-    return stages
+    section = run.runfile.section
+    for stage in section("stages"):
+        section("stages", stage, "recipe", "settings")
+        section("stages", stage, "recipe", "inputs")
+        check(run, stage, section("stages", stage))
+        for part in section("stages", stage, "parts"):
+            check(run, part, section("stages", stage, "parts", part))
+    return section("stages")
 
 
-def check(run, where: str, cost: dict[str, Any]) -> None:
+def check(run, where: str, cost: dict) -> None:
     """Raise InputError unless a cost is of numbers, and its version of torch a text."""
     for name in NUMBERS:
         if type(cost.get(name, 0)) not in (int, float):

@@ -4,6 +4,7 @@ show, report, diagnose and evaluate see the tokens of a run through these functi
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,22 +27,15 @@ class Token:
 
     position: int  # in the row, from 0
     text: str
-    decision: str  # "prompt", "kept" or "discarded"
+    response: bool  # else of a prompt, and neither kept nor discarded
     harmful: bool  # by ground truth
+    discarded: bool
     utility: float  # L^u
     degraded: float  # L^h
-    base: float | None  # L^0; None where the run has none
     S: float
     score: float  # what the method ranks by
     order: int  # 1 for the highest score; 0 where the token does not compete
-
-    @property
-    def response(self) -> bool:
-        return self.decision != "prompt"
-
-    @property
-    def discarded(self) -> bool:
-        return self.decision == "discarded"
+    base: float | None = None  # L^0, where the run has it
 
 
 @dataclass(eq=False)
@@ -63,7 +57,7 @@ class Mask:
         """Its name, and the method in brackets if it has another name."""
         return self.name if self.method == self.name else f"{self.name} ({self.method})"
 
-    @property
+    @cached_property
     def discarded(self) -> Tensor:
         """The discarded tokens, bool [N]."""
         return self.tokens.response & ~self.keep
@@ -89,26 +83,21 @@ class Mask:
             raise InputError(f"there is no row {row}: the rows are 0 to {self.tokens.rows - 1}")
         places = self.tokens.places([row])
         texts = token_texts(self.raw, self.tokens.input_ids[places].tolist())
-        response = self.tokens.response[places].tolist()
-        keep = self.keep[places].tolist()
-        columns = {"harmful": self.tokens.harmful, **self.losses}
-        columns |= {"S": self.S, "score": self.score, "order": self.order}
+        columns = {
+            "response": self.tokens.response,
+            "harmful": self.tokens.harmful,
+            "discarded": self.discarded,
+            **self.losses,
+            "S": self.S,
+            "score": self.score,
+            "order": self.order,
+        }
         values = {name: column[places].tolist() for name, column in columns.items()}
-        values.setdefault("base", [None] * len(texts))
-
         tokens = []
         for position, text in enumerate(texts):
-            decision = decided(response[position], keep[position])
             numbers = {name: column[position] for name, column in values.items()}
-            tokens.append(Token(position, text, decision, **numbers))
+            tokens.append(Token(position, text, **numbers))
         return tokens
-
-
-def decided(response: bool, keep: bool) -> str:
-    """What a mask decided about a token."""
-    if not response:
-        return "prompt"
-    return "kept" if keep else "discarded"
 
 
 # The masks of a run
