@@ -197,22 +197,27 @@ def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
 
 def rounds(run, tokens) -> list[dict] | str:
     """What each round of TOSS-Pro added to the harmful reference set."""
-    harmful_rows = None  # not known without ground truth
-    if tokens is not None and tokens.harmful.any():
-        harmful_rows = tokens.row_of(tokens.harmful.nonzero()[:, 0]).tolist()
-        harmful_rows = set(harmful_rows)
     found = []
-    for path in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
-        method = path.parts[-3]
-        number = path.parts[-2].removeprefix("round-")
+    for file in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
+        number = file.parent.name.removeprefix("round-")
         if number.isdecimal():  # else it is not the scripts'
-            added = read_jsonl(path)
-            harm = None
-            if harmful_rows is not None:
-                harm = sum(line.get("row") in harmful_rows for line in added)
-            found.append({"method": method, "t": int(number), "added": added, "harm": harm})
+            added = read_jsonl(file)
+            for line in added:
+                if type(line.get("row")) is not int:
+                    raise InputError(f"{file}: row is not a number")
+            rows = [line["row"] for line in added]
+            round_ = {"method": file.parts[-3], "t": int(number), "added": added}
+            found.append({**round_, "harm": harmful_rows(tokens, rows)})
     found.sort(key=lambda entry: (entry["method"], entry["t"]))
     return found or f"No rounds of TOSS-Pro: run select.py --run {run.folder} --pro 1 first."
+
+
+def harmful_rows(tokens, rows: list[int]) -> int | None:
+    """How many of the rows hold harm; None where there is no ground truth."""
+    if tokens is None or not tokens.harmful.any():
+        return None
+    harmful = tokens.row_of(tokens.harmful.nonzero()[:, 0]).unique().tolist()
+    return len(set(rows) & set(harmful))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,124 @@
+"""What was dropped? `diagnose` says how far the models moved, and toward what, at each position."""
+
+import csv
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import script, write_jsonl
+from helpers import random_adapter, said
+from scored_runs import rows_by_hand, scored
+
+from model import load_checkpoint
+from model.lora import use
+from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
+from toss.audit.report import CHARTS
+from toss.tokens import Tokens
+from toss.workbench.run import open_run
+
+
+@pytest.fixture
+def tokens(tokenizer) -> Tokens:
+    return rows_by_hand(tokenizer)
+
+
+def kl_by_hand(model, tokens: Tokens, one, other) -> torch.Tensor:
+    """KL(one || other) at every response token, row by row, from whole logits in float64."""
+    result = torch.zeros(len(tokens.response), dtype=torch.float64)
+    for row in (0, 2, 3):  # the other is skipped
+        places = tokens.places([row])
+        ids = tokens.input_ids[places][None].long()
+        p, q = (
+            F.log_softmax(model.lm_head(use(model, adapter)(ids)[0]).double(), dim=-1)
+            for adapter in (one, other)
+        )
+        kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        result[places[1:]] = kl[:-1].detach()
+    return result * tokens.response
+
+
+@pytest.mark.parametrize(("budget", "chunk"), [(1, 100), (10, 2), (1000, 100)])
+def test_kl_in_batches_and_chunks_is_that_of_whole_logits(base, tokens, budget, chunk):
+    model = load_checkpoint(base)
+    adapters = {}
+    for seed, name in enumerate(("degraded", "utility", "sft")):
+        adapters[name] = random_adapter(model, seed)
+    wanted = tokens.response
+    logits = (len(adapters) + 4) * model.config.vocab_size * chunk
+    moved = divergences(model, adapters, tokens, wanted, budget, logits=logits)
+
+    for name, tuned in adapters.items():
+        expected = [kl_by_hand(model, tokens, None, tuned)]
+        for role in ("degraded", "utility"):
+            of_base = kl_by_hand(model, tokens, None, adapters[role])
+            expected.append(of_base - kl_by_hand(model, tokens, tuned, adapters[role]))
+        assert torch.allclose(moved[name], torch.stack(expected), atol=1e-5)
+    assert (moved["sft"][0][wanted] > 0).all()
+    assert (moved["sft"][:, ~wanted] == 0).all()
+    assert torch.equal(moved["degraded"][1], moved["degraded"][0])  # it went all the way to itself
+    assert torch.equal(moved["utility"][2], moved["utility"][0])
+
+
+def test_means_by_position_leave_out_what_few_rows_have(tokens):
+    values = torch.zeros(3, 12, dtype=torch.float64)
+    values[0, tokens.response] = torch.tensor([1.0, 2, 9, 9, 4, 2, 9, 1, 5]).double()
+    lines = means(tokens, {"sft": values}, tokens.response, 10)
+    positions = [(line["position"], line["n"], line["kl_base"]) for line in lines]
+    assert positions == [(0, 3, 2.0), (1, 3, 3.0)]
+    table = kl_table([{"rows": "g", **line} for line in lines])
+    assert "| g    | sft   | 2.000          | 3.000" in table
+
+
+def test_every_column_has_its_chart_on_the_page():
+    assert COLUMNS == (*CHARTS,)
+
+
+def test_diagnosing_a_run(trained, capsys):
+    script("select", "--run", trained)
+    script("select", "--run", trained, "--method", "sft")
+    line = f"toss.audit.diagnose --run {trained} --device cpu --positions 4"
+    out = said(capsys, f"{line} --max-rows 6")
+    assert "benign: 6 of 8 rows of custom.jsonl" in out
+    assert "mixed: 2 of 2 rows" in out
+    assert "harmful-reference: 5 of 5 rows of harmful.jsonl" in out
+    with open(trained / "diagnosis/kl.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["model", "rows", "position", "n", *COLUMNS]
+    assert {line["model"] for line in lines} == {"sft", "toss", "degraded", "utility"}
+    assert {line["rows"] for line in lines} == {"benign", "harmful-reference"}  # mixed: too few
+    for line in lines:
+        if line["model"] == "degraded":
+            assert line["kl_base"] == line["toward_degraded"] > "0"
+
+
+def test_a_diagnosis_tells_which_model_was_replaced_and_the_next_one_takes_its_place(
+    trained, capsys
+):
+    script("select", "--run", trained, "--method", "sft")
+    line = f"toss.audit.diagnose --run {trained} --positions 4"
+    said(capsys, line)
+    assert open_run(trained).stale("diagnosis") == []
+    script("select", "--run", trained, "--method", "sft", "--seed", "7", "--overwrite")
+    assert open_run(trained).stale("diagnosis") == ["methods/sft"]
+    rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
+    said(capsys, f"{line} --rows {rows} --methods sft")
+    written = (trained / "diagnosis/kl.csv").read_text().splitlines()
+    assert written[1].startswith("sft,mine,0,4,")
+    assert not any("benign" in line for line in written)
+    names = sorted(file.name for file in (trained / "diagnosis").iterdir())
+    assert names == ["kl.csv", "record.json"]
+
+
+@pytest.mark.parametrize(
+    ("harmful", "groups"),
+    [
+        ([], {"custom": "3 of 4 rows", "harmful-reference": "3 of 5 rows"}),
+        ([[0, 3]], {"harmful": "3 of 4 rows"}),
+    ],
+)
+def test_groups_of_other_custom_sets(trained, harmful, groups):
+    rows = [{"prompt": "a", "response": f"b {i}", "harmful": harmful} for i in range(4)]
+    origins = {
+        name: origin for name, (_, origin) in groups_of_run(scored(trained, rows), 3).items()
+    }
+    assert {name: origin[:11] for name, origin in origins.items()} == groups
