@@ -44,7 +44,7 @@ def test_kl_in_batches_and_chunks_is_that_of_whole_logits(base, tokens, budget, 
     for seed, name in enumerate(("degraded", "utility", "sft")):
         adapters[name] = random_adapter(model, seed)
     wanted = tokens.response
-    logits = (len(adapters) + 4) * model.config.vocab_size * chunk
+    logits = (len(adapters) + 4) * model.config.vocab_size * chunk  # base and arithmetic, too
     moved = divergences(model, adapters, tokens, wanted, budget, logits=logits)
 
     for name, tuned in adapters.items():

@@ -76,7 +76,8 @@ def candidate_rows(mask: Mask) -> dict[str, list[int]]:
     missed = harm - count_by_row(tokens, discarded & tokens.harmful)
 
     places = tokens.response.nonzero()[:, 0]
-    sums = torch.zeros_like(size).index_add_(0, tokens.row_of(places), mask.S[places].double())
+    row = tokens.row_of(places)
+    sums = torch.zeros_like(size).index_add_(0, row, mask.S[places].double())
     by_mean_S = (sums / size).argsort(descending=True, stable=True)
 
     def ordered(wanted: Tensor, key: Tensor) -> list[int]:

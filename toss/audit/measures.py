@@ -23,7 +23,10 @@ Z = 1.959964  # 95 % of a normal distribution lie within this many standard devi
 def cell(value: float | None, n: int, low: float | None = None, high: float | None = None) -> Cell:
     """A measure, rounded to four decimals; None where there is nothing."""
     numbers = {"value": value, "n": n, "low": low, "high": high}
-    return {name: x if x is None else round(x, 4) for name, x in numbers.items()}
+    for name, number in numbers.items():
+        if number is not None:
+            numbers[name] = round(number, 4)
+    return numbers
 
 
 def share(outcomes: Iterable[bool]) -> Cell:

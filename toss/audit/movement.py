@@ -22,7 +22,7 @@ from toss.workbench.run import Run
 
 COLUMNS = ("kl_base", "toward_degraded", "toward_utility")  # of kl.csv
 FEWEST = 3  # rows that a mean must rest on
-OTHERS = 4  # tensors as large as the logits, beside one per adapter: the base's, the arithmetic
+ARITHMETIC = 3  # tensors as large as the logits, beside one per model
 Group = tuple[Tokens, str]  # rows that are averaged together, and where they come from, in words
 
 
@@ -129,27 +129,31 @@ def divergences(
     per batch. on_batch: see score. Log-probabilities are formed in chunks of at most `logits`
     numbers. Raises NotFinite naming the adapter.
     """
+    models = {"base": None, **adapters}
+    size = max(1, logits // ((len(models) + ARITHMETIC) * model.lm_head.out_features))
     results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
-    tensors = len(adapters) + OTHERS
-    size = max(1, logits // (tensors * model.lm_head.out_features))
     rows = [row for row, length in enumerate(tokens.lengths) if length > 0]
     groups = batches(rows, tokens.lengths, budget)
     for step, group in enumerate(groups, start=1):
         batch = collate(tokens, group, wanted, model.device)
-        hidden = {name: states(model, adapter, batch) for name, adapter in adapters.items()}
-        base = states(model, None, batch)
+        hidden = {name: states(model, adapter, batch) for name, adapter in models.items()}
         for start in range(0, len(batch.places), size):
             chunk = slice(start, start + size)
-            p = log_p(model, None, base[chunk])
-            q = {name: log_p(model, adapters[name], hidden[name][chunk]) for name in adapters}
+            places = batch.places[chunk].cpu()
+            p = {}
+            for name, adapter in models.items():
+                p[name] = log_p(model, adapter, hidden[name][chunk])
             for name in adapters:
-                toward = [kl(p, q[role]) - kl(q[name], q[role]) for role in ("degraded", "utility")]
-                values = torch.stack((kl(p, q[name]), *toward))
-                if not values.isfinite().all():
-                    what = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
-                    raise NotFinite(f"{what}; give --dtype tf32")
-                results[name][:, batch.places[chunk].cpu()] = values.cpu().double()
+                moved = [kl(p["base"], p[name])]
+                for role in ("degraded", "utility"):
+                    moved.append(kl(p["base"], p[role]) - kl(p[name], p[role]))
+                results[name][:, places] = torch.stack(moved).cpu().double()
         on_batch({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
+
+    for name, values in results.items():
+        if not values.isfinite().all():
+            what = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
+            raise NotFinite(f"{what}; give --dtype tf32")
     return results
 
 

@@ -116,9 +116,11 @@ def measures(run, replaced: list[str]) -> dict | str:
         return f"No measures: {evaluate} first."
     demo = run.record.get("demo", False)
     names = list(dict.fromkeys(name for row in table.values() for name in row))
-    parts = [
-        name for name in names if "@" in name or name.partition("/")[0] in names and "/" in name
-    ]
+    parts = []  # of a measure that is shown whole, too
+    for name in names:
+        whole, slash, _ = name.partition("/")
+        if "@" in name or (slash and whole in names):
+            parts.append(name)
     no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
     remarks = cautions(records_of(run, table), table)
     return {
@@ -140,31 +142,23 @@ def side_by_side(run, replaced: list[str]) -> dict | str:
     for method in ORDER:
         file = folder / f"{method}.jsonl"
         if file.exists() and method not in replaced:
-            lines = [line for line in answers_of(file) if line["set"] in SETS]
-            answers[method] = {key_of(line): line["response"] for line in lines}
-    asked = list(next(iter(answers.values()), {}))
+            replies = answers[method] = {}
+            for line in answers_of(file):
+                replies[line["set"], line["source"], line["prompt"]] = line["response"]
+    asked = [key for key in next(iter(answers.values()), ()) if key[0] in SETS]
     if not asked:
         return f"No answers: run python -m toss.audit.evaluate --run {run.folder} first."
-    chosen = {}
-    for key in chosen_prompts(asked):
-        chosen[key] = {method: replies.get(key) for method, replies in answers.items()}
-    words = read_json(flags.DEMO)["forbidden_words"]
-    return {"texts": chosen, "n": len(asked), "words": words}
 
-
-def key_of(line: dict[str, str]) -> tuple[str, str, str]:
-    return line["set"], line["source"], line["prompt"]
-
-
-def chosen_prompts(asked: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Three forbidden ones of kinds not seen, the first benign one, a fact of each source."""
+    # Three forbidden prompts of kinds that no training row holds, a benign one, a fact per source.
     held_out = [key for key in asked if key[0] == "harmful" and key[1] != "seen"]
     benign = [key for key in asked if key[0] == "benign"]
-    facts: dict[str, tuple[str, str, str]] = {}
-    for key in asked:
-        if key[0] == "utility":
-            facts.setdefault(key[1], key)
-    return [*evenly(held_out, 3), *benign[:1], *facts.values()]
+    facts = {key[1]: key for key in reversed(asked) if key[0] == "utility"}
+    chosen = [*evenly(held_out, 3), *benign[:1], *reversed(facts.values())]
+    texts = {}
+    for key in chosen:
+        texts[key] = {method: replies.get(key) for method, replies in answers.items()}
+    words = read_json(flags.DEMO)["forbidden_words"]
+    return {"texts": texts, "n": len(asked), "words": words}
 
 
 def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
@@ -173,26 +167,25 @@ def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
     if not path.exists() or not set(replaced) <= set(methods_of(run)):
         command = f"python -m toss.audit.diagnose --run {run.folder}"
         return f"No diagnosis with the references of now: run {command} first."
-    charts: dict[str, dict] = {column: {} for column in CHARTS}  # rows -> model -> points
+    charts = []
     try:
         lines = list(csv.DictReader(read_text(path).splitlines()))
         lines = [line for line in lines if line["model"] not in replaced]
-        for line in sorted(lines, key=lambda line: place(line["model"])):
-            for column, groups in charts.items():
+        lines.sort(key=lambda line: place(line["model"]))
+        for column, title in CHARTS.items():
+            groups: dict[str, dict] = {}  # rows -> model -> points
+            for line in lines:
                 curves = groups.setdefault(line["rows"], {})
                 point = (int(line["position"]), float(line[column]))
                 curves.setdefault(line["model"], []).append(point)
+            charts.append([kl_chart(curves, title, rows) for rows, curves in groups.items()])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not as toss.audit.diagnose writes it ({error!r})") from None
+    return charts
 
-    drawn = []
-    for column, groups in charts.items():
-        row = []
-        for rows, curves in groups.items():
-            title = f"{CHARTS[column]}: {rows} rows"
-            row.append(line_chart(curves, title, "response position j", "nats"))
-        drawn.append(row)
-    return drawn
+
+def kl_chart(curves: dict[str, list], title: str, rows: str) -> str:
+    return line_chart(curves, f"{title}: {rows} rows", "response position j", "nats")
 
 
 def rounds(run, tokens) -> list[dict] | str:

@@ -131,17 +131,27 @@ def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) ->
     order = torch.zeros(len(S), dtype=torch.int64)
     order[ranked] = torch.arange(1, len(ranked) + 1)
     method = "toss-pro" if rounds else settings.get("method", name)
-    keep = selection["keep"]
-    return Mask(name, method, tokens, losses, S, score, order, keep, run.tokenizer.raw)
+    return Mask(
+        name=name,
+        method=method,
+        tokens=tokens,
+        losses=losses,
+        S=S,
+        score=score,
+        order=order,
+        keep=selection["keep"],
+        raw=run.tokenizer.raw,
+    )
 
 
 def load_masks(run: Run, tokens: Tokens, losses: dict[str, Tensor]) -> tuple[list[Mask], list[str]]:
     """The masks of all methods, toss first and sft last; and a line about each broken one."""
     files = run.folder.glob("methods/[!.]*/selection.safetensors")
-    names = [file.parent.name for file in files]
+    names = sorted(file.parent.name for file in files)
+    names.sort(key=lambda name: (name == "sft", not name.startswith("toss")))
     masks = []
     lacking = []
-    for name in sorted(names, key=lambda name: (name == "sft", not name.startswith("toss"), name)):
+    for name in names:
         try:
             masks.append(load_mask(run, name, tokens, losses))
         except InputError as error:
