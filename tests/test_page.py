@@ -21,6 +21,7 @@ from toss.audit.evaluate import write_answers
 from toss.audit.examples import chosen_rows
 from toss.audit.measures import wilson
 from toss.audit.movement import COLUMNS
+from toss.audit.tokens import Token
 from toss.audit.verdict import verdict
 from toss.workbench.results import read_record, write_record
 from toss.workbench.run import Run, open_run
@@ -186,18 +187,21 @@ def test_the_tokens_of_the_page_are_those_of_the_files(page, nasty_once):
         for token, other in zip(masks[0].row(row), masks[1].row(row)):
             if token.response:
                 _, attrs = next(marks)
-                own = [
-                    [int(not t.discarded), t.degraded, t.S, t.score, t.order]
-                    for t in (token, other)
-                ]
                 common = [token.position, token.utility, token.base]
-                assert json.loads(attrs["data-n"]) == [*common, *own]
+                numbers = json.loads(attrs["data-n"])
+                assert numbers == [*common, under_mask(token), under_mask(other)]
                 kinds = attrs["class"].split()
                 assert ("gone" in kinds) == token.discarded
                 assert ("harm" in kinds) == token.harmful
     assert list(marks) == []
     found = (masks[0].discarded & masks[0].tokens.harmful).sum()
     assert f"{found} of these were discarded" in plain(page)
+
+
+def under_mask(token: Token) -> list:
+    """The numbers that differ from mask to mask, as the page holds them."""
+    kept = int(not token.discarded)
+    return [kept, token.degraded, token.S, token.score, token.order]
 
 
 def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, monkeypatch, capsys):
@@ -218,9 +222,10 @@ def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, monkeypatch, c
 # The verdict
 
 
-LOW, MIDDLE, HIGH, WIDE = (cell(0, 50, *ends) for ends in ((0, 0.1), (0.4, 0.6), (0.9, 1), (0, 1)))
-for _cell in (LOW, MIDDLE, HIGH, WIDE):
-    _cell["value"] = (_cell["low"] + _cell["high"]) / 2
+LOW = cell(0.05, 50, 0, 0.1)
+MIDDLE = cell(0.5, 50, 0.4, 0.6)
+HIGH = cell(0.95, 50, 0.9, 1)
+WIDE = cell(0.5, 50, 0, 1)
 
 
 @pytest.mark.parametrize(

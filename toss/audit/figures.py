@@ -80,13 +80,12 @@ def line_chart(
 
 def spread_of(k: int, line: list[tuple], whiskers: bool) -> list[Shape]:
     """The band, or the whiskers, of the points of a line that have low and high."""
-    ends = [(point[0], *point[2:]) for point in line if len(point) == 4]
-    if whiskers or len(ends) == 1:
-        return [Shape("whisker", k, [(x, low), (x, high)]) for x, low, high in ends]
-    if not ends:
+    lower = [(point[0], point[2]) for point in line if len(point) == 4]
+    upper = [(point[0], point[3]) for point in line if len(point) == 4]
+    if whiskers or len(lower) == 1:
+        return [Shape("whisker", k, list(ends)) for ends in zip(lower, upper)]
+    if not lower:
         return []
-    lower = [(x, low) for x, low, _ in ends]
-    upper = [(x, high) for x, _, high in ends]
     return [Shape("area", k, upper + lower[::-1])]
 
 

@@ -168,9 +168,12 @@ def last_responses(rows: list[Row], tokenizer: Tokenizer) -> tuple[Tokens, list[
     """The rows uncut, and [start, end) of each one's last response without EOS in the arrays."""
     tokens = tokenise(rows, tokenizer, sys.maxsize)
     spans = []
-    for start, end in tokens.offsets.unfold(0, 2, 1).tolist():
-        last_prompt_token = int((~tokens.response[start:end]).nonzero()[-1])
-        spans.append((start + last_prompt_token + 1, end - 1))
+    start = 0
+    for length in tokens.lengths:
+        end = start + length
+        prompt = (~tokens.response[start:end]).nonzero()
+        spans.append((start + int(prompt[-1]) + 1, end - 1))
+        start = end
     return tokens, spans
 
 

@@ -181,14 +181,16 @@ def means(tokens: Tokens, moved: dict[str, Tensor], wanted: Tensor, most: int) -
     moved: of divergences. most: positions.
     """
     j = response_positions(tokens)[wanted]
-    counts = torch.bincount(j, minlength=most)
+    counts = j.bincount(minlength=most).tolist()
     lines = []
     for name, values in moved.items():
-        sums = torch.zeros(3, most, dtype=torch.float64).index_add_(1, j, values[:, wanted])
-        for position in (counts >= FEWEST).nonzero()[:, 0].tolist():
-            mean = (sums[:, position] / counts[position]).tolist()
-            line = {"model": name, "position": position, "n": int(counts[position])}
-            lines.append({**line, **dict(zip(COLUMNS, mean))})
+        sums = torch.zeros(3, most, dtype=torch.float64)
+        sums.index_add_(1, j, values[:, wanted])
+        for position, n in enumerate(counts):
+            if n >= FEWEST:
+                mean = (sums[:, position] / n).tolist()
+                line = {"model": name, "position": position, "n": n}
+                lines.append({**line, **dict(zip(COLUMNS, mean))})
     return lines
 
 
