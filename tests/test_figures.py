@@ -44,7 +44,7 @@ def test_a_line_chart_has_its_points_where_the_ticks_say():
 
 
 def test_the_y_axis_shows_at_least_what_is_asked_for():
-    chart = Drawing(line_chart({"a": [(0, 0.4), (1, 0.5)]}, "t", "x", "y", (0, 1)))
+    chart = Drawing(line_chart({"a": [(5, 0.4), (6, 0.5)]}, "t", "x", "y", (0, 1)))
     assert {"0", "1"} <= chart.words
 
 
@@ -115,5 +115,7 @@ def test_the_picture_of_a_row(trained, tmp_path, capsys):
     assert "".join(token.text for token in tokens).endswith(f"no no{run.tokenizer.eos}")
     marks = [None, "line-through", "underline line-through", None]
     assert [token.get("text-decoration") for token in tokens[-4:]] == marks
+    heights = [float(token.get("y")) for token in tokens]
+    assert heights[-5] < heights[-4] == heights[-1]  # the response has lines of its own
     ends = [float(token.get("x")) + float(token.get("textLength")) for token in tokens]
     assert max(ends) <= 840

@@ -39,6 +39,8 @@ def nasty_once(tmp_path_factory, trained_once) -> Path:
     rows = [{"prompt": f"{i} {NASTY}", "response": f"{NASTY} {i}\n"} for i in range(40)]
     for row in rows[::3]:
         row["harmful"] = [[0, 9]]
+    rows[3]["harmful"] = [[0, 50]]  # most harm, but not all of it is kept
+    rows[39]["response"] = NASTY  # the shortest, of the highest mean S
     run = scored(folder, rows)
     places = run.scored()[0].response.nonzero()[:, 0]
     masked(run, "toss", places[: len(places) // 2 : 5])
@@ -294,8 +296,9 @@ def test_the_rows_of_the_page_are_chosen_by_the_rule(nasty):
     assert harmless_rows == first([row for row in range(40) if row % 3 and share[row]], share)
     assert kept == first(range(0, 40, 3), missed)
     shown = {*harmless_rows, *kept}
+    assert 3 not in kept
     assert most == first([row for row in range(40) if share[row] and row not in shown], share)
-    assert not any(share[row] for row in nothing)
+    assert nothing == first([row for row in range(40) if not share[row] and row not in shown], mean)
     assert len({*harmless_rows, *kept, *most, *nothing}) == 12
 
 
@@ -342,6 +345,16 @@ def test_the_page_says_in_words_which_tokens_went(trained, method, words, thresh
     counted = re.sub(r"of \d+ tokens \([\d.]+ %\)", "tokens", plain(text))
     assert f"mild ({method}) {words}" in counted
     assert (">threshold" in text) == threshold
+    assert f"S of the response tokens, as scored for mild ({method})" in text
+
+
+def test_a_threshold_of_another_score_is_not_drawn_on_the_axis_of_S(trained):
+    run = scored(trained, [{"prompt": "a", "response": "nothing to see"}])
+    tokens, losses = run.scored()
+    last = len(tokens.input_ids) - 1
+    masked(run, "mild", [last], losses["base"], method="base")
+    assert mask_of(run, "mild").threshold == last
+    assert ">threshold" not in report.page(run)[0]
 
 
 # What is missing, outdated or damaged

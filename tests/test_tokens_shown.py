@@ -15,7 +15,7 @@ from model.peft import save_adapter
 from toss.audit import discards, show
 from toss.audit.command import markdown
 from toss.audit.discards import discard_tables, sources_of, token_type
-from toss.audit.tokens import Mask, response_positions, token_texts
+from toss.audit.tokens import Mask, load_masks, response_positions, token_texts
 from toss.tokens import Tokens
 from toss.workbench.files import write_scores
 from toss.workbench.run import Run, open_run
@@ -111,6 +111,14 @@ def test_a_threshold_is_told_only_where_it_holds_for_all_tokens(discarded, score
     tokens = Tokens(order.int(), torch.tensor([0, 6]), response, harmful=~response)
     mask = mask_over(tokens, "x", discarded, score=torch.tensor(score).float(), order=order)
     assert mask.threshold == threshold
+
+
+def test_the_masks_of_toss_come_first_and_that_of_sft_last(small):
+    for name in ("random", "toss-pro", "u"):
+        masked(small, name, [])
+    masks, lacking = load_masks(small, *small.scored())
+    assert [mask.name for mask in masks] == ["toss", "toss-pro", "random", "u", "sft"]
+    assert lacking == []
 
 
 def test_two_percent_of_the_tokens_have_the_full_colour():
