@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.svg and args.row is None:
         parser.error("--svg draws one row: give --row")
     from toss.audit.origin import show_path
-    from toss.audit.picture import picture
+    from toss.audit.row_picture import picture
     from toss.audit.tokens import load_mask
     from toss.workbench.run import open_run
 

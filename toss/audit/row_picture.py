@@ -24,7 +24,7 @@ def picture(mask: Mask, row: int) -> str:
         for token, text in zip(word, texts):
             placed.append((token, text, x, y))
             x += WIDE * len(text)
-    return TEMPLATES.get_template("picture.svg.jinja").render(
+    return TEMPLATES.get_template("row_picture.svg.jinja").render(
         title=f"row {row}, {mask.label}",
         height=y + LINE + 28,
         limit=mask.full_colour,
