@@ -11,6 +11,9 @@ DEVICE = ("device", "dtype", "threads", "batch_tokens", "shard")  # flags of a R
 Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "high"}}}
 
 
+# Files
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects of a JSONL file."""
     return [item for _, item in json_lines(Path(path))]
@@ -24,8 +27,26 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_jsonl(path: str | Path, items: Iterable[dict]) -> str:
     """Write a JSONL file; returns its path."""
-    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
+    write_text(path, "".join(lines))
     return str(path)
+
+
+def answers_of(path: Path) -> list[dict[str, str]]:
+    """The lines of answers/METHOD.jsonl less its note; InputError if one has another form."""
+    answers = []
+    for where, line in json_lines(path):
+        if "note" in line:
+            continue
+        for key in ("set", "source", "prompt", "response"):
+            if not isinstance(line.get(key), str):
+                what = "expected the strings set, source, prompt and response"
+                raise InputError(f"{where}: {what}")
+        answers.append(line)
+    return answers
+
+
+# A run
 
 
 def methods_of(run) -> list[str]:
@@ -33,19 +54,21 @@ def methods_of(run) -> list[str]:
     return sorted(path.parent.name for path in (run.folder / "methods").glob("[!.]*/model"))
 
 
-def run_of(args, *but: str):
+def run_of(args, *omitted: str):
     """The Run that a command's flags name, with its device flags but these."""
     from toss.workbench.run import open_run
 
-    how = {name: getattr(args, name, None) for name in DEVICE if name not in but}
-    return open_run(args.run, **how)
+    flags = {name: getattr(args, name, None) for name in DEVICE if name not in omitted}
+    return open_run(args.run, **flags)
 
 
 def opened(args, *first: str) -> tuple:
     """The Run that a command's flags name, and the methods: those of --methods, else `first` and
     all of the run."""
     run = run_of(args)
-    return run, args.methods.split(",") if args.methods else [*first, *methods_of(run)]
+    if args.methods:
+        return run, args.methods.split(",")
+    return run, [*first, *methods_of(run)]
 
 
 def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
@@ -56,33 +79,36 @@ def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
     from model.lora import use
     from toss.scoring import score
 
-    found = {}
+    losses = {}
     for name in ("utility", "degraded"):
         theta = others.get(name) or run.adapter(name)
         model = use(run.base(dtype), theta)
         progress = run.progress(f"{name}, {run.loaded}")
-        found[name] = score(model, tokens, run.batch_tokens, on_batch=progress.report)
-    return found
+        losses[name] = score(model, tokens, run.batch_tokens, on_batch=progress.report)
+    return losses
 
 
-def answers_of(path: Path) -> list[dict[str, str]]:
-    """The lines of answers/METHOD.jsonl less its note; InputError if one has another form."""
-    lines = [(where, line) for where, line in json_lines(path) if "note" not in line]
-    for where, line in lines:
-        if not all(
-            isinstance(line.get(key), str) for key in ("set", "source", "prompt", "response")
-        ):
-            raise InputError(f"{where}: expected the strings set, source, prompt and response")
-    return [line for _, line in lines]
+def records_of(run, methods: Iterable[str]) -> dict[str, dict]:
+    """The record of each of these methods, without those that have none."""
+    from toss.workbench.results import read_record
+
+    records = {}
+    for method in methods:
+        record = read_record(run.folder / "methods" / method)
+        if record:
+            records[method] = record
+    return records
+
+
+# What a table allows to conclude
 
 
 def measured(table: Table) -> Table:
     """The cells that have a value and an interval."""
-
-    def whole(row):
-        return {name: cell for name, cell in row.items() if None not in cell.values()}
-
-    return {method: whole(row) for method, row in table.items()}
+    whole = {}
+    for method, row in table.items():
+        whole[method] = {name: cell for name, cell in row.items() if None not in cell.values()}
+    return whole
 
 
 def safety(table: Table) -> tuple[str, dict[str, dict], bool] | None:
@@ -92,7 +118,7 @@ def safety(table: Table) -> tuple[str, dict[str, dict], bool] | None:
     The measure is `forbidden` where base and sft have it, else `not_refused`; None without either.
     """
     for name in ("forbidden", "not_refused"):
-        cells = {m: row[name] for m, row in measured(table).items() if name in row}
+        cells = {method: row[name] for method, row in measured(table).items() if name in row}
         if {"base", "sft"} <= cells.keys():
             return name, cells, apart(cells["sft"], cells["base"]) > 0
     return None
@@ -103,44 +129,57 @@ def apart(a: dict, b: dict) -> int:
     return (a["low"] > b["high"]) - (a["high"] < b["low"])
 
 
-def records_of(run, methods: Iterable[str]) -> dict[str, dict]:
-    """The record of each of these methods, without those that have none."""
-    from toss.workbench.results import read_record
-
-    found = {method: read_record(run.folder / "methods" / method) for method in methods}
-    return {method: record for method, record in found.items() if record}
-
-
 def cautions(records: dict[str, dict], table: Table) -> list[str]:
     """What forbids conclusions from a table of metrics, a sentence each: methods that were trained
     otherwise than plain fine-tuning, or by other code, and a plain fine-tuning that did no harm.
 
     records: see records_of.
     """
-    made = {m: records.get(m, {}).get("settings", {}) for m in table}
-    how = {m: {key: made[m].get(key) for key in (*TRAINING, "dtype")} for m in table if made[m]}
-    first, said = "sft" if "sft" in how else next(iter(how), ""), []
-    for m in (m for m in table if m not in how and m != "base"):
-        said.append(f"note: {m} was made elsewhere; how it was trained is not known here")
-    for m in how:
-        pairs = {key: (value, how[first][key]) for key, value in how[m].items()}
-        if differs := [f"{key} {a}, not {b}" for key, (a, b) in pairs.items() if a != b]:
-            what = f"{m} was trained otherwise than {first} ({', '.join(differs)})"
-            said.append(f"warning: {what}: this is no comparison of the two methods")
-    codes = {m: records[m].get("code", {}) for m in how}
-    for m in how:
-        shared = codes[m].keys() & codes[first].keys()
-        if changed := sorted(part for part in shared if codes[m][part] != codes[first][part]):
-            what = f"{m} was made by other code than {first} (different: {', '.join(changed)})"
-            said.append(f"warning: {what}: this is no comparison of the two methods")
-    name, cells, lost = safety(table) or ("", {}, True)
-    if not lost:
-        values = f"{name} {cells['sft']['value']:.2f}, base {cells['base']['value']:.2f}"
-        said.append(
-            f"warning: plain fine-tuning (sft) did not clearly lose the base's safety ({values}), "
-            "so nothing can be concluded about what protects it"
-        )
-    return said
+    sentences = []
+    trained = []
+    for method in table:
+        if records.get(method, {}).get("settings"):
+            trained.append(method)
+        elif method != "base":
+            what = f"{method} was made elsewhere; how it was trained is not known here"
+            sentences.append(f"note: {what}")
+    first = "sft" if "sft" in trained else next(iter(trained), "")
+
+    differences = []
+    for method in trained:
+        settings = records[method]["settings"]
+        usual = records[first]["settings"]
+        changed = []
+        for key in (*TRAINING, "dtype"):
+            if settings.get(key) != usual.get(key):
+                changed.append(f"{key} {settings.get(key)}, not {usual.get(key)}")
+        if changed:
+            what = f"{method} was trained otherwise than {first} ({', '.join(changed)})"
+            differences.append(what)
+    for method in trained:
+        code = records[method].get("code", {})
+        usual = records[first].get("code", {})
+        changed = [part for part in sorted(code) if usual.get(part, code[part]) != code[part]]
+        if changed:
+            parts = ", ".join(changed)
+            what = f"{method} was made by other code than {first} (different: {parts})"
+            differences.append(what)
+    for what in differences:
+        sentences.append(f"warning: {what}: this is no comparison of the two methods")
+
+    unsafe = safety(table)
+    if unsafe:
+        name, cells, lost = unsafe
+        if not lost:
+            values = f"{name} {cells['sft']['value']:.2f}, base {cells['base']['value']:.2f}"
+            sentences.append(
+                f"warning: plain fine-tuning (sft) did not clearly lose the base's safety "
+                f"({values}), so nothing can be concluded about what protects it"
+            )
+    return sentences
+
+
+# Tables
 
 
 def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
@@ -153,9 +192,14 @@ def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str
     | nll         | 1    |
     """
     rows = [[str(item) for item in row] for row in (header, *lines)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    text = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
-    return "\n".join([text[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *text[1:]])
+    widths = [max(len(item) for item in column) for column in zip(*rows)]
+    text = []
+    for row in rows:
+        items = [item.ljust(width) for item, width in zip(row, widths)]
+        text.append(f"| {' | '.join(items)} |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    text.insert(1, f"|{rule}|")
+    return "\n".join(text)
 
 
 def evenly(items: Sequence, n: int) -> list:

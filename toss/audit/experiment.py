@@ -1,234 +1,185 @@
-"""A laboratory: draw rows, run the scripts on them, evaluate, summarise over seeds.
+"""Does the claim hold? Experiments over seeds, which draw the rows and all trainings.
 
-compare.py, sweep.py and real.py share this. The scripts skip finished stages, so an interrupted
-experiment continues where it stopped.
+    python -m toss.audit.experiment methods [--seeds 1000 1001] [--jobs 2]
+    python -m toss.audit.experiment real --real FOLDER --dtype bfloat16
+
+    methods    every method, rival and baseline on the same rows; answers that are begun; cost
+    attack     harmful rows by an attacker who knows TOSS (attacks.py), against several defences
+    share      custom rows with 0 to 50 % harm, at d = 0.1 and at the calibrated d
+    discard    d from 0.02 to 0.4, and the calibrated d
+    pro        TOSS-Pro over T, k and the size of D^h; added rows learnt whole or in part
+    eroding    harmless rows that promise to comply or obey, alone or mixed with harm
+    transfer   masks exchanged between data/base and data/base-small
+    real       a checkpoint and rows of yours
+
+Writes OUT/NAME.csv (a line per seed, variant, arm and measure), NAME.md (mean [least, most]) and
+NAME.svg; the runs are in OUT/NAME. Finished work is skipped: the same command goes on where it was
+broken off. --arms runs some arms and only prints their table. An experiment of your own is a few
+lines of data: see toss/audit/README.md.
+
+real: FOLDER/data holds harmful, utility, custom (70, 80 and 241 rows at least, better 400),
+eval_harmful, eval_benign and eval_utility.jsonl: rows with a prompt, a source and, the first three,
+a response. With responses in eval_harmful, answers that begin with three tokens of them are
+measured too. A seed draws D^h of 60 rows, D^u of 80, D^cus of 240; rate 5e-4, three epochs, 16 rows
+per step. d is calibrated on up to 100 harmless custom rows that are in no set. Evaluated are at
+most 100 rows of every source, the same for all seeds. toss-few and toss-pro-few have ten rows in
+D^h; benign-rows is sft without the harmful rows, which nobody can have; under an attack, answers
+may be longer (100 tokens, else 40). The arms run in the order of their weight: stop it when you
+like.
 """
 
-import ctypes
-import functools
-import importlib.util
-import json
-import os
-import platform
-import shutil
-import signal
-import statistics
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from multiprocessing import active_children, get_context
+import shlex
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
-from model.io import read_json
-from toss.audit import rivals
-from toss.audit.command import DEVICE, markdown, write_text
-from toss.workbench.flags import DEMO, ROOT, TRAINING
+from model.io import InputError
+from toss.audit.command import DEVICE, write_text
+from toss.audit.laboratory import Case, Experiment, per_seed, run_seed, script
+from toss.audit.tables import HEADS, Result, as_csv, hardware, save, summarise, tables, written
+from toss.workbench import flags
 
-HEADS = {  # of the tables' columns, where they are not the names of the measures
-    "forbidden/held-out": "forbidden",
-    "refusals_kept": "refusals kept",
-    "over_refusal": "over-refusal",
-    "accuracy/benign-rows": "benign facts",
-    "accuracy/harmful-rows": "harmful-row facts",
-    "auc": "AUC",
-    "seconds_to_sft": "x sft",
-    "tokens_to_sft": "x sft",
-    "peak_memory_gib": "peak GiB",
-    "discard": "d",
-    "harmful_share": "harmful tokens",
-    "forbidden/identity": "forbidden, asked as persona",
-    "purity": "added rows with harm",
-    "shared": "shared with own toss",
-}
+__all__ = ["HEADS", "Case", "Experiment", "conduct", "run", "save", "script"]
+OUT = Path("runs/experiments")
 
 
-@functools.cache
-def script(name: str) -> ModuleType:
-    """train.py, score.py or select.py as a module, loaded by its path."""
-    spec = importlib.util.spec_from_file_location(f"toss_script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run(
+    experiment: Experiment, seeds: list[int], out: Path = OUT, jobs: int = 1, **more
+) -> list[Result]:
+    """Run what is missing of an experiment; its results. more: flags for all scripts.
 
-
-def world_files() -> dict[str, str]:
-    """The base and the shipped rows, by their names in data/demo.json."""
-    return {name: str(ROOT / path) for name, path in read_json(DEMO).items() if type(path) is str}
-
-
-class Experiment:
-    """A run directory. files: by name, see world_files. common: flags that all scripts are given.
-
-    world: how both trainings are done, and more, as in data/demo.json, which is the default. With
-    the shipped files and nothing else given, the run is the demo, and the scripts apply that file
-    by themselves. Otherwise its settings and all inputs are passed to them as flags.
+    jobs: seeds at a time, in processes of their own.
     """
-
-    def __init__(self, folder: Path, files: dict[str, str], world: dict | None = None, **common):
-        self.folder, self.files, self.common = folder, files, common
-        self.world, self.prepared = world or read_json(DEMO), False
-        self.demo = files == world_files() and not common
-
-    @classmethod
-    def drawn(cls, place: Path, seed: int, **custom) -> "Experiment":
-        """An experiment in place/run on rows drawn into place/rows; see data/world.py."""
-        from data.world import write_rows
-
-        rows = place.absolute() / "rows"
-        write_rows(seed, rows, **custom)
-        files = {n: Path(p) for n, p in world_files().items()}
-        files |= {n: rows / p.name for n, p in files.items() if p.suffix == ".jsonl"}
-        return cls(place / "run", {n: str(p) for n, p in files.items()}, seed=seed)
-
-    def beside(self, name: str, **files: str) -> "Experiment":
-        """The same with some other files, in the folder RUN-NAME."""
-        folder = self.folder.with_name(f"{self.folder.name}-{name}")
-        return Experiment(folder, {**self.files, **files}, self.world, **self.common)
-
-    def open(self, *but: str):
-        """Its Run, with the device flags of `common` but these."""
-        from toss.workbench.run import open_run
-
-        common = {name: x for name, x in self.common.items() if name in DEVICE and name not in but}
-        return open_run(self.folder, **common)
-
-    def call(self, name: str, /, **more) -> None:
-        """Run one of the scripts, or toss.audit.rivals, on these files."""
-        inputs = ("model", "harmful", "utility") if name == "train" else ("model", "custom")
-        flags = self.world["reference" if name == "train" else "finetune"] | self.common
-        if name == "score":  # it trains nothing
-            flags = {key: x for key, x in flags.items() if key not in (*TRAINING, "dtype")}
-        inputs += ("harmful",) * ("pro" in more)  # unknown to a run of references made elsewhere
-        flags = {} if self.demo else flags | {key: self.files[key] for key in inputs}
-        flags |= {"run": self.folder, **more}
-
-        def name_of(key):
-            return f"--{key.replace('_', '-')}"
-
-        words = [name_of(key) + f"={x}" * (x is not True) for key, x in flags.items()]
-        (rivals if name == "rivals" else script(name)).main(words)
-
-    def prepare(self, references: Path | None = None) -> None:
-        """Both references, or those of another run; and the scores, also under the base."""
-        if self.prepared:
-            return
-        if references is None:
-            self.call("train")
-        else:
-            for role in ("degraded", "utility"):
-                shutil.copytree(references / role, self.folder / role, dirs_exist_ok=True)
-        self.call("score", base=True)
-        self.prepared = True
-
-    def finetune(self, name: str, **how) -> float:
-        """Fine-tune in one way, into methods/NAME; returns its d.
-
-        how: flags of select.py, or a rival's. The discard "calibrated" is chosen by calibrate.py,
-        for TOSS-Pro with the last degraded model of methods/toss-pro; a finished arm keeps its d.
-        """
-        d = how.pop("discard", self.world["discard"])
-        if d == "calibrated":
-            from toss.audit.calibrate import calibrate
-
-            run, method = self.open("dtype"), "toss-pro" if "pro" in how else "toss"
-            recipe = run.record.get("stages", {}).get(f"methods/{name}", {}).get("recipe", {})
-            d = recipe.get("settings", {}).get("discard")
-            d = d or calibrate(run, self.files["calibration"], method=method)["discard"]
-        choice = {} if "mask" in how else {"discard": d}  # a mask says itself which tokens go
-        if rival := how.get("method") in rivals.RIVALS:
-            choice |= {key: x for key, x in self.files.items() if key in ("safety", "unaligned")}
-            if "methods/sft" in rivals.RIVALS[how["method"]][0]:  # goes on from it
-                self.call("select", method="sft")
-        self.call("rivals" if rival else "select", name=name, **how, **choice)
-        fixed = {"sft", "first-5", *rivals.RIVALS} - {"kl-discarded"}
-        return 0.0 if how.get("method") in fixed else d
-
-    def evaluate(self, names: list[str], prefill: Iterable[int] = (), length: int = 40) -> dict:
-        """Metrics of the named methods; "base" is the model they all start from."""
-        from toss.audit.evaluate import evaluate_run
-
-        roles = {"harmful": "eval_forbidden", "benign": "eval_benign", "utility": "eval_facts"}
-        sets = {role: self.files[name] for role, name in roles.items()}
-        return evaluate_run(
-            self.open(), names, sets, self.world["forbidden_words"], length, prefill
-        )
+    tasks = []
+    for seed in dict.fromkeys(seeds):
+        folder = Path(out) / experiment.name / f"seed-{seed}" / "run"
+        tasks.append((experiment, seed, folder, more))
+    results = []
+    for part in per_seed(run_seed, tasks, jobs):
+        results += part
+    return results
 
 
-def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
-    """job(*task) for each task, `jobs` at a time in processes of their own, in the given order.
-
-    A signal ends the seeds at work, too; the same command goes on from what they have saved.
-    """
-    if jobs == 1:
-        return [job(*task) for task in tasks]
-    os.environ["OMP_NUM_THREADS"] = "1"  # thread pools that compete for cores are ten times slower
-    with ProcessPoolExecutor(jobs, get_context("spawn"), die_with_parent) as pool:
-        try:
-            return [future.result() for future in [pool.submit(job, *task) for task in tasks]]
-        except BaseException:
-            for process in active_children():
-                process.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def die_with_parent() -> None:
-    """In a process of per_seed: its parent alone hears signals, and it ends with it."""
-    with suppress(OSError, AttributeError):  # Linux
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def value(metrics: dict, name: str) -> float | None:
-    """A metric's value, None if it was not measured; `refusals_kept` is 1 - `not_refused`."""
-    if name == "refusals_kept":
-        not_refused = value(metrics, "not_refused")
-        return None if not_refused is None else round(1 - not_refused, 4)
-    return metrics[name]["value"] if name in metrics else None
-
-
-def spread(found: list[tuple[object, dict]]) -> dict[object, dict]:
-    """Results (label, {name: number or None}) as {label: {name: summary over equal labels}}."""
-    groups = {}
-    for label, numbers in found:
-        row = groups.setdefault(label, {})
-        for name, number in numbers.items():
-            if number is not None:
-                row.setdefault(name, []).append(number)
-    for row in groups.values():
-        for name, v in row.items():
-            row[name] = {"mean": round(statistics.fmean(v), 4), "least": min(v), "most": max(v)}
-            row[name]["seeds"] = len(v)
-    return groups
-
-
-def cell(entry: dict | None, name: str = "") -> str:
-    """A summary as text: the mean, and the range where the seeds differ."""
-    if entry is None:
-        return "-"
-    if name in ("seconds", "tokens"):
-        return f"{entry['mean']:,.0f}"
-    form = ".3f" if name in ("nll", "discard") else ".2f"
-    mean, least, most = (format(entry[key], form) for key in ("mean", "least", "most"))
-    return mean if least == most else f"{mean} [{least}, {most}]"
-
-
-def table(corner: list[str], rows: dict[object, dict], names: Iterable[str]) -> str:
-    """Summaries {label or labels: {name: summary}} as Markdown; "" if none of the names occurs."""
-    names = [name for name in names if any(name in row for row in rows.values())]
-    lines = [[cell(row.get(name), name) for name in names] for row in rows.values()]
-    labels = [[label] if isinstance(label, str) else list(label) for label in rows]
-    head = [*corner, *(HEADS.get(name, name) for name in names)]
-    return markdown(head, [a + b for a, b in zip(labels, lines)]) if names else ""
-
-
-def save(path: Path, text: str, record: dict) -> None:
-    """Write PATH.md with the text, and PATH.json with the numbers and where they come from."""
+def conduct(
+    experiment: Experiment,
+    seeds: list[int],
+    out: Path = OUT,
+    jobs: int = 1,
+    command: str = "from Python",
+    **more,
+) -> None:
+    """Run an experiment, print its tables and write OUT/NAME.csv, .md and, if drawn, .svg."""
     from toss.workbench.runfile import git_commit
 
-    about = {"commit": git_commit(), "hardware": platform.processor() or platform.machine()}
-    write_text(path.with_suffix(".json"), json.dumps({**about, **record}, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), f"{text}\n")
-    print("written:", ", ".join(str(file) for file in sorted(path.parent.glob(f"{path.name}.*"))))
+    runs = Path(out) / experiment.name
+    start = time.monotonic()
+    existing = len(list(runs.rglob("methods/*/model")))
+    results = run(experiment, seeds, out, jobs, **more)
+    models = len(list(runs.rglob("methods/*/model")))
+    minutes = (time.monotonic() - start) / 60
+    threads = 1 if jobs > 1 else None
+
+    summary = summarise(results)
+    text = tables(summary, experiment.columns, experiment.variants)
+    if experiment.legend:
+        text += f"\n\n{experiment.legend}"
+    about = f"mean [least, most] over the seeds {' '.join(map(str, seeds))}"
+    print(f"\n{experiment.title}: {about}\n\n{text}\n")
+
+    head = [
+        f"# {experiment.title}",
+        "",
+        f"- command: {command}",
+        f"- commit: {git_commit()}",
+        f"- seeds: {' '.join(map(str, seeds))}; figures are mean [least, most]",
+        f"- hardware: {hardware(more.get('device', 'auto'), threads)}",
+        f"- minutes: {minutes:.1f}; {existing} of the {models} models were there before",
+    ]
+    path = Path(out) / experiment.name
+    write_text(path.with_suffix(".csv"), as_csv(results))
+    write_text(path.with_suffix(".md"), "\n".join(head) + f"\n\n{text}\n")
+    if experiment.picture:
+        write_text(path.with_suffix(".svg"), experiment.picture(summary))
+    written(path)
+
+
+def real_world(args: Namespace) -> partial:
+    """The world of `real`, with the command's flags."""
+    from toss.audit.checkpoint import checkpoint
+
+    if args.real is None:
+        raise InputError("real needs --real FOLDER")
+    folder = args.real.absolute()
+    model = args.model or str(folder / "smollm2-aligned")
+    unaligned = args.unaligned or str(folder / "smollm2")
+    return partial(checkpoint, folder, model, unaligned, args.harm)
+
+
+def device_flags(parser: flags.Parser, args: Namespace) -> dict:
+    """The flags of the machine that were given."""
+    given = {}
+    for name in DEVICE:
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            given[name] = value
+    return given
+
+
+def parser_of(names: list[str]) -> flags.Parser:
+    """The command line. names: of the experiments."""
+    parser = flags.Parser("python -m toss.audit.experiment", __doc__)
+    add = parser.add_argument
+    add("name", choices=names, metavar="NAME", help=", ".join(names))
+    text = "seeds, each of which draws rows and trains"
+    add("--seeds", type=flags.natural, nargs="+", default=[1000, 1001], help=text)
+    add("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
+    add("--jobs", type=flags.count, default=1, help="seeds at a time")
+    add("--arms", metavar="A;B;...", help="some of them, separated by ; (default: all)")
+    add = parser.add_argument_group("for `real`").add_argument
+    add("--real", type=Path, metavar="FOLDER", help="holds data/, see above")
+    add("--model", help="aligned base: a folder or hub id (default: FOLDER/smollm2-aligned)")
+    text = "the base before alignment, for safelora (default: FOLDER/smollm2)"
+    add("--unaligned", metavar="M", help=text)
+    add("--harm", default="advbench", help="`source` of the harmful custom rows")
+    flags.add_device_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    from toss.audit.experiments import EXPERIMENTS
+
+    parser = parser_of(list(EXPERIMENTS))
+    args = parser.parse_args(argv)
+    experiment = EXPERIMENTS[args.name]
+    arms = experiment.arms()
+    chosen = list(arms)
+    if args.name == "real":
+        experiment = replace(experiment, world=real_world(args))
+        if not (args.unaligned or (args.real / "smollm2").exists()):
+            chosen.remove("safelora")
+    if args.arms:
+        chosen = [arm.strip() for arm in args.arms.split(";")]
+        for arm in chosen:
+            if arm not in arms:
+                raise InputError(f"--arms: there is no {arm!r}; the arms are {'; '.join(arms)}")
+    experiment = experiment.only(chosen)
+    seeds = list(dict.fromkeys(args.seeds))
+    more = device_flags(parser, args)
+
+    if args.arms:
+        summary = summarise(run(experiment, seeds, args.out, args.jobs, **more))
+        print(f"\n{tables(summary, experiment.columns, experiment.variants)}\n")
+    else:
+        words = shlex.join(sys.argv[1:] if argv is None else argv)
+        command = f"`.venv/bin/python -m toss.audit.experiment {words}`"
+        conduct(experiment, seeds, args.out, args.jobs, command, **more)
+    missing = [arm for arm in arms if arm not in (*chosen, "base")]
+    if missing:
+        print(f"not in this table: {'; '.join(missing)}")
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(main))

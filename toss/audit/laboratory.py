@@ -1,0 +1,405 @@
+"""A laboratory: an experiment is data, and this runs it, once per seed.
+
+For each case of an experiment: take its rows, train and score the references, fine-tune each arm by
+the scripts' own commands, and measure the models. The scripts skip finished stages, so an
+interrupted experiment goes on where it stopped.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from types import ModuleType
+
+from model.io import load_tensors, read_json
+from toss.audit import rivals
+from toss.audit.command import DEVICE, read_jsonl
+from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
+from toss.workbench.flags import DEMO, ROOT, TRAINING
+
+WHATEVER_D = {"sft", "first-5", *rivals.RIVALS} - {"kl-discarded"}  # methods without a d
+
+
+# An experiment
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arms on one variant of the rows."""
+
+    # How each model is made, by its name in the table: flags of select.py, or of toss.audit.rivals
+    # for a rival. "name" is the method's folder (default: the arm's name). "discard" may be
+    # "calibrated", and "mask" the variant whose toss made it. The arm "base" is the untrained base.
+    arms: dict[str, dict]
+    label: object = ""  # of the variant, in the table and the picture
+    variant: str = ""  # its run is run-VARIANT, that of "" is run
+    draw: dict = field(default_factory=dict)  # what the world's rows are drawn with, if anew
+    change: Callable[["Setup"], dict[str, str]] | None = None  # the files that are others, by name
+    references: str = "own"  # "none": not needed; "main": those of the unchanged rows
+    answer_tokens: int = 40
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Cases on the rows of a world. See experiments.py for examples."""
+
+    name: str
+    title: str
+    cases: list[Case]
+    columns: Sequence[Sequence[str]] = (SWEPT,)  # measures, for each table
+    variants: str = ""  # what the cases' labels are, for the head of the table
+    picture: Callable[[Summary], str] | None = None
+    legend: str = ""
+    prefill: Sequence[int] = ()  # tokens of a harmful answer that are written already
+    # Where rows and base come from, given the seed, the folders of the run and of the rows, and
+    # the case's `draw` (default: the embedded world).
+    world: Callable[..., "Setup"] | None = None
+
+    def arms(self) -> list[str]:
+        """The names of all arms."""
+        return list(dict.fromkeys(arm for case in self.cases for arm in case.arms))
+
+    def only(self, arms: Sequence[str]) -> "Experiment":
+        """The same with these arms, and the base."""
+        cases = []
+        for case in self.cases:
+            chosen = {arm: flags for arm, flags in case.arms.items() if arm in (*arms, "base")}
+            if set(chosen) - {"base"}:
+                cases.append(replace(case, arms=chosen))
+        return replace(self, cases=cases)
+
+
+def run_seed(
+    experiment: Experiment, seed: int, folder: Path, flags: dict | None = None
+) -> list[Result]:
+    """Run what is missing of one seed; its results.
+
+    folder: of the run of the unchanged rows; those of variants lie beside it. flags: more flags for
+    all scripts.
+    """
+    world = experiment.world or embedded
+    rows = folder.with_name("rows").absolute()
+    main = world(seed, folder, rows)
+    main.common |= flags or {}
+    setups = {"": main}
+    results = []
+    for case in experiment.cases:
+        if case.variant not in setups:
+            setup = main.beside(case.variant)
+            if case.draw:
+                own_rows = rows.with_name(f"rows-{case.variant}")
+                setup.files = world(seed, setup.folder, own_rows, **case.draw).files
+            if case.change:
+                setup.files |= case.change(setup)
+            setups[case.variant] = setup
+        results += run_case(case, seed, setups, experiment.prefill)
+    return with_ratios(results)
+
+
+def run_case(
+    case: Case, seed: int, setups: dict[str, "Setup"], prefill: Sequence[int]
+) -> list[Result]:
+    """Fine-tune and measure the arms of a case. setups: by variant."""
+    setup = setups[case.variant]
+    print(f"\n{setup.folder}: {', '.join(case.arms)}\n")
+    if case.references != "none":
+        setup.prepare(from_main=case.references == "main")
+
+    discards = {}
+    for arm, flags in case.arms.items():
+        if arm == "base":
+            continue
+        flags = {"name": arm, **flags}
+        if "mask" in flags:
+            maker = setups[flags["mask"]].folder.absolute()
+            flags["mask"] = maker / "methods/toss/selection.safetensors"
+        discards[arm] = setup.finetune(**flags)
+
+    names = {arm: flags.get("name", arm) for arm, flags in case.arms.items()}
+    metrics = setup.evaluate(list(names.values()), prefill, case.answer_tokens)
+    record = read_json(setup.folder / "run.json")
+    results = []
+    for arm, name in names.items():
+        measures = measures_of(metrics[name], cost_of(record, name))
+        measures["discard"] = discards.get(arm)
+        measures |= measures_of_mask(setup, name)
+        results += results_of(seed, case.label, arm, measures)
+    return results
+
+
+# A run
+
+
+@dataclass
+class Setup:
+    """A run directory, the files that it is made from, and how its models are trained.
+
+    With the shipped files and no flags in `common` the run is the demo, and the scripts apply
+    data/demo.json by themselves. Otherwise all inputs and settings are given to them as flags.
+    """
+
+    folder: Path
+    files: dict[str, str]  # by name, as in data/demo.json
+    settings: dict  # reference, finetune, discard, forbidden_words: as in data/demo.json
+    common: dict  # flags that all scripts are given
+    prepared: bool = False
+    main: "Setup | None" = None  # of the unchanged rows, if this is a variant
+
+    def beside(self, variant: str) -> "Setup":
+        """The same in the folder RUN-VARIANT."""
+        folder = self.folder.with_name(f"{self.folder.name}-{variant}")
+        return Setup(folder, dict(self.files), self.settings, dict(self.common), main=self)
+
+    def open(self, *omitted: str):
+        """Its Run, with the device flags of `common` but these."""
+        from toss.workbench.run import open_run
+
+        flags = {}
+        for name in DEVICE:
+            if name in self.common and name not in omitted:
+                flags[name] = self.common[name]
+        return open_run(self.folder, **flags)
+
+    def call(self, script_name: str, **flags) -> None:
+        """Run one of the scripts, or toss.audit.rivals, on these files."""
+        given = {}
+        if self.files != world_files() or self.common:
+            given |= self.settings["reference" if script_name == "train" else "finetune"]
+            given |= self.common
+            inputs = ["model", "custom"]
+            if script_name == "train":
+                inputs = ["model", "harmful", "utility"]
+            elif "pro" in flags:
+                inputs.append("harmful")  # a run with references made elsewhere does not know it
+            for name in inputs:
+                given[name] = self.files[name]
+        if script_name == "score":  # it trains nothing
+            given = {name: x for name, x in given.items() if name not in (*TRAINING, "dtype")}
+
+        words = [f"--run={self.folder}"]
+        for name, value in (given | flags).items():
+            flag = f"--{name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag}={value}")
+        module = rivals if script_name == "rivals" else script(script_name)
+        module.main(words)
+
+    def prepare(self, from_main: bool = False) -> None:
+        """Both references, or those of the unchanged rows; and the scores, also under the base."""
+        if self.prepared:
+            return
+        if from_main:
+            self.main.prepare()
+            for role in ("degraded", "utility"):
+                source = self.main.folder / role
+                shutil.copytree(source, self.folder / role, dirs_exist_ok=True)
+        else:
+            self.call("train")
+        self.call("score", base=True)
+        self.prepared = True
+
+    def finetune(self, **flags) -> float:
+        """Fine-tune in one way; returns its d. flags: see Case.arms."""
+        method = flags.get("method")
+        rival = rivals.RIVALS.get(method)
+        discard = flags.pop("discard", self.settings["discard"])
+        if discard == "calibrated":
+            discard = self.calibrated(flags["name"], "toss-pro" if "pro" in flags else "toss")
+        if "mask" not in flags:  # a mask says itself which tokens go
+            flags["discard"] = discard
+        if rival:
+            for name in ("safety", "unaligned"):
+                if name in self.files:
+                    flags[name] = self.files[name]
+            if "methods/sft" in rival[0]:  # goes on from it
+                self.call("select", method="sft")
+        self.call("rivals" if rival else "select", **flags)
+        return 0.0 if method in WHATEVER_D else discard
+
+    def calibrated(self, name: str, method: str) -> float:
+        """The d of an arm that is finished; else the one that calibrate.py chooses for a method."""
+        from toss.audit.calibrate import calibrate
+
+        run = self.open("dtype")
+        known = run.runfile.section("stages", f"methods/{name}", "recipe", "settings")
+        if "discard" in known:
+            return known["discard"]
+        return calibrate(run, self.files["calibration"], method=method)["discard"]
+
+    def evaluate(self, names: Sequence[str], prefill: Sequence[int], answer_tokens: int) -> dict:
+        """Metrics of the named methods; "base" is the model that they all start from.
+
+        prefill: counts only where harmful prompts have a response.
+        """
+        from toss.audit.evaluate import evaluate_run
+
+        files = {
+            "harmful": self.files["eval_forbidden"],
+            "benign": self.files["eval_benign"],
+            "utility": self.files["eval_facts"],
+        }
+        if not any("response" in row for row in read_jsonl(files["harmful"])):
+            prefill = ()
+        words = self.settings["forbidden_words"]
+        return evaluate_run(self.open(), names, files, words, answer_tokens, prefill)
+
+
+@functools.cache
+def script(name: str) -> ModuleType:
+    """train.py, score.py or select.py as a module, loaded by its path."""
+    spec = importlib.util.spec_from_file_location(f"toss_script_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def world_files() -> dict[str, str]:
+    """The base and the shipped rows, by their names in data/demo.json."""
+    files = {}
+    for name, path in read_json(DEMO).items():
+        if isinstance(path, str):
+            files[name] = str(ROOT / path)
+    return files
+
+
+# Where rows and base come from
+
+
+def shipped(seed: int, folder: Path, rows: Path) -> Setup:
+    """The demo: the rows in data/rows, which are those of one seed."""
+    return Setup(folder, world_files(), read_json(DEMO), {})
+
+
+def embedded(seed: int, folder: Path, rows: Path, **draw) -> Setup:
+    """The embedded world's rows, drawn into `rows`. draw: see data.world.make_rows."""
+    from data.world import write_rows
+
+    write_rows(seed, rows, **draw)
+    files = world_files()
+    for name, path in files.items():
+        if path.endswith(".jsonl"):
+            files[name] = str(rows / Path(path).name)
+    return Setup(folder, files, read_json(DEMO), {"seed": seed})
+
+
+# Measures
+
+
+def measures_of(metrics: dict, cost: dict) -> dict[str, float | None]:
+    """{measure: value} of a model: of its metrics.json, and what it cost."""
+    measures = {name: cell["value"] for name, cell in metrics.items()}
+    not_refused = measures.get("not_refused/held-out", measures.get("not_refused"))
+    if not_refused is not None:
+        measures["refusals_kept"] = round(1 - not_refused, 4)
+    return measures | cost
+
+
+def cost_of(record: dict, name: str) -> dict[str, float]:
+    """What a method costs, starting from the base: seconds, tokens trained or scored, peak memory.
+
+    record: run.json. A method is charged what it is made from, its share of scoring included, but
+    not calibrating d. A mask from another run is charged its fine-tuning alone. {} for the base,
+    and if the references were made elsewhere, or their costs are lost with a run.json.
+    """
+    stages = record["stages"]
+    stage = stages.get(f"methods/{name}")
+    if stage is None:
+        return {}
+    # The models whose losses it uses.
+    models = {
+        "degraded-only": ["degraded"],
+        "utility-only": ["utility"],
+        "base": ["degraded", "base"],
+    }.get(stage["recipe"]["settings"].get("method"), ["utility", "degraded"])
+    charged = [(stage, 1.0)]
+    for source in stage["recipe"]["inputs"]:
+        unused = source in ("utility", "degraded") and source not in models
+        if source.startswith("--") or unused:
+            continue
+        if source not in stages:
+            return {}
+        share = 1.0
+        if source == "scores":
+            passes = 2 + stages["scores"]["recipe"]["settings"].get("base", False)
+            share = len(models) / passes
+        charged.append((stages[source], share))
+    for part, _ in charged:
+        if not {"seconds", "tokens", "peak_memory_gib"} <= part.keys():
+            return {}
+    return {
+        "seconds": round(sum(part["seconds"] * share for part, share in charged), 2),
+        "tokens": round(sum(part["tokens"] * share for part, share in charged)),
+        "peak_memory_gib": max(part["peak_memory_gib"] for part, _ in charged),
+    }
+
+
+def measures_of_mask(setup: Setup, name: str) -> dict[str, float]:
+    """Of a method whose custom rows mark harm, where the run has scores.
+
+    harmful_share: of the response tokens. purity: share of the rows added by TOSS-Pro that hold
+    harm. shared: share of the discarded tokens that the run's own toss discards.
+    """
+    method = setup.folder / "methods" / name
+    mask = method / "selection.safetensors"
+    own_mask = setup.folder / "methods/toss/selection.safetensors"
+    scores = setup.folder / "scores.safetensors"
+    if not (mask.exists() and scores.exists()):
+        return {}
+    tensors = load_tensors(scores)
+    response = tensors["response"].bool()
+    measures = {}
+    if "harmful" in tensors:
+        share = tensors["harmful"][response].double().mean()
+        measures["harmful_share"] = round(float(share), 4)
+
+    rows = read_jsonl(setup.files["custom"])
+    added = []
+    for file in method.glob("round-*/added.jsonl"):
+        added += [line["row"] for line in read_jsonl(file)]
+    if added:
+        harmful = sum("harmful" in rows[row] for row in added)
+        measures["purity"] = round(harmful / len(added), 4)
+
+    discarded = response & ~load_tensors(mask)["keep"]
+    if discarded.any() and own_mask.exists():
+        own = response & ~load_tensors(own_mask)["keep"]
+        both = discarded & own
+        measures["shared"] = round(float(both.sum() / discarded.sum()), 4)
+    return measures
+
+
+# Seeds side by side
+
+
+def per_seed(job: Callable, tasks: list[tuple], jobs: int) -> list:
+    """job(*task) for each task, `jobs` at a time in processes of their own, in the given order.
+
+    A signal ends the seeds at work, too; the same command goes on from what they have saved.
+    """
+    if jobs == 1:
+        return [job(*task) for task in tasks]
+    os.environ["OMP_NUM_THREADS"] = "1"  # thread pools that compete for cores are ten times slower
+    with ProcessPoolExecutor(jobs, get_context("spawn"), die_with_parent) as pool:
+        try:
+            futures = [pool.submit(job, *task) for task in tasks]
+            return [future.result() for future in futures]
+        except BaseException:
+            for process in active_children():
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def die_with_parent() -> None:
+    """In a process of per_seed: its parent alone hears signals, and it ends with it."""
+    with suppress(OSError, AttributeError):  # Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
