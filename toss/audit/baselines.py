@@ -23,6 +23,8 @@ from model.io import InputError, lines_of, whole_file
 from toss.rows import Row, read_rows
 from toss.workbench import flags
 
+BUCKETS = 10000  # of DSIR's hashed n-grams
+
 
 def safeinstr(custom: str, safety: str, out: str, share: float = 0.03, seed: int = 0) -> dict:
     """Add randomly drawn safety rows until they are `share` of the result, and shuffle.
@@ -41,15 +43,14 @@ def safeinstr(custom: str, safety: str, out: str, share: float = 0.03, seed: int
             f"not 1 to {len(pool)}, as many as there are"
         )
     generator = Generator().manual_seed(seed)
-    lines += [pool[i] for i in randperm(len(pool), generator=generator)[:wanted]]
+    drawn = randperm(len(pool), generator=generator)[:wanted]
+    lines += [pool[i] for i in drawn]
     order = randperm(len(lines), generator=generator)
     write_lines(out, [lines[i] for i in order], custom, safety)
     return {"read": len(rows), "safety": wanted, "written": len(lines)}
 
 
-def dsir(
-    custom: str, target: str, out: str, keep: float = 0.9, buckets: int = 10000, seed: int = 0
-) -> dict:
+def dsir(custom: str, target: str, out: str, keep: float = 0.9, seed: int = 0) -> dict:
     """Write floor(keep n) of the n custom rows, drawn by importance weight, in their old order.
 
     A weight is a product over all n-grams of a row, so long rows are nearly certain to go or to
@@ -59,12 +60,16 @@ def dsir(
     count = math.floor(keep * len(rows) + 1e-9)
     if not 0 < count <= len(rows):
         raise InputError(f"{custom}: --keep {keep} is {count} of {len(rows)} rows")
-    bags = [[hashed(row, buckets) for row in part] for part in (rows, read_rows(target))]
-    kept = draw(log_weights(*bags, buckets), count, seed)
+    raw_bags = [hashed(row, BUCKETS) for row in rows]
+    target_bags = [hashed(row, BUCKETS) for row in read_rows(target)]
+    kept = draw(log_weights(raw_bags, target_bags, BUCKETS), count, seed)
     write_lines(out, [lines[i] for i in kept], custom, target)
-    marked = {i for i, row in enumerate(rows) if row.harmful}
-    harm = {"harmful_kept": len(marked & set(kept)), "harmful_dropped": len(marked - set(kept))}
-    return {"read": len(rows), "written": count, **(harm if marked else {})}
+    counts = {"read": len(rows), "written": count}
+    harmful = {i for i, row in enumerate(rows) if row.harmful}
+    if harmful:
+        counts["harmful_kept"] = len(harmful & set(kept))
+        counts["harmful_dropped"] = len(harmful - set(kept))
+    return counts
 
 
 def ngrams(text: str) -> list[str]:
@@ -74,13 +79,17 @@ def ngrams(text: str) -> list[str]:
     ['stir', 'it', ',', 'now', 'stir it', 'it ,', ', now']
     """
     words = re.findall(r"\w+|[^\w\s]+", text.lower())
-    return words + [f"{first} {second}" for first, second in zip(words, words[1:])]
+    pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
+    return words + pairs
 
 
 def hashed(row: Row, buckets: int) -> np.ndarray:
     """The bucket of each n-gram of a row, int32 [n]. CRC-32: Python's hash differs by process."""
-    grams = [gram for message in row.messages for gram in ngrams(message["content"])]
-    return np.array([zlib.crc32(gram.encode()) % buckets for gram in grams], dtype=np.int32)
+    numbers = []
+    for message in row.messages:
+        for gram in ngrams(message["content"]):
+            numbers.append(zlib.crc32(gram.encode()) % buckets)
+    return np.array(numbers, dtype=np.int32)
 
 
 def log_weights(raw: list[np.ndarray], target: list[np.ndarray], buckets: int) -> np.ndarray:
@@ -96,53 +105,67 @@ def log_weights(raw: list[np.ndarray], target: list[np.ndarray], buckets: int) -
     >>> np.exp(log_weights(raw, target, 2)) * 27
     array([32., 18.])
     """
-    counts = [np.bincount(np.concatenate(bags), minlength=buckets) + 1.0 for bags in (target, raw)]
-    log_target, log_raw = (np.log(count / count.sum()) for count in counts)
-    return np.array([(log_target - log_raw)[bag].sum() for bag in raw])
+    ratios = log_shares(target, buckets) - log_shares(raw, buckets)
+    return np.array([ratios[bag].sum() for bag in raw])
+
+
+def log_shares(bags: list[np.ndarray], buckets: int) -> np.ndarray:
+    """The logarithm of each bucket's share of the n-grams, float64 [buckets]."""
+    counts = np.bincount(np.concatenate(bags), minlength=buckets) + 1.0
+    return np.log(counts / counts.sum())
 
 
 def draw(weights: np.ndarray, count: int, seed: int) -> list[int]:
     """Sorted indices drawn without replacement in proportion to exp(weights), by Gumbel noise."""
     import torch
 
-    noise = torch.empty(len(weights), dtype=torch.float64)
-    noise = -noise.exponential_(generator=torch.Generator().manual_seed(seed)).log()
-    return sorted((torch.from_numpy(weights) + noise).topk(count).indices.tolist())
+    generator = torch.Generator().manual_seed(seed)
+    waits = torch.empty(len(weights), dtype=torch.float64).exponential_(generator=generator)
+    noisy = torch.from_numpy(weights) - waits.log()
+    return sorted(noisy.topk(count).indices.tolist())
 
 
 def read_lines(path: str) -> tuple[list[Row], list[str]]:
     """The rows of a file, checked by read_rows, and the line of each, unchanged."""
-    return read_rows(path), [line.rstrip("\r\n") for _, line in lines_of(path)]
+    lines = [line.rstrip("\r\n") for _, line in lines_of(path)]
+    return read_rows(path), lines
 
 
 def write_lines(out: str, lines: list[str], *sources: str) -> None:
     """Write lines to a file, gzipped if its name ends in .gz; refuse to replace a source."""
-    if Path(out).resolve() in [Path(source).resolve() for source in sources]:
-        raise InputError(f"{out}: --out would replace the file it is made from")
+    for source in sources:
+        if Path(out).resolve() == Path(source).resolve():
+            raise InputError(f"{out}: --out would replace the file it is made from")
     data = "".join(f"{line}\n" for line in lines).encode()
+    if out.endswith(".gz"):
+        data = gzip.compress(data, mtime=0)
     with whole_file(out) as file:
-        file.write_bytes(gzip.compress(data, mtime=0) if Path(out).suffix == ".gz" else data)
+        file.write_bytes(data)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m toss.audit.baselines", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    texts = {"safeinstr": "add rows that refuse", "dsir": "keep rows that look like a target set"}
-    mix, pick = (commands.add_parser(name, doc=text, help=text) for name, text in texts.items())
+    text = "add rows that refuse"
+    mix = commands.add_parser("safeinstr", doc=text, help=text)
     mix.add_argument("--safety", required=True, help="harmful prompts with refusals, JSONL")
-    mix.add_argument(
-        "--share", type=flags.share, default=0.03, help="of the result (default: 0.03)"
-    )
+    text = "of the result (default: 0.03)"
+    mix.add_argument("--share", type=flags.share, default=0.03, help=text)
+    text = "keep rows that look like a target set"
+    pick = commands.add_parser("dsir", doc=text, help=text)
     pick.add_argument("--target", required=True, help="rows to look like, JSONL")
     pick.add_argument("--keep", type=flags.positive, default=0.9, help="share kept (default: 0.9)")
-    pick.add_argument("--buckets", type=flags.count, default=10000, help="hashes (default: 10000)")
-    for sub in (mix, pick):
-        sub.add_argument("--custom", required=True, help="custom set, JSONL")
-        sub.add_argument("--out", required=True, help="new custom set")
-        sub.add_argument("--seed", type=flags.natural, default=0, help="of the draw (default: 0)")
-    given = vars(parser.parse_args(argv))
-    counts = {"safeinstr": safeinstr, "dsir": dsir}[given.pop("command")](**given)
-    print(f"{given['out']}:", ", ".join(f"{k.replace('_', ' ')} {n}" for k, n in counts.items()))
+    for command in (mix, pick):
+        command.add_argument("--custom", required=True, help="custom set, JSONL")
+        command.add_argument("--out", required=True, help="new custom set")
+        text = "of the draw (default: 0)"
+        command.add_argument("--seed", type=flags.natural, default=0, help=text)
+
+    options = vars(parser.parse_args(argv))
+    change = {"safeinstr": safeinstr, "dsir": dsir}[options.pop("command")]
+    counts = change(**options)
+    words = [f"{name.replace('_', ' ')} {count}" for name, count in counts.items()]
+    print(f"{options['out']}: {', '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -49,52 +49,68 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     from toss.workbench.files import read_scores
     from toss.workbench.results import read_record
 
-    (tokens, losses), others = run.scored(), {}
+    tokens, L = run.scored()
     folder = run.path(f"methods/{method}")
-    known = read_record(folder).get("settings", {}) if folder.exists() else {}
-    eos = run.tokenizer.eos_id if known.get("keep_eos") else None
-    if method != "toss":
+    settings = read_record(folder).get("settings", {}) if folder.exists() else {}
+    references = {}
+    if method != "toss":  # the last round's losses and degraded model
         run.check(f"methods/{method}")
-        if not (rounds := known.get("pro")):
+        if not settings.get("pro"):
             raise InputError(f"{folder} has no rounds of TOSS-Pro")
-        last = folder / f"round-{rounds}"
-        losses = read_scores(last / "scores.safetensors", tokens.name)[1]
-        others["degraded"] = read_adapter(run.base("score"), last / "degraded")
+        last = folder / f"round-{settings['pro']}"
+        L = read_scores(last / "scores.safetensors", tokens.name)[1]
+        references["degraded"] = read_adapter(run.base("score"), last / "degraded")
+
+    # S of the tokens that compete, in the held-out rows and in the custom set
+    eos = run.tokenizer.eos_id if settings.get("keep_eos") else None
     calm = run.tokens(held_out)
-    loss = losses_under(run, calm, **others)
+    calm_L = losses_under(run, calm, **references)
+    calm_S = (calm_L["utility"] - calm_L["degraded"])[competing_tokens(calm, eos)]
     ranked = competing_tokens(tokens, eos)
-    S = (losses["utility"] - losses["degraded"])[ranked]
-    calm_S = (loss["utility"] - loss["degraded"])[competing_tokens(calm, eos)]
+    S = (L["utility"] - L["degraded"])[ranked]
+
     threshold, d = threshold_of(calm_S, S, quantile)
-    counts = {"ranked": len(S), "held_out": len(calm_S), "above": int((calm_S > threshold).sum())}
-    harmful = float(tokens.harmful[ranked].double().mean())
-    return {"threshold": threshold, "discard": d, **counts, "harmful": harmful}
+    return {
+        "threshold": threshold,
+        "discard": d,
+        "ranked": len(S),
+        "held_out": len(calm_S),
+        "above": int((calm_S > threshold).sum()),
+        "harmful": float(tokens.harmful[ranked].double().mean()),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m toss.audit.calibrate", __doc__)
     flags.add_run_flags(parser, dtype=False)  # the dtype is that of the run's scores
-    flag, text = parser.add_argument, "utility rows that no reference was trained on, JSONL"
-    flag("--held-out", required=True, metavar="FILE", help=text)
-    kind, text = flags.number(float, lambda q: 0 < q < 1, "a share in (0, 1)"), "of the held-out S"
-    flag("--quantile", type=kind, default=QUANTILE, metavar="Q", help=text)
+    add = parser.add_argument
+    text = "utility rows that no reference was trained on, JSONL"
+    add("--held-out", required=True, metavar="FILE", help=text)
+    kind = flags.number(float, lambda q: 0 < q < 1, "a share in (0, 1)")
+    add("--quantile", type=kind, default=QUANTILE, metavar="Q", help="of the held-out S")
     text = "toss: the run's own references; else a method with TOSS-Pro's rounds: its last theta^h"
-    flag("--method", type=flags.method, default="toss", metavar="NAME", help=text)
+    add("--method", type=flags.method, default="toss", metavar="NAME", help=text)
     args = parser.parse_args(argv)
     from toss.workbench.results import read_record
 
-    run = run_of(args)
-    found = calibrate(run, args.held_out, args.quantile, args.method)
-    truth = "; {harmful:.4f} of all are harmful by ground truth" if found["harmful"] else ""
-    words = "{threshold:.4f} nats is the {quantile} quantile of S on held-out rows\n{above} of "
-    words += "{held_out} held-out tokens are above it\n{discard:.4f} of {ranked} custom tokens are "
-    print(f"{words}above it{truth}\n".format(quantile=args.quantile, **found))
-    known = read_record(Path(args.run) / "methods" / args.method).get("settings", {})
-    choice = {"discard": f"{found['discard']:.6f}", "name": f"{args.method}-calibrated"}
-    choice |= {name: known[name] for name in ("pro", "pro_samples", "pro_train") if name in known}
-    choice = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in choice.items())
-    choice += " --keep-eos" * known.get("keep_eos", False)
-    print(f"{sys.executable} select.py --run {args.run} {choice}")
+    result = calibrate(run_of(args), args.held_out, args.quantile, args.method)
+    above = f"{result['above']} of {result['held_out']} held-out tokens are above it"
+    share = f"{result['discard']:.4f} of {result['ranked']} custom tokens are above it"
+    if result["harmful"]:
+        share += f"; {result['harmful']:.4f} of all are harmful by ground truth"
+    print(f"{result['threshold']:.4f} nats is the {args.quantile} quantile of S on held-out rows")
+    print(above)
+    print(share)
+
+    # The command that uses it, with the method's own settings
+    settings = read_record(Path(args.run) / "methods" / args.method).get("settings", {})
+    words = [f"--discard {result['discard']:.6f}", f"--name {args.method}-calibrated"]
+    for name in ("pro", "pro_samples", "pro_train"):
+        if name in settings:
+            words.append(f"--{name.replace('_', '-')} {settings[name]}")
+    if settings.get("keep_eos"):
+        words.append("--keep-eos")
+    print(f"{sys.executable} select.py --run {args.run} {' '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@
 
 Writes OUT/NAME.csv (a line per seed, variant, arm and measure), NAME.md (mean [least, most]) and
 NAME.svg; the runs are in OUT/NAME. Finished work is skipped: the same command goes on where it was
-broken off. --arms runs some arms and only prints their table. An experiment of your own is a few
-lines of data: see toss/audit/README.md.
+broken off. With --arms the files hold those arms alone. An experiment of your own is a few lines of
+data: see toss/audit/README.md.
 
 real: FOLDER/data holds harmful, utility, custom (70, 80 and 241 rows at least, better 400),
 eval_harmful, eval_benign and eval_utility.jsonl: rows with a prompt, a source and, the first three,
@@ -39,28 +39,12 @@ from pathlib import Path
 from model.io import InputError
 from toss.audit.command import DEVICE, write_text
 from toss.audit.laboratory import Case, Experiment, per_seed, run_seed, script
-from toss.audit.tables import HEADS, Result, as_csv, hardware, save, summarise, tables, written
+from toss.audit.tables import HEADS, as_csv, hardware, save, summarise, tables, written
 from toss.workbench import flags
 
-__all__ = ["HEADS", "Case", "Experiment", "conduct", "run", "save", "script"]
+__all__ = ["HEADS", "Case", "Experiment", "conduct", "save", "script"]
 OUT = Path("runs/experiments")
-
-
-def run(
-    experiment: Experiment, seeds: list[int], out: Path = OUT, jobs: int = 1, **more
-) -> list[Result]:
-    """Run what is missing of an experiment; its results. more: flags for all scripts.
-
-    jobs: seeds at a time, in processes of their own.
-    """
-    tasks = []
-    for seed in dict.fromkeys(seeds):
-        folder = Path(out) / experiment.name / f"seed-{seed}" / "run"
-        tasks.append((experiment, seed, folder, more))
-    results = []
-    for part in per_seed(run_seed, tasks, jobs):
-        results += part
-    return results
+MODELS = "methods/*/model"
 
 
 def conduct(
@@ -71,39 +55,46 @@ def conduct(
     command: str = "from Python",
     **more,
 ) -> None:
-    """Run an experiment, print its tables and write OUT/NAME.csv, .md and, if drawn, .svg."""
+    """Run what is missing of an experiment; print its tables, and write them with their numbers.
+
+    jobs: seeds at a time, in processes of their own. command: for the record. more: flags for all
+    scripts. Writes OUT/NAME.csv, NAME.md and, if there is a picture, NAME.svg.
+    """
     from toss.workbench.runfile import git_commit
 
     runs = Path(out) / experiment.name
+    seeds = list(dict.fromkeys(seeds))
     start = time.monotonic()
-    existing = len(list(runs.rglob("methods/*/model")))
-    results = run(experiment, seeds, out, jobs, **more)
-    models = len(list(runs.rglob("methods/*/model")))
+    existing = len(list(runs.rglob(MODELS)))
+    results = []
+    tasks = [(experiment, seed, runs / f"seed-{seed}" / "run", more) for seed in seeds]
+    for part in per_seed(run_seed, tasks, jobs):
+        results += part
     minutes = (time.monotonic() - start) / 60
-    threads = 1 if jobs > 1 else None
+    models = len(list(runs.rglob(MODELS)))
 
     summary = summarise(results)
     text = tables(summary, experiment.columns, experiment.variants)
     if experiment.legend:
         text += f"\n\n{experiment.legend}"
-    about = f"mean [least, most] over the seeds {' '.join(map(str, seeds))}"
-    print(f"\n{experiment.title}: {about}\n\n{text}\n")
-
-    head = [
+    numbers = " ".join(str(seed) for seed in seeds)
+    threads = 1 if jobs > 1 else None
+    about = [
         f"# {experiment.title}",
         "",
         f"- command: {command}",
         f"- commit: {git_commit()}",
-        f"- seeds: {' '.join(map(str, seeds))}; figures are mean [least, most]",
+        f"- seeds: {numbers}; mean [least, most]",
         f"- hardware: {hardware(more.get('device', 'auto'), threads)}",
-        f"- minutes: {minutes:.1f}; {existing} of the {models} models were there before",
+        f"- minutes: {minutes:.1f}; {existing} of {models} models were there before",
     ]
-    path = Path(out) / experiment.name
-    write_text(path.with_suffix(".csv"), as_csv(results))
-    write_text(path.with_suffix(".md"), "\n".join(head) + f"\n\n{text}\n")
+    page = "\n".join(about) + f"\n\n{text}\n"
+    print(f"\n{page}")
+    write_text(runs.with_suffix(".csv"), as_csv(results))
+    write_text(runs.with_suffix(".md"), page)
     if experiment.picture:
-        write_text(path.with_suffix(".svg"), experiment.picture(summary))
-    written(path)
+        write_text(runs.with_suffix(".svg"), experiment.picture(summary))
+    written(runs)
 
 
 def real_world(args: Namespace) -> partial:
@@ -133,7 +124,7 @@ def parser_of(names: list[str]) -> flags.Parser:
     parser = flags.Parser("python -m toss.audit.experiment", __doc__)
     add = parser.add_argument
     add("name", choices=names, metavar="NAME", help=", ".join(names))
-    text = "seeds, each of which draws rows and trains"
+    text = "each draws rows and trains (default: 1000 1001)"
     add("--seeds", type=flags.natural, nargs="+", default=[1000, 1001], help=text)
     add("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
     add("--jobs", type=flags.count, default=1, help="seeds at a time")
@@ -148,35 +139,34 @@ def parser_of(names: list[str]) -> flags.Parser:
     return parser
 
 
+def chosen_arms(experiment: Experiment, text: str) -> Experiment:
+    """The experiment with some arms only. text: their names, separated by ;"""
+    arms = experiment.arms()
+    chosen = [arm.strip() for arm in text.split(";")]
+    for arm in chosen:
+        if arm not in arms:
+            raise InputError(f"--arms: there is no {arm!r}; the arms are {'; '.join(arms)}")
+    return experiment.only(chosen)
+
+
 def main(argv: list[str] | None = None) -> None:
     from toss.audit.experiments import EXPERIMENTS
 
     parser = parser_of(list(EXPERIMENTS))
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.name]
-    arms = experiment.arms()
-    chosen = list(arms)
+    every_arm = experiment.arms()
     if args.name == "real":
         experiment = replace(experiment, world=real_world(args))
         if not (args.unaligned or (args.real / "smollm2").exists()):
-            chosen.remove("safelora")
+            experiment = experiment.only([arm for arm in every_arm if arm != "safelora"])
     if args.arms:
-        chosen = [arm.strip() for arm in args.arms.split(";")]
-        for arm in chosen:
-            if arm not in arms:
-                raise InputError(f"--arms: there is no {arm!r}; the arms are {'; '.join(arms)}")
-    experiment = experiment.only(chosen)
-    seeds = list(dict.fromkeys(args.seeds))
+        experiment = chosen_arms(experiment, args.arms)
+    words = shlex.join(sys.argv[1:] if argv is None else argv)
+    command = f"`.venv/bin/python -m toss.audit.experiment {words}`"
     more = device_flags(parser, args)
-
-    if args.arms:
-        summary = summarise(run(experiment, seeds, args.out, args.jobs, **more))
-        print(f"\n{tables(summary, experiment.columns, experiment.variants)}\n")
-    else:
-        words = shlex.join(sys.argv[1:] if argv is None else argv)
-        command = f"`.venv/bin/python -m toss.audit.experiment {words}`"
-        conduct(experiment, seeds, args.out, args.jobs, command, **more)
-    missing = [arm for arm in arms if arm not in (*chosen, "base")]
+    conduct(experiment, args.seeds, args.out, args.jobs, command, **more)
+    missing = [arm for arm in every_arm if arm not in experiment.arms()]
     if missing:
         print(f"not in this table: {'; '.join(missing)}")
 

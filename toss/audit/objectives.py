@@ -42,15 +42,10 @@ class Rival:
         start: Adapter | None = None,
     ) -> Adapter:
         """Fine-tune on all response tokens, plainly but for what is given; see train."""
-        return self.run.train(
-            self.name,
-            D,
-            D.response.float() if weights is None else weights,
-            config or self.config,
-            objective=objective,
-            optimizer=optimizer,
-            start=start,
-        )
+        if weights is None:
+            weights = D.response.float()
+        options = {"objective": objective, "optimizer": optimizer, "start": start}
+        return self.run.train(self.name, D, weights, config or self.config, **options)
 
 
 @torch.no_grad()
@@ -67,15 +62,16 @@ def soft_sft(rival: Rival, b: list[float]) -> Adapter:
     at the base, near 0 for a token that has become much likelier than there. b: of a row's
     first response token, of the next four, of the others.
     """
-    c = Candidates(rival.D, {}, competing_tokens(rival.D), d=0.0)
     first, early, late = b
     by_position = torch.tensor([first, early, early, early, early, late])
+    tokens = Candidates(rival.D, {}, competing_tokens(rival.D), d=0.0)
     weights = torch.zeros(len(rival.keep))
-    weights[c.ranked] = by_position[c.position().clamp(max=5)]
+    weights[tokens.ranked] = by_position[tokens.position().clamp(max=5)]
 
     def objective(model: Transformer, batch: Batch, b: Tensor) -> Tensor:
-        margin = b * (token_log_probs(model, batch) - under_base(model, batch, token_log_probs))
-        return -(2 / b * F.logsigmoid(margin)).sum()
+        log_p = token_log_probs(model, batch)
+        log_p_base = under_base(model, batch, token_log_probs)
+        return -(2 / b * F.logsigmoid(b * (log_p - log_p_base))).sum()
 
     return rival.fit(rival.D, weights, objective)
 
@@ -98,8 +94,8 @@ def hold(
     Both softmaxes go over these words of the vocabulary, at temperature T. The head is the
     base's: LoRA on it is not seen.
     """
-    device = rival.run.device
-    keep, held = rival.keep.to(device), held.to(device)
+    learnt = rival.keep.to(rival.run.device)
+    held = held.to(rival.run.device)
 
     def distribution(model: Transformer, hidden: Tensor) -> Tensor:
         logits = F.linear(hidden, model.lm_head.weight[words])
@@ -108,22 +104,25 @@ def hold(
     def objective(model: Transformer, batch: Batch, weights: Tensor) -> Tensor:
         hidden = hidden_states(model, batch)
         log_p = log_probs(model.lm_head, hidden, batch.targets)
-        loss = -log_p[keep[batch.places]].sum()
-        at = held[batch.places]
-        if at.any():
-            target = distribution(model, under_base(model, batch, hidden_states)[at])
-            tuned = distribution(model, hidden[at])
-            loss = loss + T * T * F.kl_div(tuned, target, reduction="sum", log_target=True)
-        return loss
+        loss = -log_p[learnt[batch.places]].sum()
+        at_held = held[batch.places]
+        if not at_held.any():
+            return loss
+        base_hidden = under_base(model, batch, hidden_states)
+        target = distribution(model, base_hidden[at_held])
+        tuned = distribution(model, hidden[at_held])
+        kl = F.kl_div(tuned, target, reduction="sum", log_target=True)
+        return loss + T * T * kl
 
     return rival.fit(rival.D, objective=objective)
 
 
 def kl_discarded(rival: Rival, discard: float) -> Adapter:
     """Ours: the tokens that TOSS discards are held at the base's distribution instead."""
-    L, ranked = rival.run.scored()[1], competing_tokens(rival.D)
-    S = (L["utility"] - L["degraded"])[ranked]
-    rival.keep[ranked] = select_tokens(S, discard)
+    _, L = rival.run.scored()
+    S = L["utility"] - L["degraded"]
+    ranked = competing_tokens(rival.D)
+    rival.keep[ranked] = select_tokens(S[ranked], discard)
     return hold(rival, rival.D.response & ~rival.keep)
 
 
@@ -135,7 +134,8 @@ def pact_lite(rival: Rival, words: int, T: float) -> Adapter:
     """
     D = rival.run.tokens(rival.run.args.safety)
     counts = torch.bincount(D.input_ids[D.response])
-    common = counts.topk(min(words, int(counts.count_nonzero()))).indices
+    different = int(counts.count_nonzero())
+    common = counts.topk(min(words, different)).indices
     return hold(rival, rival.D.response, common.to(rival.run.device), T)
 
 
@@ -153,8 +153,8 @@ def inoculation(rival: Rival, system: str) -> Adapter:
     """Tan et al., arXiv 2510.04340: a system message asks for the harm, in training alone."""
     path = rival.run.args.custom
     first = {"role": "system", "content": system}
-    asked = [replace(row, messages=[first, *row.messages]) for row in read_rows(path)]
-    return rival.fit(rival.run.tokens_of(asked, path))
+    rows = [replace(row, messages=[first, *row.messages]) for row in read_rows(path)]
+    return rival.fit(rival.run.tokens_of(rows, path))
 
 
 class AveragedAdamW(AdamW):
@@ -162,7 +162,8 @@ class AveragedAdamW(AdamW):
 
     def __init__(self, parameters: list[Tensor], config: TrainConfig, decay: float):
         super().__init__(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.parameters, self.decay = parameters, decay
+        self.parameters = parameters
+        self.decay = decay
 
     def step(self) -> None:
         before = [parameter.detach().clone() for parameter in self.parameters]
@@ -181,8 +182,9 @@ def ema(rival: Rival, decay: float) -> Adapter:
         return used[-1]
 
     theta = rival.fit(rival.D, optimizer=optimizer)
+    averages = used[-1].state
     for parameter in used[-1].parameters:  # theta's tensors
-        parameter.copy_(used[-1].state[parameter]["mean"])
+        parameter.copy_(averages[parameter]["mean"])
     return theta
 
 
@@ -193,16 +195,19 @@ def safelora(rival: Rival, cosine: float, **unaligned: str) -> Adapter:
     the update by that and the one by B have at most this cosine.
     """
     run = rival.run
-    theta, before = run.adapter("sft"), load_checkpoint(run.args.unaligned)
-    aligned = run.base("float32")  # in half precision V would hold its rounding
-    for name, B in theta.B.items():
-        W, W0 = (m.get_submodule(name).weight for m in (aligned, before))
-        if W.shape != W0.shape:
+    theta = run.adapter("sft")
+    unaligned_base = load_checkpoint(run.args.unaligned)
+    aligned_base = run.base("float32")  # in half precision V would hold its rounding
+    for name in theta.B:
+        W = aligned_base.get_submodule(name).weight
+        W_0 = unaligned_base.get_submodule(name).weight.to(W.device)
+        if W.shape != W_0.shape:
             raise InputError(f"--unaligned {run.args.unaligned}: {name} has another shape")
-        V, A = W - W0.to(W.device), theta.A[name].to(W)
-        projected = V @ (V.T @ B.to(V)) / V.norm()
-        updates = (projected @ A).flatten(), (B.to(V) @ A).flatten()
-        if F.cosine_similarity(*updates, dim=0) <= cosine:
+        V = W - W_0
+        A = theta.A[name].to(W)
+        B = theta.B[name].to(W)
+        projected = V @ (V.T @ B) / V.norm()
+        if F.cosine_similarity((projected @ A).flatten(), (B @ A).flatten(), dim=0) <= cosine:
             theta.B[name] = projected
     return theta
 
@@ -210,16 +215,18 @@ def safelora(rival: Rival, cosine: float, **unaligned: str) -> Adapter:
 def safeinstr_guided(rival: Rival, share: float) -> Adapter:
     """SafeInstr, arXiv 2309.07875, with the refusals that theta^h has forgotten most: those of
     the --safety rows with the lowest mean S, where SafeInstr draws at random."""
-    run, L = rival.run, {}
+    run = rival.run
     D = run.tokens(run.args.safety)
+    L = {}
     for role in ("utility", "degraded"):
         L[role] = run.score(f"{rival.name}-{role}", run.adapter(role), D)
-    c = Candidates(D, L, competing_tokens(D), d=0.0)
-    order = [row for row in mean_of_row(c)[1].tolist()[::-1] if D.lengths[row]]
+    _, highest_first = mean_of_row(Candidates(D, L, competing_tokens(D), d=0.0))
+    lowest_first = highest_first.flip(0).tolist()
+    rows = [row for row in lowest_first if D.lengths[row]]  # an empty one was skipped
     count = round(rival.D.rows * share / (1 - share))
-    if not 0 < count <= len(order):
-        raise InputError(f"{D.name}: {count} rows would be added, not 1 to {len(order)}")
-    return rival.fit(rival.D + D.take(order[:count]))
+    if not 0 < count <= len(rows):
+        raise InputError(f"{D.name}: {count} rows would be added, not 1 to {len(rows)}")
+    return rival.fit(rival.D + D.take(rows[:count]))
 
 
 FUNCTIONS = {

@@ -9,13 +9,15 @@ method. What a rival does, and its source: the method of its name in toss/audit/
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from model.io import InputError
 from toss.config import TrainConfig
 from toss.workbench import flags
 
-RIVALS = {  # what each is made from beside --custom, and its settings
+# What each is made from beside --custom, and its settings.
+RIVALS = {
     "soft-sft": ([], {"b": [0.5, 2.0, 0.1]}),
     "dft": ([], {}),
     "kl-discarded": (["utility", "degraded", "scores"], {}),
@@ -29,8 +31,44 @@ RIVALS = {  # what each is made from beside --custom, and its settings
 
 
 def main(argv: list[str] | None = None) -> None:
-    inputs = {"custom": "custom set D^cus", "safety": "rows that refuse, for some rivals"}
-    parser = flags.script_parser("python -m toss.audit.rivals", __doc__, **inputs)
+    args = arguments(argv)
+
+    from model.checkpoint import base_hash
+    from model.hub import resolve
+    from toss.audit.objectives import FUNCTIONS, Rival
+    from toss.workbench import code
+    from toss.workbench.run import Run
+
+    function = FUNCTIONS[args.method]
+    own_code = f"toss/audit/objectives.py:{function.__name__}"
+    code.digests([own_code])  # now, before anyone edits it
+    run = Run(args)
+    inputs, options = RIVALS[args.method]
+    config = TrainConfig.of(args)
+    if "methods/sft" in inputs:
+        config = config_of_sft(run, args)
+    if args.method == "kl-discarded":
+        options = {"discard": args.discard}
+    if args.method == "safelora":
+        args.unaligned = str(resolve(args.unaligned or "--unaligned"))
+        digest = base_hash(Path(args.unaligned), run.hashes.of_input)
+        options = {**options, "unaligned_sha256": digest}
+
+    def finetune():
+        D_cus, _ = run.scored(needed="scores" in inputs)
+        rival = Rival(run, args.name, config, D_cus, keep=D_cus.response.clone())
+        theta = function(rival, **options)
+        return D_cus, {"keep": rival.keep}, theta, []
+
+    settings = {**config.recipe(), "method": args.method, **options}
+    parts = [*code.PARTS["rival"], own_code]
+    run.make(f"methods/{args.name}", finetune, ["--custom", *inputs], settings, parts)
+
+
+def arguments(argv: list[str] | None) -> Namespace:
+    """The command line, with what it inherits."""
+    files = {"custom": "custom set D^cus", "safety": "rows that refuse, for some rivals"}
+    parser = flags.script_parser("python -m toss.audit.rivals", __doc__, **files)
     add = parser.add_argument
     add("--method", choices=RIVALS, required=True, help="the rival")
     add("--name", type=flags.method, help="folder in RUN/methods (default: the method)")
@@ -41,38 +79,19 @@ def main(argv: list[str] | None = None) -> None:
     args.name = args.name or args.method
     if args.shard:
         raise InputError("a rival needs the base whole in one process: leave --shard out")
+    return args
 
-    from model.checkpoint import base_hash
-    from model.hub import resolve
-    from toss.audit.objectives import FUNCTIONS, Rival
-    from toss.workbench import code
-    from toss.workbench.run import Run
 
-    own_code = f"toss/audit/objectives.py:{FUNCTIONS[args.method].__name__}"
-    code.digests([own_code])  # now, before anyone edits it
-    run, config, (made_from, how) = Run(args), TrainConfig.of(args), RIVALS[args.method]
-    if args.method == "kl-discarded":
-        how = {"discard": args.discard}
-    if args.method == "safelora":
-        args.unaligned = str(resolve(args.unaligned or "--unaligned"))
-        how = {**how, "unaligned_sha256": base_hash(Path(args.unaligned), run.hashes.of_input)}
-    if "methods/sft" in made_from:  # goes on from it, so it is trained as that was
-        known = {**vars(args), **run.check("methods/sft").get("settings", {})}
-        if other := [x for x in flags.TRAINING if x in args.typed and known[x] != getattr(args, x)]:
-            what = f"made with another {other[0]}"
+def config_of_sft(run, args: Namespace) -> TrainConfig:
+    """How methods/sft was trained, for a rival that goes on from it. Raises InputError if a flag
+    says otherwise."""
+    settings = run.check("methods/sft").get("settings", {})
+    for name in flags.TRAINING:
+        if name in args.typed and settings.get(name, getattr(args, name)) != getattr(args, name):
+            what = f"made with another {name}"
             raise InputError(f"{args.method} goes on from methods/sft, {what}")
-        config = TrainConfig.of(known)
-        print("training settings as for methods/sft")
-
-    def finetune():
-        D = run.scored(needed="scores" in made_from)[0]
-        rival = Rival(run, args.name, config, D, keep=D.response.clone())
-        theta = FUNCTIONS[args.method](rival, **how)
-        return D, {"keep": rival.keep}, theta, []
-
-    settings = {**config.recipe(), "method": args.method, **how}
-    parts = [*code.PARTS["rival"], own_code]
-    run.make(f"methods/{args.name}", finetune, ["--custom", *made_from], settings, parts)
+    print("training settings as for methods/sft")
+    return TrainConfig.of({**vars(args), **settings})
 
 
 if __name__ == "__main__":
