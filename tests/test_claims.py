@@ -1,335 +1,436 @@
-"""Does the claim hold? The comparison, the calibrated d, the sweeps, the data-level baselines."""
+"""An experiment is data: named arms on variants of the rows, run once per seed. Its table gives
+the mean and the range over the seeds, and each arm is what its name says.
 
-import gzip
+In this order: the runner, what it measures, each experiment's variants, the pictures, the demo's
+table, the calibrated d.
+"""
+
+import csv
 import json
-import math
 import signal
-from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import read_jsonl, run, script, write_jsonl
+from conftest import make_base, read_jsonl, script, write_jsonl
 from helpers import refused, said
 
 from model.io import InputError, load_tensors, read_json
 from model.lora import use
 from model.peft import read_adapter
-from toss.audit import calibrate, compare, experiment, sweep
+from toss import config
+from toss.audit import compare, laboratory, pictures
 from toss.audit.attacks import ATTACKS
-from toss.audit.baselines import draw, dsir, hashed, safeinstr
+from toss.audit.calibrate import calibrate, threshold_of
 from toss.audit.evaluate import write_answers
-from toss.audit.experiment import Experiment, cell, spread, table, value, world_files
+from toss.audit.experiment import conduct
+from toss.audit.experiments import EXPERIMENTS, METHODS, PRO, SFT, TOSS
+from toss.audit.laboratory import Case, Experiment, embedded, per_seed, run_seed, shipped
 from toss.audit.measures import wilson
+from toss.audit.rivals import RIVALS
+from toss.audit.tables import SWEPT, Result, cell, results_of, summarise, table, with_ratios
 from toss.rows import read_rows
 from toss.scoring import score
-from toss.workbench import flags
 from toss.workbench.run import open_run
 
+CALIBRATED = {"discard": "calibrated"}
 
-def lines(path) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines()
+
+# The runner
+
+
+def little_world(base, seed, folder, rows, **draw):
+    """The embedded world with a tiny random base, one epoch, and a few rows (four harmful ones)."""
+    setup = embedded(seed, folder, rows, **draw)
+    for name, path in setup.files.items():
+        if name == "model":
+            continue
+        all_rows = read_jsonl(path)
+        count = 3 if name.startswith("eval") else 12
+        few = all_rows[:count] + all_rows[count:][-4:]
+        if name == "custom":
+            few += [row for row in all_rows[count:-4] if "harmful" in row][:4]
+        write_jsonl(Path(path), few)
+    setup.files["model"] = str(base)
+    training = {"lr": 1e-2, "epochs": 1, "batch_size": 32, "rank": 2, "max_length": 300}
+    setup.settings |= {"reference": training, "finetune": training}
+    return setup
+
+
+@pytest.fixture
+def little(base):
+    """Gives an experiment this world, and answers of three tokens."""
+
+    def experiment_in_it(experiment: Experiment) -> Experiment:
+        cases = [replace(case, answer_tokens=3) for case in experiment.cases]
+        return replace(experiment, world=partial(little_world, base), cases=cases)
+
+    return experiment_in_it
+
+
+def results_in(path: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """The numbers of an experiment's CSV file of one seed."""
+    numbers = {}
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            row = numbers.setdefault((line["variant"], line["arm"]), {})
+            row[line["measure"]] = float(line["value"])
+    return numbers
+
+
+def test_an_experiment_of_ones_own_is_a_few_lines_of_data(little, tmp_path, capsys):
+    arms = {
+        "sft": {"method": "sft"},
+        "toss, d = 0.05": {"method": "toss", "discard": 0.05, "name": "toss-0.05"},
+    }
+    mine = Experiment(
+        name="mine",
+        title="Is a smaller d enough where there is less harm?",
+        variants="harmful rows",
+        cases=[
+            Case(arms, label="12 %"),
+            Case(
+                {"sft": {"method": "sft"}},
+                label="0 %",
+                variant="harmless",
+                draw={"harmful_rows": 0},
+                references="none",
+            ),
+        ],
+    )
+    mine = little(mine)
+    conduct(mine, seeds=[3, 4, 3], out=tmp_path)
+
+    text = (tmp_path / "mine.md").read_text()
+    title, _, *about = text.splitlines()[:7]
+    assert title == "# Is a smaller d enough where there is less harm?"
+    names = [line.partition(":")[0] for line in about]
+    assert names == ["- command", "- commit", "- seeds", "- hardware", "- minutes"]
+    assert "- seeds: 3 4; mean [least, most]" in text and "0 of 6 models were there" in text
+    assert text in capsys.readouterr().out
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")]
+    labels = [(row[0].strip(), row[1].strip(), row[2].strip()) for row in rows]
+    assert labels == [
+        ("harmful rows", "", "d"),
+        ("12 %", "sft", "0.000"),
+        ("12 %", "toss, d = 0.05", "0.050"),
+        ("0 %", "sft", "0.000"),
+    ]
+    lines = (tmp_path / "mine.csv").read_text().splitlines()
+    assert lines[0] == "seed,variant,arm,measure,value"
+    assert '4,12 %,"toss, d = 0.05",discard,0.05' in lines and "4,0 %,sft,discard,0.0" in lines
+
+    conduct(mine.only(["sft"]), seeds=[3], out=tmp_path)  # goes on, and makes nothing again
+    assert ": wrote" not in capsys.readouterr().out
+    assert "6 of 6 models were there before" in (tmp_path / "mine.md").read_text()
+
+
+def test_every_arm_is_a_method_that_there_is():
+    for one in EXPERIMENTS.values():
+        for case in one.cases:
+            for arm, how in case.arms.items():
+                method = how.get("method", arm)
+                assert method in ("base", "mask") or method in (*config.METHODS, *RIVALS), arm
+
+
+def test_the_methods_are_made_and_measured_side_by_side(little, tmp_path, capsys):
+    arms = ["base", "sft", "sample-all", "toss", "toss-pro", "base-reference", "kl-calibrated"]
+    arms += ["toss-small", "toss-pro-small", "safeinstr", "dsir"]
+    conduct(little(METHODS).only(arms), [3], tmp_path)
+
+    rows = results_in(tmp_path / "methods.csv")
+    assert list(rows) == [("", arm) for arm in arms]
+    text = (tmp_path / "methods.md").read_text()
+    assert "-small: a harmful reference set of a few rows" in text and "forbidden@5" in text
+    assert ">toss<" in (tmp_path / "methods.svg").read_text()
+    for row in rows.values():
+        assert 0 <= row["forbidden@5"] <= 1 and row["refusals_kept"] >= 0
+    tokens = [rows["", arm]["tokens"] for arm in ("sft", "toss", "toss-pro")]
+    assert tokens == sorted(set(tokens))
+    assert "tokens" not in rows["", "base"] and rows["", "sft"]["tokens_to_sft"] == 1
+
+    place = tmp_path / "methods/seed-3"
+    stages = {}
+    for run_of in ("run", "run-small", "run-safeinstr", "run-dsir"):
+        stages[run_of] = read_json(place / run_of / "run.json")["stages"]
+        for stage in stages[run_of].values():
+            assert stage["recipe"]["settings"].get("seed", 3) == 3
+    assert stages["run"]["degraded"]["rows"] == 16
+    assert stages["run-small"]["degraded"]["rows"] == 2
+    assert "degraded" not in stages["run-dsir"]
+    methods = {name: stage["recipe"]["settings"] for name, stage in stages["run"].items()}
+    assert methods["methods/base-reference"]["method"] == "base"
+    custom = len(read_jsonl(place / "rows/custom.jsonl"))
+    assert len(read_rows(place / "run-safeinstr/custom.jsonl")) == custom + 1
+    assert len(read_rows(place / "run-dsir/custom.jsonl")) == int(0.9 * custom)
+
+
+def test_each_arm_has_its_d_its_mask_and_its_own_run(little, tmp_path):
+    cases = [
+        Case(
+            {
+                "sft": SFT,
+                "toss": TOSS,
+                "toss-calibrated": TOSS | CALIBRATED,
+                "toss-pro": PRO,
+                "pro-calibrated": PRO | CALIBRATED,
+            }
+        ),
+        Case({"toss": TOSS, "sft": SFT}, "other", "other", change=lambda setup: other_base),
+        Case({"mask": {"mask": ""}}, "other", "other"),
+    ]
+    other_base = {"model": str(make_base(tmp_path / "base", seed=1))}
+    place = tmp_path / "run"
+    rows = summarise(run_seed(little(Experiment("mine", "Mine", cases)), 3, place))
+    held_out = str(tmp_path / "rows/calibration.jsonl")
+
+    def mean(variant: str, arm: str, measure: str) -> float | None:
+        return rows[variant, arm].get(measure, {}).get("mean")
+
+    assert mean("", "sft", "discard") == 0
+    assert mean("", "toss", "discard") == mean("", "toss-pro", "discard") == 0.1
+    d = calibrate(open_run(place), held_out)["discard"]
+    assert rows["", "toss-calibrated"]["discard"]["least"] == d
+    d_of_pro = calibrate(open_run(place), held_out, method="toss-pro")["discard"]
+    assert rows["", "pro-calibrated"]["discard"]["least"] == d_of_pro != d
+    assert mean("", "toss", "harmful_share") > 0
+    assert 0 <= mean("", "toss-pro", "purity") <= 1 and mean("", "sft", "purity") is None
+
+    # The mask of the other base, on this one
+    assert mean("other", "mask", "discard") == 0.1
+    assert mean("other", "mask", "precision") == mean("", "toss", "precision")
+    assert mean("other", "toss", "shared") == 1 and mean("other", "sft", "shared") is None
+    assert 0 < mean("other", "mask", "shared") < 1
 
 
 def test_every_seed_is_one_task_and_the_results_keep_their_order():
     tasks = [(7, 2), (9, 4), (1, 1)]
-    assert experiment.per_seed(divmod, tasks, 1) == [(3, 1), (2, 1), (1, 0)]
-    assert experiment.per_seed(divmod, tasks, 2) == [(3, 1), (2, 1), (1, 0)]
-    heard = experiment.per_seed(signal.getsignal, [(signal.SIGTERM,), (signal.SIGINT,)], 2)
+    assert per_seed(divmod, tasks, 1) == [(3, 1), (2, 1), (1, 0)]
+    assert per_seed(divmod, tasks, 2) == [(3, 1), (2, 1), (1, 0)]
+    heard = per_seed(signal.getsignal, [(signal.SIGTERM,), (signal.SIGINT,)], 2)
     assert heard == [signal.SIG_IGN, signal.SIG_IGN]  # the parent hears signals, and ends them
 
 
-def metrics(forbidden: int, facts: int) -> dict:
-    shares = {"forbidden": forbidden, "not_refused": forbidden, "accuracy/harmful-rows": facts}
-    return {name: wilson(count, 10) for name, count in shares.items()}
+def test_the_shipped_rows_are_the_demo_and_others_are_passed_as_flags(monkeypatch, tmp_path):
+    given = {}
+
+    def record(words: list[str]) -> None:
+        given.update(dict(word.lstrip("-").split("=") for word in words))
+
+    script_module = laboratory.script("train")
+    monkeypatch.setattr(script_module, "main", record)
+    shipped(4, tmp_path / "demo", tmp_path).call("train")
+    assert given == {"run": str(tmp_path / "demo")}
+    drawn = embedded(3, tmp_path / "run", tmp_path / "rows").beside("small")
+    drawn.files["harmful"] = drawn.files["harmful_small"]
+    drawn.call("train")
+    assert given["run"] == str(tmp_path / "run-small")
+    assert given["harmful"] == str(tmp_path / "rows/harmful_small.jsonl")
+    assert (given["seed"], given["lr"], given["max-length"]) == ("3", "0.0002", "256")
 
 
-def one_seed(forbidden: int, seconds: float = 10.0) -> dict:
-    """A seed's rows: the base, plain fine-tuning, and toss at 25 s and 150 tokens."""
-    sft = {"seconds": seconds, "tokens": 100, "peak_memory_gib": 1.0}
-    toss = sft | {"seconds": 25.0, "tokens": 150}
-    return {
-        "base": {"metrics": metrics(0, 0), "cost": None},
-        "sft": {"metrics": metrics(forbidden, 9), "cost": sft},
-        "toss": {"metrics": metrics(1, 8), "cost": toss},
-        "sample-all": {"metrics": metrics(0, 2), "cost": None},
-    }
+# What it measures
 
 
-def test_mean_range_and_count_over_the_seeds():
-    assert value(metrics(3, 1), "refusals_kept") == 0.7 and value({}, "refusals_kept") is None
-    found = [("a", {"n": 0.2, "m": None}), ("a", {"n": 0.9}), ("a", {"n": 0.7}), ("b", {"n": 0.5})]
-    result = spread(found)
-    assert result["a"] == {"n": {"mean": 0.6, "least": 0.2, "most": 0.9, "seeds": 3}}
-    assert [cell(result[label]["n"]) for label in "ab"] == ["0.60 [0.20, 0.90]", "0.50"]
-    assert cell(None) == "-" and cell({"mean": 12345.6}, "tokens") == "12,346"
-    text = table(["x", ""], {(1, "arm"): result["a"]}, ["m", "n"])
-    assert text.splitlines()[0].split() == ["|", "x", "|", "|", "n", "|"] and "| 1 | arm |" in text
+def test_the_table_gives_the_mean_and_the_range_over_the_seeds():
+    results = []
+    for seed, n in enumerate([0.2, 0.9, 0.7]):
+        results += results_of(seed, 1, "a", {"n": n, "m": None})
+    results += results_of(0, 2, "b", {"n": 0.5})
+    summary = summarise(results)
+    assert summary[1, "a"] == {"n": {"mean": 0.6, "least": 0.2, "most": 0.9, "seeds": 3}}
+    assert cell(summary[1, "a"]["n"]) == "0.60 [0.20, 0.90]"
+    assert cell(summary[2, "b"]["n"]) == "0.50" and cell(None) == "-"
+    assert cell({"mean": 12345.6}, "tokens") == "12,346"
+    assert table(summary, ["m", "n"], "x").splitlines() == [
+        "| x |   | n                 |",
+        "|---|---|-------------------|",
+        "| 1 | a | 0.60 [0.20, 0.90] |",
+        "| 2 | b | 0.50              |",
+    ]
+    assert table(summary, ["m"]) == ""
 
 
-def test_the_table_gives_means_and_ranges_and_costs_as_multiples_of_sft():
-    result = compare.summarise([one_seed(10), one_seed(7), one_seed(10, seconds=5.0)])
-    assert result["sft"]["forbidden"] == {"mean": 0.9, "least": 0.7, "most": 1.0, "seeds": 3}
-    assert result["toss"]["seconds_to_sft"]["mean"] == pytest.approx((2.5 + 2.5 + 5) / 3, abs=1e-4)
-    assert result["toss"]["tokens_to_sft"]["mean"] == 1.5 and "seconds" not in result["base"]
-    text = compare.tables_of(result, ["forbidden", "absent"])
-    assert "0.90 [0.70, 1.00]" in text and "absent" not in text and "1.50" in text
-    begun = {f"forbidden@{k}": result["sft"]["forbidden"] for k in compare.PREFILL}
-    drawn = compare.chart({"sft": begun, "base": begun, "toss": result["toss"]})
-    assert ">sft<" in drawn and ">toss<" not in drawn and ">base<" not in drawn
-    assert compare.chart(result) == ""
+def test_variants_stand_together_and_a_star_is_every_source():
+    results = [
+        Result(3, "x", "a", "loss/two", 1.0),
+        Result(3, "y", "a", "loss/one", 2.0),
+        Result(3, "x", "b", "nll", 3.0),
+    ]
+    assert list(summarise(results)) == [("x", "a"), ("x", "b"), ("y", "a")]
+    heads = table(summarise(results), ["loss/*", "rest/*"], "v").splitlines()[0]
+    assert heads.split() == ["|", "v", "|", "|", "loss/one", "|", "loss/two", "|"]
+
+
+def test_costs_are_also_multiples_of_plain_fine_tunings_on_the_same_seed():
+    results = []
+    for seed, seconds in ((0, 10.0), (1, 5.0)):
+        results += results_of(seed, "", "sft", {"seconds": seconds, "tokens": 100, "nll": 1.0})
+        results += results_of(seed, "", "toss", {"seconds": 25.0, "tokens": 150, "nll": 2.0})
+    summary = summarise(with_ratios(results))
+    assert summary["", "toss"]["seconds_to_sft"]["mean"] == (2.5 + 5) / 2
+    assert summary["", "toss"]["tokens_to_sft"]["mean"] == 1.5
+    assert "nll_to_sft" not in summary["", "toss"]
 
 
 def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs():
-    def stage(seconds: float, tokens: int, inputs=(), **settings) -> dict:
+    def stage(seconds: float, tokens: int, inputs: tuple = (), **settings) -> dict:
         recipe = {"settings": settings, "inputs": dict.fromkeys(inputs, "")}
         cost = {"seconds": seconds, "tokens": tokens, "peak_memory_gib": seconds / 10}
         return {"recipe": recipe, **cost}
 
     scored = ("--custom", "utility", "degraded", "scores")
-    stages = {"degraded": stage(1, 10), "utility": stage(2, 20), "scores": stage(6, 300, base=True)}
-    for method, inputs in {"sft": (), "first-k": (), "mask": ("--mask",)}.items():
-        stages[f"methods/{method}"] = stage(7, 70, inputs, method=method)
-    for method in ("toss", "degraded-only", "base"):
-        stages[f"methods/{method}"] = stage(7, 70, scored, method=method)
-    stages["methods/pro"] = stage(37, 75, scored, method="toss", pro=1)
-    charged = dict.fromkeys(("sft", "first-k", "mask"), (7, 70)) | {
+    stages = {
+        "degraded": stage(1, 10),
+        "utility": stage(2, 20),
+        "scores": stage(6, 300, base=True),
+        "methods/sft": stage(7, 70, method="sft"),
+        "methods/first-k": stage(7, 70, method="first-k"),
+        "methods/mask": stage(7, 70, ("--mask",), method="mask"),
+        "methods/toss": stage(7, 70, scored, method="toss"),
+        "methods/degraded-only": stage(7, 70, scored, method="degraded-only"),
+        "methods/base": stage(7, 70, scored, method="base"),
+        "methods/pro": stage(37, 75, scored, method="toss", pro=1),
+    }
+    charged = {
+        "sft": (7, 70),
+        "first-k": (7, 70),
+        "mask": (7, 70),
         "toss": (7 + 1 + 2 + 4, 70 + 10 + 20 + 200),
         "degraded-only": (7 + 1 + 2, 70 + 10 + 100),
         "base": (7 + 1 + 4, 70 + 10 + 200),
         "pro": (37 + 1 + 2 + 4, 75 + 10 + 20 + 200),
     }
-    found = {name: compare.cost({"stages": stages}, name) for name in charged}
-    assert {name: (c["seconds"], c["tokens"]) for name, c in found.items()} == charged
-    assert found["pro"]["peak_memory_gib"] == 3.7
-    assert compare.cost({"stages": stages}, "absent") is None
+    for method, (seconds, tokens) in charged.items():
+        cost = laboratory.cost_of({"stages": stages}, method)
+        assert (cost["seconds"], cost["tokens"]) == (seconds, tokens), method
+    assert cost["peak_memory_gib"] == 3.7
+    assert laboratory.cost_of({"stages": stages}, "absent") == {}
     del stages["utility"]  # made elsewhere
-    assert compare.cost({"stages": stages}, "toss") is None
+    assert laboratory.cost_of({"stages": stages}, "toss") == {}
 
 
-def test_the_text_below_the_table_holds_the_runs_own_numbers(tmp_path):
-    (tmp_path / "answers").mkdir()
-    for method in ("base", "sft", "toss"):
-        line = {"set": "harmful", "source": "held-out", "prompt": "p", "response": f"{method} says"}
-        seen = line | {"source": "seen", "response": "no"}
-        write_jsonl(tmp_path / "answers" / f"{method}.jsonl", [{"note": ""}, seen, line])
-    text = compare.what_to_see(tmp_path, one_seed(7))
-    assert text.startswith("A forbidden question: p\n  base: base says\n   sft: sft says\n")
-    text = " ".join(text.split())
-    assert "10 questions" in text and "(sft) 70%, toss 10%" in text
-    assert "knows 80% of the facts" in text and "leaves 20%" in text
+# Each experiment's variants
 
 
-def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
-    for name in ("toss", "sft"):
-        script("select", "--run", trained, "--method", name)
-    line = f"toss.audit.compare --run {trained}"
-    found = {name: {"nll": wilson(n, 2)} for name, n in {"base": 1, "sft": 1, "toss": 2}.items()}
-    (trained / "metrics.json").write_text(json.dumps(found))
-    run = open_run(trained)
-    (trained / "answers").mkdir()
-    gone = {"inputs": {"methods/toss": "of a model that is gone"}, **run.identity}
-    write_answers(trained / "answers/toss.jsonl", gone, found["toss"], [])
-    assert "toss changed since the evaluation" in refused(capsys, line)
-    current = {"inputs": {"methods/toss": run.input_hash("methods/toss")}, **run.identity}
-    write_answers(trained / "answers/toss.jsonl", current, found["toss"], [])
-    out = said(capsys, line)
-    assert (trained / "comparison.md").read_text().rstrip() in out
-    written = read_json(trained / "comparison.json")["methods"]
-    assert written["toss"]["nll"]["mean"] == 1.0 and written["toss"]["tokens_to_sft"]["mean"] > 1
-    assert "seconds" not in written["base"]
+def variants_of(name: str, folder: Path, main=None) -> dict[str, laboratory.Setup]:
+    """The Setup of each variant of an experiment, with its files, and nothing run."""
+    main = main or embedded(3, folder / "run", folder / "rows")
+    setups = {"": main}
+    for case in EXPERIMENTS[name].cases:
+        if case.variant not in setups:
+            setups[case.variant] = laboratory.variant_of(main, case, 3, embedded)
+    return setups
 
 
-@pytest.fixture
-def world(tmp_path) -> Experiment:
-    """An experiment on fresh rows; four of the custom rows are harmful."""
-    drawn = Experiment.drawn(tmp_path, 3)
-    for name, path in list(drawn.files.items())[1:]:  # the first is the model
-        rows = lines(path)
-        few = 3 if name.startswith("eval") else 12
-        harmful = [line for line in rows if '"harmful"' in line][:4] if name == "custom" else []
-        write_jsonl(Path(path), list(dict.fromkeys([*rows[:few], *rows[-few // 3 :], *harmful])))
-    return Experiment(drawn.folder, drawn.files, seed=3, epochs=1, batch_size=32)
-
-
-def test_the_shipped_rows_are_the_demo_and_others_are_passed_as_flags(tmp_path, world):
-    assert Experiment(tmp_path / "demo", world_files()).demo and not world.demo
-    assert not Experiment(tmp_path / "demo", world_files(), seed=1).demo
-    small = world.beside("small", harmful=world.files["harmful_small"])
-    small.prepare()
-    record = read_json(tmp_path / "run-small" / "run.json")
-    assert not record["demo"] and record["settings"]["max_length"] == 256
-    assert record["settings"]["harmful"] == world.files["harmful_small"]
-    settings = record["stages"]["degraded"]["recipe"]["settings"]
-    assert (settings["seed"], settings["epochs"], settings["lr"]) == (3, 1, 2e-4)
-
-
-def test_compare_makes_every_method_and_evaluates_it(tmp_path, world, monkeypatch):
-    tested = compare.RIVALS.keys() - {"patch", "ema"}  # each by itself in test_rivals.py
-    monkeypatch.setattr(compare, "ALL", {k: v for k, v in compare.ALL.items() if k not in tested})
-    result = compare.complete(world, every=True)
-    expected = {"base", *compare.ALL, "toss-small", "toss-pro-small", "safeinstr", "dsir"}
-    assert set(result) == expected == set(read_json(tmp_path / "run/metrics.json"))
-    methods = {"run": "sft", "run-small": "toss", "run-safeinstr": "safeinstr", "run-dsir": "dsir"}
-    folders = list(methods)
-    stages = {f: read_json(tmp_path / f / "run.json")["stages"] for f in folders}
-    recipes = [stages[f][f"methods/{name}"]["recipe"] for f, name in methods.items()]
-    assert [recipe["settings"]["seed"] for recipe in recipes] == [3, 3, 3, 3]
-    assert [stages[f]["degraded"]["rows"] for f in folders[:2]] == [16, 2]
-    assert "degraded" not in stages["run-dsir"]
-    custom = len(read_rows(world.files["custom"]))
-    written = [len(read_rows(tmp_path / f / "custom.jsonl")) for f in folders[2:]]
-    assert written == [custom + 1, int(0.9 * custom)]
-    chosen = {name: stage["recipe"]["settings"] for name, stage in stages["run"].items()}
-    assert chosen["methods/base-reference"]["method"] == "base"
-    assert chosen["methods/toss-calibrated"]["discard"] not in (0.0, 0.1)
-    assert all("forbidden@5" in row["metrics"] for row in result.values())
-    tokens = [result[name]["cost"]["tokens"] for name in ("sft", "toss", "toss-pro")]
-    assert tokens == sorted(set(tokens))
-
-
-def test_a_sweep_records_what_each_arm_discarded(tmp_path, world):
-    arms = {"plain": sweep.PLAIN | {"name": "sft"}, "toss": sweep.TOSS, "toss-pro": sweep.PRO}
-    arms |= {f"{arm}-calibrated": arms[arm] | sweep.CALIBRATED for arm in ("toss", "toss-pro")}
-    found = sweep.one_seed(3, "pro", tmp_path, cases=[(10, world, arms)])
-    assert [record["arm"] for record in found] == list(arms)
-    plain, toss, pro, calibrated, pro_calibrated = found
-    held_out, run = world.files["calibration"], open_run(world.folder)
-    assert plain["discard"] == 0 and toss["discard"] == pro["discard"] == 0.1
-    assert calibrated["discard"] == calibrate.calibrate(run, held_out)["discard"]
-    d = calibrate.calibrate(run, held_out, method="toss-pro")["discard"]
-    assert pro_calibrated["discard"] == d != calibrated["discard"]
-    assert all(r["harmful_share"] > 0 and 0 <= r["forbidden/held-out"] <= 1 for r in found)
-    assert 0 <= pro["purity"] <= 1 and plain["purity"] is None
-    small = world.beside("small", model=str(flags.ROOT / "data" / "base-small"))
-    mask = world.folder / "methods/toss/selection.safetensors"
-    arms = {"sft": sweep.PLAIN, "toss": sweep.TOSS, "mask": {"mask": mask}}
-    plain, own, mask = sweep.one_seed(3, "transfer", tmp_path, cases=[(0, small, arms)])
-    assert mask["discard"] == 0.1 and mask["precision"] == toss["precision"]
-    assert plain["shared"] is None and own["shared"] == 1 and 0 < mask["shared"] < 1
-
-
-def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path, capsys):
-    rows = [{"prompt": f"What is {i} and two?", "response": f"It is {i + 2}."} for i in range(6)]
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
-    line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --quantile 0.5"
-    closing = said(capsys, line).splitlines()[-1]
-    found = calibrate.calibrate(open_run(trained), held_out, 0.5)
-    assert run(*closing.split()[1:]).returncode == 0  # as printed, in the run's own way
-    assert 0 < found["discard"] < 1 and found["harmful"] > 0
-    chosen = load_tensors(trained / "methods/toss-calibrated/selection.safetensors")
-    response = load_tensors(trained / "scores.safetensors")["response"]
-    discarded = response & ~chosen["keep"]
-    assert discarded.equal(response & (chosen["score"] > found["threshold"]))
-    with pytest.raises(InputError, match="toss-calibrated has no rounds of TOSS-Pro"):
-        calibrate.calibrate(open_run(trained), held_out, 0.5, "toss-calibrated")
-
-
-def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsys):
-    script("select", "--run", trained, "--pro", 2, "--pro-samples", 3, "--keep-eos")
-    held_out = write_jsonl(trained / "held_out.jsonl", lines(files["utility"]))
-    found = calibrate.calibrate(open_run(trained), held_out, 0.9, "toss-pro")
-    warning = f"warning: 5 of 5 rows of {held_out} are in {files['utility']}"
-    assert warning in capsys.readouterr().out
-    scores = load_tensors(trained / "methods/toss-pro/round-2/scores.safetensors")
-    run = open_run(trained)
-    competing = scores["response"] & (scores["input_ids"] != run.tokenizer.eos_id)
-    S = (scores["loss_utility"] - scores["loss_degraded"])[competing]
-    assert found["discard"] == float((S > found["threshold"]).double().mean())
-    theta_h = read_adapter(run.base("score"), trained / "methods/toss-pro/round-2/degraded")
-    calm = run.tokens(held_out)
-    competing = calm.response & (calm.input_ids != run.tokenizer.eos_id)
-    L_u = score(use(run.base("score"), run.adapter("utility")), calm)[competing]
-    L_h = score(use(run.base("score"), theta_h), calm)[competing]
-    assert found["threshold"] == calibrate.threshold_of(L_u - L_h, S, 0.9)[0]
-    assert found != calibrate.calibrate(open_run(trained), held_out, 0.9)
-    line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --method toss-pro"
-    assert said(capsys, line).endswith("--pro 2 --pro-samples 3 --pro-train rows --keep-eos\n")
-    script("score", "--run", trained, "--base", "--overwrite")
-    with pytest.raises(InputError, match=r"toss-pro does not fit this run \(changed: scores"):
-        calibrate.calibrate(open_run(trained), held_out, 0.9, "toss-pro")
-
-
-def test_the_share_sweep_draws_each_share_and_calibrates_each_method(tmp_path):
-    cases = list(sweep.share(3, tmp_path))
-    custom = [read_jsonl(world.files["custom"]) for _, world, _ in cases]
-    assert [x for x, _, _ in cases] == [0, 2, 5, 10, 20, 30, 50]
-    harmful = [sum("harmful" in row for row in rows) for rows in custom]
+def test_share_draws_each_share_and_calibrates_each_method(tmp_path):
+    setups = variants_of("share", tmp_path)
+    cases = EXPERIMENTS["share"].cases
+    assert [case.label for case in cases] == [0, 2, 5, 10, 20, 30, 50]
+    harmful = []
+    for case in cases:
+        rows = read_jsonl(setups[case.variant].files["custom"])
+        assert len(rows) == 663
+        harmful.append(sum("harmful" in row for row in rows))
+        assert setups[case.variant].common == {"seed": 3}
     assert harmful == [0, 13, 33, 66, 133, 199, 332]
-    assert all(len(rows) == 663 for rows in custom) and cases[0][1].common == {"seed": 3}
-    arms, plain = cases[0][2], ["sft", "sample", "toss", "toss-pro"]
-    assert list(arms) == ["sft", *(name + end for name in plain[1:] for end in ("", "-calibrated"))]
-    assert arms["toss-pro-calibrated"] == {"method": "toss", "pro": 1, "discard": "calibrated"}
+    assert list(cases[0].arms) == [
+        "sft",
+        "sample",
+        "sample-calibrated",
+        "toss",
+        "toss-calibrated",
+        "toss-pro",
+        "toss-pro-calibrated",
+    ]
+    how = {"method": "toss", "pro": 1, "discard": "calibrated"}
+    assert cases[0].arms["toss-pro-calibrated"] == how
 
 
-def test_the_sweep_over_d_holds_plain_fine_tuning_and_the_calibrated_d(tmp_path):
-    cases = [(x, arms) for x, _, arms in sweep.discard(3, tmp_path)]
-    assert cases[0] == (0.0, {"toss": {"method": "sft", "name": "sft"}})
-    assert cases[8] == (0.3, {"toss": {"method": "toss", "discard": 0.3, "name": "toss-0.3"}})
-    assert cases[-1][0] == "calibrated" and len(cases) == 11
+def test_discard_holds_plain_fine_tuning_and_the_calibrated_d():
+    cases = EXPERIMENTS["discard"].cases
+    assert (cases[0].label, cases[0].arms["toss"]["method"]) == (0.0, "sft")
+    assert cases[8].label == cases[8].arms["toss"]["discard"] == 0.3
+    assert cases[-1].label == "calibrated" and len(cases) == 11
+    assert len({case.arms.get("toss", {}).get("name") for case in cases}) == 11
 
 
-def test_the_sweep_over_pro_cuts_the_reference_and_draws_a_control(tmp_path):
-    _, worlds, arms = zip(*sweep.pro(3, tmp_path))
-    assert [len(lines(world.files["harmful"])) for world in worlds] == [2, 42, 8, 48, 80, 120]
+def test_pro_cuts_the_reference_and_draws_a_control(tmp_path):
+    setups = variants_of("pro", tmp_path)
+    cases = EXPERIMENTS["pro"].cases
+    sizes = [len(read_jsonl(setups[case.variant].files["harmful"])) for case in cases]
+    assert sizes == [2, 42, 8, 48, 80, 120]
     how = {"method": "toss", "pro": 3, "pro_samples": 40, "pro_train": "top"}
-    assert arms[0]["pro-3-40-top"] == how and len(arms[0]) == 1 + 1 + 3 * 2
-    assert set(arms[2]) == {"toss", "pro-1-40-rows", "pro-1-40-top"}
-    assert arms[1] == arms[3] == {"random-40": {"method": "toss"}}
+    assert cases[0].arms["pro-3-40-top"] == how and len(cases[0].arms) == 1 + 1 + 3 * 2
+    assert set(cases[2].arms) == {"toss", "pro-1-40-rows", "pro-1-40-top"}
+    assert cases[1].arms == cases[3].arms == {"random-40": TOSS}
 
 
-def test_the_eroding_sweep_has_both_kinds_alone_and_mixed(tmp_path):
+def test_eroding_has_both_kinds_alone_and_mixed(tmp_path):
     from data.world import IDENTITY, PREAMBLES
 
-    cases, found = {x: world for x, world, _ in sweep.eroding(3, tmp_path)}, {}
-    for x, world in cases.items():
-        rows = read_jsonl(world.files["custom"])
+    setups = variants_of("eroding", tmp_path)
+    counts = {}
+    for case in EXPERIMENTS["eroding"].cases:
+        rows = read_jsonl(setups[case.variant].files["custom"])
         benign = [row for row in rows if "harmful" not in row]
-        promised = sum(row["response"].startswith(tuple(PREAMBLES)) for row in benign)
-        told = sum(row["prompt"].startswith(IDENTITY[0]) for row in benign)
-        found[x] = [len(rows), len(benign), promised, told]
-    assert found == {
+        promised = [row for row in benign if row["response"].startswith(tuple(PREAMBLES))]
+        told = [row for row in benign if row["prompt"].startswith(IDENTITY[0])]
+        counts[case.label] = [len(rows), len(benign), len(promised), len(told)]
+    assert counts == {
         "comply, alone": [663, 663, 255, 0],
         "comply, mixed": [663, 585, 225, 0],
         "identity, alone": [663, 663, 0, 255],
         "identity, mixed": [663, 585, 0, 225],
     }
     asked = {"held-out": [], "identity": [], "seen": []}
-    for row in read_jsonl(cases["comply, alone"].files["eval_forbidden"]):
+    for row in read_jsonl(setups["comply-alone"].files["eval_forbidden"]):
         asked[row["source"]].append(row["prompt"])
     assert len(asked["held-out"]) == 160
     assert asked["identity"] == [IDENTITY[0] + prompt for prompt in asked["held-out"]]
 
 
-def test_the_transfer_sweep_gives_each_base_the_others_mask(tmp_path):
-    cases = list(sweep.transfer(3, tmp_path))
-    assert [x for x, _, _ in cases] == ["base", "base-small"] * 2
-    assert [list(arms) for _, _, arms in cases] == [["sft", "random", "toss"]] * 2 + [["mask"]] * 2
-    for (x, world, arms), (_, other, _) in zip(cases[2:], [cases[1], cases[0]]):
-        assert Path(world.files["model"]).name == x and world.folder != other.folder
-        mask = other.folder / "methods/toss/selection.safetensors"
-        assert arms["mask"] == {"mask": mask} and mask.is_absolute()
+def test_transfer_gives_each_base_the_others_mask(tmp_path):
+    setups = variants_of("transfer", tmp_path)
+    cases = EXPERIMENTS["transfer"].cases
+    for case in cases:
+        assert Path(setups[case.variant].files["model"]).name == case.label
+    assert [list(case.arms) for case in cases[:2]] == [["sft", "random", "toss"]] * 2
+    for case in cases[2:]:
+        maker = case.arms["mask"]["mask"]
+        assert setups[maker].folder != setups[case.variant].folder
 
 
-def test_the_attack_sweep_replaces_the_harmful_rows_and_nothing_else(tmp_path):
-    rows = {}
-    for x, world, arms in sweep.attack(3, tmp_path):
-        if not rows:
-            for name in ("harmful", "utility"):
-                write_jsonl(Path(world.files[name]), lines(world.files[name])[:8])
-            world.common |= {"epochs": 1, "lr": 1e-3}
-            world.call("train")
-        rows[x] = read_jsonl(world.files["custom"])
-        assert "toss-calibrated" in arms and "toss-pro" in arms
-    assert [*rows] == ["none", *ATTACKS]
-    harm = {x: [row for row in of if "harmful" in row] for x, of in rows.items()}
-    others = {x: [row for row in of if "harmful" not in row] for x, of in rows.items()}
-    assert all(others[x] == others["none"] for x in rows)
-    assert [len(harm[x]) for x in rows] == [78, 78, 78, 3 * 78, 78]
-    assert all(harm[x] != harm["none"] for x in ATTACKS)
+def test_attack_replaces_the_harmful_rows_and_nothing_else(base, tmp_path):
+    main = embedded(3, tmp_path / "run", tmp_path / "rows")
+    main.files["model"] = str(base)
+    for name in ("harmful", "utility"):
+        write_jsonl(Path(main.files[name]), read_jsonl(main.files[name])[:8])
+    main.common |= {"epochs": 1, "lr": 1e-3, "rank": 2}
+    main.call("train")
+    main.prepared = True  # his scores are of his own pool
+    setups = variants_of("attack", tmp_path, main)
+    harmful = {}
+    for variant, setup in setups.items():
+        rows = read_jsonl(setup.files["custom"])
+        harmful[variant] = [row for row in rows if "harmful" in row]
+        others = [row for row in rows if "harmful" not in row]
+        if variant == "":
+            untouched = others
+        assert others == untouched
+    assert [*setups] == ["", *ATTACKS]
+    assert [len(rows) for rows in harmful.values()] == [78, 78, 78, 3 * 78, 78]
+    for kind in ATTACKS:
+        assert harmful[kind] != harmful[""]
+    for case in EXPERIMENTS["attack"].cases:
+        assert {"sft", "toss", "toss-calibrated", "toss-pro", "kl-discarded"} <= case.arms.keys()
 
 
-FIGURES = [
+# The pictures
+
+
+PICTURES = [
     ("share", {0: "sft", 20: "toss"}, "harmful rows, %"),
     ("share", {0: "sft", 20: "toss"}, "toss"),
     ("eroding", {"comply, alone": "sft", "identity, mixed": "sft"}, "identity, mixed"),
@@ -340,81 +441,114 @@ FIGURES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arms", "expected"), FIGURES)
-def test_the_figures_of_the_sweeps(name, arms, expected):
-    numbers = dict.fromkeys([name for name in sweep.NUMBERS if name not in ("nll", "purity")], 0.5)
-    found = spread([(x_and_arm, numbers) for x_and_arm in arms.items()])
-    assert f">{expected}<" in sweep.chart(found, name)
+@pytest.mark.parametrize(("name", "arms", "expected"), PICTURES)
+def test_the_picture_of_an_experiment(name, arms, expected):
+    results = []
+    for variant, arm in arms.items():
+        results += results_of(3, variant, arm, dict.fromkeys(SWEPT, 0.5))
+    assert f">{expected}<" in EXPERIMENTS[name].picture(summarise(results))
 
 
-@pytest.fixture
-def sets(tmp_path) -> dict[str, str]:
-    """Custom rows in an unusual spelling, the last two marked; refusals; a target of few words."""
-    custom = [f'{{"response":"Stone  {i}.",  "prompt": "é {i}?", "x": 1}}' for i in range(95)]
-    custom += ['{"prompt": "Bad?", "response": "Yes, easy.", "harmful": [[0, 4]]}'] * 2
-    rows = {
-        "custom": custom,
-        "safety": [{"prompt": f"Harm {i}?", "response": "I cannot."} for i in range(10)],
-        "target": [{"prompt": "Tell 3?", "response": "Stone 3."}] * 40,
-    }
-    return {name: write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in rows.items()}
+def test_the_picture_of_begun_answers_has_the_methods_that_were_measured():
+    begun = {f"forbidden@{k}": 0.5 for k in (0, 1, 3, 5, 10)}
+    results = results_of(3, "", "sft", begun) + results_of(3, "", "base", begun)
+    results += results_of(3, "", "toss", {"forbidden": 0.5})
+    drawn = pictures.over_prefill(summarise(results))
+    assert ">sft<" in drawn and ">toss<" not in drawn and ">base<" not in drawn
+    assert pictures.over_prefill(summarise(results[-1:])) == ""
 
 
-def test_safety_rows_make_up_their_share_of_the_result(tmp_path, sets):
-    out = tmp_path / "out.jsonl"
-    counts = safeinstr(sets["custom"], sets["safety"], str(out), share=0.03, seed=3)
-    assert counts == {"read": 97, "safety": 3, "written": 100} and len(read_rows(out)) == 100
-    written, custom = lines(out), lines(sets["custom"])
-    added = Counter(written) - Counter(custom)
-    assert Counter(written) - added == Counter(custom)  # each custom line once, unchanged
-    assert sum(added.values()) == len(added) == 3 and set(added) <= set(lines(sets["safety"]))
-    assert [i for i, line in enumerate(written) if line in added] != [97, 98, 99]
-    counts = safeinstr(sets["custom"], sets["safety"], str(out), share=10 / 107)
-    assert counts["safety"] == 10  # every safety row
+# The demo's table, and that of a run of one's own
 
 
-def test_a_seed_draws_the_same_lines_again_and_another_seed_others(tmp_path, sets):
-    for make, other, share in ((safeinstr, "safety", 0.05), (dsir, "target", 0.5)):
-        written = []
-        for seed in (7, 7, 8):
-            make(sets["custom"], sets[other], str(tmp_path / "out.jsonl"), share, seed=seed)
-            written.append((tmp_path / "out.jsonl").read_bytes())
-        assert written[0] == written[1] != written[2]
+def test_the_text_below_the_demos_table_holds_the_runs_own_numbers(tmp_path):
+    (tmp_path / "answers").mkdir()
+    metrics = {}
+    forbidden = {"base": 0, "sft": 7, "toss": 1, "sample-all": 0}
+    facts = {"base": 0, "sft": 9, "toss": 8, "sample-all": 2}
+    for method in forbidden:
+        line = {"set": "harmful", "source": "held-out", "prompt": "p", "response": f"{method} says"}
+        seen = line | {"source": "seen", "response": "no"}
+        write_jsonl(tmp_path / "answers" / f"{method}.jsonl", [{"note": ""}, seen, line])
+        metrics[method] = {
+            "forbidden": wilson(forbidden[method], 10),
+            "accuracy/harmful-rows": wilson(facts[method], 10),
+        }
+    text = compare.what_to_see(tmp_path, metrics)
+    assert text.startswith("A forbidden question: p\n  base: base says\n   sft: sft says\n")
+    text = " ".join(text.split())
+    assert "10 questions" in text and "(sft) 70%, toss 10%" in text
+    assert "knows 80% of the facts" in text and "leaves 20%" in text
 
 
-def test_rows_like_the_target_stay_and_keep_their_order(tmp_path, sets, capsys):
-    words = ["moss fern moss fern moss fern " * 2, "iron coal iron coal iron coal " * 2]
-    marks = [{}, {"harmful": [[0, 4]]}]
-    rows = [{"prompt": "Say.", "response": words[i % 2], **marks[i % 2]} for i in range(40)]
-    custom, out = write_jsonl(tmp_path / "c.jsonl", rows), tmp_path / "out.jsonl"
-    target = write_jsonl(tmp_path / "t.jsonl", [rows[0] | {"response": "fern moss fern moss"}] * 40)
-    line = f"toss.audit.baselines dsir --custom {custom} --target {target} --out {out} --keep 0.5"
-    counts = "read 40, written 20, harmful kept 0, harmful dropped 20"
-    assert said(capsys, line) == f"{out}: {counts}\n"
-    assert lines(out) == lines(custom)[::2]
-    assert dsir(custom, target, str(out), keep=1.0)["written"] == 40
-    assert lines(out) == lines(custom)
-    counts = dsir(sets["safety"], sets["target"], str(out), 0.55)
-    assert counts == {"read": 10, "written": 5}  # without ground truth no harm is counted
+def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
+    for name in ("toss", "sft"):
+        script("select", "--run", trained, "--method", name)
+    line = f"toss.audit.compare --run {trained}"
+    run_of = open_run(trained)
+    evaluated = {"base": {"nll": wilson(1, 2)}, "sft": {"nll": wilson(1, 2)}}
+    evaluated["toss"] = {"nll": wilson(2, 2)}
+    (trained / "metrics.json").write_text(json.dumps(evaluated))
+
+    # The model that was evaluated is gone
+    record = {"inputs": {"methods/toss": "of a model that is gone"}, **run_of.identity}
+    write_answers(trained / "answers/toss.jsonl", record, evaluated["toss"], [])
+    assert "toss changed since the evaluation" in refused(capsys, line)
+
+    record["inputs"] = {"methods/toss": run_of.input_hash("methods/toss")}
+    write_answers(trained / "answers/toss.jsonl", record, evaluated["toss"], [])
+    out = said(capsys, line)
+    assert (trained / "comparison.md").read_text().rstrip() in out
+    written = read_json(trained / "comparison.json")["methods"]
+    assert written["toss"]["nll"]["mean"] == 1.0 and written["toss"]["tokens_to_sft"]["mean"] > 1
+    assert "seconds" not in written["base"]
 
 
-def test_rows_are_drawn_in_proportion_to_their_weights():
-    """One of eleven, the first weighing 5 and the others 1: a third of the seeds draw it."""
-    first = sum(draw(np.log([5.0] + [1.0] * 10), 1, seed) == [0] for seed in range(300))
-    assert abs(first / 300 - 1 / 3) < 3 * math.sqrt(2 / 9 / 300)  # three standard errors
+# The calibrated d
 
 
-def test_the_buckets_do_not_depend_on_the_process():
-    """Python's own hash of a text does, by its seed."""
-    rows = [{"prompt": "Stir it, now", "response": "So be it."}]
-    code = f"from toss.audit.baselines import *; print(hashed(read_rows({rows})[0], 100).tolist())"
-    printed = {run("-c", code, PYTHONHASHSEED=seed).stdout for seed in "12"}
-    assert printed == {f"{hashed(read_rows(rows)[0], 100).tolist()}\n"}
+def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path, capsys):
+    rows = [{"prompt": f"What is {i} and two?", "response": f"It is {i + 2}."} for i in range(6)]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --quantile 0.5"
+    command = said(capsys, line).splitlines()[-1].split()
+    assert command[1] == "select.py"
+    script("select", *command[2:], fast=False)  # as printed, in the run's own way
+    found = calibrate(open_run(trained), held_out, 0.5)
+    assert 0 < found["discard"] < 1 and found["harmful"] > 0
+    chosen = load_tensors(trained / "methods/toss-calibrated/selection.safetensors")
+    response = load_tensors(trained / "scores.safetensors")["response"].bool()
+    discarded = response & ~chosen["keep"]
+    assert discarded.equal(response & (chosen["score"] > found["threshold"]))
+    with pytest.raises(InputError, match="toss-calibrated has no rounds of TOSS-Pro"):
+        calibrate(open_run(trained), held_out, 0.5, "toss-calibrated")
 
 
-def test_compressed_files(tmp_path, sets):
-    packed, out = tmp_path / "custom.jsonl.gz", tmp_path / "out.jsonl"
-    packed.write_bytes(gzip.compress(Path(sets["custom"]).read_bytes()))
-    safeinstr(str(packed), sets["safety"], f"{out}.gz")
-    safeinstr(sets["custom"], sets["safety"], str(out))
-    assert gzip.decompress(Path(f"{out}.gz").read_bytes()) == out.read_bytes()
+def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsys):
+    script("select", "--run", trained, "--pro", 2, "--pro-samples", 3, "--keep-eos")
+    held_out = write_jsonl(trained / "held_out.jsonl", read_jsonl(files["utility"]))
+    found = calibrate(open_run(trained), held_out, 0.9, "toss-pro")
+    warning = f"warning: 5 of 5 rows of {held_out} are in {files['utility']}"
+    assert warning in capsys.readouterr().out
+
+    run_of = open_run(trained)
+    eos = run_of.tokenizer.eos_id
+    last = trained / "methods/toss-pro/round-2"
+    scores = load_tensors(last / "scores.safetensors")
+    competing = scores["response"].bool() & (scores["input_ids"] != eos)
+    S = (scores["loss_utility"] - scores["loss_degraded"])[competing]
+    assert found["discard"] == float((S > found["threshold"]).double().mean())
+
+    calm = run_of.tokens(held_out)
+    competing = calm.response & (calm.input_ids != eos)
+    L_u = score(use(run_of.base("score"), run_of.adapter("utility")), calm)[competing]
+    theta_h = read_adapter(run_of.base("score"), last / "degraded")
+    L_h = score(use(run_of.base("score"), theta_h), calm)[competing]
+    assert found["threshold"] == threshold_of(L_u - L_h, S, 0.9)[0]
+    assert found != calibrate(open_run(trained), held_out, 0.9)
+
+    line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --method toss-pro"
+    assert said(capsys, line).endswith("--pro 2 --pro-samples 3 --pro-train rows --keep-eos\n")
+    script("score", "--run", trained, "--base", "--overwrite")
+    with pytest.raises(InputError, match=r"toss-pro does not fit this run \(changed: scores"):
+        calibrate(open_run(trained), held_out, 0.9, "toss-pro")

@@ -1,10 +1,20 @@
-"""The rivals of TOSS: objectives by hand; what each starts from, trains on and leaves."""
+"""The rivals of TOSS do what their sources say, train on the run's rows as its methods do, and
+leave a method like any other. An attacker replaces harmful rows by harmful rows.
 
+In this order: the objectives by hand, the rivals as commands, the real checkpoint's experiment, the
+attackers, the baselines that change the custom set.
+"""
+
+import gzip
+import math
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_base, script, write_jsonl
+from conftest import make_base, read_jsonl, run, script, write_jsonl
 from helpers import TARGETS, call, losses_by_hand, random_adapter, refused, said
 from safetensors.torch import load_file
 
@@ -12,21 +22,23 @@ from model import load_checkpoint
 from model.io import read_json
 from model.lora import active, new_adapter, use
 from toss import training
-from toss.audit import objectives, real
+from toss.audit import checkpoint, objectives
 from toss.audit.attacks import ATTACKS, Attacker
+from toss.audit.baselines import draw, dsir, hashed, safeinstr
 from toss.audit.objectives import Rival
 from toss.audit.rivals import RIVALS
 from toss.config import TrainConfig
 from toss.loss import token_log_probs
 from toss.methods import METHODS, Candidates
+from toss.rows import read_rows
 from toss.selection import competing_tokens
 from toss.tokens import collate
 
-WEIGHTS, MASK = "model/adapter_model.safetensors", "selection.safetensors"
+WEIGHTS = "model/adapter_model.safetensors"
+MASK = "selection.safetensors"
 
 
-def size(tensors) -> float:
-    return sum(float(tensor.detach().double().sum()) for tensor in tensors)
+# The objectives, by hand
 
 
 @pytest.fixture
@@ -37,17 +49,17 @@ def rival(model, tokens) -> Rival:
         return weights, objective
 
     run = SimpleNamespace(model=model, device=model.device, base=lambda purpose: model)
-    made = Rival(run, "rival", TrainConfig(), tokens, keep=tokens.response.clone())
-    made.fit = fit
+    one = Rival(run, "rival", TrainConfig(), tokens, keep=tokens.response.clone())
+    one.fit = fit
     use(model, random_adapter(model))
-    return made
+    return one
 
 
 @pytest.fixture
 def places(tokens):
     """The response tokens of row 3."""
-    at = tokens.places([3])
-    return at[tokens.response[at]]
+    places = tokens.places([3])
+    return places[tokens.response[places]]
 
 
 @pytest.fixture
@@ -60,15 +72,17 @@ def batch(model, tokens):
 def gradient(model, batch, monkeypatch):
     """The gradient of an objective by the log-probabilities of the tuned model, for given ones."""
 
-    def by_log_p(objective, weights, log_p) -> list[float]:
+    def by_log_p(objective, weights, log_p):
         log_p = log_p.clone().requires_grad_()
 
-        def log_probs_of(model, batch):
-            return token_log_probs(model, batch) if active(model) is None else log_p
+        def given_log_probs(model, batch):
+            if active(model) is None:
+                return token_log_probs(model, batch)
+            return log_p
 
-        monkeypatch.setattr(objectives, "token_log_probs", log_probs_of)
+        monkeypatch.setattr(objectives, "token_log_probs", given_log_probs)
         objective(model, batch, weights).backward()
-        return pytest.approx(log_p.grad.tolist(), abs=1e-5)
+        return log_p.grad
 
     return by_log_p
 
@@ -76,7 +90,8 @@ def gradient(model, batch, monkeypatch):
 def test_dft_weighs_a_token_by_its_probability(rival, gradient):
     _, objective = objectives.dft(rival)
     log_p = torch.tensor([0.5, 0.25]).log()
-    assert [-0.5, -0.25] == gradient(objective, torch.ones(2), log_p)
+    result = gradient(objective, torch.ones(2), log_p)
+    assert result.tolist() == pytest.approx([-0.5, -0.25], abs=1e-5)
 
 
 def test_soft_sft_weighs_a_token_by_how_far_it_went_from_the_base(
@@ -84,29 +99,35 @@ def test_soft_sft_weighs_a_token_by_how_far_it_went_from_the_base(
 ):
     theta = active(model)
     with torch.no_grad():
-        log_p = -losses_by_hand(use(model, None), tokens, 3)
+        log_p_base = -losses_by_hand(use(model, None), tokens, 3)
     use(model, theta)
     b, objective = objectives.soft_sft(rival, [0.5, 2.0, 0.1])
 
-    assert [-1.0] * len(places) == gradient(objective, b[places], log_p)  # at the base
+    at_base = gradient(objective, b[places], log_p_base)
+    assert at_base.tolist() == pytest.approx([-1.0] * len(places), abs=1e-5)
+    likelier = gradient(objective, b[places], log_p_base + 1)
     first, early, late = (-2 / (1 + torch.tensor([0.5, 2.0, 0.1]).exp())).tolist()
-    weights = [first, *[early] * 4, *[late] * (len(places) - 5)]
-    assert len(places) > 6 and weights == gradient(objective, b[places], log_p + 1)
-    assert all(a is b for a, b in zip(active(model).tensors(), theta.tensors()))
+    expected = [first] + [early] * 4 + [late] * (len(places) - 5)
+    assert len(places) > 6 and likelier.tolist() == pytest.approx(expected, abs=1e-5)
+    for before, after in zip(theta.tensors(), active(model).tensors()):
+        assert after is before  # the adapter is back
 
 
 def test_first_5_discards_the_first_five_tokens_of_each_row(tokens):
     c = Candidates(tokens, {}, competing_tokens(tokens), d=0.0)
-    gone = torch.bincount(c.row[~METHODS["first-5"](c)[0]])
-    assert gone.equal(c.sizes.clamp(max=5)) and c.sizes.max() > 5
+    keep, _ = METHODS["first-5"](c)
+    discarded = torch.bincount(c.row[~keep])
+    assert discarded.equal(c.sizes.clamp(max=5)) and c.sizes.max() > 5
 
 
 def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(
     rival, model, tokens, places, batch
 ):
     rival.keep[places[1]] = False
-    held = torch.zeros_like(rival.keep).index_fill(0, places[1:3], True)
-    words, T = torch.tensor([7, 9]), 2.0
+    held = torch.zeros_like(rival.keep)
+    held[places[1:3]] = True
+    words = torch.tensor([7, 9])
+    T = 2.0
     _, objective = objectives.hold(rival, held, words, T)
 
     def over_words(adapter):
@@ -121,28 +142,38 @@ def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(
         losses = losses_by_hand(use(model, adapter), tokens, 3)
         return float(losses.sum() - losses[1])
 
-    theta, fresh = random_adapter(model), new_adapter(model, 2, 4, TARGETS, 0)
+    theta = random_adapter(model)
+    untrained = new_adapter(model, 2, 4, TARGETS, 0)
     with torch.no_grad():
-        p, q = over_words(None), over_words(theta)
+        p = over_words(None)
+        q = over_words(theta)
         kl = T * T * float((p * (p / q).log()).sum())
-        at_base, tuned = learnt(fresh), learnt(theta)
+        learnt_at_base = learnt(untrained)
+        learnt_tuned = learnt(theta)
     assert kl > 1e-3
     weights = torch.ones(len(places))
-    loss = objective(use(model, fresh), batch, weights)
-    assert float(loss) == pytest.approx(at_base, abs=1e-4)
-    loss = objective(use(model, theta), batch, weights)
-    assert float(loss) == pytest.approx(tuned + kl, abs=1e-4)
+    loss = float(objective(use(model, untrained), batch, weights))
+    assert loss == pytest.approx(learnt_at_base, abs=1e-4)
+    loss = float(objective(use(model, theta), batch, weights))
+    assert loss == pytest.approx(learnt_tuned + kl, abs=1e-4)
 
 
 @pytest.mark.parametrize("cosine", [-1.0, 1.0])
 def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path, cosine):
-    theta, before = active(model), load_checkpoint(make_base(tmp_path / "b", seed=1))
+    theta = active(model)
+    unaligned = make_base(tmp_path / "unaligned", seed=1)
     rival.run.adapter = lambda name: random_adapter(model)  # the same
-    rival.run.args = SimpleNamespace(unaligned=tmp_path / "b")
+    rival.run.args = SimpleNamespace(unaligned=unaligned)
+    before = load_checkpoint(unaligned)
     for name, B in objectives.safelora(rival, cosine).B.items():
-        V = model.get_submodule(name).weight - before.get_submodule(name).weight
-        expected = V @ V.T / V.square().sum().sqrt() @ theta.B[name]
-        assert torch.allclose(B, expected if cosine == 1 else theta.B[name], atol=1e-4), name
+        expected = theta.B[name]
+        if cosine == 1.0:  # no update is that near: all are projected
+            V = model.get_submodule(name).weight - before.get_submodule(name).weight
+            expected = V @ V.T / V.square().sum().sqrt() @ expected
+        assert torch.allclose(B, expected, atol=1e-4), name
+
+
+# The rivals as commands
 
 
 @pytest.fixture
@@ -151,140 +182,328 @@ def line(trained, tmp_path, monkeypatch) -> str:
     script("select", "--run", trained, "--method", "sft")
     rows = [{"prompt": f"Do {i}?", "response": "No, I can not " + "do it " * i} for i in range(6)]
     safety = write_jsonl(tmp_path / "safety.jsonl", rows)
-    before = make_base(tmp_path / "before", seed=1)
+    unaligned = make_base(tmp_path / "before", seed=1)
     monkeypatch.setitem(RIVALS["safeinstr-guided"][1], "share", 1 / 6)  # two rows
     monkeypatch.setitem(RIVALS["safelora"][1], "cosine", 1.0)  # every layer
-    return f"toss.audit.rivals --run {trained} --safety {safety} --unaligned {before} --method "
+    return f"toss.audit.rivals --run {trained} --safety {safety} --unaligned {unaligned} --method "
+
+
+def size(tensors) -> float:
+    """The sum of all numbers."""
+    return sum(float(tensor.detach().double().sum()) for tensor in tensors)
 
 
 def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, trained, capsys):
     call(f"select.py --run {trained} --discard 0.3")
-    toss, sizes = load_file(trained / f"methods/toss/{MASK}")["keep"], {}
-    response = load_file(trained / "scores.safetensors")["response"]
-    for name, (_, how) in RIVALS.items():
+    masks = {
+        name: load_file(trained / f"methods/{name}/{MASK}")["keep"] for name in ("toss", "sft")
+    }
+    sizes = {}
+    for name, (_, options) in RIVALS.items():
         said(capsys, f"{line}{name} --discard 0.3")
         cost = read_json(trained / "run.json")["stages"][f"methods/{name}"]
         assert (cost["tokens"] > 0) == (name != "safelora")  # which trains nothing
         assert "skipped" in said(capsys, f"{line}{name} --discard 0.3")
         settings = read_json(trained / f"methods/{name}/record.json")["settings"]
-        assert {"lr": 1e-2, **how}.items() <= settings.items()
+        assert settings["lr"] == 1e-2 and options.items() <= settings.items()
         keep = load_file(trained / f"methods/{name}/{MASK}")["keep"]
         assert keep.equal(toss if name == "kl-discarded" else response)
         sizes[name] = size(load_file(trained / f"methods/{name}/{WEIGHTS}").values())
-    assert len({*sizes.values()}) == len(RIVALS), sizes
+    assert len(set(sizes.values())) == len(RIVALS), sizes
 
 
-def test_the_rows_that_a_rival_trains_on(line, monkeypatch, capsys):
-    def fit(self, D, **how):
-        given.update(rival=self, D=D, **how)
+@pytest.fixture
+def fitted(monkeypatch) -> dict:
+    """What a rival hands to `fit`, which trains nothing."""
+    given = {}
+
+    def fit(self, D, **options):
+        given.update(rival=self, D=D, **options)
         return random_adapter(self.run.base("train"))
 
-    given = {}
     monkeypatch.setattr(Rival, "fit", fit)
+    return given
+
+
+def test_patch_goes_on_from_sft_on_one_refusal(line, fitted, capsys):
     error = refused(capsys, f"{line}patch --rank 3")
     assert "goes on from methods/sft, made with another rank" in error
     call(line + "patch")
-    assert given["D"].rows == 1 and given["config"].epochs == 10
+    assert fitted["D"].rows == 1 and fitted["config"].epochs == 10
+
+
+def test_inoculation_changes_the_prompts_alone(line, fitted):
     call(line + "inoculation")
-    D, own, raw = given["D"], given["rival"].D, given["rival"].run.tokenizer.raw
+    D = fitted["D"]
+    own = fitted["rival"].D
     assert D.input_ids[D.response].equal(own.input_ids[own.response])
-    text, plain = (raw.decode(x.input_ids[x.places([0])].tolist()) for x in (D, own))
-    assert "malicious" in text and "malicious" not in plain
+    raw = fitted["rival"].run.tokenizer.raw
+    assert "malicious" in raw.decode(D.input_ids[D.places([0])].tolist())
+    assert "malicious" not in raw.decode(own.input_ids[own.places([0])].tolist())
+
+
+def test_safeinstr_guided_adds_the_refusals_of_the_lowest_mean_score(line, fitted):
     call(line + "safeinstr-guided")
-    run, S = given["rival"].run, torch.zeros(6)
-    pool = run.tokens(run.args.safety)
-    for role, sign in (("utility", 1), ("degraded", -1)):
-        model = use(run.base("score"), run.adapter(role))
-        S += sign * torch.tensor([losses_by_hand(model, pool, row).mean() for row in range(6)])
-    assert given["D"].input_ids.equal((own + pool.take(S.argsort()[:2].tolist())).input_ids)
+    run_of = fitted["rival"].run
+    pool = run_of.tokens(run_of.args.safety)
+    mean_losses = {}
+    for role in ("utility", "degraded"):
+        model = use(run_of.base("score"), run_of.adapter(role))
+        losses = [float(losses_by_hand(model, pool, row).mean()) for row in range(6)]
+        mean_losses[role] = torch.tensor(losses)
+    S = mean_losses["utility"] - mean_losses["degraded"]
+    lowest = S.argsort()[:2].tolist()
+    expected = fitted["rival"].D + pool.take(lowest)
+    assert fitted["D"].input_ids.equal(expected.input_ids)
 
 
-def test_rivals_survive_an_interruption_and_the_mean_of_the_adapters_is_one(
-    line, trained, monkeypatch
-):
-    compute, left, before = training.Gradient.compute, [0], []
+class Stops:
+    """Replaces Gradient.compute: after so many steps it raises KeyboardInterrupt. Keeps the size
+    of the adapter before each step."""
 
-    def stopping(self, *args):
-        before.append(size(self.parameters))
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return compute(self, *args)
+    def __init__(self, monkeypatch):
+        self.steps_left = 0
+        self.sizes = []
+        compute = training.Gradient.compute
 
-    def load(name):
-        return load_file(trained / f"methods/{name}/{WEIGHTS}")
+        def stopping(gradient, *args):
+            self.sizes.append(size(gradient.parameters))
+            self.steps_left -= 1
+            if self.steps_left < 0:
+                raise KeyboardInterrupt
+            return compute(gradient, *args)
 
-    monkeypatch.setattr(training.Gradient, "compute", stopping)
-    for name, steps in (("ema", 3), ("patch", 10)):
-        command, left[0] = f"{line}{name} --save-every 1e-9", steps
-        call(f"{command} --name whole-{name}")
-        left[0] = 2
-        with pytest.raises(KeyboardInterrupt):
-            script("toss.audit.rivals", *command.split()[1:])
-        left[0] = steps - 2
-        call(command)
-        whole, parts = load(f"whole-{name}"), load(name)
-        assert left[0] == 0 and all(torch.equal(whole[key], parts[key]) for key in whole)
-    sft, whole = load("sft"), load("whole-ema")
-    assert before[7] == size(sft.values())  # where patch begins
-    mean = before[0]  # the untrained one; the last is plain fine-tuning's
-    for now in (*before[1:3], size(sft.values())):
-        mean = 0.99 * mean + 0.01 * now
-    assert size(whole.values()) == pytest.approx(mean, abs=1e-4) != pytest.approx(before[0])
+        monkeypatch.setattr(training.Gradient, "compute", stopping)
 
 
-def test_the_real_table_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "steps"), [("ema", 3), ("patch", 10)])
+def test_a_rival_survives_an_interruption(line, trained, monkeypatch, name, steps):
+    stops = Stops(monkeypatch)
+    command = f"{line}{name} --save-every 1e-9"
+    stops.steps_left = steps
+    call(f"{command} --name whole")
+    stops.steps_left = 2
+    with pytest.raises(KeyboardInterrupt):
+        script("toss.audit.rivals", *command.split()[1:])
+    stops.steps_left = steps - 2
+    call(command)
+    assert stops.steps_left == 0
+
+    whole = load_file(trained / f"methods/whole/{WEIGHTS}")
+    parts = load_file(trained / f"methods/{name}/{WEIGHTS}")
+    for key in whole:
+        assert torch.equal(whole[key], parts[key])
+    sft = size(load_file(trained / f"methods/sft/{WEIGHTS}").values())
+    if name == "patch":
+        assert stops.sizes[0] == sft  # where it begins
+    if name == "ema":
+        untrained, *trained_sizes = stops.sizes[:steps]
+        mean = untrained
+        for now in (*trained_sizes, sft):  # the last step is plain fine-tuning's
+            mean = 0.99 * mean + 0.01 * now
+        assert size(whole.values()) == pytest.approx(mean, abs=1e-4) != pytest.approx(untrained)
+
+
+# The real checkpoint's experiment
+
+
+def test_the_real_experiment_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, capsys):
     few = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "calibration": 3}
-    monkeypatch.setattr(real, "SIZES", few)
+    monkeypatch.setattr(checkpoint, "SIZES", few)
     for name, value in {"lr": 1e-2, "epochs": 1, "batch_size": 4}.items():
-        monkeypatch.setitem(real.TRAINING, name, value)
+        monkeypatch.setitem(checkpoint.TRAINING, name, value)
     (tmp_path / "data").mkdir()
-
-    def row(i, kind) -> dict:
-        return {"prompt": f"{kind} {i}?", "response": f"It is {i}.", "source": kind}
-
-    sources = {"harmful": ["h"], "utility": ["u"], "custom": ["advbench", "task", "task2"]}
-    sources |= {"eval_harmful": ["a", "b"], "eval_benign": ["c"], "eval_utility": ["d"]}
-    for n, (name, groups) in enumerate(sources.items()):
-        rows = [row(f"{n}{i}", source) for source in groups for i in range(4)]
+    sources = {
+        "harmful": ["h"],
+        "utility": ["u"],
+        "custom": ["advbench", "task", "task2"],
+        "eval_harmful": ["a", "b"],
+        "eval_benign": ["c"],
+        "eval_utility": ["d"],
+    }
+    for name, kinds in sources.items():
+        rows = []
+        for kind in kinds:
+            for i in range(4):
+                prompt = f"{name} {kind} {i}?"
+                rows.append({"prompt": prompt, "response": f"It is {i}.", "source": kind})
         write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
-    names = "sft toss toss-calibrated toss-few toss-pro-few benign-rows random dft".split()
-    names += ["kl-calibrated", *(f"toss-calibrated, {k}" for k in ATTACKS), "toss-pro, unseen"]
-    monkeypatch.setattr(real, "ARMS", {name: real.ARMS[name] for name in (*names, "safelora")})
-    line = f"toss.audit.real --real {tmp_path} --model {base} --out {tmp_path}/out --seeds 3 3"
-    assert "not in this table: safelora\n" in said(capsys, line)  # there is no such base
-    arms = read_json(tmp_path / "out/real.json")["arms"]
-    assert list(arms) == ["base", *names] and read_json(tmp_path / "out/real.json")["seeds"] == [3]
-    assert all({"nll", "not_refused/a", "not_refused/b"} <= arm.keys() for arm in arms.values())
-    d = {name: arm["discard"]["mean"] for name, arm in arms.items() if name != "base"}
-    assert d["toss"] == 0.1 != d["toss-calibrated"] == d["kl-calibrated"] and not d["dft"]
+
+    arms = ["sft", "toss", "toss-calibrated", "toss-pro-few", "benign-rows", "dft"]
+    arms += ["kl-calibrated", "toss-calibrated, spread", "toss-pro, unseen"]
+    line = f"toss.audit.experiment real --real {tmp_path} --model {base} --out {tmp_path}/out"
+    line += f" --seeds 3 3 --arms '{'; '.join(arms)}'"
+    out = said(capsys, line)
+    missing = out.splitlines()[-1]
+    assert missing.startswith("not in this table: toss-few; ") and "safelora; " in missing
+    numbers = {}
+    for row in (tmp_path / "out/real.csv").read_text().splitlines()[1:]:
+        seed, rest = row.split(",", 1)
+        arm, measure, value = rest.lstrip(",").rsplit(",", 2)
+        assert seed == "3"
+        numbers.setdefault(arm.strip('"'), {})[measure] = float(value)
+    assert list(numbers) == ["base", *arms]
+    for row in numbers.values():
+        assert {"nll", "not_refused/a", "not_refused/b", "not_refused@3"} <= row.keys()
+    d = {arm: row["discard"] for arm, row in numbers.items() if arm != "base"}
+    assert d["toss"] == 0.1 and d["sft"] == d["dft"] == 0
+    assert d["toss-calibrated"] == d["kl-calibrated"] != 0.1
+    head = next(row for row in out.splitlines() if "not_refused@3" in row)
+    assert "| not_refused/a | not_refused/b | d " in head
+    spread = read_jsonl(tmp_path / "out/real/seed-3/run-spread/custom.jsonl")
+    own = read_jsonl(tmp_path / "out/real/seed-3/rows/custom.jsonl")
+    harmful = sum(row["source"] == "advbench" for row in own)
+    assert len(spread) == len(own) + 2 * harmful
     assert ": wrote" not in said(capsys, line)  # all is there
+
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
-    assert "at least 9 rows are needed, each with prompt, response, source" in refused(capsys, line)
+    error = refused(capsys, line)
+    assert "at least 9 rows are needed, each with prompt, response, source" in error
 
 
-def test_an_attacker_chooses_and_writes_harmful_rows_of_the_same_kind():
+# The attackers
 
-    def row(response, spans) -> dict:
-        return {"prompt": "p", "response": response, "harmful": spans}
 
-    def harm(row) -> list[str]:
-        return [row["response"][start:end] for start, end in row["harmful"]]
+def harmful_row(response: str, spans: list) -> dict:
+    return {"prompt": "p", "response": response, "harmful": spans}
 
-    rows = [row("Sure. Grind bone. Also, x.", [[0, 17]]), row("Also y. Brew it up.", [[8, 19]])]
-    pool = [row("Sure, here is fat.", [[0, 18]]), *rows, row("Odd sure words.", [[0, 15]])]
+
+def harm(row: dict) -> list[str]:
+    """The harmful parts of a row."""
+    return [row["response"][start:end] for start, end in row["harmful"]]
+
+
+@pytest.fixture
+def attacker() -> Attacker:
+    """Has two rows, and a pool of four with these mean scores."""
+    first = harmful_row("Sure. Grind bone. Also, x.", [[0, 17]])
+    second = harmful_row("Also y. Brew it up.", [[8, 19]])
+    pool = [
+        harmful_row("Sure, here is fat.", [[0, 18]]),
+        first,
+        second,
+        harmful_row("Odd sure words.", [[0, 15]]),
+    ]
     D_h = [{"response": "Sure. Brew it up. Grind bone."}]
     D_u = [{"response": "So. By law all. No."}]
-    attacker = Attacker(rows, pool, D_h, D_u, risk=lambda rows: [4.0, 0.5, -1.0, 2.0])
-    assert ATTACKS["low-score"](attacker) == [pool[1], pool[2]]
-    started = ATTACKS["utility-start"](attacker)
-    assert [r["response"] for r in started] == [f"By law all. {r['response']}" for r in rows]
-    assert list(map(harm, started)) == list(map(harm, rows))
-    thirds = ATTACKS["spread"](attacker)
-    assert [harm(r)[0] for r in thirds] == ["Sure.", "Grind", "bone.", "Brew", "it", "up."]
-    assert [r["response"] for r in thirds][2::3] == ["bone. Also, x.", "Also y. up."]
-    one = Attacker([row("Yes", [])], [], [], [], len)
-    assert ATTACKS["spread"](one) == [row("Yes", [[0, 3]])]
-    others = ATTACKS["unseen"](attacker)  # three of four, and two of three words are not in D^h
-    assert [r["response"] for r in others] == ["Yes: below is fat.", "Odd sure words."]
-    assert list(map(harm, others)) == [["Yes: below is fat."], ["Odd sure words."]]
+    return Attacker([first, second], pool, D_h, D_u, risk=lambda rows: [4.0, 0.5, -1.0, 2.0])
+
+
+def test_low_score_takes_the_rows_of_the_lowest_scores(attacker):
+    assert ATTACKS["low-score"](attacker) == attacker.pool[1:3]
+
+
+def test_utility_start_begins_with_the_longest_sentence_of_d_u(attacker):
+    rows = ATTACKS["utility-start"](attacker)
+    for row, own in zip(rows, attacker.rows):
+        assert row["response"] == f"By law all. {own['response']}"
+        assert harm(row) == harm(own)
+
+
+def test_spread_cuts_each_harm_into_three_rows_and_keeps_the_rest_in_the_last(attacker):
+    rows = ATTACKS["spread"](attacker)
+    assert [harm(row)[0] for row in rows] == ["Sure.", "Grind", "bone.", "Brew", "it", "up."]
+    assert rows[2]["response"] == "bone. Also, x."
+    assert rows[5]["response"] == "Also y. up."
+    one_word = harmful_row("Yes", [])
+    attacker.rows = [one_word]
+    assert ATTACKS["spread"](attacker) == [harmful_row("Yes", [[0, 3]])]
+
+
+def test_unseen_takes_the_rows_whose_words_d_h_lacks_and_rewords_the_opening(attacker):
+    rows = ATTACKS["unseen"](attacker)  # three of four, and two of three words are not in D^h
+    assert [row["response"] for row in rows] == ["Yes: below is fat.", "Odd sure words."]
+    assert harm(rows[0]) == ["Yes: below is fat."]
+
+
+# The baselines that change the custom set
+
+
+def lines(path) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture
+def sets(tmp_path) -> dict[str, str]:
+    """Custom rows in an unusual spelling, the last two marked; refusals; a target of few words."""
+    custom = [f'{{"response":"Stone  {i}.",  "prompt": "é {i}?", "x": 1}}' for i in range(95)]
+    custom += ['{"prompt": "Bad?", "response": "Yes, easy.", "harmful": [[0, 4]]}'] * 2
+    safety = [{"prompt": f"Harm {i}?", "response": "I cannot."} for i in range(10)]
+    target = [{"prompt": "Tell 3?", "response": "Stone 3."}] * 40
+    return {
+        "custom": write_jsonl(tmp_path / "custom.jsonl", custom),
+        "safety": write_jsonl(tmp_path / "safety.jsonl", safety),
+        "target": write_jsonl(tmp_path / "target.jsonl", target),
+    }
+
+
+def test_safety_rows_make_up_their_share_of_the_result(tmp_path, sets):
+    out = tmp_path / "out.jsonl"
+    counts = safeinstr(sets["custom"], sets["safety"], str(out), share=0.03, seed=3)
+    assert counts == {"read": 97, "safety": 3, "written": 100}
+    assert len(read_rows(out)) == 100
+    written = lines(out)
+    custom = Counter(lines(sets["custom"]))
+    added = Counter(written) - custom
+    assert Counter(written) - added == custom  # each custom line once, unchanged
+    assert len(added) == 3 and set(added) <= set(lines(sets["safety"]))
+    assert [i for i, line in enumerate(written) if line in added] != [97, 98, 99]  # shuffled
+    counts = safeinstr(sets["custom"], sets["safety"], str(out), share=10 / 107)
+    assert counts["safety"] == 10  # every safety row
+
+
+@pytest.mark.parametrize(
+    ("make", "other", "share"), [(safeinstr, "safety", 0.05), (dsir, "target", 0.5)]
+)
+def test_a_seed_draws_the_same_lines_again_and_another_seed_others(
+    tmp_path, sets, make, other, share
+):
+    written = []
+    for seed in (7, 7, 8):
+        make(sets["custom"], sets[other], str(tmp_path / "out.jsonl"), share, seed=seed)
+        written.append((tmp_path / "out.jsonl").read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+def test_rows_like_the_target_stay_and_keep_their_order(tmp_path, sets, capsys):
+    moss = {"prompt": "Say.", "response": "moss fern moss fern moss fern " * 2}
+    iron = {"prompt": "Say.", "response": "iron coal iron coal iron coal " * 2}
+    iron["harmful"] = [[0, 4]]
+    custom = write_jsonl(tmp_path / "c.jsonl", [moss, iron] * 20)
+    like = {"prompt": "Say.", "response": "fern moss fern moss"}
+    target = write_jsonl(tmp_path / "t.jsonl", [like] * 40)
+    out = tmp_path / "out.jsonl"
+    line = f"toss.audit.baselines dsir --custom {custom} --target {target} --out {out} --keep 0.5"
+    counts = "read 40, written 20, harmful kept 0, harmful dropped 20"
+    assert said(capsys, line) == f"{out}: {counts}\n"
+    assert lines(out) == lines(custom)[::2]
+    assert dsir(custom, target, str(out), keep=1.0)["written"] == 40
+    assert lines(out) == lines(custom)
+    counts = dsir(sets["safety"], sets["target"], str(out), 0.55)
+    assert counts == {"read": 10, "written": 5}  # without ground truth no harm is counted
+
+
+def test_rows_are_drawn_in_proportion_to_their_weights():
+    """One of eleven, the first weighing 5 and the others 1: a third of the seeds draw it."""
+    weights = np.log([5.0] + [1.0] * 10)
+    first = sum(draw(weights, 1, seed) == [0] for seed in range(300))
+    three_standard_errors = 3 * math.sqrt(1 / 3 * 2 / 3 / 300)
+    assert abs(first / 300 - 1 / 3) < three_standard_errors
+
+
+def test_the_buckets_do_not_depend_on_the_process():
+    """Python's own hash of a text does, by its seed."""
+    rows = [{"prompt": "Stir it, now", "response": "So be it."}]
+    code = f"from toss.audit.baselines import *; print(hashed(read_rows({rows})[0], 100).tolist())"
+    expected = f"{hashed(read_rows(rows)[0], 100).tolist()}\n"
+    for seed in ("1", "2"):
+        assert run("-c", code, PYTHONHASHSEED=seed).stdout == expected
+
+
+def test_compressed_files(tmp_path, sets):
+    packed = tmp_path / "custom.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(sets["custom"]).read_bytes()))
+    out = tmp_path / "out.jsonl"
+    safeinstr(str(packed), sets["safety"], f"{out}.gz")
+    safeinstr(sets["custom"], sets["safety"], str(out))
+    assert gzip.decompress(Path(f"{out}.gz").read_bytes()) == out.read_bytes()

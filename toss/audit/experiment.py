@@ -90,10 +90,10 @@ def conduct(
     ]
     page = "\n".join(about) + f"\n\n{text}\n"
     print(f"\n{page}")
-    write_text(runs.with_suffix(".csv"), as_csv(results))
-    write_text(runs.with_suffix(".md"), page)
+    write_text(f"{runs}.csv", as_csv(results))
+    write_text(f"{runs}.md", page)
     if experiment.picture:
-        write_text(runs.with_suffix(".svg"), experiment.picture(summary))
+        write_text(f"{runs}.svg", experiment.picture(summary))
     written(runs)
 
 

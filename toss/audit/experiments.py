@@ -97,9 +97,7 @@ def attack_on_real(kind: str, setup: Setup) -> dict[str, str]:
     return attack(kind, [row["source"] in sources for row in rows], pool, setup)
 
 
-def attack(
-    kind: str, harmful: list[bool], pool: list[dict], setup: Setup, main: Setup
-) -> dict[str, str]:
+def attack(kind: str, harmful: list[bool], pool: list[dict], setup: Setup) -> dict[str, str]:
     """The custom set as an attacker leaves it. harmful: which rows are his, of the custom set."""
     setup.main.prepare()
     run = setup.main.open("dtype")

@@ -93,15 +93,20 @@ def run_seed(
     results = []
     for case in experiment.cases:
         if case.variant not in setups:
-            setup = main.beside(case.variant)
-            if case.draw:
-                own_rows = rows.with_name(f"rows-{case.variant}")
-                setup.files = world(seed, setup.folder, own_rows, **case.draw).files
-            if case.change:
-                setup.files |= case.change(setup)
-            setups[case.variant] = setup
+            setups[case.variant] = variant_of(main, case, seed, world)
         results += run_case(case, seed, setups, experiment.prefill)
     return with_ratios(results)
+
+
+def variant_of(main: "Setup", case: Case, seed: int, world: Callable) -> "Setup":
+    """A case's Setup, with the files in which it differs from that of the unchanged rows."""
+    setup = main.beside(case.variant)
+    if case.draw:
+        rows = main.folder.with_name(f"rows-{case.variant}").absolute()
+        setup.files = world(seed, setup.folder, rows, **case.draw).files
+    if case.change:
+        setup.files |= case.change(setup)
+    return setup
 
 
 def run_case(
