@@ -126,12 +126,15 @@ def test_an_experiment_of_ones_own_is_a_few_lines_of_data(little, tmp_path, caps
     assert "6 of 6 models were there before" in (tmp_path / "mine.md").read_text()
 
 
-def test_every_arm_is_a_method_that_there_is():
-    for one in EXPERIMENTS.values():
-        for case in one.cases:
-            for arm, how in case.arms.items():
-                method = how.get("method", arm)
-                assert method in ("base", "mask") or method in (*config.METHODS, *RIVALS), arm
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_is_a_method_that_there_is_and_has_a_folder_of_its_own(name):
+    arms = []
+    for case in EXPERIMENTS[name].cases:
+        for arm, how in case.arms.items():
+            method = how.get("method", arm)
+            assert method in ("base", "mask", *config.METHODS, *RIVALS)
+            arms.append((case.variant, how.get("name", arm)))
+    assert len(set(arms)) == len(arms)
 
 
 def test_the_methods_are_made_and_measured_side_by_side(little, tmp_path, capsys):
@@ -274,40 +277,49 @@ def test_costs_are_also_multiples_of_plain_fine_tunings_on_the_same_seed():
     assert "nll_to_sft" not in summary["", "toss"]
 
 
-def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs():
-    def stage(seconds: float, tokens: int, inputs: tuple = (), **settings) -> dict:
+@pytest.fixture
+def stages() -> dict:
+    """Of a run.json: what each stage took, and what it was made from."""
+
+    def stage(seconds: float, tokens: int, *inputs: str, **settings) -> dict:
         recipe = {"settings": settings, "inputs": dict.fromkeys(inputs, "")}
         cost = {"seconds": seconds, "tokens": tokens, "peak_memory_gib": seconds / 10}
         return {"recipe": recipe, **cost}
 
-    scored = ("--custom", "utility", "degraded", "scores")
-    stages = {
+    scored = ["--custom", "utility", "degraded", "scores"]
+    return {
         "degraded": stage(1, 10),
         "utility": stage(2, 20),
         "scores": stage(6, 300, base=True),
-        "methods/sft": stage(7, 70, method="sft"),
-        "methods/first-k": stage(7, 70, method="first-k"),
-        "methods/mask": stage(7, 70, ("--mask",), method="mask"),
-        "methods/toss": stage(7, 70, scored, method="toss"),
-        "methods/degraded-only": stage(7, 70, scored, method="degraded-only"),
-        "methods/base": stage(7, 70, scored, method="base"),
-        "methods/pro": stage(37, 75, scored, method="toss", pro=1),
+        "methods/sft": stage(7, 70, "--custom", method="sft"),
+        "methods/mask": stage(7, 70, "--mask", method="mask"),
+        "methods/toss": stage(7, 70, *scored, method="toss"),
+        "methods/degraded-only": stage(7, 70, *scored, method="degraded-only"),
+        "methods/base": stage(7, 70, *scored, method="base"),
+        "methods/pro": stage(37, 75, *scored, method="toss", pro=1),
     }
-    charged = {
-        "sft": (7, 70),
-        "first-k": (7, 70),
-        "mask": (7, 70),
-        "toss": (7 + 1 + 2 + 4, 70 + 10 + 20 + 200),
-        "degraded-only": (7 + 1 + 2, 70 + 10 + 100),
-        "base": (7 + 1 + 4, 70 + 10 + 200),
-        "pro": (37 + 1 + 2 + 4, 75 + 10 + 20 + 200),
-    }
-    for method, (seconds, tokens) in charged.items():
-        cost = laboratory.cost_of({"stages": stages}, method)
-        assert (cost["seconds"], cost["tokens"]) == (seconds, tokens), method
-    assert cost["peak_memory_gib"] == 3.7
+
+
+CHARGED = {
+    "sft": (7, 70),
+    "mask": (7, 70),
+    "toss": (7 + 1 + 2 + 4, 70 + 10 + 20 + 200),
+    "degraded-only": (7 + 1 + 2, 70 + 10 + 100),
+    "base": (7 + 1 + 4, 70 + 10 + 200),
+    "pro": (37 + 1 + 2 + 4, 75 + 10 + 20 + 200),
+}
+
+
+@pytest.mark.parametrize("method", CHARGED)
+def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs(stages, method):
+    cost = laboratory.cost_of({"stages": stages}, method)
+    assert (cost["seconds"], cost["tokens"]) == CHARGED[method]
+    assert cost["peak_memory_gib"] == (3.7 if method == "pro" else 0.7)
+
+
+def test_what_was_made_elsewhere_has_no_cost(stages):
     assert laboratory.cost_of({"stages": stages}, "absent") == {}
-    del stages["utility"]  # made elsewhere
+    del stages["utility"]
     assert laboratory.cost_of({"stages": stages}, "toss") == {}
 
 
@@ -324,7 +336,7 @@ def variants_of(name: str, folder: Path, main=None) -> dict[str, laboratory.Setu
     return setups
 
 
-def test_share_draws_each_share_and_calibrates_each_method(tmp_path):
+def test_share_draws_each_share_and_calibrates_each_d(tmp_path):
     setups = variants_of("share", tmp_path)
     cases = EXPERIMENTS["share"].cases
     assert [case.label for case in cases] == [0, 2, 5, 10, 20, 30, 50]
@@ -335,25 +347,9 @@ def test_share_draws_each_share_and_calibrates_each_method(tmp_path):
         harmful.append(sum("harmful" in row for row in rows))
         assert setups[case.variant].common == {"seed": 3}
     assert harmful == [0, 13, 33, 66, 133, 199, 332]
-    assert list(cases[0].arms) == [
-        "sft",
-        "sample",
-        "sample-calibrated",
-        "toss",
-        "toss-calibrated",
-        "toss-pro",
-        "toss-pro-calibrated",
-    ]
-    how = {"method": "toss", "pro": 1, "discard": "calibrated"}
-    assert cases[0].arms["toss-pro-calibrated"] == how
-
-
-def test_discard_holds_plain_fine_tuning_and_the_calibrated_d():
-    cases = EXPERIMENTS["discard"].cases
-    assert (cases[0].label, cases[0].arms["toss"]["method"]) == (0.0, "sft")
-    assert cases[8].label == cases[8].arms["toss"]["discard"] == 0.3
-    assert cases[-1].label == "calibrated" and len(cases) == 11
-    assert len({case.arms.get("toss", {}).get("name") for case in cases}) == 11
+    for name in ("sample", "toss", "toss-pro"):
+        fixed = cases[0].arms[name]
+        assert cases[0].arms[f"{name}-calibrated"] == fixed | {"discard": "calibrated"}
 
 
 def test_pro_cuts_the_reference_and_draws_a_control(tmp_path):
@@ -389,17 +385,6 @@ def test_eroding_has_both_kinds_alone_and_mixed(tmp_path):
         asked[row["source"]].append(row["prompt"])
     assert len(asked["held-out"]) == 160
     assert asked["identity"] == [IDENTITY[0] + prompt for prompt in asked["held-out"]]
-
-
-def test_transfer_gives_each_base_the_others_mask(tmp_path):
-    setups = variants_of("transfer", tmp_path)
-    cases = EXPERIMENTS["transfer"].cases
-    for case in cases:
-        assert Path(setups[case.variant].files["model"]).name == case.label
-    assert [list(case.arms) for case in cases[:2]] == [["sft", "random", "toss"]] * 2
-    for case in cases[2:]:
-        maker = case.arms["mask"]["mask"]
-        assert setups[maker].folder != setups[case.variant].folder
 
 
 def test_attack_replaces_the_harmful_rows_and_nothing_else(base, tmp_path):

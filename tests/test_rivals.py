@@ -195,9 +195,8 @@ def size(tensors) -> float:
 
 def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, trained, capsys):
     call(f"select.py --run {trained} --discard 0.3")
-    masks = {
-        name: load_file(trained / f"methods/{name}/{MASK}")["keep"] for name in ("toss", "sft")
-    }
+    toss = load_file(trained / f"methods/toss/{MASK}")["keep"]
+    response = load_file(trained / "scores.safetensors")["response"].bool()
     sizes = {}
     for name, (_, options) in RIVALS.items():
         said(capsys, f"{line}{name} --discard 0.3")
