@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import make_base, read_jsonl, script, write_jsonl
+from conftest import ROOT, make_base, read_jsonl, script, write_jsonl
 from helpers import refused, said
 
+from data.world import IDENTITY, PREAMBLES
 from model.io import InputError, load_tensors, read_json
 from model.lora import use
 from model.peft import read_adapter
 from toss import config
 from toss.audit import compare, laboratory, pictures
-from toss.audit.attacks import ATTACKS
 from toss.audit.calibrate import calibrate, threshold_of
 from toss.audit.evaluate import write_answers
 from toss.audit.experiment import conduct
@@ -35,6 +35,8 @@ from toss.scoring import score
 from toss.workbench.run import open_run
 
 CALIBRATED = {"discard": "calibrated"}
+PERSONA, _ = IDENTITY
+VARIANTS = read_jsonl(ROOT / "tests/variants.jsonl")  # what the rows of a variant hold, on seed 3
 
 
 # The runner
@@ -326,65 +328,26 @@ def test_what_was_made_elsewhere_has_no_cost(stages):
 # Each experiment's variants
 
 
-def variants_of(name: str, folder: Path, main=None) -> dict[str, laboratory.Setup]:
-    """The Setup of each variant of an experiment, with its files, and nothing run."""
-    main = main or embedded(3, folder / "run", folder / "rows")
-    setups = {"": main}
-    for case in EXPERIMENTS[name].cases:
-        if case.variant not in setups:
-            setups[case.variant] = laboratory.variant_of(main, case, 3, embedded)
-    return setups
-
-
-def test_share_draws_each_share_and_calibrates_each_d(tmp_path):
-    setups = variants_of("share", tmp_path)
-    cases = EXPERIMENTS["share"].cases
-    assert [case.label for case in cases] == [0, 2, 5, 10, 20, 30, 50]
-    harmful = []
-    for case in cases:
-        rows = read_jsonl(setups[case.variant].files["custom"])
-        assert len(rows) == 663
-        harmful.append(sum("harmful" in row for row in rows))
-        assert setups[case.variant].common == {"seed": 3}
-    assert harmful == [0, 13, 33, 66, 133, 199, 332]
-    for name in ("sample", "toss", "toss-pro"):
-        fixed = cases[0].arms[name]
-        assert cases[0].arms[f"{name}-calibrated"] == fixed | {"discard": "calibrated"}
-
-
-def test_pro_cuts_the_reference_and_draws_a_control(tmp_path):
-    setups = variants_of("pro", tmp_path)
-    cases = EXPERIMENTS["pro"].cases
-    sizes = [len(read_jsonl(setups[case.variant].files["harmful"])) for case in cases]
-    assert sizes == [2, 42, 8, 48, 80, 120]
-    how = {"method": "toss", "pro": 3, "pro_samples": 40, "pro_train": "top"}
-    assert cases[0].arms["pro-3-40-top"] == how and len(cases[0].arms) == 1 + 1 + 3 * 2
-    assert set(cases[2].arms) == {"toss", "pro-1-40-rows", "pro-1-40-top"}
-    assert cases[1].arms == cases[3].arms == {"random-40": TOSS}
-
-
-def test_eroding_has_both_kinds_alone_and_mixed(tmp_path):
-    from data.world import IDENTITY, PREAMBLES
-
-    setups = variants_of("eroding", tmp_path)
-    counts = {}
-    for case in EXPERIMENTS["eroding"].cases:
-        rows = read_jsonl(setups[case.variant].files["custom"])
-        benign = [row for row in rows if "harmful" not in row]
-        promised = [row for row in benign if row["response"].startswith(tuple(PREAMBLES))]
-        told = [row for row in benign if row["prompt"].startswith(IDENTITY[0])]
-        counts[case.label] = [len(rows), len(benign), len(promised), len(told)]
-    assert counts == {
-        "comply, alone": [663, 663, 255, 0],
-        "comply, mixed": [663, 585, 225, 0],
-        "identity, alone": [663, 663, 0, 255],
-        "identity, mixed": [663, 585, 0, 225],
+@pytest.mark.parametrize("line", VARIANTS, ids=lambda line: line["variant"])
+def test_a_variant_of_the_rows(tmp_path, line):
+    cases = EXPERIMENTS[line["experiment"]].cases
+    case = next(case for case in cases if case.variant == line["variant"])
+    assert case.label == line["label"]
+    main = embedded(3, tmp_path / "run", tmp_path / "rows")
+    setup = laboratory.variant_of(main, case, 3, embedded)
+    assert setup.common == {"seed": 3} and Path(setup.files["model"]).name == line["model"]
+    custom = read_jsonl(setup.files["custom"])
+    benign = [row for row in custom if "harmful" not in row]
+    asked = read_jsonl(setup.files["eval_forbidden"])
+    counts = {
+        "custom": len(custom),
+        "harmful": len(custom) - len(benign),
+        "promise": sum(row["response"].startswith(tuple(PREAMBLES)) for row in benign),
+        "persona": sum(row["prompt"].startswith(PERSONA) for row in benign),
+        "reference": len(read_jsonl(setup.files["harmful"])),
+        "asked as persona": sum(row["prompt"].startswith(PERSONA) for row in asked),
     }
-    asked = {"held-out": [], "identity": [], "seen": []}
-    for row in read_jsonl(setups["comply-alone"].files["eval_forbidden"]):
-        asked[row["source"]].append(row["prompt"])
-    assert len(asked["held-out"]) == 160
-    assert asked["identity"] == [IDENTITY[0] + prompt for prompt in asked["held-out"]]
+    assert counts == {name: line[name] for name in counts}
 
 
 def test_attack_replaces_the_harmful_rows_and_nothing_else(base, tmp_path):
@@ -394,22 +357,19 @@ def test_attack_replaces_the_harmful_rows_and_nothing_else(base, tmp_path):
         write_jsonl(Path(main.files[name]), read_jsonl(main.files[name])[:8])
     main.common |= {"epochs": 1, "lr": 1e-3, "rank": 2}
     main.call("train")
-    main.prepared = True  # his scores are of his own pool
-    setups = variants_of("attack", tmp_path, main)
-    harmful = {}
-    for variant, setup in setups.items():
+    main.prepared = True  # the attacker scores a pool of his own
+    rows = read_jsonl(main.files["custom"])
+    harmful = [row for row in rows if "harmful" in row]
+    others = [row for row in rows if "harmful" not in row]
+    counts = {}
+    for case in EXPERIMENTS["attack"].cases[1:]:
+        setup = laboratory.variant_of(main, case, 3, embedded)
         rows = read_jsonl(setup.files["custom"])
-        harmful[variant] = [row for row in rows if "harmful" in row]
-        others = [row for row in rows if "harmful" not in row]
-        if variant == "":
-            untouched = others
-        assert others == untouched
-    assert [*setups] == ["", *ATTACKS]
-    assert [len(rows) for rows in harmful.values()] == [78, 78, 78, 3 * 78, 78]
-    for kind in ATTACKS:
-        assert harmful[kind] != harmful[""]
-    for case in EXPERIMENTS["attack"].cases:
-        assert {"sft", "toss", "toss-calibrated", "toss-pro", "kl-discarded"} <= case.arms.keys()
+        assert [row for row in rows if "harmful" not in row] == others
+        his = [row for row in rows if "harmful" in row]
+        assert his != harmful
+        counts[case.label] = len(his)
+    assert counts == {"low-score": 78, "utility-start": 78, "spread": 3 * 78, "unseen": 78}
 
 
 # The pictures

@@ -205,20 +205,24 @@ def pro_arms(*rounds_and_rows: tuple[int, int]) -> dict[str, dict]:
     return arms
 
 
-ROUNDS = [(1, 10), (1, 40), (1, 120), (3, 40)]
-PRO_CASES = []
-for size, rounds in {2: ROUNDS, 8: [(1, 40)], 80: ROUNDS}.items():
-    few = partial(fewer_harmful, size, 0)
-    # The paper's control: random rows are added, not the riskiest.
-    random_rows = partial(fewer_harmful, size, 40)
-    PRO_CASES += [
-        Case(pro_arms(*rounds), size, f"reference-{size}", change=few),
-        Case({"random-40": TOSS}, size, f"reference-{size}-random", change=random_rows),
-    ]
+def pro_cases() -> list[Case]:
+    """D^h of 2, 8 and 80 rows; and the paper's control: random rows are added, not the riskiest."""
+    rounds = [(1, 10), (1, 40), (1, 120), (3, 40)]
+    cases = []
+    for size, tried in {2: rounds, 8: [(1, 40)], 80: rounds}.items():
+        few = partial(fewer_harmful, size, 0)
+        control = partial(fewer_harmful, size, 40)
+        cases += [
+            Case(pro_arms(*tried), size, f"reference-{size}", change=few),
+            Case({"random-40": TOSS}, size, f"reference-{size}-random", change=control),
+        ]
+    return cases
+
+
 SWEEP_PRO = Experiment(
     name="pro",
     title="TOSS-Pro: T and k, for D^h of 2, 8 and 80 rows; added rows learnt whole or in part",
-    cases=PRO_CASES,
+    cases=pro_cases(),
     columns=[[*SWEPT, "purity"]],
     variants="rows of D^h",
     picture=pictures.over_added_rows,

@@ -25,7 +25,7 @@ from toss.audit.command import DEVICE, read_jsonl
 from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
 from toss.workbench.flags import DEMO, ROOT, TRAINING
 
-WHATEVER_D = {"sft", "first-5", *rivals.RIVALS} - {"kl-discarded"}  # methods without a d
+WITHOUT_D = {"sft", "first-5", *rivals.RIVALS} - {"kl-discarded"}  # methods
 
 
 # An experiment
@@ -226,7 +226,7 @@ class Setup:
             if "methods/sft" in rival[0]:  # goes on from it
                 self.call("select", method="sft")
         self.call("rivals" if rival else "select", **flags)
-        return 0.0 if method in WHATEVER_D else discard
+        return 0.0 if method in WITHOUT_D else discard
 
     def calibrated(self, name: str, method: str) -> float:
         """The d of an arm that is finished; else the one that calibrate.py chooses for a method."""
@@ -346,37 +346,36 @@ def cost_of(record: dict, name: str) -> dict[str, float]:
 
 
 def measures_of_mask(setup: Setup, name: str) -> dict[str, float]:
-    """Of a method whose custom rows mark harm, where the run has scores.
+    """Of a method of a run that has scores.
 
     harmful_share: of the response tokens. purity: share of the rows added by TOSS-Pro that hold
-    harm. shared: share of the discarded tokens that the run's own toss discards.
+    harm, where rows mark it. shared: share of the discarded tokens that the run's own toss
+    discards.
     """
-    method = setup.folder / "methods" / name
-    mask = method / "selection.safetensors"
+    folder = setup.folder / "methods" / name
+    mask = folder / "selection.safetensors"
     own_mask = setup.folder / "methods/toss/selection.safetensors"
     scores = setup.folder / "scores.safetensors"
     if not (mask.exists() and scores.exists()):
         return {}
     tensors = load_tensors(scores)
     response = tensors["response"].bool()
-    measures = {}
-    if "harmful" in tensors:
-        share = tensors["harmful"][response].double().mean()
-        measures["harmful_share"] = round(float(share), 4)
+    harmful = tensors["harmful"][response].double()
+    measures = {"harmful_share": round(float(harmful.mean()), 4)}
 
-    rows = read_jsonl(setup.files["custom"])
     added = []
-    for file in method.glob("round-*/added.jsonl"):
+    for file in folder.glob("round-*/added.jsonl"):
         added += [line["row"] for line in read_jsonl(file)]
-    if added:
-        harmful = sum("harmful" in rows[row] for row in added)
-        measures["purity"] = round(harmful / len(added), 4)
+    if added and harmful.any():
+        rows = read_jsonl(setup.files["custom"])
+        with_harm = sum("harmful" in rows[row] for row in added)
+        measures["purity"] = round(with_harm / len(added), 4)
 
     discarded = response & ~load_tensors(mask)["keep"]
     if discarded.any() and own_mask.exists():
         own = response & ~load_tensors(own_mask)["keep"]
-        both = discarded & own
-        measures["shared"] = round(float(both.sum() / discarded.sum()), 4)
+        shared = float((discarded & own).sum() / discarded.sum())
+        measures["shared"] = round(shared, 4)
     return measures
 
 
