@@ -328,12 +328,18 @@ def test_what_was_made_elsewhere_has_no_cost(stages):
 # Each experiment's variants
 
 
+@pytest.fixture(scope="module")
+def main(tmp_path_factory) -> laboratory.Setup:
+    """The embedded world's rows, unchanged."""
+    place = tmp_path_factory.mktemp("world")
+    return embedded(3, place / "run", place / "rows")
+
+
 @pytest.mark.parametrize("line", VARIANTS, ids=lambda line: line["variant"])
-def test_a_variant_of_the_rows(tmp_path, line):
+def test_a_variant_of_the_rows(main, line):
     cases = EXPERIMENTS[line["experiment"]].cases
     case = next(case for case in cases if case.variant == line["variant"])
     assert case.label == line["label"]
-    main = embedded(3, tmp_path / "run", tmp_path / "rows")
     setup = laboratory.variant_of(main, case, 3, embedded)
     assert setup.common == {"seed": 3} and Path(setup.files["model"]).name == line["model"]
     custom = read_jsonl(setup.files["custom"])

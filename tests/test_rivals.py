@@ -5,9 +5,11 @@ In this order: the objectives by hand, the rivals as commands, the real checkpoi
 attackers, the baselines that change the custom set.
 """
 
+import csv
 import gzip
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ from toss import training
 from toss.audit import checkpoint, objectives
 from toss.audit.attacks import ATTACKS, Attacker
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
+from toss.audit.experiments import EXPERIMENTS
 from toss.audit.objectives import Rival
 from toss.audit.rivals import RIVALS
 from toss.config import TrainConfig
@@ -306,12 +309,15 @@ def test_a_rival_survives_an_interruption(line, trained, monkeypatch, name, step
 # The real checkpoint's experiment
 
 
-def test_the_real_experiment_has_every_arm_and_goes_on(base, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def real(base, tmp_path, monkeypatch) -> str:
+    """The command of the experiment on a real checkpoint: few rows, answers of three tokens."""
     few = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "calibration": 3}
     monkeypatch.setattr(checkpoint, "SIZES", few)
     for name, value in {"lr": 1e-2, "epochs": 1, "batch_size": 4}.items():
         monkeypatch.setitem(checkpoint.TRAINING, name, value)
-    (tmp_path / "data").mkdir()
+    cases = [replace(case, answer_tokens=3) for case in EXPERIMENTS["real"].cases]
+    monkeypatch.setitem(EXPERIMENTS, "real", replace(EXPERIMENTS["real"], cases=cases))
     sources = {
         "harmful": ["h"],
         "utility": ["u"],
@@ -320,6 +326,7 @@ def test_the_real_experiment_has_every_arm_and_goes_on(base, tmp_path, monkeypat
         "eval_benign": ["c"],
         "eval_utility": ["d"],
     }
+    (tmp_path / "data").mkdir()
     for name, kinds in sources.items():
         rows = []
         for kind in kinds:
@@ -327,36 +334,47 @@ def test_the_real_experiment_has_every_arm_and_goes_on(base, tmp_path, monkeypat
                 prompt = f"{name} {kind} {i}?"
                 rows.append({"prompt": prompt, "response": f"It is {i}.", "source": kind})
         write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
+    where = f"--real {tmp_path} --model {base} --out {tmp_path}/out"
+    return f"toss.audit.experiment real {where} --seeds 3 3"
 
+
+def test_the_real_experiment_makes_its_arms_and_goes_on(real, tmp_path, capsys):
     arms = ["sft", "toss", "toss-calibrated", "toss-pro-few", "benign-rows", "dft"]
     arms += ["kl-calibrated", "toss-calibrated, spread", "toss-pro, unseen"]
-    line = f"toss.audit.experiment real --real {tmp_path} --model {base} --out {tmp_path}/out"
-    line += f" --seeds 3 3 --arms '{'; '.join(arms)}'"
+    line = f"{real} --arms '{'; '.join(arms)}'"
     out = said(capsys, line)
     missing = out.splitlines()[-1]
     assert missing.startswith("not in this table: toss-few; ") and "safelora; " in missing
-    numbers = {}
-    for row in (tmp_path / "out/real.csv").read_text().splitlines()[1:]:
-        seed, rest = row.split(",", 1)
-        arm, measure, value = rest.lstrip(",").rsplit(",", 2)
-        assert seed == "3"
-        numbers.setdefault(arm.strip('"'), {})[measure] = float(value)
-    assert list(numbers) == ["base", *arms]
-    for row in numbers.values():
-        assert {"nll", "not_refused/a", "not_refused/b", "not_refused@3"} <= row.keys()
-    d = {arm: row["discard"] for arm, row in numbers.items() if arm != "base"}
+    assert "| not_refused/a | not_refused/b | d " in out and "| not_refused@3 |" in out
+    d = {}
+    measures = {}
+    with open(tmp_path / "out/real.csv", newline="") as file:
+        for result in csv.DictReader(file):
+            assert result["seed"] == "3"
+            measures.setdefault(result["arm"], set()).add(result["measure"])
+            if result["measure"] == "discard":
+                d[result["arm"]] = float(result["value"])
+    assert list(measures) == ["base", *arms]
+    for measured in measures.values():
+        assert {"nll", "not_refused/a", "not_refused/b", "not_refused@3"} <= measured
     assert d["toss"] == 0.1 and d["sft"] == d["dft"] == 0
     assert d["toss-calibrated"] == d["kl-calibrated"] != 0.1
-    head = next(row for row in out.splitlines() if "not_refused@3" in row)
-    assert "| not_refused/a | not_refused/b | d " in head
-    spread = read_jsonl(tmp_path / "out/real/seed-3/run-spread/custom.jsonl")
-    own = read_jsonl(tmp_path / "out/real/seed-3/rows/custom.jsonl")
-    harmful = sum(row["source"] == "advbench" for row in own)
-    assert len(spread) == len(own) + 2 * harmful
     assert ": wrote" not in said(capsys, line)  # all is there
 
+
+def test_the_attacker_of_the_real_experiment_has_the_rows_of_one_source(real, tmp_path):
+    call(f"{real} --arms 'sft, spread'")
+    place = tmp_path / "out/real/seed-3"
+    rows = read_jsonl(place / "rows/custom.jsonl")
+    others = [row for row in rows if row["source"] != "advbench"]
+    attacked = read_jsonl(place / "run-spread/custom.jsonl")
+    assert attacked[: len(others)] == others
+    assert len(attacked) == len(others) + 3 * (len(rows) - len(others))
+
+
+def test_the_real_experiment_needs_rows_enough(real, tmp_path, capsys):
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
-    error = refused(capsys, line)
+    error = refused(capsys, real)
     assert "at least 9 rows are needed, each with prompt, response, source" in error
 
 
