@@ -21,20 +21,21 @@ from model.io import InputError, load_tensors, read_json
 from model.lora import use
 from model.peft import read_adapter
 from toss import config
-from toss.audit import compare, laboratory, pictures
+from toss.audit import compare, experiments, laboratory, pictures
 from toss.audit.calibrate import calibrate, threshold_of
 from toss.audit.evaluate import write_answers
 from toss.audit.experiment import conduct
-from toss.audit.experiments import EXPERIMENTS, METHODS, PRO, SFT, TOSS
+from toss.audit.experiments import read_experiments
 from toss.audit.laboratory import Case, Experiment, embedded, per_seed, run_seed, shipped
 from toss.audit.measures import wilson
+from toss.audit.outcomes import cost_of
 from toss.audit.rivals import RIVALS
 from toss.audit.tables import SWEPT, Result, cell, results_of, summarise, table, with_ratios
 from toss.rows import read_rows
 from toss.scoring import score
 from toss.workbench.run import open_run
 
-CALIBRATED = {"discard": "calibrated"}
+EXPERIMENTS = read_experiments()
 PERSONA, _ = IDENTITY
 VARIANTS = read_jsonl(ROOT / "tests/variants.jsonl")  # what the rows of a variant hold, on seed 3
 
@@ -81,36 +82,37 @@ def results_in(path: Path) -> dict[tuple[str, str], dict[str, float]]:
     return numbers
 
 
-def test_an_experiment_of_ones_own_is_a_few_lines_of_data(little, tmp_path, capsys):
-    arms = {
-        "sft": {"method": "sft"},
-        "toss, d = 0.05": {"method": "toss", "discard": 0.05, "name": "toss-0.05"},
-    }
-    mine = Experiment(
-        name="mine",
-        title="Is a smaller d enough where there is less harm?",
-        variants="harmful rows",
-        cases=[
-            Case(arms, label="12 %"),
-            Case(
-                {"sft": {"method": "sft"}},
-                label="0 %",
-                variant="harmless",
-                draw={"harmful_rows": 0},
-                references="none",
-            ),
-        ],
-    )
-    mine = little(mine)
-    conduct(mine, seeds=[3, 4, 3], out=tmp_path)
+OWN = """{
+  "mine": {
+    "title": "Is a smaller d enough where there is less harm?",
+    "heading": "harmful rows",
+    "arms": {
+      "sft": {"method": "sft"},
+      "toss, d = 0.05": {"method": "toss", "discard": 0.05, "name": "toss-0.05"}
+    },
+    "cases": [
+      {"label": "12 %"},
+      {"label": "0 %", "variant": "harmless", "draw": {"harmful_rows": 0}}
+    ]
+  }
+}"""
 
-    text = (tmp_path / "mine.md").read_text()
+
+def test_an_experiment_of_ones_own_is_a_few_lines_of_data(little, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.json").write_text(OWN)
+    own_experiments = read_experiments(tmp_path / "mine.json")
+    mine = {"mine": little(own_experiments["mine"])}
+    monkeypatch.setattr(experiments, "read_experiments", lambda *path: mine)
+    line = f"toss.audit.experiment mine --file {tmp_path}/mine.json --out {tmp_path}/out"
+    out = said(capsys, f"{line} --seeds 3 4 3")
+
+    text = (tmp_path / "out/mine.md").read_text()
+    assert text in out
     title, _, *about = text.splitlines()[:7]
     assert title == "# Is a smaller d enough where there is less harm?"
     names = [line.partition(":")[0] for line in about]
     assert names == ["- command", "- commit", "- seeds", "- hardware", "- minutes"]
-    assert "- seeds: 3 4; mean [least, most]" in text and "0 of 6 models were there" in text
-    assert text in capsys.readouterr().out
+    assert "- seeds: 3 4; mean [least, most]" in text and "0 of 8 models were there" in text
     rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")]
     labels = [(row[0].strip(), row[1].strip(), row[2].strip()) for row in rows]
     assert labels == [
@@ -118,14 +120,30 @@ def test_an_experiment_of_ones_own_is_a_few_lines_of_data(little, tmp_path, caps
         ("12 %", "sft", "0.000"),
         ("12 %", "toss, d = 0.05", "0.050"),
         ("0 %", "sft", "0.000"),
+        ("0 %", "toss, d = 0.05", "0.050"),
     ]
-    lines = (tmp_path / "mine.csv").read_text().splitlines()
+    lines = (tmp_path / "out/mine.csv").read_text().splitlines()
     assert lines[0] == "seed,variant,arm,measure,value"
     assert '4,12 %,"toss, d = 0.05",discard,0.05' in lines and "4,0 %,sft,discard,0.0" in lines
 
-    conduct(mine.only(["sft"]), seeds=[3], out=tmp_path)  # goes on, and makes nothing again
-    assert ": wrote" not in capsys.readouterr().out
-    assert "6 of 6 models were there before" in (tmp_path / "mine.md").read_text()
+    out = said(capsys, f"{line} --seeds 3 --arms sft")  # goes on, and makes nothing again
+    assert ": wrote" not in out and "not in this table: toss, d = 0.05" in out
+    assert "8 of 8 models were there before" in (tmp_path / "out/mine.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"title": "", "cases": [{"arm": {}}]},
+        {"cases": []},
+        {"title": "", "cases": [], "picture": ["none"]},
+        {"title": "", "cases": [{"change": ["none"]}]},
+    ],
+)
+def test_what_an_experiment_must_not_say_is_an_error(tmp_path, fields):
+    (tmp_path / "mine.json").write_text(json.dumps({"mine": fields}))
+    with pytest.raises(InputError, match="mine is not an experiment"):
+        read_experiments(tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -142,7 +160,7 @@ def test_every_arm_is_a_method_that_there_is_and_has_a_folder_of_its_own(name):
 def test_the_methods_are_made_and_measured_side_by_side(little, tmp_path, capsys):
     arms = ["base", "sft", "sample-all", "toss", "toss-pro", "base-reference", "kl-calibrated"]
     arms += ["toss-small", "toss-pro-small", "safeinstr", "dsir"]
-    conduct(little(METHODS).only(arms), [3], tmp_path)
+    conduct(little(EXPERIMENTS["methods"]).only(arms), [3], tmp_path)
 
     rows = results_in(tmp_path / "methods.csv")
     assert list(rows) == [("", arm) for arm in arms]
@@ -172,17 +190,19 @@ def test_the_methods_are_made_and_measured_side_by_side(little, tmp_path, capsys
 
 
 def test_each_arm_has_its_d_its_mask_and_its_own_run(little, tmp_path):
+    toss = {"method": "toss"}
+    pro = {"method": "toss", "pro": 1}
+    arms = {
+        "sft": {"method": "sft"},
+        "toss": toss,
+        "toss-calibrated": toss | {"discard": "calibrated"},
+        "toss-pro": pro,
+        "pro-calibrated": pro | {"discard": "calibrated"},
+    }
+    few = {"toss": toss, "sft": {"method": "sft"}}
     cases = [
-        Case(
-            {
-                "sft": SFT,
-                "toss": TOSS,
-                "toss-calibrated": TOSS | CALIBRATED,
-                "toss-pro": PRO,
-                "pro-calibrated": PRO | CALIBRATED,
-            }
-        ),
-        Case({"toss": TOSS, "sft": SFT}, "other", "other", change=lambda setup: other_base),
+        Case(arms),
+        Case(few, "other", "other", change=lambda setup: other_base),
         Case({"mask": {"mask": ""}}, "other", "other"),
     ]
     other_base = {"model": str(make_base(tmp_path / "base", seed=1))}
@@ -314,15 +334,15 @@ CHARGED = {
 
 @pytest.mark.parametrize("method", CHARGED)
 def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs(stages, method):
-    cost = laboratory.cost_of({"stages": stages}, method)
+    cost = cost_of({"stages": stages}, method)
     assert (cost["seconds"], cost["tokens"]) == CHARGED[method]
     assert cost["peak_memory_gib"] == (3.7 if method == "pro" else 0.7)
 
 
 def test_what_was_made_elsewhere_has_no_cost(stages):
-    assert laboratory.cost_of({"stages": stages}, "absent") == {}
+    assert cost_of({"stages": stages}, "absent") == {}
     del stages["utility"]
-    assert laboratory.cost_of({"stages": stages}, "toss") == {}
+    assert cost_of({"stages": stages}, "toss") == {}
 
 
 # Each experiment's variants

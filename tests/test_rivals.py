@@ -24,10 +24,9 @@ from model import load_checkpoint
 from model.io import read_json
 from model.lora import active, new_adapter, use
 from toss import training
-from toss.audit import checkpoint, objectives
+from toss.audit import checkpoint, experiments, objectives
 from toss.audit.attacks import ATTACKS, Attacker
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
-from toss.audit.experiments import EXPERIMENTS
 from toss.audit.objectives import Rival
 from toss.audit.rivals import RIVALS
 from toss.config import TrainConfig
@@ -316,8 +315,9 @@ def real(base, tmp_path, monkeypatch) -> str:
     monkeypatch.setattr(checkpoint, "SIZES", few)
     for name, value in {"lr": 1e-2, "epochs": 1, "batch_size": 4}.items():
         monkeypatch.setitem(checkpoint.TRAINING, name, value)
-    cases = [replace(case, answer_tokens=3) for case in EXPERIMENTS["real"].cases]
-    monkeypatch.setitem(EXPERIMENTS, "real", replace(EXPERIMENTS["real"], cases=cases))
+    one = experiments.read_experiments()["real"]
+    one = replace(one, cases=[replace(case, answer_tokens=3) for case in one.cases])
+    monkeypatch.setattr(experiments, "read_experiments", lambda: {"real": one})
     sources = {
         "harmful": ["h"],
         "utility": ["u"],

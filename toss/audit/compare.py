@@ -10,12 +10,15 @@ seeds: python -m toss.audit.experiment methods.
 """
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from model.io import InputError, read_json
 from toss.audit.command import Table, answers_of, cautions, records_of, write_text
-from toss.audit.experiments import DEMONSTRATION
-from toss.audit.laboratory import cost_of, measures_of, run_seed
+from toss.audit.experiments import read_experiments
+from toss.audit.laboratory import run_seed, shipped
+from toss.audit.outcomes import cost_of, measures_of
 from toss.audit.pictures import over_prefill
 from toss.audit.tables import (
     COSTS,
@@ -29,6 +32,7 @@ from toss.audit.tables import (
 )
 from toss.workbench import flags
 
+SHOWN = "sft random sample sample-all toss toss-pro toss-small toss-pro-small".split()
 POINT = """\
 What to see: {n} questions ask for forbidden recipes of kinds that no training row contains.
 The base answers {base:.0%} of them with a forbidden ingredient, plain fine-tuning (sft)
@@ -44,19 +48,19 @@ def finish_demo(folder: Path) -> None:
 
     demo = read_json(flags.DEMO)
     seed = demo["finetune"]["seed"]
-    results = run_seed(DEMONSTRATION, seed, folder)
+    methods = replace(read_experiments()["methods"].only(SHOWN), world=shipped)
+    results = run_seed(methods, seed, folder)
     metrics = {}
-    for case in DEMONSTRATION.cases:
+    for case in methods.cases:
         part = f"-{case.variant}" if case.variant else ""
         evaluated = read_metrics(folder.with_name(folder.name + part))
-        for arm, how in case.arms.items():
-            metrics[arm] = evaluated[how.get("name", arm)]
+        for arm, flags_of_arm in case.arms.items():
+            metrics[arm] = evaluated[flags_of_arm["name"]]
     write_metrics(folder / "metrics.json", metrics)
 
     about = f"one seed; d = {demo['discard']}"
-    groups = DEMONSTRATION.columns
     closing = f"\n{what_to_see(folder, metrics)}"
-    show(folder, about, results, groups, DEMONSTRATION.legend, closing)
+    show(folder, about, results, methods.tables, methods.legend, closing)
 
 
 def what_to_see(folder: Path, metrics: Table) -> str:
@@ -104,8 +108,8 @@ def show_as_evaluated(run) -> None:
         [f"{prefilled}@{k}" for k in PREFILL],
         COSTS,
     ]
-    legend = "\n\n".join(cautions(records_of(run, metrics), metrics))
-    show(folder, "as evaluated", with_ratios(results), groups, legend)
+    warnings = "\n\n".join(cautions(records_of(run, metrics), metrics))
+    show(folder, "as evaluated", with_ratios(results), groups, [warnings])
 
 
 def show(
@@ -113,7 +117,7 @@ def show(
     about: str,
     results: list[Result],
     groups: list,
-    legend: str = "",
+    legend: Sequence[str] = (),
     closing: str = "",
 ) -> None:
     """Print and write a run's tables and, where answers were begun, a picture."""
@@ -121,9 +125,7 @@ def show(
     picture = over_prefill(summary)
     if picture:
         write_text(folder / "comparison.svg", picture)
-    text = tables(summary, groups)
-    if legend:
-        text += f"\n\n{legend}"
+    text = tables(summary, groups, legend=legend)
     print(f"\n{folder}, {about}\n\n{text}\n{closing}")
     methods = {method: row for (_, method), row in summary.items()}
     save(folder / "comparison", text, {"methods": methods})

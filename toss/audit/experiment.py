@@ -14,8 +14,8 @@
 
 Writes OUT/NAME.csv (a line per seed, variant, arm and measure), NAME.md (mean [least, most]) and
 NAME.svg; the runs are in OUT/NAME. Finished work is skipped: the same command goes on where it was
-broken off. With --arms the files hold those arms alone. An experiment of your own is a few lines of
-data: see toss/audit/README.md.
+broken off. With --arms the files hold those arms alone. An experiment of your own is a few lines in
+a file like toss/audit/experiments.json, for --file.
 
 real: FOLDER/data holds harmful, utility, custom (70, 80 and 241 rows at least, better 400),
 eval_harmful, eval_benign and eval_utility.jsonl: rows with a prompt, a source and, the first three,
@@ -74,9 +74,7 @@ def conduct(
     models = len(list(runs.rglob(MODELS)))
 
     summary = summarise(results)
-    text = tables(summary, experiment.columns, experiment.variants)
-    if experiment.legend:
-        text += f"\n\n{experiment.legend}"
+    text = tables(summary, experiment.tables, experiment.heading, experiment.legend)
     numbers = " ".join(str(seed) for seed in seeds)
     threads = 1 if jobs > 1 else None
     about = [
@@ -101,8 +99,6 @@ def real_world(args: Namespace) -> partial:
     """The world of `real`, with the command's flags."""
     from toss.audit.checkpoint import checkpoint
 
-    if args.real is None:
-        raise InputError("real needs --real FOLDER")
     folder = args.real.absolute()
     model = args.model or str(folder / "smollm2-aligned")
     unaligned = args.unaligned or str(folder / "smollm2")
@@ -119,11 +115,11 @@ def device_flags(parser: flags.Parser, args: Namespace) -> dict:
     return given
 
 
-def parser_of(names: list[str]) -> flags.Parser:
-    """The command line. names: of the experiments."""
+def command_line() -> flags.Parser:
     parser = flags.Parser("python -m toss.audit.experiment", __doc__)
     add = parser.add_argument
-    add("name", choices=names, metavar="NAME", help=", ".join(names))
+    add("name", metavar="NAME", help="see above, or one of --file")
+    add("--file", metavar="FILE", help="experiments of your own, JSON")
     text = "each draws rows and trains (default: 1000 1001)"
     add("--seeds", type=flags.natural, nargs="+", default=[1000, 1001], help=text)
     add("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
@@ -150,13 +146,21 @@ def chosen_arms(experiment: Experiment, text: str) -> Experiment:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from toss.audit.experiments import EXPERIMENTS
+    from toss.audit.experiments import read_experiments
 
-    parser = parser_of(list(EXPERIMENTS))
+    parser = command_line()
     args = parser.parse_args(argv)
-    experiment = EXPERIMENTS[args.name]
+    experiments = read_experiments()
+    if args.file:
+        experiments |= read_experiments(Path(args.file))
+    if args.name not in experiments:
+        names = ", ".join(experiments)
+        raise InputError(f"there is no experiment {args.name!r}; there are {names}")
+    experiment = experiments[args.name]
     every_arm = experiment.arms()
-    if args.name == "real":
+    if args.name == "real" and not args.real:
+        raise InputError("real needs --real FOLDER")
+    if args.real:
         experiment = replace(experiment, world=real_world(args))
         if not (args.unaligned or (args.real / "smollm2").exists()):
             experiment = experiment.only([arm for arm in every_arm if arm != "safelora"])

@@ -19,9 +19,10 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
 
-from model.io import load_tensors, read_json
+from model.io import read_json
 from toss.audit import rivals
 from toss.audit.command import DEVICE, read_jsonl
+from toss.audit.outcomes import cost_of, measures_of, measures_of_mask
 from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
 from toss.workbench.flags import DEMO, ROOT, TRAINING
 
@@ -37,7 +38,7 @@ class Case:
 
     # How each model is made, by its name in the table: flags of select.py, or of toss.audit.rivals
     # for a rival. "name" is the method's folder (default: the arm's name). "discard" may be
-    # "calibrated", and "mask" the variant whose toss made it. The arm "base" is the untrained base.
+    # "calibrated", and "mask" is the variant whose toss made it. "base" is the untrained base.
     arms: dict[str, dict]
     label: object = ""  # of the variant, in the table and the picture
     variant: str = ""  # its run is run-VARIANT, that of "" is run
@@ -49,15 +50,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Cases on the rows of a world. See experiments.py for examples."""
+    """Cases on the rows of a world. See experiments.json for examples."""
 
     name: str
     title: str
     cases: list[Case]
-    columns: Sequence[Sequence[str]] = (SWEPT,)  # measures, for each table
-    variants: str = ""  # what the cases' labels are, for the head of the table
-    picture: Callable[[Summary], str] | None = None
-    legend: str = ""
+    tables: Sequence[Sequence[str]] = (SWEPT,)  # measures, for each table
+    heading: str = ""  # what the cases' labels are, for the tables
+    picture: Callable[[Summary], str] | None = None  # SVG, "" for none
+    legend: Sequence[str] = ()  # lines below the tables
     prefill: Sequence[int] = ()  # tokens of a harmful answer that are written already
     # Where rows and base come from, given the seed, the folders of the run and of the rows, and
     # the case's `draw` (default: the embedded world).
@@ -65,7 +66,10 @@ class Experiment:
 
     def arms(self) -> list[str]:
         """The names of all arms."""
-        return list(dict.fromkeys(arm for case in self.cases for arm in case.arms))
+        names = {}
+        for case in self.cases:
+            names |= case.arms
+        return list(names)
 
     def only(self, arms: Sequence[str]) -> "Experiment":
         """The same with these arms, and the base."""
@@ -135,7 +139,7 @@ def run_case(
     for arm, name in names.items():
         measures = measures_of(metrics[name], cost_of(record, name))
         measures["discard"] = discards.get(arm)
-        measures |= measures_of_mask(setup, name)
+        measures |= measures_of_mask(setup.folder, name, setup.files["custom"])
         results += results_of(seed, case.label, arm, measures)
     return results
 
@@ -292,91 +296,6 @@ def embedded(seed: int, folder: Path, rows: Path, **draw) -> Setup:
         if path.endswith(".jsonl"):
             files[name] = str(rows / Path(path).name)
     return Setup(folder, files, read_json(DEMO), {"seed": seed})
-
-
-# Measures
-
-
-def measures_of(metrics: dict, cost: dict) -> dict[str, float | None]:
-    """{measure: value} of a model: of its metrics.json, and what it cost."""
-    measures = {name: cell["value"] for name, cell in metrics.items()}
-    not_refused = measures.get("not_refused/held-out", measures.get("not_refused"))
-    if not_refused is not None:
-        measures["refusals_kept"] = round(1 - not_refused, 4)
-    return measures | cost
-
-
-def cost_of(record: dict, name: str) -> dict[str, float]:
-    """What a method costs, starting from the base: seconds, tokens trained or scored, peak memory.
-
-    record: run.json. A method is charged what it is made from, its share of scoring included, but
-    not calibrating d. A mask from another run is charged its fine-tuning alone. {} for the base,
-    and if the references were made elsewhere, or their costs are lost with a run.json.
-    """
-    stages = record["stages"]
-    stage = stages.get(f"methods/{name}")
-    if stage is None:
-        return {}
-    # The models whose losses it uses.
-    models = {
-        "degraded-only": ["degraded"],
-        "utility-only": ["utility"],
-        "base": ["degraded", "base"],
-    }.get(stage["recipe"]["settings"].get("method"), ["utility", "degraded"])
-    charged = [(stage, 1.0)]
-    for source in stage["recipe"]["inputs"]:
-        unused = source in ("utility", "degraded") and source not in models
-        if source.startswith("--") or unused:
-            continue
-        if source not in stages:
-            return {}
-        share = 1.0
-        if source == "scores":
-            passes = 2 + stages["scores"]["recipe"]["settings"].get("base", False)
-            share = len(models) / passes
-        charged.append((stages[source], share))
-    for part, _ in charged:
-        if not {"seconds", "tokens", "peak_memory_gib"} <= part.keys():
-            return {}
-    return {
-        "seconds": round(sum(part["seconds"] * share for part, share in charged), 2),
-        "tokens": round(sum(part["tokens"] * share for part, share in charged)),
-        "peak_memory_gib": max(part["peak_memory_gib"] for part, _ in charged),
-    }
-
-
-def measures_of_mask(setup: Setup, name: str) -> dict[str, float]:
-    """Of a method of a run that has scores.
-
-    harmful_share: of the response tokens. purity: share of the rows added by TOSS-Pro that hold
-    harm, where rows mark it. shared: share of the discarded tokens that the run's own toss
-    discards.
-    """
-    folder = setup.folder / "methods" / name
-    mask = folder / "selection.safetensors"
-    own_mask = setup.folder / "methods/toss/selection.safetensors"
-    scores = setup.folder / "scores.safetensors"
-    if not (mask.exists() and scores.exists()):
-        return {}
-    tensors = load_tensors(scores)
-    response = tensors["response"].bool()
-    harmful = tensors["harmful"][response].double()
-    measures = {"harmful_share": round(float(harmful.mean()), 4)}
-
-    added = []
-    for file in folder.glob("round-*/added.jsonl"):
-        added += [line["row"] for line in read_jsonl(file)]
-    if added and harmful.any():
-        rows = read_jsonl(setup.files["custom"])
-        with_harm = sum("harmful" in rows[row] for row in added)
-        measures["purity"] = round(with_harm / len(added), 4)
-
-    discarded = response & ~load_tensors(mask)["keep"]
-    if discarded.any() and own_mask.exists():
-        own = response & ~load_tensors(own_mask)["keep"]
-        shared = float((discarded & own).sum() / discarded.sum())
-        measures["shared"] = round(shared, 4)
-    return measures
 
 
 # Seeds side by side

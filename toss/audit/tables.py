@@ -108,11 +108,11 @@ def cell(entry: dict | None, measure: str = "") -> str:
     return mean if least == most else f"{mean} [{least}, {most}]"
 
 
-def table(summary: Summary, columns: Iterable[str], variants: str = "") -> str:
+def table(summary: Summary, columns: Iterable[str], heading: str = "") -> str:
     """Markdown: a line per variant and arm, without those that have none of the columns.
 
     columns: measures; NAME/* stands for all that begin so, and for NAME where there are none. Those
-    that nobody has are left out. variants: what they are, for the head; "": there is one.
+    that nobody has are left out. heading: what the variants are; "": there is one.
     """
     measured = {measure for row in summary.values() for measure in row}
     names = []
@@ -126,17 +126,23 @@ def table(summary: Summary, columns: Iterable[str], variants: str = "") -> str:
 
     lines = []
     for (variant, arm), row in summary.items():
-        labels = [variant, arm] if variants else [arm]
+        labels = [variant, arm] if heading else [arm]
         if row.keys() & set(names):
             lines.append(labels + [cell(row.get(name), name) for name in names])
-    corner = [variants, ""] if variants else [""]
+    corner = [heading, ""] if heading else [""]
     heads = [HEADS.get(name, name) for name in names]
     return markdown(corner + heads, lines) if lines else ""
 
 
-def tables(summary: Summary, groups: Iterable[Sequence[str]], variants: str = "") -> str:
-    """A table for each group of columns that somebody has."""
-    texts = [table(summary, columns, variants) for columns in groups]
+def tables(
+    summary: Summary,
+    groups: Iterable[Sequence[str]],
+    heading: str = "",
+    legend: Sequence[str] = (),
+) -> str:
+    """A table for each group of columns that somebody has, and a legend."""
+    texts = [table(summary, columns, heading) for columns in groups]
+    texts.append("\n".join(legend))
     return "\n\n".join(text for text in texts if text)
 
 
