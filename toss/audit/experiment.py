@@ -88,10 +88,11 @@ def conduct(
     ]
     page = "\n".join(about) + f"\n\n{text}\n"
     print(f"\n{page}")
-    write_text(f"{runs}.csv", as_csv(results))
-    write_text(f"{runs}.md", page)
     if experiment.picture:
         write_text(f"{runs}.svg", experiment.picture(summary))
+        page += f"\n![{experiment.title}]({experiment.name}.svg)\n"
+    write_text(f"{runs}.csv", as_csv(results))
+    write_text(f"{runs}.md", page)
     written(runs)
 
 
