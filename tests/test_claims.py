@@ -157,33 +157,27 @@ def test_every_arm_is_a_method_that_there_is_and_has_a_folder_of_its_own(name):
     assert len(set(arms)) == len(arms)
 
 
-def test_the_methods_are_made_and_measured_side_by_side(little, tmp_path, capsys):
-    arms = ["base", "sft", "sample-all", "toss", "toss-pro", "base-reference", "kl-calibrated"]
-    arms += ["toss-small", "toss-pro-small", "safeinstr", "dsir"]
+def test_methods_side_by_side_have_a_table_a_picture_and_costs(little, tmp_path):
+    arms = ["base", "sft", "toss", "base-reference", "kl-calibrated", "safeinstr", "dsir"]
     conduct(little(EXPERIMENTS["methods"]).only(arms), [3], tmp_path)
 
     rows = results_in(tmp_path / "methods.csv")
     assert list(rows) == [("", arm) for arm in arms]
     text = (tmp_path / "methods.md").read_text()
-    assert "-small: a harmful reference set of a few rows" in text and "forbidden@5" in text
+    assert "forbidden@5" in text and "x sft: as a multiple of plain fine-tuning's." in text
+    assert text.endswith("![Methods side by side](methods.svg)\n")
     assert ">toss<" in (tmp_path / "methods.svg").read_text()
     for row in rows.values():
         assert 0 <= row["forbidden@5"] <= 1 and row["refusals_kept"] >= 0
-    tokens = [rows["", arm]["tokens"] for arm in ("sft", "toss", "toss-pro")]
-    assert tokens == sorted(set(tokens))
     assert "tokens" not in rows["", "base"] and rows["", "sft"]["tokens_to_sft"] == 1
+    assert rows["", "toss"]["tokens"] > rows["", "sft"]["tokens"]
 
     place = tmp_path / "methods/seed-3"
-    stages = {}
-    for run_of in ("run", "run-small", "run-safeinstr", "run-dsir"):
-        stages[run_of] = read_json(place / run_of / "run.json")["stages"]
-        for stage in stages[run_of].values():
-            assert stage["recipe"]["settings"].get("seed", 3) == 3
-    assert stages["run"]["degraded"]["rows"] == 16
-    assert stages["run-small"]["degraded"]["rows"] == 2
-    assert "degraded" not in stages["run-dsir"]
-    methods = {name: stage["recipe"]["settings"] for name, stage in stages["run"].items()}
-    assert methods["methods/base-reference"]["method"] == "base"
+    stages = read_json(place / "run/run.json")["stages"]
+    assert stages["methods/base-reference"]["recipe"]["settings"]["method"] == "base"
+    stages = read_json(place / "run-dsir/run.json")["stages"]
+    assert list(stages) == ["methods/dsir"]  # it needs no references
+    assert stages["methods/dsir"]["recipe"]["settings"]["seed"] == 3
     custom = len(read_jsonl(place / "rows/custom.jsonl"))
     assert len(read_rows(place / "run-safeinstr/custom.jsonl")) == custom + 1
     assert len(read_rows(place / "run-dsir/custom.jsonl")) == int(0.9 * custom)
@@ -430,6 +424,24 @@ def test_the_picture_of_begun_answers_has_the_methods_that_were_measured():
 
 
 # The demo's table, and that of a run of one's own
+
+
+def test_the_demo_is_finished_and_shown(little, tmp_path, monkeypatch, capsys):
+    methods = little(EXPERIMENTS["methods"])
+    monkeypatch.setattr(compare, "read_experiments", lambda: {"methods": methods})
+    monkeypatch.setattr(compare, "shipped", methods.world)
+    compare.finish_demo(tmp_path / "run")
+    arms = ["base", *compare.SHOWN]
+    assert list(read_json(tmp_path / "run/metrics.json")) == arms
+    written = read_json(tmp_path / "run/comparison.json")["methods"]
+    assert list(written) == arms
+    tokens = [written[arm]["tokens"]["mean"] for arm in ("sft", "toss", "toss-pro")]
+    assert tokens == sorted(set(tokens))
+    small = read_json(tmp_path / "run-small/run.json")["stages"]
+    assert small["degraded"]["rows"] == 2
+    out = capsys.readouterr().out
+    assert (tmp_path / "run/comparison.md").read_text() in out
+    assert out.index("x sft: as a multiple") < out.index("What to see: 3 questions")
 
 
 def test_the_text_below_the_demos_table_holds_the_runs_own_numbers(tmp_path):
