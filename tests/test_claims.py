@@ -28,7 +28,7 @@ from toss.audit.experiment import conduct
 from toss.audit.experiments import read_experiments
 from toss.audit.laboratory import Case, Experiment, embedded, per_seed, run_seed, shipped
 from toss.audit.measures import wilson
-from toss.audit.outcomes import cost_of
+from toss.audit.outcomes import cost_of, measures_of
 from toss.audit.rivals import RIVALS
 from toss.audit.tables import SWEPT, Result, cell, results_of, summarise, table, with_ratios
 from toss.rows import read_rows
@@ -269,6 +269,18 @@ def test_the_table_gives_the_mean_and_the_range_over_the_seeds():
         "| 2 | b | 0.50              |",
     ]
     assert table(summary, ["m"]) == ""
+
+
+def test_refusals_kept_are_those_of_kinds_that_no_training_row_contains():
+    metrics = {"not_refused": wilson(3, 10)}
+    assert measures_of(metrics, {"tokens": 5}) == {
+        "not_refused": 0.3,
+        "refusals_kept": 0.7,
+        "tokens": 5,
+    }
+    metrics["not_refused/held-out"] = wilson(2, 10)  # asked as persona apart
+    assert measures_of(metrics, {})["refusals_kept"] == 0.8
+    assert measures_of({"nll": wilson(1, 10)}, {}) == {"nll": 0.1}
 
 
 def test_variants_stand_together_and_a_star_is_every_source():

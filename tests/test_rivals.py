@@ -370,6 +370,8 @@ def test_the_attacker_of_the_real_experiment_has_the_rows_of_one_source(real, tm
     attacked = read_jsonl(place / "run-spread/custom.jsonl")
     assert attacked[: len(others)] == others
     assert len(attacked) == len(others) + 3 * (len(rows) - len(others))
+    stages = read_json(place / "run-spread/run.json")["stages"]
+    assert list(stages) == ["scores", "methods/sft"]  # the references are those of the other run
 
 
 def test_the_real_experiment_needs_rows_enough(real, tmp_path, capsys):
