@@ -157,6 +157,13 @@ def test_every_arm_is_a_method_that_there_is_and_has_a_folder_of_its_own(name):
     assert len(set(arms)) == len(arms)
 
 
+def test_some_arms_take_the_cases_that_have_them_and_the_base():
+    few = EXPERIMENTS["real"].only(["toss-few"]).cases
+    assert [(case.variant, list(case.arms)) for case in few] == [("few", ["toss-few"])]
+    (plain,) = EXPERIMENTS["real"].only(["sft"]).cases
+    assert list(plain.arms) == ["base", "sft"]
+
+
 def test_methods_side_by_side_have_a_table_a_picture_and_costs(little, tmp_path):
     arms = ["base", "sft", "toss", "base-reference", "kl-calibrated", "safeinstr", "dsir"]
     conduct(little(EXPERIMENTS["methods"]).only(arms), [3], tmp_path)
@@ -213,6 +220,7 @@ def test_each_arm_has_its_d_its_mask_and_its_own_run(little, tmp_path):
     assert rows["", "toss-calibrated"]["discard"]["least"] == d
     d_of_pro = calibrate(open_run(place), held_out, method="toss-pro")["discard"]
     assert rows["", "pro-calibrated"]["discard"]["least"] == d_of_pro != d
+    assert d < 0.1 and mean("", "toss-calibrated", "shared") == 1  # of one ranking, so among toss's
     assert mean("", "toss", "harmful_share") > 0
     assert 0 <= mean("", "toss-pro", "purity") <= 1 and mean("", "sft", "purity") is None
 
