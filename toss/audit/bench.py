@@ -1,89 +1,130 @@
-"""The benchmark: how fast scoring and training are, next to the hardware's ceiling and other loops.
+"""The benchmark: how fast scoring and training are, beside the machine's ceiling and a plain loop.
 
     python -m toss.audit.bench [--model FOLDER] [--part score]
 
---model may name a shape instead of a checkpoint, for random weights: by default llama3-8b on CUDA
-and smollm2-135m on the CPU. The arms are explained in toss/audit/speed.py; `published`, `sorted`
-and `compiled` need transformers and peft. They take turns on the same rows of random ids. Writes
-bench.md and bench.json into --out, anew after each part. Without --part: selection, score, train.
+Weights are random: of --model, a checkpoint or the name of a shape, the shape alone counts. By
+default it is llama3-8b on CUDA and smollm2-135m on the CPU. The arms, explained in
+toss/audit/speed.py, take turns on the same rows of random ids; `plain` and `compiled` need
+transformers and peft. Prints the table of each part when it is done, and writes all to OUT.md.
 """
 
 import platform
 import re
+import shlex
 import sys
-from importlib.metadata import distributions
+import time
+from argparse import Namespace
+from importlib.metadata import version
 from pathlib import Path
 
-from model.io import read_json
+from model.io import read_json, whole_file
 from toss.audit.command import markdown
-from toss.audit.experiment import save
 from toss.workbench import flags
 
+PARTS = ("score", "train")
 FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads rope_theta tie_word_embeddings""".split()
-LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
 SHAPES = {
     "llama3-8b": (128256, 4096, 14336, 32, 32, 8, 500000.0, False),
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 100000.0, True),
     "tiny": (384, 32, 64, 2, 4, 2, 10000.0, True),
 }
-PARTS = ("selection", "ceiling", "score", "train", "sdp", "compile")
-COMPETING = 22_000_000  # ranked tokens of the paper's custom set
-WORK = {"cuda": "the same", "cpu": "the process's CPU seconds, which depend least on other load"}
-COLUMNS = {  # of a table: what is shown of each arm
-    "tokens/s": "{tokens_per_second:,.0f}",
-    "padded tokens/s": "{padded_tokens_per_second:,.0f}",
-    "work, s": "{work:.2f}",
-    "of ceiling": "{share_of_ceiling:.0%}",
-    "padded": "{padded_share_of_ceiling:.0%}",
-    "seconds": "{seconds:.2f} [{least:.2f}, {most:.2f}]",
-    "first": "{first:.2f}",
-    "peak GiB": "{peak_memory_gib:.2f}",
-    "loss": "{loss:.4f}",
+DEFAULTS = {
+    "cuda": {"model": "llama3-8b", "rows": 384, "tokens": 368, "rows_per_step": 64},
+    "cpu": {"model": "smollm2-135m", "rows": 16, "tokens": 128, "rows_per_step": 8},
 }
 NOTES = """\
-tokens/s: real tokens, prompt and response; *padded*: padding counts too (in `ours` it is inside
-attention alone). First: seconds of the first turn, with shapes that were not seen before; it is not
-counted elsewhere, unless it took longer than a minute. FLOP per token, by convention: 2 N to
-score, 4 N to train LoRA on a frozen base (forward, and backward through the activations), with
-N = {parameters:,} parameters, all but the input embedding. Attention's own products are not
-counted, and it is not subtracted that the head runs on response positions only. Ceiling: the
-fastest sustained product of two square matrices of that type, in this run (on the CPU the better of
-PyTorch's default and oneDNN's). Peak memory: on CUDA what is allocated, on the CPU the process's,
-libraries included. Seconds: the median of {repeats} turns, [least, most]. Work:
-{work}; rates, shares and ratios are by it."""
-SELECTION = """### Selection
-
-The mask of {competing:,} ranked tokens: {seconds:.2f} s ({work:.2f} CPU seconds),
-{extra_gib:.2f} GiB beyond the flat arrays."""
+Tokens are those of prompts and responses, without padding. Of ceiling: by convention a token takes
+2 FLOP per parameter to score (forward) and 4 to train LoRA on a frozen base (backward through the
+activations, too), input embedding aside; attention's own products are not counted, and it is not
+subtracted that the head runs on response positions only. Ceiling: the fastest product of two square
+matrices of that type, repeated for half a second (on the CPU the better of PyTorch's default and
+oneDNN's). Seconds: the median of the later turns, [the least, the most]; on the CPU they are the
+process's CPU seconds, which other load changes least. First: the first turn, of shapes that were
+not seen before; it counts nowhere else. Peak memory: on CUDA what is allocated, on the CPU the
+process's, libraries included. Loss: of the first turn; equal ones say that equal work was done."""
 
 
-def speed_table(part: dict) -> str:
-    """What speed.speed measured, as Markdown."""
-    arms = part["arms"]
-    columns = COLUMNS | {f"x {arm}": f"{{to_{arm}:.2f}}" for arm in arms if arm != "ours"}
-    lines = [[name, *(x.format(**arm) for x in columns.values())] for name, arm in arms.items()]
-    burst, best = (part["ceiling"][name] / 1e9 for name in ("burst", "sustained"))
-    ceiling = f"ceiling {best:,.0f} GFLOP/s (burst {burst:,.0f})"
-    title = f"### {part['kind'].capitalize()}, {part['ceiling']['dtype']}, {ceiling}"
-    return "\n\n".join([title, markdown(["arm", *columns], lines), *part["notes"]])
+def shape_config(name: str) -> dict:
+    """The config.json of one of SHAPES."""
+    return {"model_type": "llama", **dict(zip(FIELDS, SHAPES[name]))}
 
 
-def hardware(cuda: bool) -> str:
-    """The device in words."""
+def machine(device) -> str:
+    """The device and the versions, in words."""
     import torch
 
-    if cuda:
-        versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-        return f"{torch.cuda.get_device_name()}, {versions}"
-    file = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", file.read_text() if file.exists() else "")
-    name = found[1] if found else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} CPU threads"
+    from toss.audit.speed import LIBRARIES
+
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
+        name += f"cuDNN {torch.backends.cudnn.version()}"
+    else:
+        file = Path("/proc/cpuinfo")
+        text = file.read_text() if file.exists() else ""
+        # The model's name may be no more than "AMD EPYC".
+        facts = re.findall(r"^((?:cpu family|model|model name)\s*: .*)", text, re.MULTILINE)[:3]
+        name = re.sub(r"\s*:", "", ", ".join(facts)) or platform.machine()
+        name += f", CPU threads: {torch.get_num_threads()}"
+    libraries = ["torch", "transformers", "peft"] if LIBRARIES else ["torch"]
+    versions = [f"{library} {version(library)}" for library in libraries]
+    return ", ".join([name, f"python {platform.python_version()}", *versions])
 
 
-def main(argv: list[str] | None = None, competing: int = COMPETING) -> None:
-    """Measure, print, and write bench.md and bench.json. competing: for the selection."""
+def bench_of(args: Namespace, device):
+    """What the flags ask for, as a speed.Bench."""
+    from model.hub import resolve
+    from toss.audit.speed import Bench, random_rows
+    from toss.config import TrainConfig
+    from toss.tokens import BATCH_TOKENS
+
+    defaults = DEFAULTS[device.type]
+    args.model = args.model or defaults["model"]
+    if args.model in SHAPES:
+        raw = shape_config(args.model)
+    else:
+        raw = read_json(resolve(args.model, weights=False) / "config.json")
+    rows = args.rows or defaults["rows"]
+    mean = args.tokens or defaults["tokens"]
+    tokens = random_rows(rows, mean, raw["vocab_size"], args.lengths == "lognormal")
+    budget = args.batch_tokens or BATCH_TOKENS[device.type]
+    config = TrainConfig(epochs=1, batch_size=defaults["rows_per_step"], batch_tokens=budget)
+    return Bench(raw, device, tokens, config, args.repeats)
+
+
+def table(found, bench) -> str:
+    """A speed.Comparison as Markdown."""
+    from toss.audit.speed import LIBRARIES, median_seconds
+
+    second = "CPU s" if bench.device.type == "cpu" else "s"
+    header = ["arm", f"tokens/{second}", "of ceiling", "ours is faster by"]
+    header += [second, "first", "peak GiB", "loss"]
+    ours = median_seconds(found.turns["ours"])
+    lines = []
+    for arm, turns in found.turns.items():
+        if not turns:
+            lines.append([arm, "out of memory", *["-"] * 6])
+            continue
+        seconds = median_seconds(turns)
+        later = [turn.seconds for turn in turns[1:]]
+        line = [arm, f"{len(bench.tokens.input_ids) / seconds:,.0f}"]
+        line.append(f"{found.flop / seconds / found.ceiling:.0%}")
+        line.append(f"{seconds / ours:.2f}")
+        line.append(f"{seconds:.2f} [{min(later):.2f}, {max(later):.2f}]")
+        line.append(f"{turns[0].seconds:.2f}")
+        line.append(f"{max(turn.peak_gib for turn in turns):.2f}")
+        line.append(f"{turns[0].loss:.4f}")
+        lines.append(line)
+    dtype = str(found.dtype).removeprefix("torch.")
+    title = f"### {found.kind}, {dtype}, ceiling {found.ceiling / 1e9:,.0f} GFLOP/{second}"
+    text = f"{title}\n\n{markdown(header, lines)}"
+    if not LIBRARIES:
+        text += "\n\ntransformers or peft is not installed: there is no plain loop beside ours."
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, and write OUT.md."""
     parser = flags.Parser("python -m toss.audit.bench", __doc__)
     add = parser.add_argument
     add("--model", help=f"a checkpoint folder, a hub id, or a shape: {', '.join(SHAPES)}")
@@ -95,47 +136,37 @@ def main(argv: list[str] | None = None, competing: int = COMPETING) -> None:
     add("--part", choices=PARTS, help="measure this alone")
     add("--repeats", type=flags.count, default=3, help="turns that count (default: 3)")
     flags.add_device_flags(parser, dtype=False)
-    add("--out", type=Path, default=Path("runs/bench"), help="folder (default: runs/bench)")
+    add("--out", type=Path, default=Path("runs/bench"), help="OUT.md (default: runs/bench.md)")
     args = parser.parse_args(argv)
-    args.part = [args.part] if args.part else ["selection", "score", "train"]
-    from model.hub import resolve
-    from toss.audit.speed import measure
+
+    import torch
+
+    from toss.audit.speed import compare
     from toss.workbench.base import find_device
     from toss.workbench.runfile import git_commit
 
+    start = time.perf_counter()
     device = find_device(args.device)
-    name = args.model or ("llama3-8b" if device.type == "cuda" else "smollm2-135m")
-    folder = None if name in SHAPES else resolve(name)
-    shape = {**LLAMA, **dict(zip(FIELDS, SHAPES.get(name, ())))}
-    raw = read_json(folder / "config.json") if folder else shape
-    about = {"hardware": hardware(device.type == "cuda"), "commit": git_commit()}
-    about |= {"model": Path(name).name, "python": platform.python_version()}
-    packages = ("torch", "transformers", "peft")
-    about |= {
-        package.name: package.version for package in distributions() if package.name in packages
-    }
-    found: dict[str, list[dict]] = {part: [] for part in PARTS}
-    for part, result in measure(args, raw, folder, device, competing):
-        if part == "about":
-            about |= result
-        else:
-            found[part].append(result)
-            save(args.out / "bench", report(about, found), about | found)
-    print(report(about, found))
-
-
-def report(about: dict, found: dict[str, list[dict]]) -> str:
-    """bench.md, of what was found so far."""
-    texts = [", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items())]
-    for best in found["ceiling"]:
-        rates = ", ".join(f"{name} {best[name] / 1e12:,.3f}" for name in ("sustained", "burst"))
-        texts.append(f"Ceiling in {best['dtype']}, TFLOP/s: {rates}.")
-    parts = sum((found[name] for name in ("score", "train", "sdp", "compile")), [])
-    texts += map(speed_table, parts)
-    for part in parts[:1]:
-        texts.append(NOTES.format(work=WORK[part["device"]], **{**about, **part}))
-    texts += [SELECTION.format(**cost) for cost in found["selection"]]
-    return "\n\n".join(texts)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    bench = bench_of(args, device)
+    command = f"python -m toss.audit.bench {shlex.join(argv or sys.argv[1:])}".strip()
+    facts = [
+        f"{Path(args.model).name}, rows: {bench.tokens.rows}, lengths: {args.lengths}",
+        f"tokens: {len(bench.tokens.input_ids):,}, of responses: {bench.tokens.response.sum():,}",
+        f"tokens per batch: {bench.config.batch_tokens}, rows per step: {bench.config.batch_size}",
+        f"LoRA of rank {bench.config.rank} on {bench.config.targets}, turns: 1 + {args.repeats}",
+    ]
+    about = f"{machine(device)}\n\n{'; '.join(facts)}"
+    print(about, flush=True)
+    texts = [about]
+    for part in [args.part] if args.part else PARTS:
+        texts.append(table(compare(bench, part), bench))
+        print(f"\n{texts[-1]}", flush=True)
+        minutes = (time.perf_counter() - start) / 60
+        first = f"`{command}`, commit {git_commit()}, {minutes:.1f} minutes"
+        with whole_file(args.out.with_suffix(".md")) as file:
+            file.write_text("\n\n".join(["# Benchmark", first, *texts, NOTES, ""]))
+    print(f"\n{NOTES}")
 
 
 if __name__ == "__main__":

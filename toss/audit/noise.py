@@ -14,39 +14,66 @@ from toss.workbench import flags
 
 
 def noise(run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
-    """Compare S of so many rows with S in float32. dtype: "auto" for a Run's own scores."""
-    from toss.selection import select_tokens
+    """Compare S of so many rows with S in float32. dtype: "auto" for a Run's own scores.
 
+    Returns the dtype, the rows, the noise (root mean square, in nats), the deviation of S (in
+    nats), and the share of float32's discards that are the same.
+    """
     tokens, losses = run.scored()
-    sample = evenly([i for i, length in enumerate(tokens.lengths) if length], rows)
-    part, own = tokens.take(sample), run.dtypes["score"]
-    there = {name: loss[tokens.places(sample)] for name, loss in losses.items()}
-    there = there if dtype == "auto" else losses_under(run, part, dtype)
-    both = (there, losses_under(run, part, "float32"))
-    ours, true = ((loss["utility"] - loss["degraded"])[part.response] for loss in both)
-    gone, same = ~select_tokens(true, d), ~select_tokens(ours, d)
+    sample = evenly([row for row, length in enumerate(tokens.lengths) if length], rows)
+    part = tokens.take(sample)
+    if dtype == "auto":
+        places = tokens.places(sample)
+        rounded = {name: loss[places] for name, loss in losses.items()}
+        dtype = run.dtypes["score"]
+    else:
+        rounded = losses_under(run, part, dtype)
+    scores = scores_of(rounded, part)
+    exact = scores_of(losses_under(run, part, "float32"), part)
     return {
-        "dtype": own if dtype == "auto" else dtype,
+        "dtype": dtype,
         "rows": len(sample),
-        "noise": float((ours - true).square().mean().sqrt()),
-        "deviation": float(true.std()),
-        "same": float((gone & same).sum() / gone.sum()) if gone.any() else 1.0,
+        "noise": float((scores - exact).square().mean().sqrt()),
+        "deviation": float(exact.std()),
+        "same": share_of_discards(scores, exact, d),
     }
 
 
+def scores_of(losses: dict, tokens):
+    """S of the response tokens, float32 [n]."""
+    return (losses["utility"] - losses["degraded"])[tokens.response]
+
+
+def share_of_discards(scores, exact, d: float) -> float:
+    """The share of the discards by `exact` that are discards by `scores` too; 1 if there are none.
+
+    >>> import torch
+    >>> exact = torch.tensor([9.0, 8.0, 1.0, 2.0])
+    >>> share_of_discards(torch.tensor([9.0, 1.0, 8.0, 2.0]), exact, d=0.5)
+    0.5
+    """
+    from toss.selection import select_tokens
+
+    discards = ~select_tokens(exact, d)
+    if not discards.any():
+        return 1.0
+    shared = discards & ~select_tokens(scores, d)
+    return float(shared.sum() / discards.sum())
+
+
 def main(argv: list[str] | None = None) -> None:
+    """Measure, and print two lines."""
     parser = flags.Parser("python -m toss.audit.noise", __doc__)
     flags.add_run_flags(parser)
     add = parser.add_argument
     add("--rows", type=flags.count, default=64, metavar="N", help="rows to score (default: 64)")
     add("--discard", type=flags.share, default=0.1, metavar="D", help="share d (default: 0.1)")
     args = parser.parse_args(argv)
-    run = run_of(args, "dtype")
-    found = noise(run, args.rows, args.discard, args.dtype)
+    found = noise(run_of(args, "dtype"), args.rows, args.discard, args.dtype)
     print(
-        "rounding noise of S under {dtype}: {noise:.4f} nats rms on {rows} rows, beside a standard "
-        "deviation of {deviation:.3f};\n{same:.1%} of float32's discards at d = {d} are also "
-        "discarded".format(d=args.discard, **found)
+        f"rounding noise of S under {found['dtype']}: {found['noise']:.4f} nats rms on "
+        f"{found['rows']} rows, beside a standard deviation of {found['deviation']:.3f};\n"
+        f"{found['same']:.1%} of float32's discards at d = {args.discard} are also discarded"
     )
 
 
