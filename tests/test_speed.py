@@ -1,5 +1,7 @@
-"""Speed and exactness: what the benchmark counts, that its loops do equal work, rounding noise."""
+"""The benchmark counts what its table says, its loops do equal work; noise is that of rounding."""
 
+import itertools
+import math
 from importlib.metadata import version
 
 import pytest
@@ -7,121 +9,159 @@ import torch
 from conftest import ROOT
 from helpers import call, said
 
-from model.io import read_json
-from toss.audit import bench, noise, speed
+from toss.audit import bench, speed
+from toss.audit.noise import noise
 from toss.config import TrainConfig
-from toss.workbench.files import fingerprint
+from toss.selection import select_tokens
+from toss.workbench.progress import Cost
 from toss.workbench.run import open_run
 
 CPU = torch.device("cpu")
-SMALL = "--model tiny --rows 4 --tokens 20 --repeats 1 --device cpu"
-TINY = {**bench.LLAMA, **dict(zip(bench.FIELDS, bench.SHAPES["tiny"]))}
 
 
 def test_random_rows_are_the_same_each_time_and_begin_with_a_prompt():
-    tokens, again = (speed.random_rows(400, 50, 384) for _ in range(2))
-    assert fingerprint(tokens) == fingerprint(again) and tokens.rows == 400
-    assert not tokens.response[tokens.offsets[:-1]].any() and int(tokens.input_ids.max()) < 384
-    assert min(tokens.lengths) >= 12 and max(tokens.lengths) <= 87
-    assert sum(tokens.lengths) / 400 == pytest.approx(50, rel=0.1)
-    assert float(tokens.response.double().mean()) == pytest.approx(0.6, abs=0.02)
-    lengths = speed.random_rows(4000, 368, 384, lognormal=True).lengths  # as of chats, and cut
-    assert sum(lengths) / 4000 == pytest.approx(368, rel=0.05) and max(lengths) == 2012
+    rows = speed.random_rows(400, 50, vocabulary=384)
+    again = speed.random_rows(400, 50, vocabulary=384)
+    assert rows.input_ids.equal(again.input_ids) and rows.offsets.equal(again.offsets)
+    assert rows.input_ids.max() < 384
+    assert not rows.response[rows.offsets[:-1]].any()
+    assert rows.response.float().mean() == pytest.approx(0.6, abs=0.02)
+    assert (min(rows.lengths), max(rows.lengths)) == (12, 87)
+    chats = speed.random_rows(4000, 368, 384, lognormal=True).lengths
+    assert sum(chats) / 4000 == pytest.approx(368, rel=0.02)
+    assert max(chats) == 2012
 
 
-def test_arms_take_turns_the_first_is_not_counted_and_one_without_memory_is_left_out():
-    order = []
-    arms = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
-    found = speed.take_turns(arms, CPU, 2)
-    assert order == ["a", "b"] * 3
-    assert (found["a"]["loss"], found["b"]["loss"]) == (3, 4)  # of the second turn
-    assert found["b"]["least"] <= found["b"]["seconds"] <= found["b"]["most"]
-
-    def large():
-        raise torch.OutOfMemoryError("no room")
-
-    assert set(speed.take_turns({"large": large, "small": lambda: 1.0}, CPU, 1)) == {"small"}
+@pytest.fixture
+def ceiling(monkeypatch):
+    """A machine of 100 GFLOP per second, known without measuring."""
+    monkeypatch.setattr(speed, "ceiling", lambda device, dtype: 1e11)
 
 
-def test_selecting_is_counted_with_the_memory_it_takes():
-    found = speed.selection_cost(2_000_000, 1)
-    assert found["competing"] == pytest.approx(2_000_000, rel=0.05)
-    assert found["discarded"] == int(0.1 * found["competing"] + 1e-9)
-    assert 0 <= found["extra_gib"] < 0.3
-
-
-def small(kind, **family) -> dict:
-    raw, rows = TINY | family, speed.random_rows(6, 20, 384)
-    model = speed.random_model(raw, CPU, torch.float32)
+def tiny_bench(**family) -> speed.Bench:
+    raw = bench.shape_config("tiny") | family
+    rows = speed.random_rows(6, 20, vocabulary=384)
     config = TrainConfig(epochs=1, batch_size=3, batch_tokens=100, rank=2)
-    arms = speed.variants("score", kind(model, raw, rows, config, 50), CPU)
-    sizes = speed.paddings(kind, rows, config, 50)
-    return speed.speed(arms, model, sizes, 2, {"sustained": 1e11}, n=1)
+    return speed.Bench(raw, CPU, rows, config, repeats=1)
 
 
-def test_rates_and_shares_follow_from_seconds_and_parameters():
-    part = small(speed.scoring)
-    ours, block = part["arms"]["ours"], 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
-    assert part["parameters"] == 384 * 32 + 2 * block + 32  # the tied head counts once
-    tokens = sum(speed.random_rows(6, 20, 384).lengths)
-    assert ours["tokens_per_second"] == pytest.approx(tokens / ours["work"])
-    share = ours["tokens_per_second"] * 2 * part["parameters"] / 1e11
-    assert ours["share_of_ceiling"] == pytest.approx(share)
-    assert ours["loss"] == pytest.approx(5.95, abs=0.1)  # ln 384: the weights are random
+@pytest.mark.parametrize(("part", "flop"), [("score", 2), ("train", 4)])
+def test_work_is_counted_by_the_parameters_that_a_token_is_multiplied_with(part, flop, ceiling):
+    found = speed.compare(tiny_bench(), part)
+    block = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # q and o, k and v, the MLP
+    head = 384 * 32
+    assert found.flop == flop * (2 * block + head) * sum(tiny_bench().tokens.lengths)
+    assert found.turns["ours"][0].loss == pytest.approx(math.log(384), abs=0.1)  # random weights
 
 
 GEMMA = {"model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8}
 GEMMA |= {"hidden_activation": "gelu_pytorch_tanh", "layer_types": ["full_attention"] * 2}
-LOOPS = [("scoring", {}), ("scoring", GEMMA), ("training", {})]
 
 
-@pytest.mark.parametrize(("kind", "family"), LOOPS)
-def test_the_other_loops_do_the_same_work(kind, family):
+@pytest.mark.parametrize(("part", "family"), [("score", {}), ("score", GEMMA), ("train", {})])
+def test_the_plain_loop_does_the_same_work(part, family, ceiling):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    arms = small(getattr(speed, kind), **family)["arms"]
-    assert list(arms) == ["ours", "published", "sorted"] and arms["sorted"]["to_sorted"] == 1
-    assert arms["sorted"]["loss"] == pytest.approx(arms["ours"]["loss"], rel=1e-5)
-    # The published training averages the means of rows.
-    tolerance = 1e-5 if kind == "scoring" else 0.05
-    assert arms["published"]["loss"] == pytest.approx(arms["ours"]["loss"], rel=tolerance)
+    turns = speed.compare(tiny_bench(**family), part).turns
+    assert turns["plain"][0].loss == pytest.approx(turns["ours"][0].loss, rel=1e-5)
 
 
-def test_the_benchmark_prints_and_writes_its_tables(tmp_path, capsys):
-    bench.main(f"{SMALL} --threads 1 --out {tmp_path}".split(), competing=5000)
-    text, found = (tmp_path / "bench.md").read_text(), read_json(tmp_path / "bench.json")
-    assert text in capsys.readouterr().out and "\n| ours " in text
-    assert f"The mask of {found['selection'][0]['competing']:,} ranked tokens" in text
-    assert (found["score"][0]["kind"], found["train"][0]["kind"]) == ("scoring", "training")
-    assert (found["rows"], found["model"], found["torch"]) == (4, "tiny", version("torch"))
+def test_arms_take_turns_and_one_that_runs_out_of_memory_ends():
+    calls = []
+
+    def small() -> float:
+        calls.append("small")
+        return 2.0
+
+    def large() -> float:
+        calls.append("large")
+        raise torch.OutOfMemoryError("no room")
+
+    turns = speed.take_turns({"small": small, "large": large, "other": small}, CPU, repeats=1)
+    assert calls == ["small", "large", "small", "small", "small"]
+    assert [turn.loss for turn in turns["other"]] == [2.0, 2.0]
+    assert turns["large"] == []
 
 
-def test_a_part_may_be_measured_alone(tmp_path, monkeypatch):
-    ceiling = {"dtype": "float32", "sustained": 1e11, "burst": 2e11}
-    monkeypatch.setattr(speed, "ceiling", lambda *_: ceiling)
-    line = f"toss.audit.bench {SMALL} --lengths lognormal --out {tmp_path} --part"
-    for part, arms in (("sdp", ["ours", "cuDNN"]), ("compile", ["eager", "ours", "padded"])):
-        assert call(f"{line} {part}") == 0
-        found = read_json(tmp_path / "bench.json")
-        assert [one["kind"] for one in found[part]] == ["scoring", "training"]
-        assert list(found[part][0]["arms"]) == arms and not found["selection"]
-    assert call(f"{line} ceiling") == 0
-    assert "Ceiling in float32" in (tmp_path / "bench.md").read_text()
+def test_the_ceiling_is_the_rate_of_the_best_product(monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(speed, "clock", lambda device: next(seconds))
+    assert speed.ceiling(CPU, torch.float32) == 2 * 2048**3  # one product in one second
+
+
+def test_a_line_of_the_table_is_by_the_median_of_all_turns_but_the_first():
+    ours = [speed.Turn(seconds, 2.5, loss=5.0) for seconds in (9, 1, 2, 4)]
+    plain = [speed.Turn(seconds, 2.5, loss=5.0) for seconds in (8, 3, 3, 5)]
+    turns = {"ours": ours, "plain": plain, "compiled": []}
+    found = speed.Comparison("Scoring", torch.float32, ceiling=4e9, flop=2e9, turns=turns)
+    lines = bench.table(found, tiny_bench()).splitlines()
+    rate = f"{sum(tiny_bench().tokens.lengths) / 2:.0f}"
+    assert lines[0] == "### Scoring, float32, ceiling 4 GFLOP/CPU s"
+    cells = [line.replace("|", " ").split() for line in lines[4:7]]
+    assert cells[0] == [
+        "ours",
+        rate,
+        "25%",
+        "1.00",
+        "2.00",
+        "[1.00,",
+        "4.00]",
+        "9.00",
+        "2.50",
+        "5.0000",
+    ]
+    assert cells[1][2:6] == ["17%", "1.50", "3.00", "[3.00,"]
+    assert " ".join(cells[2][:4]) == "compiled out of memory"
+
+
+SMALL = "--model tiny --rows 4 --tokens 20 --repeats 1 --device cpu --threads 1"
+
+
+def test_the_benchmark_prints_its_tables_and_writes_where_they_are_from(tmp_path, capsys, ceiling):
+    out = said(capsys, f"toss.audit.bench {SMALL} --out {tmp_path}/bench")
+    text = (tmp_path / "bench.md").read_text()
+    assert f"`python -m toss.audit.bench {SMALL}" in text
+    assert ", commit " in text and " minutes\n" in text
+    for words in (f"torch {version('torch')}", "tiny, rows: 4", "### Training", "\n| ours "):
+        assert words in out and words in text
+    assert speed.LIBRARIES or "transformers or peft is not installed" in text
+
+
+def test_a_part_may_be_measured_alone(tmp_path, ceiling):
+    line = f"toss.audit.bench {SMALL} --lengths lognormal --part train --out {tmp_path}/train"
+    assert call(line) == 0
+    text = (tmp_path / "train.md").read_text()
+    assert "lengths: lognormal" in text
+    assert "### Training" in text and "### Scoring" not in text
 
 
 def test_the_readme_states_the_cost_of_the_method_at_the_papers_sizes():
+    """By tokens and passes: references of a tenth of the rows, two epochs, Pro with k = 6 %."""
     text = (ROOT / "toss/audit/README.md").read_text()
-    sft, references, scores = 2 * 4, 2 * 2 * 4 / 10, 2 * 2
-    toss, pro = sft + references + scores, 2 * 4 * (0.1 + 0.06) + 2
-    for part, number in [(toss, "1.70"), (toss + pro, "2.11")]:
-        assert f"{part / sft:.2f}" == number and number in text
+    fine_tuning = 2 * 4
+    toss = fine_tuning + 2 * fine_tuning * 0.1 + 2 * 2
+    pro = toss + fine_tuning * (0.1 + 0.06) + 2
+    assert f"{toss / fine_tuning:.2f}" == "1.70" and "1.70" in text
+    assert f"{pro / fine_tuning:.2f}" == "2.11" and "2.11" in text
 
 
-def test_noise_of_float32_is_zero_and_of_half_precision_is_not(trained, capsys):
-    found = {dtype: noise.noise(open_run(trained), dtype=dtype) for dtype in ("auto", "bfloat16")}
-    assert found["auto"]["dtype"] == "float32" and found["auto"]["rows"] == 10
-    assert found["auto"]["noise"] < 1e-5 and found["auto"]["same"] == 1
-    assert 1e-4 < found["bfloat16"]["noise"] < found["bfloat16"]["deviation"]
+def test_selecting_takes_little_memory_beside_the_scores():
+    scores = torch.rand(2_000_000)
+    cost = Cost(CPU)
+    before = cost.read()["peak_memory_gib"]
+    select_tokens(scores, 0.1)
+    assert cost.read()["peak_memory_gib"] - before < 0.3
+
+
+def test_noise_of_float32_is_zero_and_of_half_precision_is_not(trained):
+    own = noise(open_run(trained))
+    assert (own["dtype"], own["rows"], own["same"]) == ("float32", 10, 1.0)
+    assert own["noise"] < 1e-5
+    half = noise(open_run(trained), dtype="bfloat16")
+    assert 1e-4 < half["noise"] < half["deviation"]
+
+
+def test_the_noise_command_says_what_it_measured(trained, capsys):
     flags = "--rows 3 --discard 0.2 --dtype float16 --threads 1"
     out = said(capsys, f"toss.audit.noise --run {trained} {flags}")
     for words in ("under float16", "on 3 rows", "at d = 0.2 are also discarded"):
