@@ -1,7 +1,6 @@
-"""What a GPU does differently, as far as it shows without one: compiled kernels, no waiting."""
+"""What a GPU does differently works, as far as it shows without one: kernels, waiting, memory."""
 
 import os
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,13 +8,13 @@ import torch
 from conftest import fails
 from helpers import micro_batch, random_adapter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.func import functional_call
 
 from model import fused, load_checkpoint, transformer
 from model.io import out_of_memory
 from model.lora import active, use
 from model.packed import Rows
-from toss.audit.speed import random_rows
+from toss.audit.bench import shape_config
+from toss.audit.speed import random_model, random_rows
 from toss.loss import token_log_probs
 from toss.scoring import score
 from toss.tokens import collate
@@ -24,74 +23,90 @@ from toss.workbench.base import find_device
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "no such compiler"])
-def test_a_few_graphs_serve_fifty_shapes_and_give_the_same(backend, base, monkeypatch, capsys):
-    model, rows = load_checkpoint(base), random_rows(90, 60, 384)
-    groups = [[i] for i in {n: i for i, n in enumerate(rows.lengths)}.values()]
-    assert len(groups) >= 50
+def losses_and_gradients(model, rows) -> torch.Tensor:
+    """All losses one row at a time, and the sum of the gradients of every fourth row."""
+    parts = [score(use(model, None), rows, 1)]
+    for row in range(0, rows.rows, 4):
+        parts.append(micro_batch(model, rows, [row]))
+    parts += [tensor.grad.flatten() for tensor in active(model).tensors()]
+    return torch.cat(parts)
 
-    def losses():  # and the gradient after some micro-batches
-        found = [score(use(model, None), rows, 1)]
-        found += [micro_batch(model, rows, group) for group in groups[::4]]
-        return torch.cat([*found, *(t.grad.flatten() for t in active(model).tensors())])
 
-    expected = losses()
+def compiled(model, rows, backend: str, monkeypatch) -> tuple[torch.Tensor, dict]:
+    """The same with kernels compiled on the CPU, and what the compiler has counted."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     fused.works.cache_clear()
-    for name, value in {"DEVICES": {"cpu"}, "SMALLEST": 0, "BACKEND": backend}.items():
-        monkeypatch.setattr(fused, name, value)
+    monkeypatch.setattr(fused, "DEVICES", {"cpu"})
+    monkeypatch.setattr(fused, "SMALLEST", 0)
+    monkeypatch.setattr(fused, "BACKEND", backend)
     model.gradient_checkpointing = True
-    torch.testing.assert_close(losses(), expected, rtol=1e-3, atol=1e-4)
-    graphs, compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"], backend[:3] == "aot"
-    assert 3 <= graphs <= 16 if compiled else graphs == 0, graphs
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert capsys.readouterr().out.count("note: kernels are not compiled") == (not compiled)
+    result = losses_and_gradients(model, rows)
     fused.works.cache_clear()
+    return result, torch._dynamo.utils.counters
+
+
+def test_a_few_graphs_serve_fifty_shapes_and_give_the_same(model, monkeypatch):
+    rows = random_rows(50, 60, vocabulary=384)
+    assert len(set(rows.lengths)) == 50
+    expected = losses_and_gradients(model, rows)
+    result, counters = compiled(model, rows, "aot_eager", monkeypatch)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+    assert 3 <= counters["stats"]["unique_graphs"] <= 16
+    assert not counters["graph_break"]
+
+
+def test_without_a_compiler_a_note_says_so_and_losses_are_the_same(model, monkeypatch, capsys):
+    rows = random_rows(3, 60, vocabulary=384)
+    expected = losses_and_gradients(model, rows)
+    result, counters = compiled(model, rows, "no such compiler", monkeypatch)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert capsys.readouterr().out.count("note: kernels are not compiled") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_micro_batch_reads_nothing_back_from_the_device(dtype, base, monkeypatch):
     """Seen on tensors without data, in CUDA's branches; the rows' arithmetic is the CPU's."""
-    model, tokens = load_checkpoint(base, dtype=dtype), random_rows(6, 40, 384)
+    model = load_checkpoint(base, dtype=dtype)
+    tokens = random_rows(6, 40, vocabulary=384)
     batch = collate(tokens, [0, 3, 5], tokens.response, CPU)
-    rows, adapter = Rows(batch.ids, None, batch.bounds), random_adapter(model)
-    monkeypatch.setattr(transformer, "Rows", lambda *_: rows)
+    rows = Rows(batch.ids, None, batch.bounds)
+    parameters = active(use(model, random_adapter(model))).tensors()
+    monkeypatch.setattr(transformer, "Rows", lambda *arguments: rows)
     monkeypatch.setattr(FakeTensor, "is_cuda", True)
-    mode = FakeTensorMode()
 
-    def fake(tensors):
-        return {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-
-    with mode:
-        adapter = replace(adapter, A=fake(adapter.A), B=fake(adapter.B))
-        vars(rows).update(fake({"positions": rows.positions, "slots": rows.slots}))
-        sent = fake({name: getattr(batch, name) for name in ("ids", "before", "targets")})
-        parameters = [p.requires_grad_() for p in active(use(model, adapter)).tensors()]
-        run = torch.nn.Module()
-        run.model, run.forward = model, lambda: token_log_probs(model, replace(batch, **sent))
-        weights = fake({f"model.{name}": weight for name, weight in model.named_parameters()})
-        log_p = functional_call(run, weights, tie_weights=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for name in ("positions", "slots"):
+            setattr(rows, name, mode.from_tensor(getattr(rows, name)))
+        for name in ("ids", "before", "targets"):
+            setattr(batch, name, mode.from_tensor(getattr(batch, name)))
+        for parameter in parameters:
+            parameter.requires_grad_()
+        log_p = token_log_probs(model, batch)
         log_p.sum().backward()
-        assert log_p.shape == batch.targets.shape and all(p.grad is not None for p in parameters)
+        assert log_p.shape == batch.targets.shape
+        assert all(parameter.grad is not None for parameter in parameters)
         with pytest.raises(DataDependentOutputException):
             float(log_p.detach().sum())
 
 
-def test_cuda_is_set_up_before_anything_is_allocated_there(monkeypatch):
-    seen, name = [], "PYTORCH_CUDA_ALLOC_CONF"
+@pytest.mark.parametrize("given", ["", "backend:native"])
+def test_the_allocator_is_set_before_anything_is_allocated(given, monkeypatch):
+    calls = []
 
     def note(what, *arguments, **options):
-        seen.append((what, os.environ.get(name)))
+        calls.append((what, os.environ["PYTORCH_CUDA_ALLOC_CONF"]))
 
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    if not given:
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setattr(torch.cuda, "init", partial(note, "init"))
-    monkeypatch.setattr(torch.cuda, "set_device", partial(note, "set"))
+    monkeypatch.setattr(torch.cuda, "set_device", partial(note, "set_device"))
     monkeypatch.setattr(torch, "empty", partial(note, "empty"))
-    for mine, used in (("", "expandable_segments:True"), ("backend:native", "backend:native")):
-        monkeypatch.setenv(name, mine) if mine else monkeypatch.delenv(name, raising=False)
-        seen.clear()
-        assert find_device("cuda") == torch.device("cuda:0")
-        assert seen == [(what, used) for what in ("init", "set", "empty")]
+    assert find_device("cuda") == torch.device("cuda:0")
+    used = given or "expandable_segments:True"
+    assert calls == [("init", used), ("set_device", used), ("empty", used)]
 
 
 def test_no_model_on_a_gpu_has_cudnns_attention(base, monkeypatch):
@@ -99,12 +114,22 @@ def test_no_model_on_a_gpu_has_cudnns_attention(base, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
     fails("device cuda cannot be used", load_checkpoint, base, "cuda")  # there is none
     assert allowed == [False]
+    with pytest.raises((AssertionError, RuntimeError)):
+        random_model(shape_config("tiny"), torch.device("cuda"), torch.float16)
+    assert allowed == [False, False]
+
+
+MEMORY = [
+    torch.OutOfMemoryError("no room"),
+    MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+]
+OTHERS = [RuntimeError("an illegal memory access"), ValueError("CUDA error: out of memory")]
 
 
 def test_memory_errors_of_the_libraries_are_known_by_their_text():
-    blas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"
-    dnn = "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
-    texts = blas, dnn, "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory"
-    memory = torch.OutOfMemoryError("no room"), MemoryError(), *map(RuntimeError, texts)
-    others = RuntimeError("CUDA error: an illegal memory access"), ValueError(texts[0])
-    assert all(map(out_of_memory, memory)) and not any(map(out_of_memory, others))
+    assert [out_of_memory(error) for error in MEMORY] == [True] * 6
+    assert [out_of_memory(error) for error in OTHERS] == [False] * 2
