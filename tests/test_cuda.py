@@ -213,6 +213,7 @@ def test_the_cost_of_attention_kernels_and_of_compiling(part, gpu):
     arms = {"ours": ours, "cuDNN": partial(with_cudnn, ours), "eager": partial(eager, ours)}
 
     print(f"ceiling, {kind.dtype}: {speed.ceiling(gpu, kind.dtype) / 1e12:.0f} TFLOP/s")
-    for name, turns in speed.take_turns(arms, gpu, bench.repeats).items():
-        print(f"{part}, {name}, seconds: {[round(turn.seconds, 2) for turn in turns]}")
-        assert turns[0].loss == pytest.approx(math.log(128256), abs=0.5)
+    turns = speed.take_turns(arms, gpu, bench.repeats)
+    for name, taken in turns.items():
+        print(f"{part}, {name}, seconds: {[round(turn.seconds, 2) for turn in taken]}")
+        assert taken[0].loss == pytest.approx(turns["ours"][0].loss, abs=0.05)
