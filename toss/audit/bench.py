@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     bench = bench_of(args, device)
-    command = f"python -m toss.audit.bench {shlex.join(argv or sys.argv[1:])}".strip()
+    words = sys.argv[1:] if argv is None else argv
+    command = f"python -m toss.audit.bench {shlex.join(words)}".strip()
     facts = [
         f"{Path(args.model).name}, rows: {bench.tokens.rows}, lengths: {args.lengths}",
         f"tokens: {len(bench.tokens.input_ids):,}, of responses: {bench.tokens.response.sum():,}",
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{texts[-1]}", flush=True)
         minutes = (time.perf_counter() - start) / 60
         first = f"`{command}`, commit {git_commit()}, {minutes:.1f} minutes"
-        with whole_file(args.out.with_suffix(".md")) as file:
+        with whole_file(f"{args.out}.md") as file:
             file.write_text("\n\n".join(["# Benchmark", first, *texts, NOTES, ""]))
     print(f"\n{NOTES}")
 
