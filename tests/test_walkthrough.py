@@ -192,7 +192,7 @@ def test_the_file_is_small_and_says_nothing_of_the_machine():
 def test_the_committed_table_says_what_the_text_says():
     (table,) = [printed(cell) for cell in CODE if "toss-pro, two rows   " in printed(cell)]
     forbidden = {}
-    for line in table.splitlines():
+    for line in table.splitlines()[1:]:
         name, *values = re.split(r"\s{2,}", line)
         forbidden[name] = float(values[0])
     assert list(forbidden) == ["base", "sft", "toss", "toss, two rows", "toss-pro, two rows"]
