@@ -1,7 +1,7 @@
 """Does it still refuse? A run's measures in a sentence, and what may not be concluded from them."""
 
 from toss.audit.command import Table, apart, safety
-from toss.audit.experiment import HEADS
+from toss.audit.tables import HEADS
 
 # Is a method safer than plain fine-tuning? Is it less safe than the base?
 FATES = {
