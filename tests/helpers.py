@@ -1,12 +1,13 @@
 """What the tests of the method share beyond conftest.py: commands in this process, adapters."""
 
+import json
 import shlex
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from conftest import edit_tensors, make_base, script
-from safetensors.torch import load_file
+from conftest import ROOT, edit_tensors, make_base, script
+from safetensors.torch import load_file, save_file
 
 from model.lora import Adapter, active, new_adapter, use
 from toss.loss import token_log_probs
@@ -94,3 +95,64 @@ def overflowing(folder: Path, layer: str) -> Path:
     file, key = make_base(folder) / "model.safetensors", f"model.layers.0.{layer}_proj.weight"
     edit_tensors(file, key, lambda w: (w * 1e7).clamp(-6e4, 6e4))
     return folder
+
+
+def cases(name: str) -> list[tuple[str, str]]:
+    """The lines "change -> what the error says" of a text file beside the tests."""
+    found = []
+    for line in (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines():
+        change, arrow, words = line.rpartition(" -> ")
+        if arrow:
+            found.append((change, words))
+    return found
+
+
+def spoil(folder: Path, case: dict) -> None:
+    """Change a file of a folder as a line of tests/broken_*.jsonl says.
+
+    "remove": true; "cut": the length that is left; "text": the new content; "fields": of its JSON;
+    "tensor": one of its tensors, which becomes ones of a shape, or "nan", "-inf", or of a dtype.
+    A field or a tensor that becomes "absent" is removed.
+    """
+    file = folder / case["file"]
+    if "remove" in case:
+        file.unlink()
+    elif "cut" in case:
+        file.write_bytes(file.read_bytes()[: case["cut"]])
+    elif "text" in case:
+        file.write_text(case["text"], encoding="utf-8")
+    elif "fields" in case:
+        set_fields(file, case["fields"])
+    else:
+        set_tensor(file, case["tensor"], case["becomes"])
+
+
+def set_fields(file: Path, fields: dict) -> None:
+    """Change fields of a JSON file; those that become "absent" are removed."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in fields.items():
+        content[name] = value
+        if value == "absent":
+            del content[name]
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def set_tensor(file: Path, name: str, becomes: str | list[int]) -> None:
+    """Change a tensor of a safetensors file; see spoil."""
+    tensors = load_file(file)
+    if becomes == "absent":
+        del tensors[name]
+    elif isinstance(becomes, list):
+        tensors[name] = torch.ones(becomes)
+    elif becomes in ("nan", "-inf", "inf"):
+        tensors[name].view(-1)[5] = float(becomes)
+    else:
+        tensors[name] = tensors[name].to(getattr(torch, becomes))
+    save_file(tensors, file, {"format": "pt"})
+
+
+def same_weights(one, two) -> bool:
+    """True if two models have the same parameters."""
+    ours = dict(one.named_parameters())
+    theirs = dict(two.named_parameters())
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
