@@ -1,0 +1,117 @@
+"""float32 products on the CPU are oneDNN's where that pays, only if they are exact, and put back.
+
+PyTorch has one setting for the whole process; see model/products.py.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_base, sources
+from helpers import random_adapter, said
+
+from model import load_checkpoint, products
+from model.lora import use
+from toss.config import TrainConfig
+from toss.scoring import score
+from toss.training import train
+
+CONFIG = TrainConfig(lr=1e-3, epochs=1, batch_size=4, rank=2, alpha=4)
+
+
+@pytest.fixture
+def wide(tmp_path, monkeypatch):
+    """A base that is large enough for oneDNN's products, which are taken to be exact."""
+    monkeypatch.setattr(products, "exact", lambda: True)
+    return make_base(tmp_path / "wide", hidden_size=products.SMALLEST)
+
+
+def fit(model, tokens, **options):
+    return train(model, tokens, tokens.response.float(), CONFIG, **options)
+
+
+@pytest.mark.parametrize("work", [score, fit])
+def test_products_are_onednns_in_train_and_score_alone(work, wide, model, tokens, monkeypatch):
+    before = products.chosen()
+    seen = set()
+
+    def kinds(one):
+        seen.clear()
+        one.model.norm.register_forward_hook(lambda *_: seen.add(products.chosen()))
+        work(one, tokens)
+        assert products.chosen() == before
+        return set(seen)
+
+    assert kinds(model) == {before}  # tiny
+    assert kinds(load_checkpoint(wide)) == {products.ONEDNN}
+    monkeypatch.setattr(products, "exact", lambda: False)
+    assert kinds(load_checkpoint(wide)) == {before}
+
+
+def test_an_error_puts_the_products_back(wide, tokens):
+    before = products.chosen()
+    with pytest.raises(ZeroDivisionError):
+        fit(load_checkpoint(wide), tokens, objective=lambda *_: 1 / 0)
+    assert products.chosen() == before
+
+
+@pytest.mark.skipif(not products.exact(), reason="this CPU's oneDNN rounds to bfloat16")
+def test_onednn_changes_results_by_rounding_and_equally_each_time(wide, tokens, monkeypatch):
+    model = load_checkpoint(wide)
+
+    def results(onednn, checkpointing=False):
+        monkeypatch.setattr(products, "exact", lambda: onednn)
+        model.gradient_checkpointing = checkpointing
+        adapter = fit(model, tokens, start=random_adapter(model))
+        trained = torch.cat([tensor.flatten() for tensor in adapter.tensors()])
+        return torch.cat((trained, score(use(model, adapter), tokens)))
+
+    default = results(False)
+    fast = results(True)
+    assert torch.allclose(fast, default, rtol=1e-3, atol=1e-4)
+    assert torch.equal(results(True), fast)
+    assert torch.allclose(results(True, checkpointing=True), fast, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [8, products.LONG])
+def test_attention_between_short_rows_takes_the_default_forward_and_backward(
+    length, masked, monkeypatch
+):
+    q = torch.randn(1, 2, length, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    age = torch.arange(length)[:, None] - torch.arange(length)
+    window = {"attn_mask": (age >= 0) & (age < 5)} if masked else {"is_causal": True}
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, q, q, **window).sum(), q)[0]
+    chosen = []
+    choose = products.choose
+
+    def note_and_choose(kind):
+        chosen.append(kind)
+        choose(kind)
+
+    with products.products(products.ONEDNN):
+        monkeypatch.setattr(products, "choose", note_and_choose)
+        gradient = torch.autograd.grad(products.attention(q, q, q, **window).sum(), q)[0]
+        assert products.chosen() == products.ONEDNN
+    if length == 8:
+        assert chosen[:4] == [products.DEFAULT, products.ONEDNN] * 2
+    else:
+        assert products.DEFAULT not in chosen[:-1]
+    bound = 1e-5 if length == 8 or products.exact() else 0.02
+    assert (gradient - expected).norm() < bound * expected.norm()
+
+
+def test_onednn_is_refused_where_it_rounds_to_bfloat16(monkeypatch):
+    product = torch.Tensor.__matmul__
+
+    def rounded(x, y):
+        if products.chosen() == products.ONEDNN and x.dtype == torch.float32:
+            return product(x.bfloat16(), y.bfloat16()).float()
+        return product(x, y)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not products.exact.__wrapped__()  # past the cache
+
+
+def test_a_script_says_once_that_products_are_onednns(wide, tmp_path, files, capsys):
+    line = f"train.py {sources(files, wide)} --run {tmp_path / 'run'}"
+    assert said(capsys, line).count("oneDNN") == 1
