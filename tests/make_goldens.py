@@ -35,8 +35,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from model.io import read_json
 
-BASES = {f"all-linear-{name}": name for name in ("qwen2", "qwen3", "smollm3", "gemma3")}
-BASES |= {"head": "plain", "all-linear-mistral": "mistral-window"}
+BASES = {
+    "head": "plain",
+    "all-linear-mistral": "mistral-window",
+    "all-linear-qwen2": "qwen2",
+    "all-linear-qwen3": "qwen3",
+    "all-linear-smollm3": "smollm3",
+    "all-linear-gemma3": "gemma3",
+}
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -49,82 +55,123 @@ def losses_of(logits, ids):
     return losses
 
 
-def greedy(model, prompt: list[int], eos: int | None, new_tokens: int = 12) -> list[int]:
-    """transformers' own greedy answer, without the EOS."""
-    limits = dict(do_sample=False, max_new_tokens=new_tokens, eos_token_id=eos, pad_token_id=0)
-    ids, mask = torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long)
-    out = model.generate(ids, attention_mask=mask, **limits)[0]
-    best = model(out[None]).logits[0, len(prompt) - 1 : -1].topk(2).values
-    assert (best[:, 0] - best[:, 1]).min() > 2e-3, "two best logits are too close to be portable"
-    new = out[len(prompt) :].tolist()
-    return new[: new.index(eos)] if eos in new else new
+# Models
 
 
-def randomise(model, seed: int) -> None:
-    """Wide, so that no distribution is flat; norms and biases too, so that none can be left out."""
-    rng = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        # The last norm stays near 1 where, as in Gemma, 1 is added to it: it scales the logits.
-        middle = p if name == "model.norm.weight" else "norm" in name
-        p.copy_(0.3 * torch.randn(p.shape, generator=rng) + middle)
+def read_model(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def write_model(folder: Path) -> None:
     """Rows of 24 tokens, and answers that reach position 24: both cross every window."""
-    if drawn := not (folder / "model.safetensors").exists():
-        settings = AutoConfig.for_model(**read_json(folder / "config.json"))
-        model = AutoModelForCausalLM.from_config(settings)
-        randomise(model, seed=len(folder.name))
-        model.save_pretrained(folder)
-        (folder / "generation_config.json").unlink(missing_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    eos, file = model.config.eos_token_id, folder / "golden.safetensors"
+    file = folder / "golden.safetensors"
+    is_new = not (folder / "model.safetensors").exists()
+    if is_new:
+        draw_weights(folder)
+    model = read_model(folder)
+    eos = model.config.eos_token_id
     model.generation_config.eos_token_id = None
+
     if file.exists():
         old = load_file(file)
-        ids, rows = old["input_ids"], zip(old["prompts"].tolist(), old["lengths"].tolist())
+        ids = old["input_ids"]
+        rows = zip(old["prompts"].tolist(), old["lengths"].tolist())
         prompts = [row[:length] for row, length in rows]
     else:
-        ids, lengths = torch.randint(model.config.vocab_size, (2, 24)), (1, 3, 3, 7, 12)
-        prompts = [torch.randint(3, model.config.vocab_size, (n,)).tolist() for n in lengths]
-    if drawn:
-        endless = [greedy(model, prompt, None) for prompt in prompts]
+        size = model.config.vocab_size
+        ids = torch.randint(size, (2, 24))
+        prompts = [torch.randint(3, size, (length,)).tolist() for length in (1, 3, 3, 7, 12)]
+    if is_new:
+        eos = likely_eos([greedy(model, prompt, None) for prompt in prompts])
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", {**config, "eos_token_id": eos})
 
-        def ended(id):
-            return sum(id in row for row in endless)
+    logits = model(ids).logits
+    golden = {"input_ids": ids, "logits": logits, "losses": losses_of(logits, ids)}
+    answers = [greedy(model, prompt, eos) for prompt in prompts]
+    golden["prompts"], golden["lengths"] = padded(prompts)
+    golden["new_ids"], golden["new_lengths"] = padded(answers)
+    save_file(golden, file, metadata={"eos_id": str(eos)})
 
-        eos = max((id for row in endless for id in row if ended(id) < len(endless)), key=ended)
-        config = folder / "config.json"
-        write_json(config, read_json(config) | {"eos_token_id": eos})
-    logits, new = model(ids).logits, [greedy(model, prompt, eos) for prompt in prompts]
-    tensors = {"input_ids": ids, "logits": logits, "losses": losses_of(logits, ids)}
-    for name, count, rows in (("prompts", "lengths", prompts), ("new_ids", "new_lengths", new)):
-        longest = max(map(len, rows))
-        tensors[name] = torch.tensor([row + [-1] * (longest - len(row)) for row in rows])
-        tensors[count] = torch.tensor([len(row) for row in rows])
-    save_file(tensors, file, metadata={"eos_id": str(eos)})
-    if (old := folder / "config-old-spelling.json").exists():
-        again = AutoModelForCausalLM.from_config(AutoConfig.for_model(**read_json(old))).eval()
+    old_spelling = folder / "config-old-spelling.json"
+    if old_spelling.exists():
+        settings = AutoConfig.for_model(**read_json(old_spelling))
+        again = AutoModelForCausalLM.from_config(settings).eval()
         again.load_state_dict(model.state_dict())
         assert torch.equal(again(ids).logits, logits)
 
 
+def draw_weights(folder: Path) -> None:
+    """Wide, so that no distribution is flat; norms and biases too, so that none can be left out."""
+    settings = AutoConfig.for_model(**read_json(folder / "config.json"))
+    model = AutoModelForCausalLM.from_config(settings)
+    generator = torch.Generator().manual_seed(len(folder.name))
+    for name, parameter in model.named_parameters():
+        middle = int("norm" in name)
+        if name == "model.norm.weight":
+            # It scales the logits, so it stays near 1 where, as in Gemma, 1 is added to it.
+            middle = parameter
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + middle)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def greedy(model, prompt: list[int], eos: int | None, new_tokens: int = 12) -> list[int]:
+    """transformers' own greedy answer, without the EOS."""
+    ids = torch.tensor([prompt])
+    whole = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )[0]
+    best = model(whole[None]).logits[0, len(prompt) - 1 : -1].topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 2e-3, "two best logits are too close to be portable"
+    answer = whole[len(prompt) :].tolist()
+    if eos in answer:
+        answer = answer[: answer.index(eos)]
+    return answer
+
+
+def likely_eos(answers: list[list[int]]) -> int:
+    """The id that is in most of the answers, but not in all."""
+    counts: dict[int, int] = {}
+    for answer in answers:
+        for id in dict.fromkeys(answer):
+            counts[id] = counts.get(id, 0) + 1
+    return max((id for id in counts if counts[id] < len(answers)), key=counts.get)
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as one tensor, filled up with -1, and their lengths."""
+    longest = max(map(len, rows))
+    filled = [row + [-1] * (longest - len(row)) for row in rows]
+    return torch.tensor(filled), torch.tensor([len(row) for row in rows])
+
+
+# Adapters
+
+
 def write_adapter(folder: Path) -> None:
+    file = folder / "golden.safetensors"
+    weights = folder / "adapter_model.safetensors"
     base = BASES.get(folder.name, "gqa-tied")
-    model = AutoModelForCausalLM.from_pretrained(GOLDENS / base, dtype=torch.float32)
+    model = read_model(GOLDENS / base)
     model.config._name_or_path = model.name_or_path = ""  # no path of this machine in the file
     model = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder)).eval()
-    if (weights := folder / "adapter_model.safetensors").exists():
+    if weights.exists():
         lora = {name: tensor for name, tensor in load_file(weights).items() if "lora_" in name}
         peft.set_peft_model_state_dict(model, lora)  # without PEFT's copies of a tied head
     else:
-        for seed, (name, p) in enumerate(model.named_parameters()):
+        for seed, (name, parameter) in enumerate(model.named_parameters()):
             if "lora_" in name:
-                p.normal_(std=0.2, generator=torch.Generator().manual_seed(seed))
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(seed))
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
-    file, ids = folder / "golden.safetensors", torch.randint(80, (2, 24))
-    ids = load_file(file)["input_ids"] if file.exists() else ids
+
+    ids = load_file(file)["input_ids"] if file.exists() else torch.randint(80, (2, 24))
     logits = model(ids).logits
     golden = {"input_ids": ids, "logits": logits, "losses": losses_of(logits, ids)}
     targets = model.peft_config["default"].target_modules
@@ -134,14 +181,20 @@ def write_adapter(folder: Path) -> None:
     save_file(golden, file, metadata={"base": base})
 
 
+# Tokenizers and templates
+
+
 def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    settings = {"add_generation_prompt": True, "return_dict": False}
-    return tokenizer.apply_chat_template(messages, tokenize=True, **settings)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
 
 
 def write_tokenizer(folder: Path) -> None:
-    golden, tokenizer = read_json(folder / "golden.json"), AutoTokenizer.from_pretrained(folder)
-    golden |= {"eos_id": tokenizer.eos_token_id, "bos_id": tokenizer.bos_token_id}
+    golden = read_json(folder / "golden.json")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    golden["eos_id"] = tokenizer.eos_token_id
+    golden["bos_id"] = tokenizer.bos_token_id
     for case in golden["encode"]:
         case["ids"] = tokenizer.encode(case["text"], add_special_tokens=False)
     for case in golden["human"]:
@@ -157,32 +210,42 @@ def write_templates(folder: Path) -> None:
     """Prompts of each family's template with each tokenizer; of a long one the ids' sha256."""
     golden = read_json(folder / "golden.json")
     for case in golden["prompts"]:
-        template = (folder / f"{case['family']}.jinja").read_text()
-        named = golden["special"][case["family"]] | {"chat_template": template}
-        file = str(folder / f"{case['tokenizer']}.json")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, **named)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / f"{case['tokenizer']}.json"),
+            chat_template=(folder / f"{case['family']}.jinja").read_text(),
+            **golden["special"][case["family"]],
+        )
         messages = [dict(message) for message in golden["messages"][case["case"]]]
         for message in messages:
             message["content"] *= message.pop("times", 1)
         case["ids"] = prompt_ids(tokenizer, messages)
         if len(case["ids"]) >= 1000:
             case["ids"] = hashlib.sha256(json.dumps(case["ids"]).encode()).hexdigest()
-    lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in golden["prompts"])
-    special, messages = json.dumps(golden["special"]), json.dumps(golden["messages"], indent=1)
-    text = f'"special": {special},\n"messages": {messages},\n"prompts": [\n{lines}\n]'
+
+    # A line per prompt.
+    special = json.dumps(golden["special"])
+    messages = json.dumps(golden["messages"], indent=1)
+    prompts = ",\n".join(json.dumps(case, separators=(",", ":")) for case in golden["prompts"])
+    text = f'"special": {special},\n"messages": {messages},\n"prompts": [\n{prompts}\n]'
     (folder / "golden.json").write_text(f"{{{text}}}\n")
 
 
+# A real checkpoint
+
+
 def write_real(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    golden, tokenizer = read_json(GOLDENS / "real.json"), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.encode(golden["text"], add_special_tokens=False)
-    prompt, eos = prompt_ids(tokenizer, golden["messages"]), tokenizer.eos_token_id
-    losses = losses_of(model(torch.tensor([ids])).logits, torch.tensor([ids]))[0]
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    golden |= {"sha256": weights, "text_ids": ids, "eos_id": eos, "prompt_ids": prompt}
-    golden |= {"losses": [round(x, 6) for x in losses.tolist()]}
-    golden["new_ids"] = greedy(model, prompt, eos, new_tokens=16)
+    golden = read_json(GOLDENS / "real.json")
+    model = read_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    golden["sha256"] = hashlib.sha256(weights).hexdigest()
+    golden["eos_id"] = tokenizer.eos_token_id
+    golden["text_ids"] = tokenizer.encode(golden["text"], add_special_tokens=False)
+    golden["prompt_ids"] = prompt_ids(tokenizer, golden["messages"])
+    ids = torch.tensor([golden["text_ids"]])
+    losses = losses_of(model(ids).logits, ids)[0]
+    golden["losses"] = [round(loss, 6) for loss in losses.tolist()]
+    golden["new_ids"] = greedy(model, golden["prompt_ids"], golden["eos_id"], new_tokens=16)
     write_json(GOLDENS / "real.json", golden)
 
 
@@ -190,9 +253,13 @@ def write_real(folder: Path) -> None:
 def main() -> None:
     torch.manual_seed(0)
     for folder in map(Path, sys.argv[1:]):
-        (write_model if folder.resolve().parent == GOLDENS else write_real)(folder)
+        if folder.resolve().parent == GOLDENS:
+            write_model(folder)
+        else:
+            write_real(folder)
     if sys.argv[1:]:
         return
+
     for file in sorted(GOLDENS.glob("*/config.json")):
         if file.parent.name != "gqa-tied-shards":  # gqa-tied, saved with max_shard_size="30KB"
             write_model(file.parent)
@@ -201,9 +268,11 @@ def main() -> None:
     for folder in GOLDENS.glob("tokenizer-*"):
         write_tokenizer(folder)
     write_templates(GOLDENS / "templates")
-    libraries = (torch, transformers, peft, tokenizers)
-    versions = {library.__name__: library.__version__ for library in libraries}
-    write_json(GOLDENS / "versions.json", versions | {"python": platform.python_version()})
+    versions = {}
+    for library in (torch, transformers, peft, tokenizers):
+        versions[library.__name__] = library.__version__
+    versions["python"] = platform.python_version()
+    write_json(GOLDENS / "versions.json", versions)
 
 
 if __name__ == "__main__":
