@@ -1,7 +1,7 @@
 """LoRA adapters and PEFT's files: equal numbers in both, both ways, and nothing half understood.
 
 What is refused stands in broken_adapters.jsonl (a file changed) and adapters_refused.txt (an
-adapter_config.json changed), a line each.
+adapter_config.json changed), which of three layers settings pick in layers_picked.jsonl.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ BASE = GOLDENS / "gqa-tied"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 IDS = torch.arange(20).view(2, 10) * 3 + 1
+Q0 = "model.layers.0.self_attn.q_proj"
+V11 = "model.layers.11.self_attn.v_proj"
 
 
 @pytest.fixture
@@ -169,17 +171,6 @@ def test_pefts_adapter_computes_the_same_here_and_is_written_as_peft_wrote_it(na
     assert apart(logits_of(use(model, adapter), expected["input_ids"]), adapted) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["qv", "all"])
-def test_the_settings_of_a_plain_adapter_are_written_as_peft_writes_them(name, model, tmp_path):
-    theirs = GOLDENS / "adapters" / name
-    write_adapter(read_adapter(model, theirs), model, tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    peft_config = json.loads((theirs / CONFIG).read_text())
-    for key in """peft_type task_type bias use_dora modules_to_save fan_in_fan_out inference_mode r
-        lora_alpha target_modules use_rslora rank_pattern alpha_pattern""".split():
-        assert config[key] == peft_config[key], key
-
-
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_merged_adapter_computes_what_peft_merged_and_is_saved_as_a_checkpoint(name, tmp_path):
     base = base_of(name)
@@ -211,49 +202,31 @@ def test_our_adapter_survives_the_round_trip_exactly(model, rank, alpha, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_file_with_copies_of_the_base_is_read_in_float32(dtype, model, folder):
+def test_a_half_precision_file_is_read_in_float32(dtype, model, folder):
     tensors = load_file(folder / WEIGHTS)
-    for name in ("lm_head", "model.embed_tokens"):  # PEFT may add them, rounded like the rest
-        tensors[f"base_model.model.{name}.weight"] = model.lm_head.weight.detach().clone()
-    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS)
+    save_file({key: tensor.to(dtype) for key, tensor in tensors.items()}, folder / WEIGHTS)
     edit_json(folder / CONFIG, alpha_pattern={r"layers\.1\..*v_proj": 3})
     adapter = read_adapter(model, folder)
     assert {tensor.dtype for tensor in adapter.tensors()} == {torch.float32}
     assert sorted(adapter.scale.values()) == [0.75, 2, 2, 2]
+
+
+@pytest.mark.parametrize("copy", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_the_base_that_peft_may_add_are_known_in_any_dtype(copy, dtype, folder):
+    tensors = load_file(folder / WEIGHTS)
+    embedding = load_file(BASE / "model.safetensors")["model.embed_tokens.weight"].to(copy)
+    tensors["base_model.model.model.embed_tokens.weight"] = embedding
+    tensors["base_model.model.lm_head.weight"] = embedding.clone()
+    save_file(tensors, folder / WEIGHTS)
+    assert read_adapter(load_checkpoint(BASE, dtype=dtype), folder)
     assert read_adapter(skeleton(BASE), folder)  # to see whether it fits
 
 
-def test_a_float32_copy_of_the_embedding_is_the_base_of_a_half_precision_model_too(folder):
-    tensors = load_file(folder / WEIGHTS)
-    embedding = load_file(BASE / "model.safetensors")["model.embed_tokens.weight"]
-    tensors["base_model.model.model.embed_tokens.weight"] = embedding
-    save_file(tensors, folder / WEIGHTS)
-    assert read_adapter(load_checkpoint(BASE, dtype=torch.bfloat16), folder)
-
-
-Q0 = "model.layers.0.self_attn.q_proj"
-V11 = "model.layers.11.self_attn.v_proj"
-PICKED = [
-    ({"target_modules": ["proj"]}, []),
-    ({"target_modules": "all-linear"}, [Q0, V11]),
-    ({"target_modules": ".*"}, [Q0, V11, "lm_head"]),
-    ({"target_modules": "q_proj"}, []),  # an expression of the whole name
-    ({"target_modules": r".*\.1\..*"}, []),
-    ({"layers_to_transform": [1, 11]}, [V11, "lm_head"]),  # the name in full needs no number
-    ({"layers_to_transform": 0, "layers_pattern": ["h", "layers"]}, [Q0, "lm_head"]),
-    ({"layers_to_transform": [0, 11], "layers_pattern": "blocks"}, ["lm_head"]),
-    ({"layers_to_transform": []}, [Q0, V11, "lm_head"]),
-    ({"target_modules": ".*_proj", "layers_to_transform": [0]}, [Q0, V11]),
-    ({"target_modules": ".*", "exclude_modules": r".*\.0\..*"}, [V11, "lm_head"]),
-    ({"exclude_modules": ["layers.11.self_attn.v_proj"]}, [Q0, "lm_head"]),
-]
-
-
-@pytest.mark.parametrize(("settings", "expected"), PICKED)
-def test_layers_are_picked_by_pefts_rules(settings, expected):
-    config = {"target_modules": ["q_proj", "v_proj", "lm_head"], **settings}
-    assert [layer for layer in (Q0, V11, "lm_head") if is_target(config, layer)] == expected
+@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/layers_picked.jsonl"), ids=str)
+def test_layers_are_picked_by_pefts_rules(case):
+    config = {"target_modules": ["q_proj", "v_proj", "lm_head"], **case["settings"]}
+    assert [layer for layer in (Q0, V11, "lm_head") if is_target(config, layer)] == case["layers"]
 
 
 def test_a_pattern_fits_the_last_parts_of_a_name_as_a_whole():
@@ -269,29 +242,9 @@ def test_a_pattern_fits_the_last_parts_of_a_name_as_a_whole():
 @pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/broken_adapters.jsonl"), ids=str)
 def test_a_broken_adapter_is_refused_and_changes_nothing(model, folder, case):
     adapter = load_adapter(model, GOLDENS / "adapters/all")
-    logits = logits_of(model, IDS)
     spoil(folder, case)
     fails(case["error"], load_adapter, model, folder)
     assert equal(active(model), adapter)
-    assert torch.equal(logits_of(model, IDS), logits)
-
-
-@pytest.mark.parametrize("layer", ["lm_head", "model.layers.1.self_attn.q_proj"])
-def test_tensors_of_a_layer_that_is_no_target_and_a_target_without_are_refused(
-    layer, model, folder
-):
-    wanted = layer == "lm_head"
-    for part, shape in (("A", [4, 32]), ("B", [80, 4])):
-        key = f"base_model.model.{layer}.lora_{part}.weight"
-        set_tensor(folder / WEIGHTS, key, shape if wanted else "absent")
-    fails(layer, load_adapter, model, folder)
-
-
-def test_tensors_of_another_rank_are_refused(model, folder):
-    key = "base_model.model.model.layers.0.self_attn.v_proj.lora_"
-    set_tensor(folder / WEIGHTS, f"{key}A.weight", [2, 32])
-    set_tensor(folder / WEIGHTS, f"{key}B.weight", [16, 2])
-    fails("v_proj", load_adapter, model, folder)
 
 
 DEEP = json.dumps({"target_modules": "(" * 5000})

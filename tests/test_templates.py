@@ -12,6 +12,8 @@ import json
 import shutil
 import signal
 import time
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 from agreement import GOLDENS, REAL
@@ -247,63 +249,45 @@ def test_a_message_said_twice_must_be_in_the_prompt_twice(folder):
 # What is found in a checkpoint
 
 
-def theirs(folder):
-    """The text of transformers' own template; None where it finds none."""
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+def in_transformers(folder, expected):
+    """The text of transformers' own template, None where it finds none; else what is expected."""
+    if not find_spec("transformers"):
+        return expected
+    tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(folder)
     try:
         return tokenizer.apply_chat_template(talk("a"), tokenize=False)
     except ValueError:
         return None
 
 
-@pytest.fixture(params=read_jsonl(TEMPLATES / "places.jsonl"), ids=str)
-def place(request, folder):
-    """A line of places.jsonl, and a folder with its files."""
+@pytest.mark.parametrize("case", read_jsonl(TEMPLATES / "places.jsonl"), ids=str)
+def test_a_template_is_found_where_transformers_finds_it(case, folder):
     (folder / JINJA).unlink()
     (folder / "additional_chat_templates").mkdir()
-    for name, content in request.param["files"].items():
+    for name, content in case["files"].items():
         if name == CONFIG:
             set_fields(folder / name, content)
         else:
             (folder / name).write_text(content)
-    return request.param, folder
-
-
-def test_a_template_is_found(place):
-    case, folder = place
-    if case["template"] is None:
+    expected = case["template"]
+    if expected is None:
         fails("--template human", load_tokenizer, folder)
     else:
-        assert load_tokenizer(folder, "chat").template == case["template"]
+        assert load_tokenizer(folder, "chat").template == expected
+    assert in_transformers(folder, expected) == expected or "older" in case
 
 
-def test_a_template_is_found_where_transformers_finds_it(place):
-    case, folder = place
-    assert theirs(folder) == case["template"] or "older" in case
-
-
-@pytest.fixture(params=read_jsonl(TEMPLATES / "special_tokens.jsonl"), ids=str)
-def tokens_given(request, folder):
-    """What a template is given by a line of special_tokens.jsonl, and a folder with its files."""
-    set_fields(folder / CONFIG, request.param["config"])
-    if request.param["map"]:
-        (folder / "special_tokens_map.json").write_text(json.dumps(request.param["map"]))
-    names = ("bos_token", "pad_token", "image_token", "eos_token")
-    (folder / JINJA).write_text("-".join(f"{{{{ {name} }}}}" for name in names))
-    return request.param["bos-pad-image-eos"], folder
-
-
-def test_special_tokens_are_found(tokens_given):
-    expected, folder = tokens_given
-    tokenizer = load_tokenizer(folder)
+@pytest.mark.parametrize("case", read_jsonl(TEMPLATES / "special_tokens.jsonl"), ids=str)
+def test_special_tokens_are_found_where_transformers_finds_them(case, folder):
+    set_fields(folder / CONFIG, case["config"])
+    if case["map"]:
+        (folder / "special_tokens_map.json").write_text(json.dumps(case["map"]))
+    names = "{{ bos_token }}-{{ pad_token }}-{{ image_token }}-{{ eos_token }}"
+    tokenizer = with_template(folder, names)
+    expected = case["bos-pad-image-eos"]
     assert prompt_of(tokenizer, "a") == expected
+    assert in_transformers(folder, expected) == expected
     assert tokenizer.raw.id_to_token(tokenizer.eos_id) == "<|im_end|>"
-
-
-def test_special_tokens_are_found_where_transformers_finds_them(tokens_given):
-    expected, folder = tokens_given
-    assert theirs(folder) == expected
 
 
 @pytest.mark.parametrize("newer", [{}, {"added_tokens_decoder": {}}])
