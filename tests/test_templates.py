@@ -10,8 +10,6 @@ import datetime
 import hashlib
 import json
 import shutil
-import signal
-import time
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -20,8 +18,8 @@ from agreement import GOLDENS, REAL
 from conftest import ROOT, edit_json, fails, read_jsonl, sources
 from helpers import call, refused, set_fields, spoil, talk
 
-from model import InputError, load_tokenizer
-from model.io import read_json, time_limit
+from model import load_tokenizer
+from model.io import read_json
 from toss.rows import read_rows
 from toss.tokens import tokenise
 
@@ -347,18 +345,6 @@ def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, s
     messages = talk("a")
     fails("template", with_template(folder, source).prompt_ids, messages)
     assert messages == talk("a")
-
-
-def test_a_time_limit_ends_what_takes_too_long_and_leaves_the_alarm_as_it_was():
-    handler = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(InputError, match="counting takes more than 0.1 seconds"):
-        with time_limit("counting", seconds=0.1):
-            while True:
-                pass
-    with time_limit("nothing", seconds=0.1):
-        pass
-    time.sleep(0.2)  # an alarm that was still set would end the process
-    assert signal.getsignal(signal.SIGALRM) == handler
 
 
 # What is refused
