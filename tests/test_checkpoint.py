@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from agreement import GOLDENS, MODELS
 from conftest import ROOT, fails, make_base, read_jsonl
 from helpers import cases, same_weights, set_fields, set_tensor, spoil
@@ -22,6 +23,7 @@ from model.io import NotFinite
 
 WEIGHTS = "model.safetensors"
 GATE = "model.layers.1.mlp.gate_proj.weight"
+NEW = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 
 def copied(name: str, tmp_path: Path) -> Path:
@@ -88,6 +90,21 @@ def test_a_weight_beyond_float16_is_refused_in_float16_only(tmp_path):
     save_checkpoint(model, folder, like=folder)
     assert load_checkpoint(folder, dtype=torch.bfloat16)
     fails(GATE, load_checkpoint, folder, dtype=torch.float16, error=NotFinite)
+
+
+@pytest.mark.skipif(not NEW, reason="--shard needs PyTorch 2.7")
+def test_a_part_that_is_not_finite_in_another_process_is_an_error_in_all(tmp_path, monkeypatch):
+    def reduce_with_the_other(finite, operation):
+        assert operation == dist.ReduceOp.MIN
+        finite.zero_()
+
+    place = f"file://{tmp_path}/group"
+    dist.init_process_group("gloo", init_method=place, rank=0, world_size=1)
+    monkeypatch.setattr(dist, "all_reduce", reduce_with_the_other)
+    try:
+        fails("not finite", load_checkpoint, GOLDENS / "plain", shard=True, error=NotFinite)
+    finally:
+        dist.destroy_process_group()
 
 
 # config.json

@@ -201,11 +201,14 @@ def test_our_adapter_survives_the_round_trip_exactly(model, rank, alpha, tmp_pat
     assert active(model) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_file_is_read_in_float32(dtype, model, folder):
+@pytest.mark.parametrize(
+    ("dtype", "init"), [(torch.bfloat16, "gaussian"), (torch.float16, "orthogonal")]
+)
+def test_a_half_precision_file_is_read_in_float32(dtype, init, model, folder):
     tensors = load_file(folder / WEIGHTS)
     save_file({key: tensor.to(dtype) for key, tensor in tensors.items()}, folder / WEIGHTS)
-    edit_json(folder / CONFIG, alpha_pattern={r"layers\.1\..*v_proj": 3})
+    pattern = {r"layers\.1\..*v_proj": 3}
+    edit_json(folder / CONFIG, alpha_pattern=pattern, init_lora_weights=init)
     adapter = read_adapter(model, folder)
     assert {tensor.dtype for tensor in adapter.tensors()} == {torch.float32}
     assert sorted(adapter.scale.values()) == [0.75, 2, 2, 2]
