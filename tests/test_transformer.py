@@ -116,10 +116,6 @@ def test_half_precision_is_close_with_a_float32_residual_stream(name, dtype, bou
     assert (losses - expected["losses"]).abs().mean() < bound
     assert set(in_stream) == {torch.float32}
 
-    first = generate(model, expected["prompts"], 1, int(expected["eos_id"]))
-    equal = [new == theirs[:1] for new, theirs in zip(first, expected["new_ids"])]
-    assert sum(equal) >= 4  # rounding may turn one answer
-
 
 @pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")
 def test_a_real_checkpoint_gives_the_stored_losses_prompt_and_answer():
