@@ -1,5 +1,6 @@
 """One loop trains every model, and one loop scores: AdamW as in the paper, and nothing silent."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,6 +153,12 @@ def test_gradient_checkpointing_gives_the_same_and_keeps_less(model, tokens):
 def test_the_flag_for_gradient_checkpointing_reaches_the_base(trained):
     run = open_run(trained, gradient_checkpointing=True)
     assert run.base("train").gradient_checkpointing
+
+
+def test_a_recipe_holds_what_decides_the_result_in_one_spelling():
+    recipe = TrainConfig(alpha=32, batch_tokens=64).recipe()
+    assert json.dumps(recipe) == json.dumps(TrainConfig(alpha=32.0).recipe())
+    assert "batch_tokens" not in recipe
 
 
 # An objective of one's own
