@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 from conftest import ROOT, fails, read_jsonl
+from helpers import call
+from safetensors.torch import load_file
 
 from toss import config
 from toss.methods import METHODS, Candidates
@@ -148,6 +150,15 @@ def test_random_draws_the_same_count_by_seed():
     assert len(discarded("random")) == 3
     assert discarded("random") == discarded("random")
     assert discarded("random", seed=1) != discarded("random", seed=2)
+
+
+def test_the_seed_of_the_command_draws_the_random_tokens(trained):
+    masks = []
+    for seed in (0, 1):
+        assert call(f"select.py --run {trained} --method random --name r{seed} --seed {seed}") == 0
+        masks.append(load_file(trained / f"methods/r{seed}/selection.safetensors")["keep"])
+    assert masks[0].sum() == masks[1].sum()
+    assert not torch.equal(masks[0], masks[1])
 
 
 @pytest.mark.parametrize("method", METHODS)
