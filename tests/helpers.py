@@ -18,11 +18,18 @@ from toss.workbench import flags
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
+# Commands
+
+
 def call(line: str, fast: bool = True) -> int:
     """Run a line such as "select.py --run R" or "toss.audit.show R" in this process; its status."""
-    name, *argv = shlex.split(line)
+    name, *words = shlex.split(line)
+
+    def main():
+        return script(name.removesuffix(".py"), *words, fast=fast)
+
     try:
-        status = flags.run(lambda: script(name.removesuffix(".py"), *argv, fast=fast))
+        status = flags.run(main)
     except SystemExit as stop:
         assert stop.code == 2, line  # the parser refused it
         return 2
@@ -33,30 +40,44 @@ def call(line: str, fast: bool = True) -> int:
 def said(capsys, line: str) -> str:
     """Run a command that must succeed; what it printed, stdout only."""
     capsys.readouterr()
-    status, (out, err) = call(line), capsys.readouterr()
-    assert status == 0 and not err, err
-    return out
+    status = call(line)
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    assert not captured.err
+    return captured.out
 
 
 def refused(capsys, line: str, fast: bool = True) -> str:
     """Run a command that must fail with a single line on stderr; that line."""
     capsys.readouterr()
-    status, err = call(line, fast), capsys.readouterr().err
-    assert status == (2 if err.endswith("--help)\n") else 1), line
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    status = call(line, fast)
+    error = capsys.readouterr().err
+    by_the_parser = error.endswith("--help)\n")
+    assert status == (2 if by_the_parser else 1), line
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+# Tokens, losses and adapters
 
 
 def same_tensors(one: Path, two: Path) -> bool:
     """True if two safetensors files hold equal tensors; their headers may differ."""
-    a, b = load_file(one), load_file(two)
+    a = load_file(one)
+    b = load_file(two)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def talk(*texts: str, system: str | None = None) -> list[dict]:
     """A conversation: the user and the assistant in turn, after a system message if given."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
+    messages = []
+    if system is not None:
+        messages.append({"role": "system", "content": system})
+    for i, text in enumerate(texts):
+        role = "assistant" if i % 2 else "user"
+        messages.append({"role": role, "content": text})
+    return messages
 
 
 def tokens_of(rows: list[dict], tokenizer, max_length: int = 512) -> Tokens:
@@ -65,10 +86,11 @@ def tokens_of(rows: list[dict], tokenizer, max_length: int = 512) -> Tokens:
 
 def losses_by_hand(model, tokens: Tokens, row: int) -> torch.Tensor:
     """-log P of the response tokens of one row, from all its logits."""
-    at = tokens.places([row])
-    ids = tokens.input_ids[at].long()
-    losses = F.cross_entropy(model.lm_head(model(ids[None]))[0, :-1], ids[1:], reduction="none")
-    return losses[tokens.response[at][1:]]
+    places = tokens.places([row])
+    ids = tokens.input_ids[places].long()
+    logits = model.lm_head(model(ids[None]))[0]
+    losses = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    return losses[tokens.response[places][1:]]
 
 
 def micro_batch(model, rows: Tokens, group: list[int]) -> torch.Tensor:
@@ -92,8 +114,12 @@ def random_adapter(model, seed: int = 0) -> Adapter:
 
 def overflowing(folder: Path, layer: str) -> Path:
     """Write a base whose weights are finite in float16, but not the products with one of them."""
-    file, key = make_base(folder) / "model.safetensors", f"model.layers.0.{layer}_proj.weight"
-    edit_tensors(file, key, lambda w: (w * 1e7).clamp(-6e4, 6e4))
+    file = make_base(folder) / "model.safetensors"
+
+    def enlarge(weight):
+        return (weight * 1e7).clamp(-6e4, 6e4)
+
+    edit_tensors(file, f"model.layers.0.{layer}_proj.weight", enlarge)
     return folder
 
 

@@ -1,0 +1,148 @@
+"""The commands of a run, begun and disturbed: what one finds, what it leaves, what it took."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from conftest import write_files
+from helpers import call
+
+from model.io import read_json
+from toss.workbench.progress import Bar
+from toss.workbench.results import read_record
+
+REFERENCES = "--model {base} --harmful {harmful} --utility {utility}"
+PRO = "select.py --run {run} --pro 1 --pro-samples 2 --merge --batch-tokens 128"
+COMMANDS = {
+    "train": "train.py --run {run} " + REFERENCES,
+    "train again": "train.py --run {run} " + REFERENCES + " --overwrite --seed 1",
+    "score": "score.py --run {run} --custom {custom} --batch-tokens 128",
+    "score again": "score.py --run {run} --base --overwrite --batch-tokens 128",
+    "select": PRO,
+    "select again": PRO + " --overwrite --seed 1",
+}
+BEGINS_AFTER = {
+    "train again": "train",
+    "score": "train",
+    "score again": "score",
+    "select": "score",
+    "select again": "select",
+}
+Snapshot = dict[str, bytes | None]
+
+
+class Stages:
+    """A folder with a base, data and one run.
+
+    words: what stands in commands as {base}, {custom}, {run} ...
+    after: by command, what it leaves if nothing disturbs it.
+    """
+
+    def __init__(self, folder: Path, base: Path):
+        self.folder = folder
+        self.run = folder / "run"
+        self.words = write_files(folder)
+        self.words["base"] = str(shutil.copytree(base, folder / "base"))
+        self.words["run"] = str(self.run)
+        self.after: dict[str, Snapshot] = {}
+        for name in COMMANDS:
+            assert call(self.begin(name)) == 0
+            shutil.copytree(self.run, folder / name)
+            self.after[name] = outcome(self.run)
+
+    def begin(self, name: str) -> str:
+        """Put the run as it is before a command into its place; returns the command."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        if name in BEGINS_AFTER:
+            shutil.copytree(self.folder / BEGINS_AFTER[name], self.run)
+        return COMMANDS[name].format(**self.words)
+
+    def is_as_before(self, name: str) -> bool:
+        """True if the run is as it was before a command, but for logs and states of its work."""
+        before = snapshot(self.folder / BEGINS_AFTER[name])
+        return without_work(snapshot(self.run)) == without_work(before)
+
+    def is_finished(self, name: str) -> bool:
+        """True if the run holds the bytes that an undisturbed command leaves."""
+        return outcome(self.run) == self.after[name]
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """All that is below a folder: the content of files, None for folders."""
+    content = {}
+    for path in sorted(folder.rglob("*")):
+        content[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return content
+
+
+def outcome(run: Path) -> Snapshot:
+    """What a command leaves, but for run.json, which holds times; its recipes are the records'."""
+    for stage, entry in read_json(run / "run.json")["stages"].items():
+        record = read_record(run / ("scores.safetensors" if stage == "scores" else stage))
+        assert record.items() >= entry["recipe"].items(), stage
+    content = snapshot(run)
+    del content["run.json"]
+    return content
+
+
+def without_work(content: Snapshot) -> Snapshot:
+    """A snapshot without logs and states, which unfinished work may leave."""
+    results = {}
+    for name, data in content.items():
+        if name.split("/")[0] not in ("log", ".state"):
+            results[name] = data
+    return results
+
+
+def on_each_step(monkeypatch, act) -> None:
+    """Call act(part) after each step of training or scoring, before its state is saved."""
+    show = Bar.show
+
+    def show_and_act(bar, event):
+        show(bar, event)
+        if "step" in event:
+            act(bar.name)
+
+    monkeypatch.setattr(Bar, "show", show_and_act)
+
+
+def on_step(n: int, monkeypatch, act) -> None:
+    """Call act() after the n-th step, whatever part it is of."""
+    steps = []
+
+    def count(part):
+        steps.append(part)
+        if len(steps) == n:
+            act()
+
+    on_each_step(monkeypatch, count)
+
+
+def child(work) -> tuple[int, str, str]:
+    """Run work() in a forked process; its exit status, and what it wrote to stdout and stderr."""
+    sys.stdout.flush()
+    read_output, write_output = os.pipe()
+    read_errors, write_errors = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            for number in (signal.SIGTERM, signal.SIGHUP):  # in the background, some are ignored
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.stdout = open(write_output, "w")
+            sys.stderr = open(write_errors, "w")
+            status = work()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(write_output)
+    os.close(write_errors)
+    with open(read_output) as output_file, open(read_errors) as errors_file:
+        output = output_file.read()
+        errors = errors_file.read()
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), output, errors

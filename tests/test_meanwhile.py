@@ -1,0 +1,280 @@
+"""Whatever happens beside a command, nothing wrong is accepted and no result is lost.
+
+An input may change while a command runs, and several commands may run at once.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+from conftest import edit_json
+from helpers import call, refused, said
+from safetensors.torch import load_file
+from stages import child, on_step, outcome, snapshot, without_work
+
+from model.io import InputError, made_from, read_json, save_tensors
+from toss.workbench import results
+from toss.workbench.results import held
+from toss.workbench.run import Run
+from toss.workbench.states import SavedState
+
+# An input that changes
+
+
+def change(file: Path) -> None:
+    """Put another valid file into the place of a file."""
+    new = file.with_name("changed")
+    if file.suffix == ".safetensors":
+        tensors = load_file(file)
+        record = made_from(file)
+        record.pop("sha256", None)
+        name = max(name for name in tensors if tensors[name].is_floating_point())
+        tensors[name] = tensors[name] + 1
+        save_tensors(tensors, new, record)
+    else:
+        new.write_bytes(file.read_bytes() + b"\n")
+    os.replace(new, file)
+
+
+def write_again(file: Path) -> None:
+    """Write the same content, at another time."""
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data)
+    os.utime(file, (0, 0))
+
+
+CHANGING = [
+    ("train again", "harmful.jsonl"),
+    ("train again", "base/model.safetensors"),
+    ("train again", "base/config.json"),
+    ("score again", "custom.jsonl"),
+    ("score again", "run/utility/adapter_model.safetensors"),
+    ("select again", "harmful.jsonl"),
+    ("select again", "run/scores.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), CHANGING)
+def test_an_input_that_changes_while_a_command_runs_ends_it(
+    name, file, stages, monkeypatch, capsys
+):
+    line = stages.begin(name)
+    file = stages.folder / file
+    data = file.read_bytes()
+    try:
+        with monkeypatch.context() as patch:
+            on_step(2, patch, partial(change, file))
+            error = refused(capsys, line)
+    finally:
+        file.write_bytes(data)
+    assert f"{file} was changed while the command ran" in error
+    assert stages.is_as_before(name)
+    assert call(line) == 0
+    assert stages.is_finished(name)
+
+
+@pytest.mark.parametrize(("name", "file"), CHANGING[1:7:5])
+def test_an_input_that_is_written_again_with_equal_content_is_fine(name, file, stages, monkeypatch):
+    line = stages.begin(name)
+    on_step(2, monkeypatch, partial(write_again, stages.folder / file))
+    assert call(line) == 0
+    assert stages.is_finished(name)
+
+
+def test_an_input_that_changes_after_the_last_state_ends_the_command(stages, monkeypatch, capsys):
+    line = stages.begin("score again")
+    file = Path(stages.words["custom"])
+    data = file.read_bytes()
+    save = SavedState.save
+
+    def save_and_change(state, values, part):
+        save(state, values, part)
+        if state.name.startswith("scores-base"):
+            change(file)
+
+    monkeypatch.setattr(SavedState, "save", save_and_change)
+    assert f"{file} was changed while the command ran" in refused(capsys, line)
+    file.write_bytes(data)
+    assert stages.is_as_before("score again")
+
+
+def test_a_mask_that_changes_before_it_is_read_leaves_no_state(stages, monkeypatch, capsys):
+    """A state of what the other mask gave would be in a folder that names this one."""
+    stages.begin("select again")
+    mask = stages.folder / "mask.safetensors"
+    shutil.copy(stages.run / "methods/toss-pro/selection.safetensors", mask)
+    data = mask.read_bytes()
+    line = f"select.py --run {stages.run} --mask {mask} --name masked"
+    assert call(line) == 0
+    undisturbed = outcome(stages.run)
+    shutil.rmtree(stages.run / "methods/masked")
+    before = without_work(snapshot(stages.run))
+    read_mask = Run.mask
+
+    def keep_all_and_read(run, tokens):
+        record = made_from(mask)
+        record.pop("sha256")
+        save_tensors({"keep": tokens.response.clone()}, mask, record)
+        return read_mask(run, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "mask", keep_all_and_read)
+        assert f"{mask} was changed while the command ran" in refused(capsys, line)
+    assert without_work(snapshot(stages.run)) == before
+    mask.write_bytes(data)
+    assert call(line) == 0
+    assert outcome(stages.run) == undisturbed
+
+
+@pytest.mark.parametrize("reader", ["toss.workbench.base.read_rows", "toss.rows.read_rows"])
+def test_rows_that_change_while_they_are_read_end_the_command(reader, stages, monkeypatch, capsys):
+    stages.begin("train again")
+    rows = stages.folder / "rows.jsonl"
+    shutil.copy(stages.words["harmful"], rows)
+    line = (
+        f"train.py --run {stages.run}/new --model {{base}} --harmful {rows} --utility {{utility}}"
+    )
+    if reader == "toss.rows.read_rows":
+        line = f"toss.audit.evaluate --run {stages.run} --harmful {rows} --methods base"
+    before = snapshot(stages.run)
+    read_rows = resolve_name(reader)
+
+    def read_and_change(path, *arguments, **options):
+        found = read_rows(path, *arguments, **options)
+        if str(path) == str(rows):
+            change(rows)
+        return found
+
+    monkeypatch.setattr(reader, read_and_change)
+    error = refused(capsys, line.format(**stages.words))
+    assert f"{rows} was changed while the command ran" in error
+    assert snapshot(stages.run) == before
+
+
+# The same result by two commands
+
+
+def test_one_process_at_a_time_makes_a_result(stages, capsys):
+    """The same or another recipe; those that only read it, or find it there, go on."""
+    line = stages.begin("score again")
+    run = stages.run
+    rows = stages.words["utility"]
+    with held(run / ".state/scores", run):
+        before = snapshot(run)
+        for command in (line, f"score.py --run {run} --overwrite --custom {rows}"):
+            error = refused(capsys, command)
+            assert "scores is being made by another process" in error
+            assert f"it holds {run}/.state/scores" in error
+        assert snapshot(run) == before
+        assert "skipped" in said(capsys, f"score.py --run {run}")
+        assert call(f"select.py --run {run}") == 0
+    evaluate = f"toss.audit.evaluate --run {run} --max-new-tokens 1 --utility {rows} --methods base"
+    with held(run / ".state/evaluation-base", run):
+        assert "evaluation-base is being made by another process" in refused(capsys, evaluate)
+    assert call(line) == 0
+    assert not (run / ".state").exists()
+
+
+def test_a_second_process_that_makes_the_same_result_is_refused(stages, monkeypatch):
+    line = stages.begin("score")
+    outcomes = []
+    on_step(2, monkeypatch, lambda: outcomes.append(child(partial(call, line))))
+    assert call(line) == 0
+    ((status, _, errors),) = outcomes
+    assert status == 1
+    assert errors.startswith("error: scores is being made by another process")
+    assert errors.count("\n") == 1
+    assert stages.is_finished("score")
+
+
+def test_a_result_that_another_process_made_meanwhile_is_not_replaced(stages, monkeypatch, capsys):
+    """It was made after this command looked, and before it held the place."""
+    line = stages.begin("score")
+    hold = Run.holding
+    others = [f"{line} --base"]
+
+    def finish_another_and_hold(run, folder):
+        if others:
+            assert call(others.pop()) == 0
+        return hold(run, folder)
+
+    monkeypatch.setattr(Run, "holding", finish_another_and_hold)
+    assert "base True there, False now" in refused(capsys, line)
+    others.append(line)
+    shutil.rmtree(stages.run)
+    line = stages.begin("score")
+    assert "was made by another process meanwhile: run it again" in refused(capsys, line)
+    assert stages.is_finished("score")
+
+
+def test_a_place_that_was_removed_before_it_was_locked_does_not_count(tmp_path, monkeypatch):
+    """Whoever held it removes it in the end; a third process may have made and locked it anew."""
+    place = tmp_path / ".state/scores"
+    lock = results.lock
+    replaced = []
+
+    def replace_and_lock(handle, folder, wait):
+        if not replaced:
+            replaced.append(folder)
+            folder.rmdir()
+            folder.mkdir()
+        lock(handle, folder, wait)
+
+    monkeypatch.setattr(results, "lock", replace_and_lock)
+    with held(place, tmp_path):
+        with pytest.raises(InputError, match="is being made by another process"):
+            with held(place, tmp_path):
+                pass
+
+
+# Different results by two commands
+
+
+def test_two_methods_side_by_side_both_stand_in_run_json(stages, monkeypatch):
+    stages.begin("select")
+    outcomes = []
+    other = partial(call, f"select.py --run {stages.run} --method sft")
+    on_step(2, monkeypatch, lambda: outcomes.append(child(other)))
+    assert call(f"select.py --run {stages.run}") == 0
+    ((status, _, errors),) = outcomes
+    assert status == 0, errors
+    recorded = read_json(stages.run / "run.json")["stages"]
+    for name in ("methods/toss", "methods/sft"):
+        assert name in recorded
+        assert f"{name}/record.json" in outcome(stages.run)
+
+
+def test_a_command_waits_while_another_one_writes_run_json(stages):
+    stages.begin("select")
+    file = stages.run / "run.json"
+    line = f"select.py --run {stages.run} --method sft"
+    command = threading.Thread(target=call, args=[line])
+    with held(stages.run, stages.run):
+        command.start()
+        while not (stages.run / "methods/sft/record.json").exists():
+            assert command.is_alive()
+            time.sleep(0.05)
+        command.join(timeout=0.5)
+        assert command.is_alive()
+        edit_json(file, stages={**read_json(file)["stages"], "methods/other": {}})
+    command.join()
+    assert {"methods/sft", "methods/other"} <= read_json(file)["stages"].keys()
+
+
+def test_where_there_are_no_locks_a_warning_says_so(stages, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    line = stages.begin("score")
+    results.warn_once.cache_clear()
+    assert said(capsys, line).count("warning: no locks here") == 1
+    assert stages.is_finished("score")
