@@ -142,11 +142,13 @@ def damage(folder: Path, changes: dict) -> None:
 
 
 def damage_file(file: Path, change) -> None:
-    """None removes a file, an integer cuts it off there, a text replaces it.
+    """None removes a file or a folder, an integer cuts a file off there, a text replaces it.
 
     A dictionary changes JSON fields (... removes one), a pair a tensor (see edit_tensors).
     """
-    if change is None:
+    if change is None and file.is_dir():
+        shutil.rmtree(file)
+    elif change is None:
         file.unlink()
     elif isinstance(change, int):
         file.write_bytes(file.read_bytes()[:change])
