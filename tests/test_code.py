@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_jsonl, tree
 from helpers import call, said
+from stages import on_step
 
 from toss.audit.command import cautions
 from toss.workbench import code
@@ -19,19 +20,24 @@ from toss.workbench.results import read_record
 LOSS = ("toss/loss.py", "return -(weights * log_p).sum()", "return -(weights * log_p).sum() * 2")
 
 
+def forget_digests() -> None:
+    code.digest.cache_clear()
+    code.parsed.cache_clear()
+    code.imports.cache_clear()
+
+
 def edit(folder: Path, name: str, old: str, new: str) -> None:
-    """Replace a text in a file of the copy, and forget the digests."""
+    """Replace a text in a file of the copy."""
     file = folder / name
     text = file.read_text(encoding="utf-8")
     assert old in text
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
-    code.digest.cache_clear()
-    code.parsed.cache_clear()
+    forget_digests()
 
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A copy of the scripts, model/ and toss/."""
+    """A copy of the scripts, model/, toss/ and data/."""
     folder = tmp_path / "project"
     for name in ("model", "toss", "data"):
         skip = shutil.ignore_patterns("__pycache__", "*.svg", "base-small", "rows")
@@ -45,11 +51,9 @@ def copy(tmp_path) -> Path:
 def project(copy, monkeypatch):
     """The same; the digests are taken of it until the test ends."""
     monkeypatch.setattr(code, "ROOT", copy)
-    code.digest.cache_clear()
-    code.parsed.cache_clear()
+    forget_digests()
     yield copy
-    code.digest.cache_clear()
-    code.parsed.cache_clear()
+    forget_digests()
 
 
 def test_a_fork_that_edits_the_loss_is_told(copy, trained):
@@ -63,22 +67,28 @@ def test_a_fork_that_edits_the_loss_is_told(copy, trained):
     assert warning in done.stdout
 
 
-def test_overwrite_makes_again_what_other_code_made_and_skips_the_rest(project, trained, capsys):
+def test_what_other_code_made_is_skipped_with_a_warning(project, trained, capsys):
     assert call(f"select.py --run {trained}") == 0
     before = tree(trained)
     edit(project, *LOSS)
-    out = said(capsys, f"select.py --run {trained}")
-    assert "skipped" in out and "other code (different: toss/loss.py)" in out
+    for line in ("train.py", "score.py", "select.py"):
+        output = said(capsys, f"{line} --run {trained}")
+        assert "skipped" in output
+        assert "other code (different: toss/loss.py)" in output
     assert tree(trained) == before
 
-    # The references and the scores were made by the old loss, too: they fit, with a warning.
-    out = said(capsys, f"select.py --run {trained} --overwrite")
-    assert "methods/toss: wrote" in out
-    assert f"{trained}/scores.safetensors was made by other code" in out
-    out = said(capsys, f"select.py --run {trained} --overwrite")
-    assert "methods/toss: " in out and "inputs, skipped" in out
 
-    # What is remade by --overwrite is skipped the next time, so that a killed one goes on.
+def test_overwrite_makes_again_what_other_code_made_and_skips_the_rest(project, trained, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    edit(project, *LOSS)
+
+    # The references and the scores were made by the old loss, too: they fit, with a warning.
+    output = said(capsys, f"select.py --run {trained} --overwrite")
+    assert "methods/toss: wrote" in output
+    assert f"{trained}/scores.safetensors was made by other code" in output
+
+    # What was made again is skipped the next time, so that a killed command goes on.
+    assert "inputs, skipped" in said(capsys, f"select.py --run {trained} --overwrite")
     assert said(capsys, f"train.py --run {trained} --overwrite").count(": wrote") == 2
     assert said(capsys, f"train.py --run {trained} --overwrite").count("inputs, skipped") == 2
     # The references have the same tensors, so the scores still fit them.
@@ -100,27 +110,33 @@ def test_comments_docstrings_layout_and_a_new_method_change_nothing(project, tra
     edit(project, "toss/config.py", "base weighted oracle", "base weighted oracle brandnew")
     edit(project, "toss/methods.py", "return c.position() >= 5", "return c.position() >= 6")
     for line in ("train.py", "score.py", "select.py --method local"):
-        out = said(capsys, f"{line} --run {trained}")
-        assert "skipped" in out and "other code" not in out, line
-    edit(project, "toss/methods.py", "select_tokens(S_of_row,", "select_tokens(2 * S_of_row,")
-    out = said(capsys, f"select.py --method local --run {trained}")
-    assert "other code (different: toss/methods.py:local)" in out
+        output = said(capsys, f"{line} --run {trained}")
+        assert "skipped" in output
+        assert "other code" not in output, line
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new"),
+    [
+        ("local", "select_tokens(S_of_row,", "select_tokens(2 * S_of_row,"),
+        ("sample", "means.nan_to_num(-math.inf)", "means.nan_to_num(0)"),  # in a helper
+    ],
+)
+def test_a_change_of_what_chose_the_tokens_counts(method, old, new, project, trained, capsys):
+    line = f"select.py --run {trained} --method {method}"
+    assert call(line) == 0
+    edit(project, "toss/methods.py", old, new)
+    assert f"other code (different: toss/methods.py:{method})" in said(capsys, line)
 
 
 def test_a_state_of_other_code_is_not_resumed(project, trained, monkeypatch, capsys):
-    from toss.training import Gradient
-
-    compute = Gradient.compute
-
-    def stopping(self, rows, step, budget):
-        if step == 3:
-            raise KeyboardInterrupt
-        return compute(self, rows, step, budget)
+    def stop():
+        raise KeyboardInterrupt
 
     line = f"select.py --run {trained} --save-every 1e-9"
-    monkeypatch.setattr(Gradient, "compute", stopping)
-    assert call(line) == 130
-    monkeypatch.setattr(Gradient, "compute", compute)
+    with monkeypatch.context() as patch:
+        on_step(3, patch, stop)
+        assert call(line) == 130
     assert list((trained / ".state").rglob("*.pt"))
     edit(project, *LOSS)
     assert "goes on" not in said(capsys, line)
@@ -141,8 +157,26 @@ def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side
     assert call(f"toss.audit.report --run {trained}") == 0
     page = (trained / "report.html").read_text(encoding="utf-8")
     assert "toss was made by other code than sft" in page
-    records = {name: read_record(trained / "methods" / name) for name in ("sft", "toss")}
-    assert cautions({"sft": records["sft"]}, {"sft": {}}) == []
+    assert cautions({"sft": read_record(trained / "methods/sft")}, {"sft": {}}) == []
+
+
+def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(
+    project, trained, monkeypatch
+):
+    original = dict(code.digests(code.PARTS["scores"]))
+    forget_digests()
+    file = project / "toss/scoring.py"
+    text = file.read_text(encoding="utf-8")
+
+    def edit_file(*_):
+        file.write_text(text.replace("CHECKED = 16", "CHECKED = 17"), encoding="utf-8")
+        return []
+
+    # Right after the command line was read, before anything of the run is looked at.
+    monkeypatch.setattr("toss.workbench.flags.print_values", edit_file)
+    assert call(f"score.py --run {trained} --base --overwrite") == 0
+    assert "CHECKED = 17" in file.read_text(encoding="utf-8")
+    assert read_record(trained / "scores.safetensors")["code"] == original
 
 
 SNIPPET = '''
@@ -159,12 +193,3 @@ class Plain:
 def test_every_version_of_python_gives_the_same_digest(project):
     (project / "snippet.py").write_text(SNIPPET, encoding="utf-8")
     assert code.digest("snippet.py") == "8f4e19aa484fba78"
-
-
-def test_digests_are_taken_when_the_command_starts(project, trained, capsys, monkeypatch):
-    """What is edited while a command runs is not the code that runs."""
-    original = dict(code.digests(code.PARTS["scores"]))
-    file = project / "toss/scoring.py"
-    file.write_text(file.read_text().replace("CHECKED = 16", "CHECKED = 17"))  # no cache is cleared
-    assert "scores: wrote" in said(capsys, f"score.py --run {trained} --base --overwrite")
-    assert read_record(trained / "scores.safetensors")["code"] == original
