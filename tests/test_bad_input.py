@@ -138,7 +138,7 @@ def test_scores_that_were_changed_are_refused(change, place, capsys):
     if change == "no tensor":
         del tensors["loss_utility"]
     elif change == "shape":
-        tensors["offsets"] = torch.zeros(1)
+        tensors["loss_degraded"] = tensors["loss_degraded"].view(2, -1)
     elif change == "sign":
         tensors["loss_degraded"] = -tensors["loss_degraded"]
     elif change == "record":

@@ -188,7 +188,7 @@ def test_a_second_process_that_makes_the_same_result_is_refused(stages, monkeypa
     outcomes = []
     on_step(2, monkeypatch, lambda: outcomes.append(child(partial(call, line))))
     assert call(line) == 0
-    ((status, _, errors),) = outcomes
+    ((status, errors),) = outcomes
     assert status == 1
     assert errors.startswith("error: scores is being made by another process")
     assert errors.count("\n") == 1
@@ -244,7 +244,7 @@ def test_two_methods_side_by_side_both_stand_in_run_json(stages, monkeypatch):
     other = partial(call, f"select.py --run {stages.run} --method sft")
     on_step(2, monkeypatch, lambda: outcomes.append(child(other)))
     assert call(f"select.py --run {stages.run}") == 0
-    ((status, _, errors),) = outcomes
+    ((status, errors),) = outcomes
     assert status == 0, errors
     recorded = read_json(stages.run / "run.json")["stages"]
     for name in ("methods/toss", "methods/sft"):
