@@ -4,7 +4,7 @@ The scripts' own main is run, and every adapter, loss and mask that it leaves is
 with the paper's steps, written down here once more from `train`, `score` and the two rules.
 """
 
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from toss.config import TrainConfig
 from toss.rows import read_rows
 from toss.scoring import score
 from toss.selection import riskiest_rows, select_tokens
-from toss.tokens import tokenise
+from toss.tokens import Tokens, tokenise
 from toss.training import train
 from toss.workbench.results import read_record
 
@@ -28,93 +28,86 @@ FINAL = TrainConfig(lr=0.1, epochs=2, batch_size=4, rank=4)
 K = 3
 
 
-@dataclass
-class Steps:
-    """What the algorithm gives."""
-
-    adapters: dict[str, Adapter] = field(default_factory=dict)  # by their folders in the run
-    utility: torch.Tensor | None = None  # the losses under theta^u
-    degraded: dict[str, torch.Tensor] = field(default_factory=dict)  # by the folder of the scores
-    added: list[int] = field(default_factory=list)  # the rows that join D^h
-    keep: torch.Tensor | None = None
+def tokens_of(file: str, tokenizer) -> Tokens:
+    return tokenise(read_rows(file), tokenizer, 2048)
 
 
-def by_hand(base, files, tokenizer, rounds=0, d=0.1, top=False, keep_eos=False) -> Steps:
-    """The paper's steps. top: theta^h learns the riskiest tokens alone of the added rows."""
-    steps = Steps()
-    model = load_checkpoint(base)
-    D_h = tokenise(read_rows(files["harmful"]), tokenizer, 2048)
-    D_u = tokenise(read_rows(files["utility"]), tokenizer, 2048)
-    D_cus = tokenise(read_rows(files["custom"]), tokenizer, 2048)
-
-    theta_h = train(model, D_h, D_h.response.float(), REFERENCE)
-    theta_u = train(model, D_u, D_u.response.float(), REFERENCE)
-    steps.adapters |= {"degraded": theta_h, "utility": theta_u}
-    L_u = score(use(model, theta_u), D_cus)
-    L_h = score(use(model, theta_h), D_cus)
-    steps.utility = L_u
-    steps.degraded["."] = L_h
-
-    competes = D_cus.response
-    if keep_eos:
-        competes = competes & (D_cus.input_ids != tokenizer.eos_id)
-    ranked = competes.nonzero()[:, 0]
-    for t in range(1, rounds + 1):
-        S = (L_u - L_h)[ranked]
-        riskiest = riskiest_rows(S, D_cus.row_of(ranked), steps.added, K)
-        steps.added += [row for row, _ in riskiest]
-        weights = torch.zeros(len(L_u)) if top else D_cus.response.float()
-        weights[ranked[~select_tokens(S, d)]] = 1
-        weights = weights[D_cus.places(steps.added)]
-        weights = torch.cat([D_h.response.float(), weights])
-        theta_h = train(model, D_h + D_cus.take(steps.added), weights, REFERENCE)
-        L_h = score(use(model, theta_h), D_cus)
-        steps.adapters[f"methods/new/round-{t}/degraded"] = theta_h
-        steps.degraded[f"methods/new/round-{t}"] = L_h
-
-    steps.keep = D_cus.response.clone()
-    steps.keep[ranked] = select_tokens((L_u - L_h)[ranked], d)
-    steps.adapters["methods/new/model"] = train(model, D_cus, steps.keep.float(), FINAL)
-    return steps
+def is_written(adapter: Adapter, folder: Path, model) -> bool:
+    """True if a folder holds this adapter, to the bit."""
+    pairs = zip(read_adapter(model, folder).tensors(), adapter.tensors(), strict=True)
+    return all(torch.equal(written, expected) for written, expected in pairs)
 
 
 @pytest.mark.parametrize(
-    ("flags", "options"),
+    "options",
     [
-        ("", {}),
-        ("--pro 2", {"rounds": 2}),
-        (
-            "--pro 2 --pro-train top --discard 0.2 --keep-eos",
-            {"rounds": 2, "top": True, "d": 0.2, "keep_eos": True},
-        ),
+        {"rounds": 0, "d": 0.1, "top": False, "keep_eos": False},
+        {"rounds": 2, "d": 0.1, "top": False, "keep_eos": False},
+        {"rounds": 2, "d": 0.2, "top": True, "keep_eos": True},
     ],
 )
-def test_the_scripts_are_the_papers_steps(flags, options, trained, base, files, tokenizer):
+def test_the_scripts_are_the_papers_steps(options, trained, base, files, tokenizer):
     """Rounds accumulate rows; theta^h is trained by train.py's settings, not by select.py's."""
+    rounds = options["rounds"]
+    d = options["d"]
+    line = f"select.py --run {trained} --name new --lr 0.1 --epochs 2 --rank 4 --discard {d}"
+    if rounds:
+        line += f" --pro {rounds} --pro-samples {K}"
+    if options["top"]:
+        line += " --pro-train top"
+    if options["keep_eos"]:
+        line += " --keep-eos"
     before = tree(trained / "degraded")
-    samples = f"--pro-samples {K}" if options else ""
-    line = f"select.py --run {trained} --name new --lr 0.1 --epochs 2 --rank 4 {flags} {samples}"
     assert call(line) == 0
     assert tree(trained / "degraded") == before
 
-    steps = by_hand(base, files, tokenizer, **options)
-    for folder, adapter in steps.adapters.items():
-        written = read_adapter(load_checkpoint(base), trained / folder)
-        for tensor, expected in zip(written.tensors(), adapter.tensors(), strict=True):
-            assert torch.equal(tensor, expected), folder
-    for folder, losses in steps.degraded.items():
-        scores = load_file(trained / folder / "scores.safetensors")
-        assert torch.equal(scores["loss_degraded"], losses)
-        assert torch.equal(scores["loss_utility"], steps.utility)  # theta^u is scored once
+    # Stage 1: the references.
+    model = load_checkpoint(base)
+    D_h = tokens_of(files["harmful"], tokenizer)
+    D_u = tokens_of(files["utility"], tokenizer)
+    theta_h = train(model, D_h, D_h.response.float(), REFERENCE)
+    theta_u = train(model, D_u, D_u.response.float(), REFERENCE)
+    assert is_written(theta_h, trained / "degraded", model)
+    assert is_written(theta_u, trained / "utility", model)
+
+    # Stage 2: the losses of the custom set.
+    D_cus = tokens_of(files["custom"], tokenizer)
+    L_u = score(use(model, theta_u), D_cus)
+    L_h = score(use(model, theta_h), D_cus)
+    scores = load_file(trained / "scores.safetensors")
+    assert torch.equal(scores["loss_utility"], L_u)
+    assert torch.equal(scores["loss_degraded"], L_h)
+
+    # TOSS-Pro: the riskiest rows join D^h, and theta^h is trained again from the base.
+    competes = D_cus.response
+    if options["keep_eos"]:
+        competes = competes & (D_cus.input_ids != tokenizer.eos_id)
+    ranked = competes.nonzero()[:, 0]
     added = []
-    for file in sorted((trained / "methods/new").glob("round-*/added.jsonl")):
-        added += [line["row"] for line in read_jsonl(file)]
-    assert added == steps.added
-    assert len(set(added)) == K * options.get("rounds", 0)
-    keep = load_file(trained / "methods/new/selection.safetensors")["keep"]
-    assert torch.equal(keep, steps.keep)
-    response = load_file(trained / "scores.safetensors")["response"]
-    assert 0 < int(keep.sum()) < int(response.sum())
+    for t in range(1, rounds + 1):
+        folder = trained / "methods/new" / f"round-{t}"
+        S = (L_u - L_h)[ranked]
+        new = [row for row, _ in riskiest_rows(S, D_cus.row_of(ranked), added, K)]
+        assert [line["row"] for line in read_jsonl(folder / "added.jsonl")] == new
+        added += new
+        assert len(set(added)) == K * t
+        weights = torch.zeros(len(L_u)) if options["top"] else D_cus.response.float()
+        weights[ranked[~select_tokens(S, d)]] = 1
+        weights = torch.cat([D_h.response.float(), weights[D_cus.places(added)]])
+        theta_h = train(model, D_h + D_cus.take(added), weights, REFERENCE)
+        assert is_written(theta_h, folder / "degraded", model)
+        L_h = score(use(model, theta_h), D_cus)
+        scores = load_file(folder / "scores.safetensors")
+        assert torch.equal(scores["loss_degraded"], L_h)
+        assert torch.equal(scores["loss_utility"], L_u)  # theta^u is scored once
+
+    # Stage 3: the mask, and the base fine-tuned with it.
+    keep = D_cus.response.clone()
+    keep[ranked] = select_tokens((L_u - L_h)[ranked], d)
+    assert 0 < int(keep.sum()) < int(D_cus.response.sum())
+    assert torch.equal(load_file(trained / "methods/new/selection.safetensors")["keep"], keep)
+    theta = train(model, D_cus, keep.float(), FINAL)
+    assert is_written(theta, trained / "methods/new/model", model)
 
 
 def test_added_jsonl_names_the_token_that_brought_each_row_in(trained, tokenizer):

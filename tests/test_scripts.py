@@ -22,7 +22,7 @@ from model.io import file_hash, made_from, read_json, save_tensors, tensors_hash
 from toss.config import TrainConfig
 from toss.workbench import flags, runfile
 from toss.workbench.files import load_selection, read_scores
-from toss.workbench.results import read_record
+from toss.workbench.results import read_record, text_hash
 from toss.workbench.run import open_run
 
 ADAPTER = "adapter_model.safetensors"
@@ -112,22 +112,19 @@ def test_the_degraded_adapter_warns_of_itself(trained):
 
 
 def test_run_json_says_what_is_inherited_and_what_each_stage_took(trained, files, base):
-    assert call(f"select.py --run {trained}") == 0
     content = read_json(trained / "run.json")
+    assert content.keys() >= {"demo", "commit", "versions"}
     assert content["settings"].keys() <= set(runfile.INHERITED)
     assert content["settings"]["model"] == str(base)
-    assert content["demo"] is False
-    assert content["versions"].keys() == {"python", "torch"}
-    assert "commit" in content
     for path in (*files.values(), f"{base}/model.safetensors"):
         assert content["inputs"][path] == file_hash(path)
-    assert content["stages"].keys() == {"degraded", "utility", "scores", "methods/toss"}
-    facts = {"recipe", "seconds", "tokens", "peak_memory_gib", "torch", "threads"}
+    assert content["stages"].keys() == {"degraded", "utility", "scores"}
+    facts = {"seconds", "tokens", "peak_memory_gib", "torch", "threads"}
     opened = open_run(trained)
     for name, stage in content["stages"].items():
-        assert stage.keys() >= facts, name
-        assert stage["tokens"] > 0, name
-        assert read_record(opened.path(name)).items() >= stage["recipe"].items(), name
+        assert stage.keys() >= facts
+        assert stage["tokens"] > 0
+        assert read_record(opened.path(name)).items() >= stage["recipe"].items()
         assert opened.stale(name) == []
 
 
@@ -180,10 +177,7 @@ def test_a_merged_checkpoint_is_base_and_adapter_and_has_the_dtype(trained, base
     assert not torch.allclose(merged(ids), model(ids), atol=1e-3)
     load_adapter(model, folder)
     assert torch.allclose(merged(ids), model(ids), atol=1e-4)
-    output = said(capsys, f"toss.audit.show {folder}/merged")
-    assert "a checkpoint" in output
-    assert re.search(rf"^  adapter +{tensors_hash(folder / ADAPTER)}$", output, re.MULTILINE)
-    assert output.endswith(": fits\n")
+    assert said(capsys, f"toss.audit.show {folder}/merged").endswith(": fits\n")
     for dtype in ("float32", "bfloat16"):
         assert call(f"{line} --overwrite --dtype {dtype}") == 0
         weights = load_file(folder / "merged/model.safetensors")
@@ -458,6 +452,24 @@ def test_the_run_comes_between_the_demo_and_the_command_line(files, tmp_path):
     anew = settings_of(f"train.py --run {tmp_path} --overwrite {inputs}")
     assert (anew.model, anew.template, anew.max_length, anew.lr) == ("/n", None, 2048, 1e-5)
     assert not anew.demo
+
+
+def test_the_seed_reaches_a_method_that_draws(trained):
+    masks = []
+    for seed in (0, 1):
+        line = f"select.py --run {trained} --method random --name seed-{seed} --seed {seed}"
+        assert call(line) == 0
+        masks.append(load_file(trained / f"methods/seed-{seed}" / SELECTION)["keep"])
+    assert masks[0].sum() == masks[1].sum()
+    assert not torch.equal(masks[0], masks[1])
+
+
+def test_a_whole_number_in_a_file_and_on_the_command_line_is_one_setting(tmp_path):
+    """data/demo.json has an alpha without a point; argparse makes a float of it."""
+    line = f"select.py --run {tmp_path}/new"
+    demo = TrainConfig.of(settings_of(line)).recipe()
+    typed = TrainConfig.of(settings_of(f"{line} --alpha {demo['alpha']:.0f}")).recipe()
+    assert text_hash(typed) == text_hash(demo)
 
 
 def test_what_comes_from_the_run_is_printed(trained, capsys):

@@ -80,15 +80,6 @@ def test_every_link_of_a_readme_leads_somewhere(file):
             assert path or anchor in anchors, target
 
 
-@pytest.mark.parametrize("file", READMES, ids=module_of)
-def test_every_test_that_a_readme_names_exists(file):
-    tests = ""
-    for test in (ROOT / "tests").glob("test_*.py"):
-        tests += test.name + "\n" + test.read_text(encoding="utf-8")
-    for name in re.findall(r"\btest_\w+", file.read_text(encoding="utf-8")):
-        assert name in tests
-
-
 def test_each_of_the_twelve_decisions_names_its_test():
     """By its file, and by a word for pytest -k."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -179,6 +179,17 @@ def test_states_are_saved_by_time_and_at_the_end_of_each_part(stages, monkeypatc
     }
 
 
+def test_seconds_of_interrupted_work_add_up(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(states, "time", SimpleNamespace(monotonic=lambda: now))
+    for earlier in (0, 30, 60):
+        state = SavedState(tmp_path, "work", minutes=2)
+        state.load(0)
+        assert state.earlier_seconds == earlier
+        now += 30
+        state.save({}, 0)
+
+
 def test_an_unfinished_first_stage_keeps_its_day(stages, tmp_path, monkeypatch, capsys):
     """A chat template may print the date. A command that goes on the next day has the old one."""
     base = Path(shutil.copytree(stages.words["base"], tmp_path / "base"))
@@ -187,16 +198,14 @@ def test_an_unfinished_first_stage_keeps_its_day(stages, tmp_path, monkeypatch, 
     run = tmp_path / "run"
     line = COMMANDS["train"].format(**{**stages.words, "base": base, "run": run})
 
-    class Day(datetime.date):
-        number = 1
-
+    class Yesterday(datetime.date):
         @classmethod
         def today(cls):
-            return datetime.date(2030, 1, cls.number)
+            return datetime.date(2030, 1, 1)
 
-    monkeypatch.setattr(tokenizer, "datetime", SimpleNamespace(date=Day))
-    stopped(line, 2, signal.SIGKILL)
-    Day.number = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "datetime", SimpleNamespace(date=Yesterday))
+        stopped(line, 2, signal.SIGKILL)
     assert "goes on after step 1" in said(capsys, line)
     assert read_json(run / "run.json")["settings"]["date"] == "2030-01-01"
     assert read_record(run / "degraded")["date"] == "2030-01-01"
