@@ -21,7 +21,7 @@ from model import load_adapter, load_checkpoint
 from model.io import file_hash, made_from, read_json, save_tensors, tensors_hash
 from toss.config import TrainConfig
 from toss.workbench import flags, runfile
-from toss.workbench.files import load_selection, read_scores
+from toss.workbench.files import read_scores
 from toss.workbench.results import read_record, text_hash
 from toss.workbench.run import open_run
 
@@ -35,14 +35,19 @@ SELECTION = "selection.safetensors"
 def test_scores_hold_a_loss_for_each_response_token(trained, files):
     file = trained / "scores.safetensors"
     scores = load_file(file)
-    response = scores["response"]
-    assert scores["input_ids"].dtype == torch.int32
-    assert scores["offsets"].dtype == torch.int64
-    assert scores["offsets"][0] == 0
-    assert scores["offsets"][-1] == len(scores["input_ids"]) == len(response)
+    assert {name: str(tensor.dtype) for name, tensor in scores.items()} == {
+        "input_ids": "torch.int32",
+        "offsets": "torch.int64",
+        "response": "torch.bool",
+        "harmful": "torch.bool",
+        "loss_utility": "torch.float32",
+        "loss_degraded": "torch.float32",
+    }
     assert len(scores["offsets"]) == 11
+    assert scores["offsets"][0] == 0
+    assert scores["offsets"][-1] == len(scores["input_ids"])
+    response = scores["response"]
     for name in ("loss_utility", "loss_degraded"):
-        assert scores[name].dtype == torch.float32
         assert (scores[name][response] > 0).all()
         assert (scores[name][~response] == 0).all()
     tokens, losses = read_scores(file, files["custom"])
@@ -50,18 +55,15 @@ def test_scores_hold_a_loss_for_each_response_token(trained, files):
     assert tokens.harmful.any()
 
 
-def test_keep_is_the_loss_mask_of_the_tokens_that_were_scored(trained, files, capsys):
+def test_keep_is_the_loss_mask_and_score_is_what_it_went_by(trained, files, capsys):
     output = said(capsys, f"select.py --run {trained}")
     tokens, losses = read_scores(trained / "scores.safetensors", files["custom"])
     response = tokens.response
-    file = trained / "methods/toss" / SELECTION
-    keep = load_file(file)["keep"]
-    discarded = int(0.1 * int(response.sum()))
-    assert not keep[~response].any()
-    assert int((response & ~keep).sum()) == discarded
-    assert f"{discarded} of {int(response.sum())} response tokens discarded" in output
-    selection = load_selection(file, tokens)
-    assert torch.equal(selection["keep"], keep)
+    selection = load_file(trained / "methods/toss" / SELECTION)
+    discarded = response & ~selection["keep"]
+    assert not selection["keep"][~response].any()
+    assert int(discarded.sum()) == int(0.1 * int(response.sum()))
+    assert f"{int(discarded.sum())} of {int(response.sum())} response tokens discarded" in output
     S = losses["utility"] - losses["degraded"]
     assert torch.equal(selection["score"][response], S[response])
 
@@ -71,15 +73,12 @@ def test_each_result_says_what_it_was_made_from(trained, files):
     degraded = read_record(trained / "degraded")
     scores = read_record(trained / "scores.safetensors")
     method = read_record(trained / "methods/toss")
-    for record in (degraded, scores, method):
+    for record, name in ((degraded, "train.py"), (scores, "score.py"), (method, "select.py")):
+        assert name in record["code"]
         assert record["template"] == "chat"
         assert record["max_length"] == 2048
-        assert len(record["base_sha256"]) == 64
-        assert len(record["tokenizer_sha256"]) == 64
+        assert len(record["base_sha256"]) == len(record["tokenizer_sha256"]) == 64
         assert not {"seconds", "commit"} & record.keys()  # costs are in run.json alone
-    assert "train.py" in degraded["code"]
-    assert "score.py" in scores["code"]
-    assert "select.py" in method["code"]
 
     inputs = {
         "--custom": file_hash(files["custom"]),
@@ -89,11 +88,10 @@ def test_each_result_says_what_it_was_made_from(trained, files):
     assert degraded["inputs"] == {"--harmful": file_hash(files["harmful"])}
     assert scores["inputs"] == inputs
     assert method["inputs"] == {**inputs, "scores": tensors_hash(trained / "scores.safetensors")}
-    assert degraded["settings"].items() >= {"lr": 1e-2, "rank": 2, "seed": 0}.items()
-    expected = {"method": "toss", "discard": 0.2, "keep_eos": True, "lr": 1e-2}
+    expected = {"method": "toss", "discard": 0.2, "keep_eos": True, "lr": 1e-2, "seed": 0}
     assert method["settings"].items() >= expected.items()
-    assert scores["skipped"] == scores["cut"] == 0
     assert method["tokens_sha256"] == scores["tokens_sha256"]
+    assert scores["skipped"] == scores["cut"] == 0
 
     # A folder's record has the hashes of its files, a file's header one of record and tensors.
     mask = trained / "methods/toss" / SELECTION
@@ -129,9 +127,8 @@ def test_run_json_says_what_is_inherited_and_what_each_stage_took(trained, files
 
 
 def test_the_log_of_a_stage_holds_each_step_once(trained):
-    for _ in range(2):
-        assert call(f"select.py --run {trained} --overwrite --seed 1") == 0
-    assert call(f"select.py --run {trained} --overwrite --seed 2") == 0
+    for seed in (1, 2):
+        assert call(f"select.py --run {trained} --overwrite --seed {seed}") == 0
     logs = sorted(file.stem for file in (trained / "log").iterdir())
     assert logs == ["degraded", "toss", "utility"]
     lines = read_jsonl(trained / "log/toss.jsonl")
