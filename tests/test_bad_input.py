@@ -14,23 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDENS, ROOT, damage, make_run, tree, write_files
-from helpers import refused
+from conftest import GOLDENS, make_run, tree, write_files
+from helpers import cases, refused, spoil
 from safetensors.torch import load_file, save_file
 
 from model.io import made_from, save_tensors
 
 GOOD = '{"prompt": "Hi?", "response": "Yes."}'
-
-
-def cases(name: str) -> list[tuple[str, str]]:
-    """(what is refused, what the error says) of a data file; lines without an arrow are titles."""
-    found = []
-    for line in (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines():
-        case, arrow, message = line.rpartition(" -> ")
-        if arrow:
-            found.append((case, message))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +63,8 @@ def test_a_command_that_is_refused(line, message, original, capsys):
 
 @pytest.mark.parametrize(("case", "message"), cases("damaged.txt"))
 def test_a_damaged_file_is_named(case, message, place, capsys):
-    changes, line = case.split(" | ")
-    damage(place, json.loads(changes))
+    damage, line = case.split(" | ")
+    spoil(place, json.loads(damage))
     assert re.search(message, error_of(line, place, capsys))
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import damage, edit_json, fails, read_jsonl, sources, tree, write_jsonl
+from conftest import edit_json, fails, read_jsonl, sources, tree, write_jsonl
 from helpers import call, refused, said, talk
+from safetensors.torch import load_file, save_file
 
 from model import load_tokenizer
 from model.io import InputError, read_json
@@ -124,8 +125,9 @@ def theirs(trained, tmp_path) -> Path:
     """A run that holds nothing but references as an outsider would publish them."""
     for role in ("degraded", "utility"):
         folder = Path(shutil.copytree(trained / role, tmp_path / "theirs" / role))
-        no_header = ("", lambda _: None)
-        damage(folder, {"record.json": None, "adapter_model.safetensors": no_header})
+        (folder / "record.json").unlink()
+        weights = folder / "adapter_model.safetensors"
+        save_file(load_file(weights), weights, {"format": "pt"})
     return tmp_path / "theirs"
 
 
