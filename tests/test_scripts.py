@@ -293,12 +293,13 @@ def test_what_was_made_from_something_else_is_refused(trained, tmp_path, base, f
 
 
 def test_an_earlier_result_of_another_base_is_refused(trained, tmp_path, files, capsys):
-    """Its files may be the same; another base would give it another meaning."""
+    """One made of the same rows, beside another that fits."""
     other = make_base(tmp_path / "other", seed=1)
-    assert call(f"train.py --run {tmp_path}/new {sources(files, other)}") == 0
-    shutil.copytree(trained / "degraded", tmp_path / "new/degraded", dirs_exist_ok=True)
-    error = refused(capsys, f"score.py --run {tmp_path}/new --custom {files['custom']}")
-    assert "base_sha256" in error
+    run = tmp_path / "new"
+    assert call(f"train.py --run {run} {sources(files, other)}") == 0
+    shutil.copytree(trained / "utility", run / "utility", dirs_exist_ok=True)
+    error = refused(capsys, f"score.py --run {run} --custom {files['custom']}")
+    assert "utility does not fit this run (changed: base_sha256)" in error
 
 
 def test_a_reference_in_the_place_of_the_other_is_refused(trained, capsys):
