@@ -162,37 +162,38 @@ def test_rows_that_change_while_they_are_read_end_the_command(reader, stages, mo
 # The same result by two commands
 
 
-def test_one_process_at_a_time_makes_a_result(stages, capsys):
-    """The same or another recipe; those that only read it, or find it there, go on."""
+def test_one_process_at_a_time_makes_a_result(stages, monkeypatch):
+    """A second one that wants the same result, or another one in its place, ends with a line."""
     line = stages.begin("score again")
-    run = stages.run
-    rows = stages.words["utility"]
-    with held(run / ".state/scores", run):
-        before = snapshot(run)
-        for command in (line, f"score.py --run {run} --overwrite --custom {rows}"):
-            error = refused(capsys, command)
-            assert "scores is being made by another process" in error
-            assert f"it holds {run}/.state/scores" in error
-        assert snapshot(run) == before
-        assert "skipped" in said(capsys, f"score.py --run {run}")
-        assert call(f"select.py --run {run}") == 0
-    evaluate = f"toss.audit.evaluate --run {run} --max-new-tokens 1 --utility {rows} --methods base"
-    with held(run / ".state/evaluation-base", run):
-        assert "evaluation-base is being made by another process" in refused(capsys, evaluate)
-    assert call(line) == 0
-    assert not (run / ".state").exists()
-
-
-def test_a_second_process_that_makes_the_same_result_is_refused(stages, monkeypatch):
-    line = stages.begin("score")
     outcomes = []
-    on_step(2, monkeypatch, lambda: outcomes.append(child(partial(call, line))))
+
+    def start_others():
+        for flags in ("", f"--custom {stages.words['utility']}"):
+            outcomes.append(child(partial(call, f"{line} {flags}")))
+
+    on_step(2, monkeypatch, start_others)
     assert call(line) == 0
-    ((status, errors),) = outcomes
-    assert status == 1
-    assert errors.startswith("error: scores is being made by another process")
-    assert errors.count("\n") == 1
-    assert stages.is_finished("score")
+    assert stages.is_finished("score again")
+    assert len(outcomes) == 2
+    for status, errors in outcomes:
+        assert status == 1
+        assert errors.startswith("error: scores is being made by another process (it holds ")
+        assert errors.count("\n") == 1
+
+
+def test_who_only_reads_or_finds_a_result_does_not_wait_for_who_makes_it(stages, capsys):
+    stages.begin("score again")
+    with held(stages.run / ".state/scores", stages.run):
+        assert "skipped" in said(capsys, f"score.py --run {stages.run}")
+        assert call(f"select.py --run {stages.run}") == 0
+
+
+def test_one_process_at_a_time_evaluates_a_method(stages, capsys):
+    stages.begin("score again")
+    line = f"toss.audit.evaluate --run {stages.run} --utility {stages.words['utility']}"
+    with held(stages.run / ".state/evaluation-base", stages.run):
+        error = refused(capsys, f"{line} --methods base --max-new-tokens 1")
+        assert "evaluation-base is being made by another process" in error
 
 
 def test_a_result_that_another_process_made_meanwhile_is_not_replaced(stages, monkeypatch, capsys):

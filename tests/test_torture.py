@@ -379,16 +379,3 @@ def test_a_rename_that_fails_leaves_the_old_result(stages, monkeypatch, capsys):
     assert stages.is_as_before("train again")
     assert call(line) == 0
     assert stages.is_finished("train again")
-
-
-def test_a_refused_command_leaves_no_folder_behind(stages, tmp_path, capsys):
-    stages.begin("select")
-    before = snapshot(stages.run)
-    line = f"select.py --run {stages.run} --name new --rank 1000000"
-    assert "LoRA rank" in refused(capsys, line)
-    assert snapshot(stages.run) == before
-
-    custom = "--model {base} --custom {custom}".format(**stages.words)
-    line = f"select.py --run {tmp_path}/new --method sft {custom} --rank 1000000"
-    assert "LoRA rank" in refused(capsys, line)
-    assert snapshot(tmp_path) == {}
