@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def as_listed(recipe: dict[str, Any]) -> dict[str, Any]:
     return {name: recipe[name] for name in ("stage", "settings", "inputs")}
 
 
+@cache
 def git_commit() -> str | None:
     """The commit of this code, with a plus sign if the tree has changes; None outside git."""
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
