@@ -496,13 +496,12 @@ def test_another_base_does_not_inherit_the_revision_of_the_first(tmp_path):
 # As programs
 
 
-def test_a_stage_runs_as_a_program_and_fails_as_one(tmp_path, base, files):
-    line = f"select.py --run {tmp_path}/new --method sft --rank 2 --epochs 1"
-    good = run(*line.split(), "--model", base, "--custom", files["custom"])
+def test_a_stage_runs_as_a_program_and_fails_as_one(trained):
+    good = run("score.py", "--run", trained, "--base", "--overwrite")
     assert good.returncode == 0
-    assert f"wrote {tmp_path}/new" in good.stdout
+    assert f"wrote {trained}/scores.safetensors" in good.stdout
     assert not good.stderr
-    bad = run(*f"{line} --template human".split())
+    bad = run("score.py", "--run", trained, "--template", "human")
     assert bad.returncode == 1
     assert re.fullmatch("error: .* was begun with --template chat, .*\n", bad.stderr)
 
