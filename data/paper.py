@@ -208,6 +208,8 @@ def usable(raw: dict, where: str, responses: bool, min_rating: float) -> Row:
     if min_rating and not (isinstance(rating, (int, float)) and rating >= min_rating):
         raise InputError(f"{where}: rated below {min_rating:g}, or not at all")
     row = row_of(raw, where, responses)
+    if row.has_empty_response:
+        raise InputError(f"{where}: the row has an empty response")
     turns = row.messages[1:] if row.messages[0]["role"] == "system" else row.messages
     # Many chat templates refuse a row whose turns do not alternate.
     if any(message["role"] != ("user", "assistant")[k % 2] for k, message in enumerate(turns)):

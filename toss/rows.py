@@ -15,8 +15,8 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
 }
 SURROGATE = re.compile("[\ud800-\udfff]")  # one of the two that make a character in UTF-16
-FORMS = "messages; prompt and response; instruction, input and output (Alpaca); "
-FORMS += "conversations (ShareGPT); chosen or transcript (Anthropic HH)"
+FORMS = "messages; prompt and response; prompt and completion (TRL); instruction, input and output "
+FORMS += "(Alpaca); conversations (ShareGPT); chosen or transcript (Anthropic HH)"
 
 Turn = tuple[str, Any]  # role and text, as they stand in the file
 
@@ -37,6 +37,12 @@ class Row:
         if self.messages[-1]["role"] == "assistant":
             return self.messages[:-1]
         return self.messages
+
+    @property
+    def has_empty_response(self) -> bool:
+        """True if one of the responses is blank; see tokens.tokenise."""
+        replies = [turn["content"] for turn in self.messages if turn["role"] == "assistant"]
+        return not all(reply.strip() for reply in replies)
 
 
 def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> list[Row]:
@@ -88,8 +94,6 @@ def messages_of(raw: dict, responses: bool) -> list[dict[str, str]]:
     roles = [message["role"] for message in messages]
     if roles[0] == "assistant" or "user" not in roles:
         raise InputError("the row has no prompt before its first response")
-    if not all(messages[k]["content"].strip() for k in replies):
-        raise InputError("the row has an empty response")
     return messages
 
 
@@ -98,11 +102,17 @@ def harmful_spans(raw: dict, messages: list[dict[str, str]]) -> list[list[int]]:
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
     length = len(replies[0]) if len(replies) == 1 else 0
     spans = raw.get("harmful", [])
-    for start, end in spans:
-        whole = type(start) is int and type(end) is int  # truth values are no numbers
-        if not whole or not 0 <= start < end <= length:
-            raise InputError("`harmful` must list [start, end) character spans of the one response")
+    if not isinstance(spans, list) or not all(is_span(span, length) for span in spans):
+        wanted = "a list of [start, end) character spans of the one response"
+        raise InputError(f"`harmful` must be {wanted}, not {json.dumps(spans)[:60]}")
     return spans
+
+
+def is_span(value: Any, length: int) -> bool:
+    """True for [start, end] within a text of that length."""
+    if not isinstance(value, list) or [type(place) for place in value] != [int, int]:
+        return False  # a truth value is no number here
+    return 0 <= value[0] < value[1] <= length
 
 
 def note(value: Any) -> str | None:
@@ -117,12 +127,22 @@ def message(role: str, text: str | list) -> dict[str, str]:
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"unknown role {role!r} (known: {', '.join(ROLES)})")
     if isinstance(text, list) and text:
-        text = "".join(part["text"] for part in text)
+        text = text_of_parts(role, text)
     if not isinstance(text, str):
         raise InputError(f"the text of {role!r} is not a string but {json.dumps(text)[:60]}")
     if SURROGATE.search(text):
         raise InputError(f"the text of {role!r} contains an unpaired surrogate")
     return {"role": ROLES[role], "content": text}
+
+
+def text_of_parts(role: str, parts: list) -> str:
+    """The text of a message whose content is a list of parts."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise InputError(f"{role!r} has a part that is not a text: {json.dumps(part)[:60]}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 # The forms
@@ -134,6 +154,8 @@ def conversation(raw: dict, responses: bool) -> list[Turn]:
         return [role_and_text(turn) for turn in raw["messages"]]
     if "prompt" in raw and "response" in raw:
         return [("user", raw["prompt"]), ("assistant", raw["response"])]
+    if "prompt" in raw and "completion" in raw:
+        return turns_of("user", raw["prompt"]) + turns_of("assistant", raw["completion"])
     if "instruction" in raw and ("output" in raw or not responses):
         return alpaca(raw)
     if "conversations" in raw:
@@ -142,8 +164,16 @@ def conversation(raw: dict, responses: bool) -> list[Turn]:
     if isinstance(transcript, str):
         return anthropic(transcript, least=2 if responses else 1)
     if "prompt" in raw and not responses:
-        return [("user", raw["prompt"])]
+        return turns_of("user", raw["prompt"])
     return []
+
+
+def turns_of(role: str, value: Any) -> list[Turn]:
+    """TRL's prompt or completion: a text of this role, or a list of messages."""
+    is_list = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+    if is_list and all("role" in turn for turn in value):
+        return [role_and_text(turn) for turn in value]
+    return [(role, value)]
 
 
 def role_and_text(turn: dict) -> Turn:

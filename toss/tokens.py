@@ -35,7 +35,7 @@ class Tokens:
     response: Tensor  # bool [N]: the tokens y_ij, EOS included
     harmful: Tensor  # bool [N]: ground truth where the rows carry it, else all False
     name: str = ""  # the file, for messages
-    skipped: int = 0  # rows whose prompt leaves no room for a response token
+    skipped: int = 0  # rows whose prompt leaves no room for a response token, or without a response
     cut: int = 0  # rows whose end did not fit
 
     @cached_property
@@ -88,13 +88,25 @@ class Tokens:
 # From conversations to tokens
 
 
-def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str = "") -> Tokens:
+def tokenise(
+    rows: list[Row],
+    tokenizer: Tokenizer,
+    max_length: int,
+    name: str = "",
+    skip_empty: bool = False,
+) -> Tokens:
     """Tokenise conversations. max_length: tokens per row: prompt, responses and EOS together.
 
     A prompt that leaves no room for a response token is skipped; its row stays, empty. A response
-    too long is cut on the right and then gets no EOS. Raises InputError when no row is left, or
-    when the chat template leaves the text of a message out.
+    too long is cut on the right and then gets no EOS. skip_empty: also skip rows with an empty
+    response. Raises InputError for these otherwise, when no row is left, or when the chat template
+    leaves the text of a message out.
     """
+    empty = [row.where for row in rows if row.has_empty_response]
+    if empty and not skip_empty:
+        problem = f"the row has an empty response, as {len(empty)} of {len(rows)} rows have"
+        advice = "--skip-empty leaves them out"
+        raise InputError(f"{empty[0]}: {problem} ({', '.join(empty[:3])}): {advice}")
     parts = []  # (ids, response flags, harm flags) of each row
     cut = 0
     incomplete = []  # where the chat template leaves something out
@@ -106,7 +118,9 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
             ids, response, harmful = flatten(row, segments, encoded, tokenizer)
             # A row that is too long ends with its last response token: what follows is of no use.
             end = len(ids)
-            if end > max_length:
+            if row.has_empty_response:
+                end = 0
+            elif end > max_length:
                 fitting = np.flatnonzero(response[:max_length])
                 end = 0
                 if len(fitting) > 0:
@@ -119,7 +133,8 @@ def tokenise(rows: list[Row], tokenizer: Tokenizer, max_length: int, name: str =
         raise InputError(f"{incomplete[0]}: {LEFT_OUT} ({count}); use another template")
     lengths = [len(ids) for ids, _, _ in parts]
     if not any(lengths):
-        raise InputError(f"{name}: every prompt is longer than --max-length {max_length}")
+        problem = f"every prompt is longer than --max-length {max_length}"
+        raise InputError(f"{name}: {problem}, or every response is empty")
     input_ids, response, harmful = (np.concatenate(arrays) for arrays in zip(*parts))
     return Tokens(
         input_ids=torch.from_numpy(input_ids),

@@ -133,7 +133,8 @@ class Base:
     def tokens_of(self, rows: list[Row], path: str) -> Tokens:
         """The token ids of rows from a file; prints what was skipped or cut."""
         self.warn_shared(path, rows)
-        tokens = tokenise(rows, self.tokenizer, self.args.max_length, str(path))
+        skip_empty = bool(self.args.skip_empty)
+        tokens = tokenise(rows, self.tokenizer, self.args.max_length, str(path), skip_empty)
         highest = int(tokens.input_ids.max())
         file = self.checkpoint / "config.json"
         vocabulary = Config.from_dict(read_json(file), str(file)).vocab_size
@@ -141,7 +142,10 @@ class Base:
             problem = f"has the id {highest}, but {self.checkpoint} has {vocabulary} embeddings"
             raise InputError(f"{path} {problem}")
         counts = f"{len(tokens.input_ids):,} tokens, {int(tokens.response.sum()):,} of responses"
+        empty = sum(row.has_empty_response for row in rows)
         lost = f"{tokens.skipped} rows skipped, {tokens.cut} cut"
+        if empty:
+            lost += f"; of the skipped rows, {empty} have an empty response"
         print(f"{path}: {tokens.rows} rows, {counts}; {lost} (--max-length {self.args.max_length})")
         return tokens
 

@@ -164,6 +164,8 @@ def add_inherited_flags(parser: Parser, **inputs: str) -> None:
     add("--date", help="YYYY-MM-DD, for a chat template that asks for it (default: today)")
     text = "variables of the chat template, such as '{\"enable_thinking\": false}'"
     add("--chat-template-kwargs", type=json_text, metavar="JSON", help=text)
+    text = "leave out rows with an empty response; they are an error otherwise"
+    add("--skip-empty", action="store_true", default=None, help=text)
     text = "tokens per row; longer rows are cut on the right"
     add("--max-length", type=count, default=2048, metavar="N", help=text)
 
@@ -300,7 +302,10 @@ def as_typed(source: Path, values: dict[str, Any]) -> dict[str, Any]:
     parser = Parser("", "", source=source)
     add_inherited_flags(parser, harmful="", utility="", custom="")
     add_training_flags(parser)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    words = []
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        words.append(flag if name == "skip_empty" else f"{flag}={value}")  # it takes no value
     return parser.typed(words)
 
 

@@ -91,6 +91,7 @@ class Folder(Base):
             "template": self.args.template,
             "max_length": self.args.max_length,
             "date": self.args.date,
+            "skip_empty": bool(self.args.skip_empty),
         }
 
     def recipe(self, stage: str, inputs: Sequence[str], settings: dict) -> dict[str, Any]:

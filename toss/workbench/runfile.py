@@ -17,9 +17,15 @@ from model.io import InputError, read_json, whole_file
 from toss.workbench.results import held
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMAT = 4
+FORMAT = 5
 INPUTS = ("model", "harmful", "utility", "custom")
-FORM = ("template", "date", "max_length", "chat_template_kwargs")  # how text becomes ids
+FORM = (
+    "template",
+    "date",
+    "max_length",
+    "chat_template_kwargs",
+    "skip_empty",
+)  # how text becomes ids
 INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
 
 
