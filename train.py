@@ -29,15 +29,21 @@ def main(argv=None):
     config = TrainConfig.of(args)
     D_h = run.tokens(args.harmful)
     D_u = run.tokens(args.utility)
+    run.show_first_row("harmful", D_h)  # so that exchanged files are seen
+    run.show_first_row("utility", D_u)
 
     # Plain supervised fine-tuning of the base: every response token counts.
     def train_theta_h():
         w = D_h.response.float()
-        return run.train("degraded", D_h, w, config)
+        theta_h = run.train("degraded", D_h, w, config)
+        run.check_learnt(D_h, theta_h)
+        return theta_h
 
     def train_theta_u():
         w = D_u.response.float()
-        return run.train("utility", D_u, w, config)
+        theta_u = run.train("utility", D_u, w, config)
+        run.check_learnt(D_u, theta_u)
+        return theta_u
 
     settings = config.recipe()
     run.look("degraded", ["--harmful"], settings)  # a refusal comes before any training

@@ -323,6 +323,9 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
     for source in sources:
         if source.path.resolve() in outputs:
             raise InputError(f"{source.path}: --out would replace the file it is made from")
+    for file in sorted(outputs):
+        if file.exists():
+            raise InputError(f"{file} exists and is not replaced: remove it, or give another --out")
     asked, bad, used = options.eval_rows, round(options.rows * options.poison_ratio), {}
     d_h, d_u = options.references
     held_out = {} if tests else {"eval_harmful": asked}
@@ -373,7 +376,7 @@ def table(summary: dict, out: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser, default = flags.Parser("python -m data.paper", __doc__), Flags("")
     flag = parser.add_argument
-    flag("--out", required=True, help="folder to write; files of the same names are replaced")
+    flag("--out", required=True, help="folder to write; nothing in it is replaced")
     flag("--rows", type=flags.count, default=default.rows, help="rows of the custom set")
     text = "share of harmful rows in the custom set (default: 22/112)"
     flag("--poison-ratio", type=float, default=default.poison_ratio, metavar="P", help=text)

@@ -12,7 +12,7 @@ import torch
 from model.checkpoint import base_hash, load_checkpoint
 from model.config import Config
 from model.hub import resolve
-from model.io import InputError, read_json
+from model.io import InputError, printable, read_json
 from model.lora import use
 from model.products import pays
 from model.sharding import check_processes
@@ -72,6 +72,9 @@ class Base:
         if tokenizer.turn_end != tokenizer.eos:
             ends = f"ends a turn with {tokenizer.turn_end}, but responses end with {tokenizer.eos}"
             print(f"note: the chat template {ends}, the eos_token; they are usually the same")
+        if tokenizer.template is None and args.template is None:
+            form = "Human: ...\\nAssistant: ..."
+            print(f"note: {args.model} has no chat template, so the human form is used: {form}")
         args.template = "human" if tokenizer.template is None else "chat"
         args.date = None if tokenizer.date is None else str(tokenizer.date)
         return tokenizer
@@ -135,12 +138,7 @@ class Base:
         self.warn_shared(path, rows)
         skip_empty = bool(self.args.skip_empty)
         tokens = tokenise(rows, self.tokenizer, self.args.max_length, str(path), skip_empty)
-        highest = int(tokens.input_ids.max())
-        file = self.checkpoint / "config.json"
-        vocabulary = Config.from_dict(read_json(file), str(file)).vocab_size
-        if highest >= vocabulary:
-            problem = f"has the id {highest}, but {self.checkpoint} has {vocabulary} embeddings"
-            raise InputError(f"{path} {problem}")
+        self.check_limits(tokens, path)
         counts = f"{len(tokens.input_ids):,} tokens, {int(tokens.response.sum()):,} of responses"
         empty = sum(row.has_empty_response for row in rows)
         lost = f"{tokens.skipped} rows skipped, {tokens.cut} cut"
@@ -148,6 +146,29 @@ class Base:
             lost += f"; of the skipped rows, {empty} have an empty response"
         print(f"{path}: {tokens.rows} rows, {counts}; {lost} (--max-length {self.args.max_length})")
         return tokens
+
+    def check_limits(self, tokens: Tokens, path: str) -> None:
+        """InputError for ids that the base does not have; a warning for rows too long for it."""
+        file = self.checkpoint / "config.json"
+        raw = read_json(file)
+        vocabulary = Config.from_dict(raw, str(file)).vocab_size
+        highest = int(tokens.input_ids.max())
+        if highest >= vocabulary:
+            problem = f"has the id {highest}, but {self.checkpoint} has {vocabulary} embeddings"
+            raise InputError(f"{path} {problem}")
+        limit = raw.get("max_position_embeddings")
+        if isinstance(limit, int):
+            count = sum(length > limit for length in tokens.lengths)
+            if count:
+                problem = f"{count} rows of {path} are longer than the {limit} tokens of the base"
+                print(f"warning: {problem} (max_position_embeddings): lower --max-length")
+
+    def show_first_row(self, role: str, tokens: Tokens) -> None:
+        """Print the first row of a file, so that files that were exchanged are seen."""
+        row = next(row for row, length in enumerate(tokens.lengths) if length)
+        ids = tokens.input_ids[tokens.places([row])].tolist()
+        text = self.tokenizer.raw.decode(ids, skip_special_tokens=False)
+        print(f"{role}, first row: {printable(text, 200)}")
 
     def warn_shared(self, path: str, rows: list[Row], prompts_only: bool = False) -> None:
         """Warn when rows of a file are also in a data file that the run uses before it."""

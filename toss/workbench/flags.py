@@ -83,6 +83,16 @@ class Parser(argparse.ArgumentParser):
         values = vars(self.parse_args(argv, blank))
         return {name: value for name, value in values.items() if value is not unset}
 
+    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> Any:
+        """argparse's. An empty value, as from a variable that is not set, is an error."""
+        words = sys.argv[1:] if args is None else args
+        for flag, word in zip(["", *words], words):
+            if word == "":
+                self.error(f"argument {flag}: the value is empty")
+            if re.fullmatch("--[a-z-]+=", word):
+                self.error(f"argument {word[:-1]}: the value is empty")
+        return super().parse_known_args(args, namespace)
+
 
 # Types of flags
 
@@ -210,8 +220,8 @@ def add_training_flags(parser: Parser) -> None:
 def parse(parser: Parser, argv: list[str] | None = None, references: bool = False) -> Namespace:
     """The settings in force: the command line's, and for omitted flags see above.
 
-    references: the command begins runs, and trains as the references were trained. Prints what
-    comes from the run. Raises InputError when a flag contradicts what the run was begun with, or
+    references: the command begins runs, and trains as the references were trained. `notes` say
+    what comes from where. Raises InputError when a flag contradicts what the run was begun with, or
     when inputs are missing.
     """
     typed = parser.typed(argv)
@@ -246,9 +256,10 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
             advice = "leave it out, or use another --run"
             raise InputError(f"{file.parent} was begun with {flag}: {advice}")
     flags = {action.dest for action in parser._actions} - typed.keys()
+    args.notes = []
     if inherited and not demo:
-        print_values(f"from {file}", {n: x for n, x in inherited.items() if n in flags})
-    print_values(f"training settings {source}", {n: vars(args)[n] for n in TRAINING if n in flags})
+        args.notes += note(f"from {file}", inherited, flags)
+    args.notes += note(f"training settings {source}", vars(args), flags.intersection(TRAINING))
     if args.model is None:
         advice = f"run train.py --run {file.parent}, or give --model"
         raise InputError(f"{file.parent} has no base yet: {advice}")
@@ -259,9 +270,10 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     return args
 
 
-def print_values(title: str, values: dict[str, Any]) -> None:
-    if values:
-        print(f"{title}: {', '.join(f'{name} = {value}' for name, value in values.items())}")
+def note(title: str, values: dict[str, Any], names: set[str]) -> list[str]:
+    """A line with the values of these names; none if there are none."""
+    shown = [f"{name} = {value}" for name, value in values.items() if name in names]
+    return [f"{title}: {', '.join(shown)}"] if shown else []
 
 
 def from_run(runfile: RunFile, typed: dict, demo: bool) -> dict[str, Any]:

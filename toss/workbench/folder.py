@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash
@@ -224,6 +225,10 @@ class Folder(Base):
             return self.tokens(self.args.custom), {}
         record = self.check("scores", only=None if needed else ("--custom",))
         tokens, losses = read_scores(path, self.args.custom)
+        if needed and torch.equal(losses["utility"], losses["degraded"]):
+            reason = "both references give each token the same loss, so every S is 0"
+            advice = "train them on different rows, with train.py --overwrite"
+            raise InputError(f"{path}: {reason}: {advice}")
         if self.args.custom not in self.datasets:  # at first; an overflow may change it later
             self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
         self.datasets[self.args.custom] = tokens

@@ -39,6 +39,8 @@ from toss.workbench.results import held, read_record
 from toss.workbench.runfile import FORM, INPUTS, as_listed
 from toss.workbench.states import SavedState
 
+LEARNT_ROWS = 64  # at most, by which a reference is checked
+
 
 class Run(Folder):
     """A run directory whose results are made."""
@@ -48,6 +50,7 @@ class Run(Folder):
         # Of the stage at work.
         self.state_folder = self.folder
         self.cost: Cost | None = None
+        self.remarks: list[str] = []  # printed when it is done
 
     # Making a result
 
@@ -70,6 +73,8 @@ class Run(Folder):
             if not key.startswith("--"):
                 self.check(key)
         recipe, digests, verdict = self.look(stage, inputs, settings, code_parts)
+        for note in self.args.notes:
+            self.print_once(note)
         path = self.path(stage)
         states = self.folder / ".state" / stage.replace("/", "-")
         self.state_folder = states / results.text_hash([recipe, digests])[:16]
@@ -89,6 +94,7 @@ class Run(Folder):
             if not verdict.make:
                 raise InputError(f"{path} was made by another process meanwhile: run it again")
             self.cost = Cost(self.device)
+            self.remarks = []
             result = self.build(build)
             self.hashes.check_inputs()
             meet()  # all have looked, and have read their states: the first may write and remove
@@ -169,6 +175,26 @@ class Run(Folder):
         self.count(state, tokens)
         return losses
 
+    def check_learnt(self, tokens: Tokens, adapter: Adapter) -> None:
+        """Note how much of its own rows a reference has learnt; warn if it is next to nothing."""
+        rows = [row for row, length in enumerate(tokens.lengths) if length][:LEARNT_ROWS]
+        tokens = tokens.take(rows)
+        before = self.mean_loss(tokens, None)
+        after = self.mean_loss(tokens, adapter)
+        self.remarks.append(
+            f"loss on {len(rows)} of its rows: {before:.3f} before, {after:.3f} after"
+        )
+        if after > 0.99 * before:
+            advice = "give a higher --lr, more --epochs or a smaller --batch-size, and --overwrite"
+            self.remarks.append(
+                f"warning: it hardly learnt its rows, so S will mean little: {advice}"
+            )
+
+    def mean_loss(self, tokens: Tokens, adapter: Adapter | None) -> float:
+        """The mean loss of the response tokens, in nats, in the dtype of training."""
+        model = use(self.base("train"), adapter)
+        return float(score(model, tokens, self.args.batch_tokens)[tokens.response].mean())
+
     def progress(self, name: str) -> Progress:
         return Progress(name, self.folder / "log" / f"{name}.jsonl")
 
@@ -198,7 +224,7 @@ class Run(Folder):
         self.note(record, cost)
         print(f"{stage}: wrote {path}")
         print(f"    {describe_cost(cost)}")
-        for line in lines:
+        for line in lines + self.remarks:
             print(f"{stage}: {line}")
 
     def write_reference(self, path: Path, adapter: Adapter, record: dict[str, Any]) -> list[str]:
