@@ -8,9 +8,11 @@ refines the degraded model over T rounds.
     python select.py --run runs/mine --discard 0.1 [--pro 1 --pro-samples 40] [--merge]
     python select.py --run runs/plain --method sft --model M --custom custom.jsonl
     python select.py --run runs/other --model M2 --custom custom.jsonl --mask SELECTION
+    python select.py --run runs/mine --mask-only
 
 SELECTION is a selection.safetensors of another run. Writes RUN/methods/NAME: the mask in
 selection.safetensors and the adapter in model/; NAME is the method, toss-pro with --pro, or --name.
+With --mask-only there is no adapter; the same command without it trains from that mask.
 """
 
 import sys
@@ -41,7 +43,7 @@ def main(argv=None):
     from toss.methods import METHODS as OTHER_METHODS
     from toss.methods import Candidates
     from toss.selection import competing_tokens, riskiest_rows, select_tokens
-    from toss.workbench.files import Round
+    from toss.workbench.files import Round, Selection
     from toss.workbench.run import Run
 
     run = Run(args)
@@ -61,7 +63,7 @@ def main(argv=None):
             w = torch.zeros(len(S)).index_fill(0, risky, 1.0)
         return w[D_cus.places(rows)]
 
-    def finetune():
+    def choose_tokens():
         # D^cus as it was scored, the losses L of its tokens, and the places of those that compete.
         D_cus, L = run.scored(needed=args.method not in UNSCORED)
         ranked = competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
@@ -94,14 +96,25 @@ def main(argv=None):
             in_loss[ranked], scores = OTHER_METHODS[args.method](candidates)
             S = None if scores is None else torch.zeros(len(in_loss)).index_put((ranked,), scores)
 
-        w = in_loss.float()
-        theta = run.train(args.name, D_cus, w, config)
-        return D_cus, {"keep": in_loss, "score": S}, theta, rounds
+        return Selection(D_cus, in_loss, S, rounds)
 
-    settings = settings_of(args, config)
+    def finetune():
+        selection = run.mask_only(stage) or choose_tokens()
+        w = selection.keep.float()
+        theta = run.train(args.name, selection.tokens, w, config)
+        return selection, theta
+
+    def only_choose():
+        return choose_tokens(), None
+
+    stage = f"methods/{args.name}"
+    mask_settings = settings_of(args)
     if args.pro:
-        settings["reference"] = reference.recipe()
-    run.make(f"methods/{args.name}", finetune, inputs_of(args), settings)
+        mask_settings["reference"] = reference.recipe()
+    if args.mask_only:
+        run.make(stage, only_choose, inputs_of(args), {**mask_settings, "mask_only": True})
+    else:
+        run.make(stage, finetune, inputs_of(args), {**config.recipe(), **mask_settings})
     if args.merge:
         run.merge(f"methods/{args.name}")
 
@@ -124,6 +137,7 @@ def arguments(argv):
     add("--pro-samples", type=flags.count, metavar="K", help=text)
     text = "TOSS-Pro: train on added rows whole (the paper), or only on their top d"
     add("--pro-train", choices=["rows", "top"], default="rows", help=text)
+    add("--mask-only", action="store_true", help="write the mask, and do not train")
     add("--merge", action="store_true", help="also write the merged checkpoint")
     flags.add_training_flags(parser)
     args = flags.parse(parser, argv)
@@ -138,6 +152,8 @@ def arguments(argv):
         raise flags.InputError("--pro is an option of --method toss")
     if not args.pro and {"pro_samples", "pro_train"} & args.typed:
         raise flags.InputError("--pro-samples and --pro-train need --pro T")
+    if args.mask_only and args.merge:
+        raise flags.InputError("--mask-only trains nothing that --merge could merge")
     if args.shard and args.merge:
         advice = "first run this without --merge, then with it but without --shard and torchrun"
         raise flags.InputError(f"--merge needs the base whole in one process: {advice}")
@@ -161,9 +177,9 @@ def inputs_of(args):
     return inputs
 
 
-def settings_of(args, config):
-    """The settings that decide the result."""
-    settings = {**config.recipe(), "method": args.method}
+def settings_of(args):
+    """The settings that decide the mask."""
+    settings = {"method": args.method, "seed": args.seed}
     if args.method not in ("sft", "mask"):
         settings |= {"discard": args.discard, "keep_eos": args.keep_eos}
     if args.pro:

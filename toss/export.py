@@ -1,12 +1,14 @@
 """The mask of a method as data for other trainers: TRL, axolotl, LLaMA-Factory, transformers.
 
-    python -m toss.export --run R --method toss --out train.jsonl
+    python -m toss.export --run R --method toss --out train.jsonl [--weights]
 
 A line per row: `input_ids`, `attention_mask` and `labels`, which are the ids, but -100 on prompts
-and on discarded tokens; unshifted, with BOS and EOS. Rows that were skipped, or that keep no token,
-are left out and counted. train.about.json names tokenizer and template, and has for every row of
-the custom set its kept and its response tokens, and its line (null: left out). Those trainers
-divide a batch's loss by its kept tokens, and the paper by its response tokens.
+and on discarded tokens; unshifted, with BOS and EOS. --weights adds `weights`, 1.0 where a token
+counts and 0.0 where its label is -100. The mask is enough: no trained model need be there. Rows
+that were skipped, or that keep no token, are left out and counted. train.about.json names tokenizer
+and template, and has for every row of the custom set its kept and its response tokens, and its line
+(null: left out). Those trainers divide a batch's loss by its kept tokens, and the paper by its
+response tokens.
 """
 
 import json
@@ -17,7 +19,7 @@ from model.io import InputError, file_hash, whole_file
 from toss.workbench import flags
 
 
-def export(run, method: str, out: Path) -> dict:
+def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
     """Write OUT and the file beside it; returns what the latter holds.
 
     Raises InputError if the method's mask is not over the run's custom set as it is now, or holds
@@ -55,6 +57,8 @@ def export(run, method: str, out: Path) -> dict:
                     "attention_mask": [1] * (end - start),
                     "labels": labels[start:end].tolist(),
                 }
+                if with_weights:
+                    entry["weights"] = keep[start:end].float().tolist()
                 file.write(json.dumps(entry) + "\n")
         about = {
             "method": method,
@@ -95,11 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--run", type=flags.folder, required=True, help="folder of the run")
     add("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
     add("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
+    text = "also write `weights`, for trainers that weigh tokens (Tinker takes weights[1:])"
+    add("--weights", action="store_true", help=text)
     args = parser.parse_args(argv)
 
     from toss.workbench.run import open_run
 
-    about = export(open_run(args.run), args.method, args.out)
+    about = export(open_run(args.run), args.method, args.out, args.weights)
     left_out = about["line"].count(None)
     skipped = about["response"].count(0)
     rows = len(about["line"]) - left_out

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     from model.hub import resolve
     from toss.audit.objectives import FUNCTIONS, Rival
     from toss.workbench import code
+    from toss.workbench.files import Selection
     from toss.workbench.run import Run
 
     function = FUNCTIONS[args.method]
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         D_cus, _ = run.scored(needed="scores" in inputs)
         rival = Rival(run, args.name, config, D_cus, keep=D_cus.response.clone())
         theta = function(rival, **options)
-        return D_cus, {"keep": rival.keep}, theta, []
+        return Selection(D_cus, rival.keep), theta
 
     settings = {**config.recipe(), "method": args.method, **options}
     parts = [*code.PARTS["rival"], own_code]

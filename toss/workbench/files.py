@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,16 @@ def lost_rows(tokens: Tokens, keep: Tensor) -> int:
 
 
 @dataclass
+class Selection:
+    """What select.py chose, and how."""
+
+    tokens: Tokens  # of D^cus
+    keep: Tensor  # bool [N], the loss mask
+    score: Tensor | None = None  # float32 [N]: what it went by
+    rounds: "list[Round]" = field(default_factory=list)  # of TOSS-Pro
+
+
+@dataclass
 class Round:
     """A round of TOSS-Pro."""
 
@@ -156,14 +166,17 @@ def write_reference(folder: Path, adapter: Adapter, model: Transformer, record: 
 
 def write_method(
     folder: Path,
-    selection: dict[str, Tensor],
-    adapter: Adapter,
-    model: Transformer,
+    selection: Selection,
+    adapter: Adapter | None,
+    model: Transformer | None,
     record: dict,
 ) -> None:
-    """The folder of a way of fine-tuning: the mask, model/ and the record."""
-    arrays = {name: tensor for name, tensor in selection.items() if tensor is not None}
-    write_adapter(adapter, model, folder / "model", record)
+    """The folder of a way of fine-tuning: the mask, the record, and model/ if there is one."""
+    arrays = {"keep": selection.keep}
+    if selection.score is not None:
+        arrays["score"] = selection.score
+    if adapter is not None:
+        write_adapter(adapter, model, folder / "model", record)
     save_tensors(arrays, folder / "selection.safetensors", record)
     write_record(folder, record)
 

@@ -132,8 +132,9 @@ class Folder(Base):
         """
         self.check_identity()
         path = self.path(stage)
-        if not self.source(stage).exists():
-            raise InputError(f"{self.source(stage)} does not exist: {self.advice(stage, 'first')}")
+        source = self.source(stage) if not has_record(path) else path
+        if not source.exists():
+            raise InputError(f"{source} does not exist: {self.advice(stage, 'first')}")
         record, problem = results.inspect(path, self.hashes)
         if problem:
             advice = self.advice(stage, "again")
@@ -197,7 +198,10 @@ class Folder(Base):
         if name == "base":
             return None
         stage = name if name in REFERENCES else f"methods/{name}"
-        self.check(stage, None if name == stage else ())
+        record = self.check(stage, None if name == stage else ())
+        if record.get("settings", {}).get("mask_only"):
+            advice = "run the command that made it again, without --mask-only"
+            raise InputError(f"{self.path(stage)} holds a mask, and no model: {advice}")
         model = self.model or self.base("score")
         return read_adapter(model, self.source(stage).parent)
 

@@ -4,6 +4,7 @@ A result carries its own record, by which it is skipped, refused or made; see re
 run.json included, is a courtesy.
 """
 
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,8 +32,8 @@ from toss.selection import competing_tokens
 from toss.tokens import Tokens
 from toss.training import count_steps, train
 from toss.workbench import code, files, results
-from toss.workbench.files import Round
-from toss.workbench.flags import Parser, add_run_flags, parse
+from toss.workbench.files import Round, Selection
+from toss.workbench.flags import TRAINING, Parser, add_run_flags, parse
 from toss.workbench.folder import REFERENCES, Folder
 from toss.workbench.progress import Cost, Progress, describe_cost
 from toss.workbench.results import held, read_record
@@ -49,6 +50,7 @@ class Run(Folder):
         super().__init__(args)
         # Of the stage at work.
         self.state_folder = self.folder
+        self.mask_is_there = False
         self.cost: Cost | None = None
         self.remarks: list[str] = []  # printed when it is done
 
@@ -65,9 +67,8 @@ class Run(Folder):
         """Make a result, unless it exists already. Raises InputError if a different one does.
 
         inputs: flags of files, and earlier results. build() returns what is to be written: of a
-        reference an Adapter; of the scores the tokens and their losses; of a method the tokens, a
-        selection {"keep": bool [N], "score": float [N] or None}, an Adapter and the rounds of
-        TOSS-Pro. code_parts: what computes it (default: the script's; see code.py).
+        reference an Adapter; of the scores the tokens and their losses; of a method a Selection and
+        an Adapter, or None. code_parts: what computes it (default: the script's; see code.py).
         """
         for key in inputs:
             if not key.startswith("--"):
@@ -119,8 +120,26 @@ class Run(Folder):
         recipe = self.recipe(stage, inputs, {**settings, "dtype": dtype})
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
         path = self.path(stage)
-        verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
+        self.mask_is_there = self.is_mask_of(path, recipe, digests)
+        if self.mask_is_there:
+            verdict = results.Verdict(True, [f"{stage}: the mask that is there is used"])
+        else:
+            verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
         return recipe, digests, verdict
+
+    def is_mask_of(self, path: Path, recipe: dict[str, Any], digests: dict[str, str]) -> bool:
+        """True if the mask of this method is there, made with --mask-only by the same code."""
+        settings = recipe["settings"]
+        if "method" not in settings or "mask_only" in settings or not path.exists():
+            return False
+        without_training = {
+            name: settings[name] for name in settings if name not in TRAINING or name == "seed"
+        }
+        mask_recipe = {**recipe, "settings": {**without_training, "mask_only": True}}
+        record, problem = results.inspect(path, self.hashes)
+        if problem or results.differences(record, mask_recipe):
+            return False
+        return not results.other_code(record, digests)
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[None]:
@@ -209,6 +228,14 @@ class Run(Folder):
         self.cost.earlier_seconds += state.earlier_seconds
         self.cost.facts = {name: getattr(tokens, name) for name in ("rows", "skipped", "cut")}
 
+    def mask_only(self, stage: str) -> Selection | None:
+        """The mask that a call with --mask-only has left, if the stage at work begins with it."""
+        if not self.mask_is_there:
+            return None
+        tokens, _ = self.scored(needed=False)
+        selection = files.load_selection(self.path(stage) / "selection.safetensors", tokens)
+        return Selection(tokens, selection["keep"], selection.get("score"))
+
     # Writing a result
 
     def publish(self, stage: str, result: Any, record: dict[str, Any]) -> None:
@@ -247,30 +274,28 @@ class Run(Folder):
         return lines
 
     def write_method(
-        self,
-        path: Path,
-        tokens: Tokens,
-        selection: dict[str, Tensor | None],
-        adapter: Adapter,
-        rounds: list[Round],
-        record: dict[str, Any],
+        self, path: Path, selection: Selection, adapter: Adapter | None, record: dict[str, Any]
     ) -> list[str]:
         """Write a method, with the rounds of TOSS-Pro; returns the closing lines."""
+        tokens = selection.tokens
+        keep = selection.keep
         keep_eos = record["settings"].get("keep_eos")
         ranked = len(competing_tokens(tokens, self.tokenizer.eos_id if keep_eos else None))
         if self.args.mask:
             ranked = read_record(Path(self.args.mask)).get("ranked", ranked)
-        keep = selection["keep"]
         discarded = int((tokens.response & ~keep).sum())
         facts = {"discarded": discarded, "ranked": ranked}
         facts["tokens_sha256"] = files.fingerprint(tokens)
         with whole_folder(path) as folder:
-            for t, pro_round in enumerate(rounds, start=1):
+            for t, pro_round in enumerate(selection.rounds, start=1):
                 self.write_round(folder / f"round-{t}", t, pro_round, tokens, record["code"])
+            if self.mask_is_there:
+                for round_folder in path.glob("round-*"):
+                    shutil.copytree(round_folder, folder / round_folder.name)
             files.write_method(folder, selection, adapter, self.model, {**record, **facts})
 
         lines = []
-        for t, pro_round in enumerate(rounds, start=1):
+        for t, pro_round in enumerate(selection.rounds, start=1):
             lines.append(f"TOSS-Pro round {t}: {len(pro_round.added)} rows added to D^h")
         lost = f"{files.lost_rows(tokens, keep)} rows lost all their tokens"
         return [*lines, f"{discarded} of {ranked} response tokens discarded, {lost}"]
