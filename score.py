@@ -38,6 +38,7 @@ def main(argv=None):
 
     inputs = ["--custom", "utility", "degraded"]
     run.make("scores", losses, inputs, settings={"base": args.base})
+    run.suggest("select.py", method="toss")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def main(argv=None):
     else:
         run.make(stage, finetune, inputs_of(args), {**config.recipe(), **mask_settings})
     if args.merge:
-        run.merge(f"methods/{args.name}")
+        run.merge(stage)
+    run.suggest_after(stage)
 
 
 def arguments(argv):

@@ -50,6 +50,7 @@ def main(argv=None):
     run.look("utility", ["--utility"], settings)
     run.make("degraded", train_theta_h, ["--harmful"], settings)
     run.make("utility", train_theta_u, ["--utility"], settings)
+    run.suggest("score.py", custom=args.custom or "CUSTOM.jsonl")
 
 
 if __name__ == "__main__":

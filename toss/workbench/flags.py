@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
@@ -327,6 +328,17 @@ def demo_values(references: bool) -> dict[str, Any]:
     inputs = {name: str(ROOT / demo[name]) for name in INPUTS}
     stage = demo["reference" if references else "finetune"]
     return {**inputs, "discard": demo["discard"], "base": True, **stage}
+
+
+def command(program: str, run: str | Path, **values: Any) -> str:
+    """A command that can be pasted: this interpreter, a script or "-m MODULE", and its flags."""
+    python = sys.executable
+    if Path(python).is_relative_to(Path.cwd()):
+        python = os.path.relpath(python)
+    words = [python, *program.split(), "--run", str(run)]
+    for name, value in values.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 # Running a command

@@ -33,7 +33,7 @@ from toss.tokens import Tokens
 from toss.training import count_steps, train
 from toss.workbench import code, files, results
 from toss.workbench.files import Round, Selection
-from toss.workbench.flags import TRAINING, Parser, add_run_flags, parse
+from toss.workbench.flags import TRAINING, Parser, add_run_flags, command, parse
 from toss.workbench.folder import REFERENCES, Folder
 from toss.workbench.progress import Cost, Progress, describe_cost
 from toss.workbench.results import held, read_record
@@ -336,6 +336,27 @@ class Run(Folder):
                     save_checkpoint(model, new, self.checkpoint)
                     results.write_record(new, recipe)
         print(f"merged checkpoint: {merged}")
+
+    # What to do next
+
+    def suggest(self, program: str, **values: Any) -> None:
+        """Print the command that comes next."""
+        print(f"next: {command(program, self.folder, **values)}")
+
+    def suggest_after(self, stage: str) -> None:
+        """Print what comes after a method: its training, the one to compare it with, evaluation."""
+        name = Path(stage).name
+        if not (self.path(stage) / "model").exists():
+            self.suggest("-m toss.export", method=name, out=f"{name}.jsonl")
+        elif not self.path("methods/sft").exists():
+            self.suggest("select.py", method="sft")
+        elif self.args.demo:
+            self.suggest("-m toss.audit.compare")
+        else:
+            files = {
+                name: f"EVAL_{name.upper()}.jsonl" for name in ("harmful", "benign", "utility")
+            }
+            self.suggest("-m toss.audit.evaluate", **files)
 
     # run.json
 
