@@ -52,7 +52,10 @@ def generate(
 def generate_batch(
     model, prompts: list[list[int]], max_new_tokens: int, eos_id: int
 ) -> list[list[int]]:
-    """generate for one batch. Prompts are padded on the right; new tokens overwrite the padding."""
+    """generate for one batch. Prompts are padded on the right; new tokens overwrite the padding.
+
+    Rows that have ended leave the batch once they are half of it.
+    """
     import torch
 
     from model.packed import Cache
@@ -65,6 +68,7 @@ def generate_batch(
     ids = torch.tensor(padded, device=device)  # (B, T)
     done = torch.zeros(rows, dtype=torch.bool, device=device)
     answers: list[list[int]] = [[] for _ in prompts]
+    answer_of = answers  # of each row that is still in the batch
     with torch.inference_mode():
         cache = Cache(model, rows, longest + max_new_tokens)
         positions = torch.arange(longest, device=device).expand_as(ids)
@@ -81,11 +85,21 @@ def generate_batch(
             new_ids = token.tolist()  # the only wait for the device
             if -1 in new_ids:
                 raise NotFinite(f"the model's logits are not finite at new token {step + 1}")
-            for answer, new_id in zip(answers, new_ids):
+            going_on = []
+            for row, new_id in enumerate(new_ids):
                 if new_id != eos_id:
-                    answer.append(new_id)
-            if step + 1 == max_new_tokens or set(new_ids) == {eos_id}:
+                    answer_of[row].append(new_id)
+                    going_on.append(row)
+            if step + 1 == max_new_tokens or not going_on:
                 break
+
+            if len(going_on) <= len(new_ids) // 2:
+                answer_of = [answer_of[row] for row in going_on]
+                kept = torch.tensor(going_on, device=device)
+                token = token[kept]
+                lengths = lengths[kept]
+                done = done[kept]
+                cache.keep_rows(kept)
             # The slot at `lengths + step` may hold padding: it is overwritten before it is read.
             hidden = model(token[:, None], (lengths + step)[:, None], cache)[:, 0]  # (B, D)
     return answers
@@ -97,6 +111,8 @@ def talk(args: argparse.Namespace) -> None:
 
     from model import load_adapter, load_checkpoint, load_tokenizer
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     template_values = json_object(args.chat_template_kwargs, "--chat-template-kwargs")
@@ -142,7 +158,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--chat-template-kwargs", default="{}", metavar="JSON", help=template_help)
     add("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
     add("--device", help="cpu or cuda (default: cuda if available)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     args = parser.parse_args(argv)
+    if args.threads is not None and not 1 <= args.threads <= 1024:
+        parser.error(f"argument --threads: {args.threads} is not a whole number from 1 to 1024")
     if args.prompt is None and sys.stdin is None:
         parser.error("give --prompt: there is no standard input")
     return run_command(partial(talk, args))

@@ -33,6 +33,11 @@ class Cache:
         values.scatter_(2, index, v)
         return keys, values
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows but these, int64 [n]."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+
 
 class Rows:
     """Where the N tokens of a call stand in its rows, and which keys they see.

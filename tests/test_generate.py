@@ -7,9 +7,13 @@ from conftest import fails
 from helpers import random_adapter, said
 
 from model import load_checkpoint, save_adapter
-from model.generate import generate
+from model.generate import generate, main
 from model.io import NotFinite
 from model.lora import use
+from model.packed import Cache
+
+EARLY, LATE = [5, 9, 2], [20, 7]  # two prompts, whose answers end at different steps
+LENGTH = 24
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -99,3 +103,52 @@ def test_the_command_answers_with_an_adapter_and_in_either_form(base, model, tmp
         said(capsys, f"{line} --adapter {tmp_path}"),
     }
     assert len(answers) == 3
+
+
+@pytest.fixture
+def ending(model):
+    """The model, and an id that ends the answer to EARLY, but does not occur in that to LATE."""
+    use(model, random_adapter(model))
+    early, late = generate(model, [EARLY, LATE], LENGTH, eos_id=1)
+    for k in range(2, LENGTH):
+        if early[k] not in early[:k] + late:
+            return model, early[k]
+    pytest.fail("the random model gives no such id")
+
+
+def test_answers_of_a_batch_equal_those_of_single_prompts(ending):
+    model, eos_id = ending
+    (early,) = generate(model, [EARLY], LENGTH, eos_id)
+    (late,) = generate(model, [LATE], LENGTH, eos_id)
+    assert 2 <= len(early) < len(late) == LENGTH
+    answers = generate(model, [EARLY, LATE, EARLY, EARLY, LATE, EARLY], LENGTH, eos_id)
+    assert answers == [early, late, early, early, late, early]
+
+
+def test_rows_that_have_ended_are_not_computed(ending, monkeypatch):
+    model, eos_id = ending
+    sizes = []
+    update = Cache.update
+
+    def noted(self, layer, positions, k, v):
+        if layer == 0:
+            sizes.append(len(k))
+        return update(self, layer, positions, k, v)
+
+    monkeypatch.setattr(Cache, "update", noted)
+    early, *_ = generate(model, [EARLY, LATE, EARLY, EARLY, LATE, EARLY], LENGTH, eos_id)
+    steps = len(early) + 1  # the EOS itself takes one
+    assert sizes == [6] * steps + [2] * (LENGTH - steps)
+
+
+def test_threads_are_set_and_checked(base, capsys):
+    threads = torch.get_num_threads()
+    try:
+        line = f"--model {base} --prompt Hi --max-new-tokens 1 --threads 1"
+        assert main(line.split()) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    with pytest.raises(SystemExit):
+        main(["--model", str(base), "--prompt", "Hi", "--threads", "0"])
+    assert "--threads" in capsys.readouterr().err
