@@ -21,7 +21,7 @@ def blocks(readme: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-THREE_STAGES, SOFT, ANNEALED, NEAR, OPTIMIZER, MASK, METHOD = blocks("README.md")
+THREE_STAGES, SOFT, ANNEALED, NEAR, OPTIMIZER, WATCH, MASK, METHOD = blocks("README.md")
 
 
 def run(block: str, names: dict) -> dict:
@@ -60,6 +60,15 @@ def test_the_three_stages_discard_mostly_harmful_tokens(first):
 def test_the_other_blocks_are_short():
     for block in blocks("README.md")[1:]:
         assert block.count("\n") <= 8
+
+
+def test_the_held_out_loss_is_printed_while_it_trains(first, capsys):
+    watched = run(WATCH.replace("50", "5"), first)  # there are ten steps
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [step for step, _ in lines] == ["5", "10"]
+    assert all(0 < float(loss) < 20 for _, loss in lines)
+    for before, after in zip(first["theta"].tensors(), watched["theta"].tensors()):
+        assert torch.equal(before, after)  # watching changes nothing
 
 
 def test_soft_weights_and_weights_that_change_with_the_step(first):
