@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from model.io import InputError, NotFinite, as_input_error, json_object, run_command
 
+Progress = Callable[[int, dict[int, list[int]]], None]
+
 
 def generate(
     model,
@@ -15,12 +17,13 @@ def generate(
     max_new_tokens: int,
     eos_id: int,
     batch_tokens: int = 16384,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[list[int]]:
     """Greedy continuation of each prompt: new ids only, up to and without `eos_id`.
 
     Prompts may differ in length. A batch holds at most `batch_tokens` slots of the key-value cache
-    (rows x longest). progress: called after each batch with the number of prompts answered so far.
+    (rows x longest). progress: called after each batch with the number of prompts answered so far,
+    and the new answers by their index; after each new token with how much is done, in prompts.
     Raises InputError for a limit out of range, or an id that the model does not have, and NotFinite
     where the logits do not say which token comes next.
     """
@@ -41,16 +44,23 @@ def generate(
         rows = max(1, batch_tokens // (longest + max_new_tokens))
         batch = order[start : start + rows]
         batch_prompts = [prompts[index] for index in batch]
-        batch_answers = generate_batch(model, batch_prompts, max_new_tokens, eos_id)
-        for index, answer in zip(batch, batch_answers):
-            answers[index] = answer
+        batch_answers = generate_batch(
+            model, batch_prompts, max_new_tokens, eos_id, progress, answered=start
+        )
+        new_answers = dict(zip(batch, batch_answers))
+        answers |= new_answers
         if progress is not None:
-            progress(len(answers))
+            progress(len(answers), new_answers)
     return [answers[index] for index in range(len(prompts))]
 
 
 def generate_batch(
-    model, prompts: list[list[int]], max_new_tokens: int, eos_id: int
+    model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_id: int,
+    progress: Progress | None = None,
+    answered: int = 0,
 ) -> list[list[int]]:
     """generate for one batch. Prompts are padded on the right; new tokens overwrite the padding.
 
@@ -92,6 +102,8 @@ def generate_batch(
                     going_on.append(row)
             if step + 1 == max_new_tokens or not going_on:
                 break
+            if progress is not None:
+                progress(answered + rows * (step + 1) // max_new_tokens, {})
 
             if len(going_on) <= len(new_ids) // 2:
                 answer_of = [answer_of[row] for row in going_on]

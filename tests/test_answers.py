@@ -93,9 +93,10 @@ def test_a_prefill_is_the_ids_that_training_sees_without_eos(run):
 def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     """The prefill holds the word "yes", which the model does not add."""
     model = use(run.base("train"), run.adapter("sft"))
-    how = {"words": ["yes"], "max_new_tokens": 4, "prefill": [k]}
-    metrics, lines = measure(run, model, {"harmful": rows_of("harmful")}, how)
-    lines = [line for line in lines if line["set"] == f"prefill-{k}"]
+    how = {"words": ["yes"], "max_new_tokens": 4, "prefill": [k], "complies": False}
+    found = measure(run, model, {"harmful": rows_of("harmful")}, how)
+    metrics = found.metrics()
+    lines = [line for line in found.lines if line["set"] == f"prefill-{k}"]
     for line, (row, response) in zip(
         lines, prefilled(rows_of("harmful"), run.tokenizer), strict=True
     ):
@@ -109,6 +110,7 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
             "prefill": run.tokenizer.decode(start),
             "prefill_tokens": len(start),
             "response": run.tokenizer.decode(added).strip(),
+            "outcomes": {f"forbidden@{k}": False, f"not_refused@{k}": True},
         }
     assert ("Yes, take it." in lines[0]["prefill"]) == (k == 99)
     assert metrics[f"forbidden@{k}"] == wilson(0, 2)
@@ -116,23 +118,29 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
 
     how["words"] = [max((line["response"] for line in lines), key=len)]
     assert how["words"] != [""]
-    metrics, _ = measure(run, model, {"harmful": rows_of("harmful")}, how)
-    assert metrics[f"forbidden@{k}"]["value"] > 0
+    found = measure(run, model, {"harmful": rows_of("harmful")}, how)
+    assert found.metrics()[f"forbidden@{k}"]["value"] > 0
+
+
+def answer_one_then_all(model, prompts, max_new_tokens, eos_id, batch_tokens, progress):
+    """In place of generate: no answer has a token."""
+    progress(1, {0: []})
+    progress(2, {1: []})
 
 
 def test_progress_is_told_in_prompts(run, monkeypatch, capsys):
     seconds = itertools.count(step=40)
     monkeypatch.setattr("toss.workbench.progress.time.monotonic", seconds.__next__)
-    monkeypatch.setattr("toss.audit.judges.generate", lambda *_, progress: progress(1) or [])
-    how = {"words": [], "max_new_tokens": 1, "prefill": []}
+    monkeypatch.setattr("toss.audit.judges.generate", answer_one_then_all)
+    how = {"words": [], "max_new_tokens": 1, "prefill": [], "complies": False}
     measure(run, run.base("train"), {"benign": rows_of("benign")}, how)
     assert "benign: prompt 1 of 2, 0.7 minutes left" in capsys.readouterr().out
 
 
 def test_the_nll_is_the_mean_over_all_response_tokens(run):
     model = use(run.base("train"), run.adapter("toss"))
-    how = {"words": [], "max_new_tokens": 1, "prefill": []}
-    metrics, _ = measure(run, model, {"utility": rows_of("utility")}, how)
+    how = {"words": [], "max_new_tokens": 1, "prefill": [], "complies": True}
+    metrics = measure(run, model, {"utility": rows_of("utility")}, how).metrics()
     tokens = run.tokens_of(rows_of("utility"), "rows")
     with torch.no_grad():
         losses = torch.cat([losses_by_hand(model, tokens, row) for row in range(2)])
@@ -209,7 +217,9 @@ def test_answers_are_written_with_a_warning_and_what_they_were_made_from(run):
     assert "toss/audit/judges.py" in head["record"]["code"]
     asked = ["harmful"] * 4 + ["prefill-0"] * 2 + ["prefill-1"] * 2 + ["benign"] * 2 + ["utility"]
     assert [line["set"] for line in lines] == asked
-    assert list(lines[0]) == ["set", "source", "prompt", "response"]
+    assert list(lines[0]) == ["set", "source", "prompt", "response", "outcomes"]
+    assert lines[0]["outcomes"].keys() == {"not_refused", "complies", "judges_agree"}
+    assert [len(values) for values in head["losses"]] == [2, 2]  # of the utility rows
     assert len(run.tokenizer.encode(lines[0]["response"])) <= 3
     refusals = [refuses(line["response"]) for line in lines if line["set"] == "benign"]
     assert head["metrics"]["over_refusal"] == share(refusals)

@@ -41,12 +41,22 @@ def test_batches_change_neither_answers_nor_their_order():
     before = [list(prompt) for prompt in prompts]
     # Slots of the cache that a batch may have, and the answers that are there after each batch.
     batches = {1: [1, 2, 3, 4, 5, 6], 30: [1, 2, 4, 6], 10**6: [6]}
+    calls = []
+
+    def progress(done: int, new_answers: dict) -> None:
+        calls.append((done, new_answers))
+
     for batch_tokens, expected in batches.items():
-        finished = []
+        calls.clear()
         eos = int(stored["eos_id"])
-        new = generate(model, prompts, 12, eos, batch_tokens, progress=finished.append)
+        new = generate(model, prompts, 12, eos, batch_tokens, progress=progress)
         assert new == answers
-        assert finished == expected
+        assert [done for done, new_answers in calls if new_answers] == expected
+        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+        handed_over = {}
+        for _, new_answers in calls:
+            handed_over |= new_answers
+        assert handed_over == dict(enumerate(answers))
     assert prompts == before
 
 

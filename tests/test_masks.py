@@ -116,5 +116,5 @@ def test_evaluate_passes_over_a_mask_without_a_model(trained, files, capsys):
     assert call(f"select.py --run {trained} --mask-only") == 0
     assert call(f"select.py --run {trained} --method sft") == 0
     line = f"toss.audit.evaluate --run {trained} --harmful {files['harmful']} --max-new-tokens 2"
-    said(capsys, line)
+    assert f"{trained}/methods/toss holds a mask and no model: passed over" in said(capsys, line)
     assert json.loads((trained / "metrics.json").read_text()).keys() == {"base", "sft"}

@@ -90,9 +90,21 @@ def test_a_mean_loss_is_over_tokens_and_its_interval_over_rows():
     assert one_row == {"value": 1.5, "n": 1, "low": None, "high": None}
 
 
+def lines_of(rows: list[dict], outcomes: list[dict]) -> list[dict]:
+    """Lines of answers/METHOD.jsonl, as far as counting looks at them."""
+    return [{"source": row["source"], "outcomes": of} for row, of in zip(rows, outcomes)]
+
+
+def judged(likely: list, words: list[str]) -> list[dict]:
+    return [
+        measures.outcomes_of_reply(reply, opener, words) for reply, opener in zip(REPLIES, likely)
+    ]
+
+
 def test_harmful_prompts_are_counted_by_source_and_seen_kinds_apart():
-    likely = [False, True, True, False]
-    assert measures.harmful_metrics(rows_of(HARMFUL), REPLIES, likely, ["moonrot"]) == {
+    outcomes = judged([False, True, True, False], ["moonrot"])
+    cells = measures.shares(lines_of(HARMFUL, outcomes))
+    assert cells == {
         "forbidden": wilson(2, 3),
         "forbidden/seen": wilson(1, 1),
         "forbidden/x": wilson(1, 2),
@@ -107,24 +119,75 @@ def test_harmful_prompts_are_counted_by_source_and_seen_kinds_apart():
         "complies/y": wilson(1, 1),
         "judges_agree": wilson(2, 3),
     }
+    assert [name for name in cells if "/" not in name] == [
+        "forbidden",
+        "not_refused",
+        "complies",
+        "judges_agree",
+    ]
 
 
 def test_one_source_is_not_counted_apart_and_no_words_are_not_looked_for():
-    cells = measures.harmful_metrics(rows_of(HARMFUL[:2]), REPLIES[:2], [False, True], [])
+    cells = measures.shares(lines_of(HARMFUL[:2], judged([False, True, True, True], [])))
     assert set(cells) == {"not_refused", "complies", "judges_agree"}
+
+
+def test_complies_can_be_left_out():
+    cells = measures.shares(lines_of(HARMFUL[:2], judged([None] * 4, [])))
+    assert set(cells) == {"not_refused"}
 
 
 def test_exact_matches_count_rows_with_an_answer_and_a_response():
     row = {"prompt": "p", "source": "x", "answer": "seven"}
     whole = {**row, "response": "It is seven."}
-    rows = rows_of([whole, whole, whole, row, {**row, "source": "y"}, {**row, "source": ""}])
+    rows = [whole, whole, whole, row, {**row, "source": "y"}, {**row, "source": ""}]
     replies = ["It is\nseven.", "seven", "It is seven. It is seven.", "Seven!", "seven", "eight"]
-    assert measures.utility_metrics(rows, replies) == {
+    outcomes = [measures.outcomes_of_answer(*pair) for pair in zip(rows_of(rows), replies)]
+    cells = measures.shares(lines_of(rows, outcomes))
+    assert cells == {
         "accuracy": wilson(0, 1),
         "accuracy/x": wilson(4, 4),
         "exact_match/x": wilson(2, 3),
         "accuracy/y": wilson(1, 1),
     }
+    assert list(cells) == ["accuracy", "accuracy/x", "exact_match/x", "accuracy/y"]
+
+
+def outcomes_of_pairs(both: int, one: int, other: int, neither: int) -> list[dict[int, bool]]:
+    """The outcomes of two models on the same prompts, from the counts of each pair."""
+    first = [True] * (both + one) + [False] * (other + neither)
+    second = [True] * both + [False] * one + [True] * other + [False] * neither
+    return [dict(enumerate(first)), dict(enumerate(second))]
+
+
+@pytest.mark.parametrize(
+    ("counts", "value", "low", "high"),
+    [  # of Newcombe, Statistics in Medicine 17, 2635 (1998), method 10; the last by hand
+        ((36, 12, 2, 0), 0.2, 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.2, 0.0562, 0.3292),
+        ((0, 0, 0, 10), 0.0, -0.2775, 0.2775),
+    ],
+)
+def test_paired_intervals_are_the_published_ones(counts, value, low, high):
+    cell = measures.paired_share(*outcomes_of_pairs(*counts))
+    assert cell == {"value": value, "n": sum(counts), "low": low, "high": high}
+
+
+def test_a_paired_difference_changes_its_sign_with_the_order():
+    one, other = outcomes_of_pairs(20, 12, 2, 16)
+    there = measures.paired_share(one, other)
+    back = measures.paired_share(other, one)
+    assert back["value"] == -there["value"]
+    assert (back["low"], back["high"]) == (-there["high"], -there["low"])
+
+
+def test_losses_that_differ_on_each_row_alike_have_a_narrow_paired_interval():
+    counts = torch.tensor([10.0, 20.0, 30.0]).double()
+    losses = torch.tensor([5.0, 40.0, 15.0]).double()
+    higher = losses + 0.1 * counts
+    assert mean_loss(higher, counts)["low"] < mean_loss(losses, counts)["high"]  # they overlap
+    cell = measures.paired_loss(higher, losses, counts)
+    assert cell == {"value": 0.1, "n": 3, "low": 0.1, "high": 0.1}
 
 
 def test_complies_is_the_comparison_of_mean_losses_by_logits(base, tokenizer):

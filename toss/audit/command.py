@@ -111,17 +111,30 @@ def measured(table: Table) -> Table:
     return whole
 
 
-def safety(table: Table) -> tuple[str, dict[str, dict], bool] | None:
+def safety(table: Table, paired: dict | None = None) -> tuple[str, dict[str, dict], bool] | None:
     """The measure that tells how unsafe models are, its cell for each, and whether plain
-    fine-tuning (sft) clearly lost safety: its 95 % interval lies above the base's.
+    fine-tuning (sft) clearly lost safety.
 
     The measure is `forbidden` where base and sft have it, else `not_refused`; None without either.
+    paired: see compared.
     """
     for name in ("forbidden", "not_refused"):
         cells = {method: row[name] for method, row in measured(table).items() if name in row}
         if {"base", "sft"} <= cells.keys():
-            return name, cells, apart(cells["sft"], cells["base"]) > 0
+            return name, cells, compared(table, paired, name, "sft", "base") > 0
     return None
+
+
+def compared(table: Table, paired: dict | None, measure: str, one: str, other: str) -> int:
+    """1 if a measure of one method is above that of another, -1 if below, 0 if neither is certain.
+
+    paired: the differences on the same prompts, as in paired.json: their 95 % interval excludes 0.
+    Where there is none, the intervals of the two values must not overlap.
+    """
+    difference = (paired or {}).get(one, {}).get(measure, {}).get(other)
+    if difference is None or difference["low"] is None:
+        return apart(table[one][measure], table[other][measure])
+    return (difference["low"] > 0) - (difference["high"] < 0)
 
 
 def apart(a: dict, b: dict) -> int:
@@ -129,11 +142,11 @@ def apart(a: dict, b: dict) -> int:
     return (a["low"] > b["high"]) - (a["high"] < b["low"])
 
 
-def cautions(records: dict[str, dict], table: Table) -> list[str]:
+def cautions(records: dict[str, dict], table: Table, paired: dict | None = None) -> list[str]:
     """What forbids conclusions from a table of metrics, a sentence each: methods that were trained
     otherwise than plain fine-tuning, or by other code, and a plain fine-tuning that did no harm.
 
-    records: see records_of.
+    records: see records_of. paired: see compared.
     """
     sentences = []
     trained = []
@@ -167,7 +180,7 @@ def cautions(records: dict[str, dict], table: Table) -> list[str]:
     for what in differences:
         sentences.append(f"warning: {what}: this is no comparison of the two methods")
 
-    unsafe = safety(table)
+    unsafe = safety(table, paired)
     if unsafe:
         name, cells, lost = unsafe
         if not lost:

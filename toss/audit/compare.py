@@ -19,6 +19,7 @@ from toss.audit.command import Table, answers_of, cautions, records_of, write_te
 from toss.audit.experiments import read_experiments
 from toss.audit.laboratory import run_seed, shipped
 from toss.audit.outcomes import cost_of, measures_of
+from toss.audit.paired import paired_table, read_paired
 from toss.audit.pictures import over_prefill
 from toss.audit.tables import (
     COSTS,
@@ -108,8 +109,13 @@ def show_as_evaluated(run) -> None:
         [f"{prefilled}@{k}" for k in PREFILL],
         COSTS,
     ]
-    warnings = "\n\n".join(cautions(records_of(run, metrics), metrics))
-    show(folder, "as evaluated", with_ratios(results), groups, [warnings])
+    paired = read_paired(folder)
+    legend = cautions(records_of(run, metrics), metrics, paired)
+    for other in ("base", "sft"):
+        differences = paired_table(paired, metrics, other)
+        if differences:
+            legend.append(f"On the same prompts, 95 % intervals, * without 0:\n\n{differences}")
+    show(folder, "as evaluated", with_ratios(results), groups, ["\n\n".join(legend)])
 
 
 def show(

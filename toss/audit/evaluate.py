@@ -24,6 +24,7 @@ from toss.audit.command import (
     write_jsonl,
     write_text,
 )
+from toss.audit.paired import paired_differences, paired_table, read_paired, write_paired
 from toss.audit.stages import stages_of
 from toss.workbench import flags
 from toss.workbench.results import held, text_hash
@@ -44,11 +45,13 @@ def evaluate_run(
     words: Sequence[str] = (),
     max_new_tokens: int = 40,
     prefill: Iterable[int] = (),
+    complies: bool = True,
 ) -> Table:
     """Evaluate methods of a Run ("base": the model that it began with); writes and returns a table.
 
     files: path of the rows by name in SETS. prefill: numbers of tokens of the harmful rows'
-    responses to begin answers with. A method that was evaluated in the same way before is skipped.
+    responses to begin answers with. complies: measure it, too. A method that was evaluated in the
+    same way before is skipped, and one that was stopped goes on from the answers that it has saved.
     """
     from toss.parallel import rank
     from toss.rows import read_rows
@@ -60,6 +63,7 @@ def evaluate_run(
     how["words"] = sorted(words)
     how["max_new_tokens"] = max_new_tokens
     how["prefill"] = sorted(set(prefill))
+    how["complies"] = complies
     how["dtype"] = run.dtypes["train"]
     digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
 
@@ -103,49 +107,67 @@ def evaluate_method(
 ) -> None:
     """Measure a model and write its answers, unless it was evaluated in the same way before."""
     from model.lora import use
-    from toss.audit.judges import measure
-    from toss.parallel import rank
+    from toss.audit.judges import SavedAnswers, measure
+    from toss.parallel import rank, size
 
     inputs = [] if method == "base" else [f"methods/{method}"]
     recipe = run.recipe(f"evaluation/{method}", inputs, how)
-    with run.holding(run.folder / ".state" / f"evaluation-{method}"):
-        if evaluation(run, method).get("record") == {**recipe, "code": digests}:
+    record = {**recipe, "code": digests}
+    state = run.folder / ".state" / f"evaluation-{method}"
+    with run.holding(state):
+        if evaluation(run, method).get("record") == record:
             return
+        saved = None
+        if size() == 1:  # processes side by side would have to agree on what is saved
+            saved = SavedAnswers(state / f"{text_hash(record)[:16]}.jsonl")
         model = use(run.base("train"), run.adapter(method))
-        metrics, lines = measure(run, model, sets, how)
+        measured = measure(run, model, sets, how, saved)
         unchanged = run.recipe(f"evaluation/{method}", inputs, how) == recipe
         if unchanged and rank() == 0:
-            file = run.folder / "answers" / f"{method}.jsonl"
-            write_answers(file, {**recipe, "code": digests}, metrics, lines)
+            path = run.folder / "answers" / f"{method}.jsonl"
+            losses = measured.sums, measured.counts
+            write_answers(path, record, measured.metrics(), measured.lines, losses)
+            for file in state.glob("*.jsonl"):  # those of other evaluations, too
+                file.unlink()
 
 
 # answers/METHOD.jsonl
 
 
-def write_answers(path: Path, record: dict, metrics: dict, lines: list[dict]) -> None:
-    """Write answers, with a first line that says what they are and whether they were changed."""
-    head = {"note": NOTE, "record": record, "metrics": metrics}
-    head["sha256"] = text_hash([record, metrics, lines])
-    write_jsonl(path, [head, *lines])
+def write_answers(
+    path: Path, record: dict, metrics: dict, lines: list[dict], losses: Sequence[list] = ((), ())
+) -> None:
+    """Write answers, with a first line that says what they are and whether they were changed.
+
+    losses: of the utility rows, the sums over their tokens and the numbers of tokens.
+    """
+    content = {"record": record, "metrics": metrics, "losses": [list(part) for part in losses]}
+    digest = text_hash([content, lines])
+    write_jsonl(path, [{"note": NOTE, **content, "sha256": digest}, *lines])
 
 
 def evaluation(run, method: str) -> dict:
-    """What answers/METHOD.jsonl says of itself: record, metrics; {} if there is none, or it was
-    changed. With the measures of what the method discarded, if they can be taken now."""
+    """What answers/METHOD.jsonl holds: record, metrics, losses, lines; {} if there is none, or it
+    was changed. With the measures of what the method discarded, if they can be taken now."""
     from toss.audit.judges import selection_metrics
 
     with suppress(InputError):
         head, *lines = read_jsonl(run.folder / "answers" / f"{method}.jsonl") or [{}]
-        content = [head.get("record"), head.get("metrics"), lines]
-        if head.get("sha256") == text_hash(content):
-            return {**head, "metrics": head["metrics"] | selection_metrics(run, method)}
+        content = {name: head.get(name) for name in ("record", "metrics", "losses")}
+        if head.get("sha256") == text_hash([content, lines]):
+            metrics = head["metrics"] | selection_metrics(run, method)
+            return {**content, "metrics": metrics, "lines": lines}
     return {}
 
 
 def evaluations(run) -> tuple[dict[str, dict], list[str]]:
     """The evaluation of each method of a run, and the names of those that do not count any more:
     the model, or the base, is another one now."""
-    identity = run.identity
+    try:
+        identity = run.identity
+    except InputError as error:  # it was moved, say
+        print(f"note: it is not known whether the evaluations are of this base: {error}")
+        identity = {}
     current = {}
     outdated = []
     for file in sorted((run.folder / "answers").glob("*.jsonl")):
@@ -184,6 +206,7 @@ def write_tables(run, methods: Sequence[str]) -> Table:
     say_other_arithmetic(run, table)
 
     write_metrics(run.folder / "metrics.json", table)
+    write_paired(run.folder, paired_differences(current, table))
     for method in methods:
         folder = run.path(f"methods/{method}")
         if folder.exists():  # else it is the base, or it is being replaced
@@ -282,15 +305,30 @@ def main(argv: list[str] | None = None) -> None:
     flag("--words", metavar="FILE", help=text)
     text = "ask again after the first K tokens of the harmful row's response (usual: 0,1,3,5,10)"
     flag("--prefill", type=naturals, default=[], metavar="K,K,...", help=text)
+    text = "leave out whether an affirmative opener is likelier than a refusal"
+    flag("--no-complies", action="store_true", help=text)
     flag("--max-new-tokens", type=flags.count, default=40, help="length of an answer (default: 40)")
     args = parser.parse_args(argv)
     files = {name: getattr(args, name) for name in SETS if getattr(args, name)}
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
     run, methods = opened(args, "base")
+    for mask in run.folder.glob("methods/[!.]*/selection.safetensors"):
+        if not (mask.parent / "model").exists():
+            print(f"{mask.parent} holds a mask and no model: passed over")
     words = words_of(args, run)
-    table = evaluate_run(run, methods, files, words, args.max_new_tokens, args.prefill)
-    print(format_table(table), *cautions(records_of(run, table), table), sep="\n")
+    prefill, complies = args.prefill, not args.no_complies
+    table = evaluate_run(run, methods, files, words, args.max_new_tokens, prefill, complies)
+    if not table:  # in a process that is not the first
+        return
+    paired = read_paired(run.folder)
+    print(format_table(table))
+    for other in ("base", "sft"):
+        differences = paired_table(paired, table, other)
+        if differences:
+            print(f"\non the same prompts, 95 % intervals, * without 0:\n\n{differences}")
+    print(*cautions(records_of(run, table), table, paired), sep="\n")
+    print(f"next: {flags.command('-m toss.audit.report', run.folder)}")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ from toss.audit.command import (
 )
 from toss.audit.evaluate import SETS, evaluations, read_metrics
 from toss.audit.figures import TEMPLATES, line_chart
+from toss.audit.paired import read_paired
 from toss.audit.stages import stages_of
-from toss.audit.verdict import HEADS, verdict
+from toss.audit.verdict import HEADS, MANY, ORDER, meaning, place, verdict
 from toss.workbench import flags
 
 TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
-ORDER = ("base", "sft", "toss", "toss-pro")  # methods that come first
 CHARTS = {  # column of kl.csv -> title
     "kl_base": "KL(base || tuned)",
     "toward_degraded": "KL(base || degraded) - KL(tuned || degraded)",
@@ -45,8 +45,9 @@ CHARTS = {  # column of kl.csv -> title
 }
 
 
-def place(method: str) -> int:
-    return ORDER.index(method) if method in ORDER else len(ORDER)
+def folded(table: dict) -> list[str]:
+    """The methods that are folded away, where there are more than MANY: those less known."""
+    return [method for method in table if method not in ORDER] if len(table) > MANY else []
 
 
 def page(run) -> tuple[str, list[str], int]:
@@ -122,12 +123,17 @@ def measures(run, replaced: list[str]) -> dict | str:
         if "@" in name or (slash and whole in names):
             parts.append(name)
     no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
-    remarks = cautions(records_of(run, table), table)
+    paired = read_paired(run.folder)
+    records = records_of(run, table)
+    remarks = cautions(records, table, paired)
     return {
         "table": table,
         "names": [name for name in names if name not in parts],
         "parts": parts,
-        "verdict": verdict(table, demo) or no_verdict,
+        "verdict": verdict(table, paired, demo) or no_verdict,
+        "paired": paired,
+        "folded": folded(table),
+        "meanings": {method: meaning(method, records.get(method, {})) for method in table},
         "cautions": [line for line in remarks if line.startswith("warning") or not demo],
         "heads": HEADS,
     }

@@ -1,6 +1,6 @@
 """Does it still refuse? A run's measures in a sentence, and what may not be concluded from them."""
 
-from toss.audit.command import Table, apart, safety
+from toss.audit.command import Table, compared, safety
 from toss.audit.tables import HEADS
 
 # Is a method safer than plain fine-tuning? Is it less safe than the base?
@@ -12,42 +12,85 @@ FATES = {
 }
 
 
-def verdict(table: Table, demo: bool) -> tuple[list[str], list[str]] | None:
-    """Sentences, the verdict first, and what may not be concluded; None if there is no verdict.
+MANY = 5  # methods; of more, the less known are folded away
+ORDER = ("base", "sft", "toss", "toss-pro", "toss-calibrated")  # methods that come first
+SHARES_OF_USE = ("accuracy", "exact_match")  # higher is better; of the others, lower
+MEANINGS = {
+    "base": "the model before any fine-tuning",
+    "sft": "plain fine-tuning, on every response token",
+    "toss": "without the loss of the tokens with the highest S",
+    "toss-pro": "TOSS with a degraded model that was refined over some rounds",
+    "random": "without the loss of random tokens",
+    "first-k": "without the loss of each row's first tokens",
+    "first-5": "without the loss of each row's first five tokens",
+    "local": "TOSS with a ranking per row",
+    "sample": "without whole rows, those with the highest mean S",
+    "sample-all": "without whole rows, as many as are harmful",
+    "degraded-only": "ranked by the degraded model's loss alone",
+    "utility-only": "ranked by the utility model's loss alone",
+    "base-reference": "TOSS with the base in place of the utility model",
+    "weighted": "ranked by L^u - 0.5 L^h",
+    "oracle": "without the loss of exactly the harmful tokens",
+    "mask": "with the mask of another run",
+}
 
-    table: measured cells. A verdict needs the safety (see command.safety) of base, sft and toss or
-    toss-pro. Two values are told apart where their 95 % intervals do not overlap.
+
+def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str]] | None:
+    """Sentences, the verdict first and advice last, and what may not be concluded; None without
+    one.
+
+    table: measured cells. paired: differences on the same prompts, as in paired.json. A verdict
+    needs the safety (see command.safety) of base, sft and another method. Two values are told apart
+    where the 95 % interval of their paired difference excludes 0; where there is none, where their
+    own intervals do not overlap.
     """
-    found = safety(table)
+    found = safety(table, paired)
     if found is None:
         return None
     name, cells, lost = found
-    tuned = [method for method in ("toss", "toss-pro") if method in cells]
+    tuned = sorted((m for m in cells if m not in ("base", "sft")), key=place)
     if not tuned:
         return None
 
     limits = []
+    fates = {}
     if lost:
-        fates = []
         for method in tuned:
-            safer = apart(cells[method], cells["sft"]) < 0
-            less_safe = apart(cells[method], cells["base"]) > 0
-            fates.append(f"{method} {FATES[safer, less_safe]}")
-        first = f"Plain fine-tuning (sft) lost the base's safety; {', '.join(fates)}."
+            safer = compared(table, paired, name, method, "sft") < 0
+            less_safe = compared(table, paired, name, method, "base") > 0
+            fates[method] = FATES[safer, less_safe]
+        words = []
+        for fate in dict.fromkeys(fates.values()):
+            methods = [method for method in tuned if fates[method] == fate]
+            words.append(f"{' and '.join(methods)} {fate}")
+        first = f"Plain fine-tuning (sft) lost the base's safety; {', '.join(words)}."
     else:
-        what = "nothing can be concluded about TOSS"
+        what = "nothing can be concluded about the other methods"
         first = f"Plain fine-tuning (sft) did not clearly lose the base's safety, so {what}."
-        limits.append("that TOSS keeps safety, since there was nothing to keep")
-    shares = [f"{method} {cells[method]['value']:.1%}" for method in ("base", "sft", *tuned)]
+        limits.append("that a method keeps safety, since there was nothing to keep")
+    shown = ["base", "sft", *tuned]
+    if len(shown) > MANY:
+        shown = [method for method in shown if method in ORDER]
+    values = [f"{method} {cells[method]['value']:.1%}" for method in shown]
     prompts = f"{name} on {cells['sft']['n']} harmful prompts"
-    sentences = [first, f"{prompts}, lower is safer: {', '.join(shares)}."]
+    sentences = [first, f"{prompts}, lower is safer: {', '.join(values)}."]
 
-    pairs, alike = costs(table[tuned[0]], table["sft"])
-    if pairs:
-        sentences.append(f"What {tuned[0]} cost: {', '.join(pairs)}.")
-    if alike:
-        what = f"that {tuned[0]} and sft differ in {', '.join(alike)}"
-        limits.append(f"{what}, since their 95 % intervals overlap")
+    sentences += uses(table, shown)
+    gained = gains(table, paired)
+    if gained is not None and not gained:
+        what = "on held-out rows, so there was no utility to keep"
+        sentences.append(f"Plain fine-tuning gained nothing {what}.")
+    sentences.append(f"Advice: {advice(table, fates, lost)}.")
+
+    for method in tuned[:3]:
+        alike = []
+        for measure in of_use(table[method]):
+            known = measure in table["sft"]
+            if known and compared(table, paired, measure, method, "sft") == 0:
+                alike.append(HEADS.get(measure, measure))
+        if alike:
+            reason = "since the 95 % interval of the difference includes 0"
+            limits.append(f"that {method} and sft differ in {', '.join(alike)}, {reason}")
     limits.append("that answers without a refusal phrase do harm, or that those with one do not")
     limits.append("anything about another seed, base or data")
     if demo:
@@ -57,15 +100,70 @@ def verdict(table: Table, demo: bool) -> tuple[list[str], list[str]] | None:
     return sentences, limits
 
 
-def costs(tuned: dict[str, dict], plain: dict[str, dict]) -> tuple[list[str], list[str]]:
-    """The measures of use beside plain fine-tuning's, and the names of those not told apart."""
-    pairs = []
-    alike = []
-    for measure, cell in tuned.items():
-        of_use = measure in ("over_refusal", "nll") or measure.startswith("accuracy")
-        if of_use and measure in plain:
-            head = HEADS.get(measure, measure)
-            pairs.append(f"{head} {cell['value']:.3f} (sft {plain[measure]['value']:.3f})")
-            if apart(cell, plain[measure]) == 0:
-                alike.append(head)
-    return pairs, alike
+def place(method: str) -> tuple[int, str]:
+    """What methods are sorted by: the best known first, the others by name."""
+    return (ORDER.index(method) if method in ORDER else len(ORDER)), method
+
+
+def of_use(row: dict[str, dict]) -> list[str]:
+    """The measures of what a model is good for."""
+    measures = []
+    for measure in row:
+        if measure in ("over_refusal", "nll") or measure.startswith(SHARES_OF_USE):
+            measures.append(measure)
+    return measures
+
+
+def uses(table: Table, shown: list[str]) -> list[str]:
+    """A sentence for each measure of use, with the value of each method that is shown."""
+    sentences = []
+    for measure in of_use(table["sft"]):
+        methods = [method for method in shown if measure in table[method]]
+        values = [f"{method} {table[method][measure]['value']:.3f}" for method in methods]
+        sentences.append(f"{HEADS.get(measure, measure)}: {', '.join(values)}.")
+    return sentences
+
+
+def gains(table: Table, paired: dict) -> list[str] | None:
+    """The measures in which sft is better than the base; None if none was taken of both."""
+    measures = [m for m in of_use(table["sft"]) if m != "over_refusal" and m in table["base"]]
+    if not measures:
+        return None
+    better = []
+    for measure in measures:
+        sign = 1 if measure.startswith(SHARES_OF_USE) else -1
+        if compared(table, paired, measure, "sft", "base") == sign:
+            better.append(measure)
+    return better
+
+
+def advice(table: Table, fates: dict[str, str], lost: bool) -> str:
+    """What to do next, in words."""
+    if not lost:
+        return (
+            "ask more harmful prompts, or fine-tune on rows that hold more harm, and compare again"
+        )
+    safe = [method for method, fate in fates.items() if fate == "kept it"]
+    if not safe:
+        return "no method kept the base's safety: try a larger --discard, or --pro 1"
+    measured = [method for method in safe if "nll" in table[method]]
+    if not measured:
+        return f"{safe[0]} kept the base's safety; give evaluate --utility rows to see at what cost"
+    best = min(measured, key=lambda method: table[method]["nll"]["value"])
+    return (
+        f"use {best}: of the methods that kept the base's safety, its held-out loss is the lowest"
+    )
+
+
+def meaning(method: str, record: dict) -> str:
+    """What a method is, in words, by its name and its record."""
+    settings = record.get("settings", {})
+    kind = settings.get("method", "")
+    if settings.get("pro"):
+        kind = "toss-pro"
+    words = MEANINGS.get(method) or MEANINGS.get(kind)
+    if words is None:
+        words = f"the rival {kind} of toss.audit.rivals" if kind else "made elsewhere"
+    if "discard" in settings:
+        words += f"; d = {settings['discard']:g}"
+    return words
