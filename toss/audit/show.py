@@ -3,6 +3,7 @@
     python -m toss.audit.show --run R
     python -m toss.audit.show --run R --row 12 [--method toss-pro] [--svg FILE]
     python -m toss.audit.show PATH [--run R]
+    python -m toss.audit.show --file tokenised.jsonl --model M [--row 12]
 
 The first counts what each method discarded: by source, position and type of token, and by row; and
 how much of it others discarded too. Sources are read from the custom file, where it is there.
@@ -15,6 +16,9 @@ The third says what PATH is (a run directory, an adapter, scores, a selection or
 checkpoint), what it was made from, and whether that is what the run holds now: the run of --run, or
 the one that PATH lies in. Exit status: 0 it fits (or there is no run to compare with); 2 it does
 not fit; 1 it cannot be read.
+
+The fourth needs no run: which tokens of a tokenised file (`input_ids` with `labels`,
+`assistant_masks`, `loss_mask` or `weights`) will be trained on, and what is odd about the file.
 """
 
 import sys
@@ -118,7 +122,16 @@ def main(argv: list[str] | None = None) -> int | None:
     flag("--row", type=int, help="row of the custom set, from 0")
     flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
     flag("--svg", metavar="FILE", help="draw the row into this file")
+    flag("--file", type=Path, metavar="FILE", help="a tokenised file of any trainer, JSONL")
+    flag("--model", metavar="M", help="whose tokenizer that file is of: a folder or hub id")
     args = parser.parse_args(argv)
+    if bool(args.file) != bool(args.model) or args.file and (args.path or args.run):
+        parser.error("--file and --model go together, and with neither PATH nor --run")
+    if args.file:
+        from toss.audit.tokenised import show_tokenised
+
+        show_tokenised(args.file, args.model, args.row)
+        return None
     if args.path and args.row is not None or not (args.path or args.run):
         parser.error("give --run, --run and --row, or PATH")
     if args.svg and args.row is None:
