@@ -291,6 +291,14 @@ def test_a_folder_with_a_damaged_file_is_made_again(name, stages, capsys):
             assert stages.is_finished(name), (file, kind)
 
 
+def test_a_file_that_was_changed_in_place_is_hashed_again(stages, capsys):
+    """run.json remembers hashes by the stat of a file; here size and date are as they were."""
+    assert call(stages.begin("score")) == 0
+    damage(stages.run / "degraded/adapter_model.safetensors", "one bit")
+    error = refused(capsys, f"select.py --run {stages.run}")
+    assert "damaged or incomplete (adapter_model.safetensors was changed)" in error
+
+
 # The disk
 
 
