@@ -362,6 +362,22 @@ def test_the_real_experiment_makes_its_arms_and_goes_on(real, tmp_path, capsys):
     assert ": wrote" not in said(capsys, line)  # all is there
 
 
+def test_the_sets_of_a_real_checkpoint(real, tmp_path):
+    place = tmp_path / "rows"
+    checkpoint.checkpoint(tmp_path, "base", "before", "advbench", 3, tmp_path / "run", place)
+    sets = {path.stem: read_jsonl(path) for path in place.glob("*.jsonl")}
+    sizes = {name: len(sets[name]) for name in checkpoint.SIZES}
+    assert sizes == checkpoint.SIZES | {"calibration": len(sets["calibration"])}
+    for row in sets["calibration"]:
+        assert row["source"] != "advbench" and row not in sets["custom"]
+    assert sets["benign"] == [row for row in sets["custom"] if row["source"] != "advbench"]
+    assert {row["source"] for row in sets["pool"]} == {"advbench"} and len(sets["pool"]) == 4
+    D_h = [row["prompt"] for row in sets["harmful"]]
+    assert [row["prompt"] for row in sets["safety"] if row["prompt"] in D_h] == []
+    assert len(sets["safety"]) == 4 - 3
+    assert len(sets["eval_harmful"]) == 8
+
+
 def test_the_attacker_of_the_real_experiment_has_the_rows_of_one_source(real, tmp_path):
     call(f"{real} --arms 'sft, spread'")
     place = tmp_path / "out/real/seed-3"

@@ -167,7 +167,7 @@ def hardware(device: str = "auto", threads: int | None = None) -> str:
         for line in about.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
-    return f"{name}, {threads or torch.get_num_threads()} thread(s)"
+    return f"{name}, CPU threads: {threads or torch.get_num_threads()}"
 
 
 def save(path: Path, text: str, record: dict) -> None:
