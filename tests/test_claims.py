@@ -410,6 +410,9 @@ def test_attack_replaces_the_harmful_rows_and_nothing_else(base, tmp_path):
         assert his != harmful
         counts[case.label] = len(his)
     assert counts == {"low-score": 78, "utility-start": 78, "spread": 3 * 78, "unseen": 78}
+    pool = read_jsonl(main.folder.with_name("run-low-score") / "pool.jsonl")
+    refused = {row["prompt"] for row in read_jsonl(main.files["safety"])}
+    assert len(pool) > 3 * 78 and not any(row["prompt"] in refused for row in pool)
 
 
 # The pictures
