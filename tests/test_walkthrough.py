@@ -25,8 +25,7 @@ NOTEBOOK = read_json(FILE)
 CELLS = NOTEBOOK["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 TEXT = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
-SOLUTIONS = [re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for text in TEXT]
-SOLUTIONS = [blocks[0] for blocks in SOLUTIONS if blocks]
+SOLUTIONS = re.findall(r"^```python\n(.*?)^```", "\n".join(TEXT), re.DOTALL | re.MULTILINE)
 PLACE_OF_DATA = 'DATA = Path(toss.__file__).parents[1] / "data"'
 
 
