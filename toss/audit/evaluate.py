@@ -7,6 +7,7 @@ RUN/methods/M/metrics.json and RUN/answers/M.jsonl. What each measure means: tos
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -253,10 +254,10 @@ def read_metrics(folder: Path) -> Table:
 
 def is_cell(cell: Any) -> bool:
     """True if n is a number, and the others are numbers or None."""
-    if not isinstance(cell, dict) or type(cell.get("n")) not in (int, float):
+    if not isinstance(cell, dict) or not {"value", "n", "low", "high"} <= cell.keys():
         return False
-    values = [cell.get(name, "missing") for name in ("value", "low", "high")]
-    return all(value is None or type(value) in (int, float) for value in values)
+    numbers = [cell[name] for name in ("value", "low", "high") if cell[name] is not None]
+    return all(type(x) in (int, float) and math.isfinite(x) for x in [cell["n"], *numbers])
 
 
 def format_table(table: Table) -> str:

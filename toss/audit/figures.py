@@ -199,8 +199,8 @@ def span(title: str, values: Sequence[float]) -> tuple[float, float]:
     """The range of some values; if they are all equal, half a unit or more on either side."""
     if not np.isfinite(values).all():
         raise InputError(f"figure {title!r}: a value is not a finite number")
-    low = float(min(values))
-    high = float(max(values))
+    low = float(np.min(values))
+    high = float(np.max(values))
     if high - low > 1e-9 * max(abs(low), abs(high)):
         return low, high
     room = max(0.5, abs(low) / 2)
