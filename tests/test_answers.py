@@ -209,6 +209,12 @@ def test_metrics_are_written_for_the_run_and_for_each_method(run):
     assert len({metrics["nll"]["value"] for metrics in table.values()}) == 3
 
 
+def test_the_base_comes_first_in_the_table(run, files):
+    assert call(f"select.py --run {run.folder} --method random --name a") == 0
+    evaluate_run(open_run(run.folder), ["a"], files, **HOW)
+    assert list(read_metrics(run.folder)) == ["base", "a", "sft", "toss"]
+
+
 def test_answers_are_written_with_a_warning_and_what_they_were_made_from(run):
     head, *lines = read_jsonl(run.folder / "answers/sft.jsonl")
     assert "do not publish" in head["note"]
