@@ -137,6 +137,19 @@ def test_a_row_in_the_terminal(small, capsys):
     assert out == (GOLDENS.parent / "row.txt").read_text()
 
 
+def test_a_score_other_than_S_has_a_column_of_its_own(small, capsys):
+    _, losses = small.scored()
+    masked(small, "own", [], losses["base"])
+    out = said(capsys, f"toss.audit.show --run {small.folder} --row 0 --method own")
+    head = next(line for line in out.splitlines() if line.startswith("| position"))
+    assert " ranked by | order " in head
+    assert "| +26.000   | 7 " in out  # the lowest of 7
+
+
+def test_a_zero_has_no_minus():
+    assert show.signed(-0.0004) == " +0.000"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
