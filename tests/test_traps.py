@@ -2,9 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
-from conftest import make_base, write_jsonl
+from conftest import make_base, script, write_jsonl
 from helpers import call, refused, said
 
 TRAIN = "--lr 1e-2 --epochs 2 --batch-size 4 --rank 2"
@@ -80,3 +81,28 @@ def test_rows_that_are_longer_than_the_base_can_see_are_counted(tmp_path, capsys
     line = f"select.py --run {tmp_path}/new --method sft --model {base} --custom {custom}"
     message = f"warning: 1 rows of {custom} are longer than the 40 tokens of the base"
     assert message in said(capsys, line)
+
+
+@pytest.mark.parametrize(
+    ("place", "file"),
+    [
+        ("scores.safetensors", "scores.safetensors"),
+        ("methods/toss", "methods/toss/selection.safetensors"),
+        ("degraded", "degraded/adapter_model.safetensors"),
+    ],
+)
+def test_show_notices_what_was_altered_before_it_says_that_it_fits(place, file, trained, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    assert "fits" in said(capsys, f"toss.audit.show {trained / place}")
+    content = (trained / file).read_bytes()
+    (trained / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "was changed" in refused(capsys, f"toss.audit.show {trained / place}")
+    assert script("toss.audit.show", trained) == 2
+
+
+def test_show_does_not_describe_a_checkpoint_that_was_cut_off(base, tmp_path, capsys):
+    copy = Path(shutil.copytree(base, tmp_path / "cut"))
+    assert "a checkpoint" in said(capsys, f"toss.audit.show {copy}")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in refused(capsys, f"toss.audit.show {copy}")

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.checkpoint import base_hash, skeleton
-from model.io import InputError, made_from, read_json
+from model.checkpoint import base_hash, layout, skeleton
+from model.io import InputError, load_tensors, made_from, read_json
 from model.peft import CONFIG, WEIGHTS, read_adapter
 from toss.audit.characters import harmless
-from toss.workbench.results import RECORD, read_record
+from toss.workbench.results import RECORD, Hashes, inspect
 from toss.workbench.run import Run, open_run
 
 INSIDE = ("run.json", RECORD, "config.json", CONFIG, "model.safetensors", WEIGHTS)  # of a folder
@@ -55,24 +55,49 @@ def origin_of(path: Path, run: Run | None) -> Origin:
     if (path / WEIGHTS).is_file():
         return origin_of_adapter(path, run)
     if (path / "config.json").is_file():
-        count = sum(weight.numel() for weight in skeleton(path).parameters())
+        model = skeleton(path)
+        layout(path, model)  # reads the headers, so that a file that was cut off is noticed
+        count = sum(weight.numel() for weight in model.parameters())
         # Only a checkpoint that select.py --merge made has a record.
-        record = read_record(path) or {"base_sha256": base_hash(path)}
+        record = whole_record(path) or {"base_sha256": base_hash(path)}
         return Origin("a checkpoint", {"parameters": f"{count:,}"}, record)
-    record = read_record(path)
+    record = whole_record(path)
     if not record:
         raise InputError(f"{path}: no run directory, adapter or checkpoint, and no result of a run")
     return Origin(f"the result of the stage {record['stage']}", record=record)
+
+
+def whole_record(path: Path) -> dict:
+    """The record of a result, {} if it has none. Raises InputError if the result was changed."""
+    if not path.exists():
+        raise InputError(f"{path}: file not found")
+    record, problem = inspect(path, Hashes({}))
+    if problem:
+        raise InputError(f"{path} is damaged or incomplete ({problem})")
+    return record
 
 
 def origin_of_run(run: Run) -> Origin:
     """A run directory; of each stage, whether it was made from what the run holds now."""
     origin = Origin("a run directory")
     for stage in run.runfile.section("stages"):
-        if run.path(stage).exists():
-            changed = misfits(read_record(run.path(stage)), run)
-            origin.lines[stage] = f"made from another {', '.join(changed)}" if changed else "fits"
-            origin.misfits += [stage] if changed else []
+        path = run.path(stage)
+        if not path.exists():
+            continue
+        record, problem = inspect(path, run.hashes)
+        try:
+            changed = misfits(record, run)
+        except InputError as error:  # one of its inputs was altered
+            changed = []
+            problem = problem or str(error)
+        verdict = "fits"
+        if problem:
+            verdict = f"damaged or incomplete ({problem})"
+        elif changed:
+            verdict = f"made from another {', '.join(changed)}"
+        origin.lines[stage] = verdict
+        if verdict != "fits":
+            origin.misfits.append(stage)
     return origin
 
 
@@ -80,6 +105,7 @@ def origin_of_adapter(path: Path, run: Run | None) -> Origin:
     """An adapter; in a run it must fit the base's shapes."""
     config = read_json(path / CONFIG)
     lines = {name: config[name] for name in ADAPTER if config.get(name)}
+    load_tensors(path / WEIGHTS)  # checks its digest
     record = made_from(path / WEIGHTS)
     origin = Origin(
         "a LoRA adapter" if record else "a LoRA adapter without a record", lines, record
