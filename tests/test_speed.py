@@ -122,7 +122,7 @@ def test_the_benchmark_prints_its_tables_and_writes_where_they_are_from(tmp_path
     text = (tmp_path / "bench.md").read_text()
     assert f"`python -m toss.audit.bench {SMALL}" in text
     assert ", commit " in text and " minutes\n" in text
-    for words in (f"torch {version('torch')}", "tiny, rows: 4", "### Training", "\n| ours "):
+    for words in (f"torch {version('torch')}", "tokens: 78,", "### Training", "\n| ours "):
         assert words in out and words in text
     assert speed.LIBRARIES or "transformers or peft is not installed" in text
 
@@ -131,7 +131,7 @@ def test_a_part_may_be_measured_alone(tmp_path, ceiling):
     line = f"toss.audit.bench {SMALL} --lengths lognormal --part train --out {tmp_path}/train"
     assert call(line) == 0
     text = (tmp_path / "train.md").read_text()
-    assert "lengths: lognormal" in text
+    assert "lengths: lognormal; tokens: 72," in text
     assert "### Training" in text and "### Scoring" not in text
 
 
