@@ -137,14 +137,16 @@ def test_scores_that_were_changed_are_refused(change, place, capsys):
         del record["sha256"]
     save_file(tensors, file, {"made_from": json.dumps(record)})
     error = error_of(SELECT, place, capsys)
-    assert re.search("scores.safetensors: not as it was written.*run score.py --run", error)
+    assert re.search("scores.safetensors: not as it was written.*run \\S+ score.py --run", error)
 
 
 def test_scores_of_another_program_are_refused(place, capsys):
     file = place / "run/scores.safetensors"
     save_file(load_file(file), file)
     error = error_of(SELECT, place, capsys)
-    assert re.search("scores.safetensors has no record .*run score.py --run .* --overwrite", error)
+    assert re.search(
+        "scores.safetensors has no record .*run \\S+ score.py --run .* --overwrite", error
+    )
 
 
 @pytest.mark.parametrize("method", ["oracle", "sample-all"])

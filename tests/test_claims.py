@@ -517,9 +517,9 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
     rows = [{"prompt": f"What is {i} and two?", "response": f"It is {i + 2}."} for i in range(6)]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
     line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --quantile 0.5"
-    command = said(capsys, line).splitlines()[-1].split()
-    assert command[1] == "select.py"
-    script("select", *command[2:], fast=False)  # as printed, in the run's own way
+    following, _, program, *flags = said(capsys, line).splitlines()[-1].split()
+    assert (following, program) == ("next:", "select.py")
+    script("select", *flags, fast=False)  # as printed, in the run's own way
     found = calibrate(open_run(trained), held_out, 0.5)
     assert 0 < found["discard"] < 1 and found["harmful"] > 0
     chosen = load_tensors(trained / "methods/toss-calibrated/selection.safetensors")

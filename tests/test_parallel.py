@@ -91,7 +91,7 @@ def test_two_processes_do_what_one_does(tmp_path, base, files, trained):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and errors
     for error in errors:
-        assert re.match(r"error: process [01] of 2: .*run train.py", error)
+        assert re.match(r"error: process [01] of 2: .*run \S+ train.py", error)
     assert not (tmp_path / "new").exists()
 
 

@@ -70,7 +70,7 @@ def test_a_base_without_a_chat_template_is_said_to_take_the_human_form(
 def test_select_on_a_new_run_does_not_speak_of_the_demo_first(tmp_path, capsys):
     assert call(f"select.py --run {tmp_path}/new") == 1
     output, error = capsys.readouterr()
-    assert "run train.py" in error
+    assert f"train.py --run {tmp_path}/new" in error
     assert "demo.json" not in output
 
 

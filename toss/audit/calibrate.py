@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             words.append(f"--{name.replace('_', '-')} {settings[name]}")
     if settings.get("keep_eos"):
         words.append("--keep-eos")
-    print(f"{sys.executable} select.py --run {args.run} {' '.join(words)}")
+    print(f"next: {flags.command('select.py', args.run)} {' '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def show_as_evaluated(run) -> None:
         what = "not evaluated yet"
         if old:
             what = f"{', '.join(old)} changed since the evaluation"
-        raise InputError(f"{folder}: {what}: run python -m toss.audit.evaluate --run {folder} ...")
+        evaluate = flags.command("-m toss.audit.evaluate", folder)
+        raise InputError(f"{folder}: {what}: run {evaluate} ...")
 
     results = []
     names = {}

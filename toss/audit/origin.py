@@ -70,7 +70,7 @@ def origin_of(path: Path, run: Run | None) -> Origin:
 def whole_record(path: Path) -> dict:
     """The record of a result, {} if it has none. Raises InputError if the result was changed."""
     if not path.exists():
-        raise InputError(f"{path}: file not found")
+        return {}
     record, problem = inspect(path, Hashes({}))
     if problem:
         raise InputError(f"{path} is damaged or incomplete ({problem})")

@@ -65,7 +65,14 @@ def page(run) -> tuple[str, list[str], int]:
         "diagnosis": diagnosis(run, stale),
         "rounds": rounds(run, tokens),
     }
-    values = {"run": run, "stages": stages_of(run), "tokens": tokens, "lacking": lacking}
+    show = flags.command("-m toss.audit.show", run.folder)
+    values = {
+        "run": run,
+        "show": show,
+        "stages": stages_of(run),
+        "tokens": tokens,
+        "lacking": lacking,
+    }
     template = TEMPLATES.get_template("report.html.jinja")
     try:
         text = template.render(**values, **parts, **token_parts)
@@ -77,7 +84,7 @@ def page(run) -> tuple[str, list[str], int]:
 
 
 def left_out(run, command: str, name: str) -> str:
-    again = f"Run python -m toss.audit.{command} --run {run.folder} again."
+    again = f"Run {flags.command(f'-m toss.audit.{command}', run.folder)} again."
     found = f"What toss.audit.{command} found for {name} is left out"
     return f"{found}: the run holds another model now. {again}"
 
@@ -93,7 +100,7 @@ def parts_of_tokens(run) -> tuple[Any, dict, list[str]]:
         tokens, losses = run.scored()
         masks, lacking = load_masks(run, tokens, losses)
         if not masks:
-            lacking.append(f"No mask to show: run select.py --run {run.folder} first.")
+            lacking.append(f"No mask to show: run {flags.command('select.py', run.folder)} first.")
             return tokens, parts, lacking
         sources = sources_of(run)
     except InputError as error:
@@ -110,7 +117,7 @@ def parts_of_tokens(run) -> tuple[Any, dict, list[str]]:
 
 def measures(run, replaced: list[str]) -> dict | str:
     """metrics.json, without the replaced; which measures to show, in order; and the verdict."""
-    evaluate = f"run python -m toss.audit.evaluate --run {run.folder}"
+    evaluate = f"run {flags.command('-m toss.audit.evaluate', run.folder)}"
     metrics = measured(read_metrics(run.folder))
     table = {name: metrics[name] for name in sorted(metrics, key=place) if name not in replaced}
     if not table:
@@ -153,7 +160,7 @@ def side_by_side(run, replaced: list[str]) -> dict | str:
                 replies[line["set"], line["source"], line["prompt"]] = line["response"]
     asked = [key for key in next(iter(answers.values()), ()) if key[0] in SETS]
     if not asked:
-        return f"No answers: run python -m toss.audit.evaluate --run {run.folder} first."
+        return f"No answers: run {flags.command('-m toss.audit.evaluate', run.folder)} first."
 
     # Three forbidden prompts of kinds that no training row holds, a benign one, a fact per source.
     held_out = [key for key in asked if key[0] == "harmful" and key[1] != "seen"]
@@ -171,8 +178,8 @@ def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
     """KL by response position: for each measure one chart per kind of rows, one line per model."""
     path = run.folder / "diagnosis" / "kl.csv"
     if not path.exists() or not set(replaced) <= set(methods_of(run)):
-        command = f"python -m toss.audit.diagnose --run {run.folder}"
-        return f"No diagnosis with the references of now: run {command} first."
+        diagnose = flags.command("-m toss.audit.diagnose", run.folder)
+        return f"No diagnosis with the references of now: run {diagnose} first."
     charts = []
     try:
         lines = list(csv.DictReader(read_text(path).splitlines()))
@@ -208,7 +215,8 @@ def rounds(run, tokens) -> list[dict] | str:
             round_ = {"method": file.parts[-3], "t": int(number), "added": added}
             found.append({**round_, "harm": harmful_rows(tokens, rows)})
     found.sort(key=lambda entry: (entry["method"], entry["t"]))
-    return found or f"No rounds of TOSS-Pro: run select.py --run {run.folder} --pro 1 first."
+    pro = flags.command("select.py", run.folder, pro=1)
+    return found or f"No rounds of TOSS-Pro: run {pro} first."
 
 
 def harmful_rows(tokens, rows: list[int]) -> int | None:
@@ -233,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in lacking:
         print(f"left out: {line}")
     print(f"written: {out}, {out.stat().st_size / 1000:.0f} kB, {count} rows token by token")
+    print(f"next: open {out.absolute().as_uri()} in a browser")
 
 
 if __name__ == "__main__":

@@ -46,14 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args)
     inputs, options = RIVALS[args.method]
     config = TrainConfig.of(args)
-    if "methods/sft" in inputs:
-        config = config_of_sft(run, args)
     if args.method == "kl-discarded":
         options = {"discard": args.discard}
     if args.method == "safelora":
         args.unaligned = str(resolve(args.unaligned or "--unaligned"))
         digest = base_hash(Path(args.unaligned), run.hashes.of_input)
         options = {**options, "unaligned_sha256": digest}
+    if "methods/sft" in inputs:
+        config = config_of_sft(run, args)
 
     def finetune():
         D_cus, _ = run.scored(needed="scores" in inputs)

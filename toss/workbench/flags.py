@@ -262,7 +262,7 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
         args.notes += note(f"from {file}", inherited, flags)
     args.notes += note(f"training settings {source}", vars(args), flags.intersection(TRAINING))
     if args.model is None:
-        advice = f"run train.py --run {file.parent}, or give --model"
+        advice = f"give --model, or run {command('train.py', file.parent)}"
         raise InputError(f"{file.parent} has no base yet: {advice}")
     args.runfile = runfile
     args.demo = content.get("demo", demo)

@@ -19,7 +19,7 @@ from toss.tokens import Tokens
 from toss.workbench import code, results
 from toss.workbench.base import Base
 from toss.workbench.files import fingerprint, load_selection, read_scores
-from toss.workbench.flags import TRAINING, as_typed
+from toss.workbench.flags import TRAINING, as_typed, command
 from toss.workbench.results import Hashes, differences, read_record
 from toss.workbench.runfile import RunFile
 
@@ -182,16 +182,16 @@ class Folder(Base):
 
     def advice(self, stage: str, word: str) -> str:
         """What to run to make a result. word: "first", "again" or "--overwrite"."""
-        script = "train.py"
+        program = "train.py"
         flags = ""
         if stage == "scores":
-            script = "score.py"
+            program = "score.py"
         elif "/" in stage:
             settings = self.runfile.section("stages", stage, "recipe", "settings")
             own = settings.get("method", "mask") in ("mask", *METHODS)
-            script = "select.py" if own else "python -m toss.audit.rivals"
+            program = "select.py" if own else "-m toss.audit.rivals"
             flags = f", with the flags of {Path(stage).name}"
-        return f"run {script} --run {self.folder} {word}{flags}"
+        return f"run {command(program, self.folder)} {word}{flags}"
 
     def adapter(self, name: str) -> Adapter | None:
         """A trained adapter: "degraded", "utility", or a method's, by its folder; "base": None."""

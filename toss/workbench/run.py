@@ -269,8 +269,8 @@ class Run(Folder):
             files.write_scores(file, tokens, losses, {**record, "dtype": dtype})
         lines = files.describe_scores(tokens, losses)
         if dtype != "float32":
-            command = f"python -m toss.audit.noise --run {self.folder}"
-            lines.append(f"scored in {dtype}; for the rounding noise of S: {command}")
+            noise = command("-m toss.audit.noise", self.folder)
+            lines.append(f"scored in {dtype}; for the rounding noise of S: {noise}")
         return lines
 
     def write_method(
