@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         share += f"; {result['harmful']:.4f} of all are harmful by ground truth"
     print(f"{result['threshold']:.4f} nats is the {args.quantile} quantile of S on held-out rows")
     print(above)
-    print(share)
+    print(f"{share}\n")
 
     # The command that uses it, with the method's own settings
     settings = read_record(Path(args.run) / "methods" / args.method).get("settings", {})
