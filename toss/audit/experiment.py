@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     command = f"`.venv/bin/python -m toss.audit.experiment {words}`"
     more = device_flags(parser, args)
     conduct(experiment, args.seeds, args.out, args.jobs, command, **more)
-    missing = [arm for arm in every_arm if arm not in experiment.arms()]
+    missing = [arm for arm in every_arm if arm not in ("base", *experiment.arms())]
     if missing:
         print(f"not in this table: {'; '.join(missing)}")
 
