@@ -19,6 +19,9 @@ demo: .venv/ready
 	$(VENV) -m toss.audit.compare
 	$(VENV) -m toss.audit.diagnose --run runs/demo > runs/demo/diagnosis.txt
 	$(VENV) -m toss.audit.report --run runs/demo
+	@echo
+	@echo "The page: runs/demo/report.html    The method in an hour: toss/walkthrough.ipynb"
+	@echo "To try next: $(VENV) select.py --pro 1"
 
 test: .venv/ready
 	$(VENV) -m pytest -q
