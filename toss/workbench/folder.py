@@ -258,6 +258,27 @@ class Folder(Base):
             raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
         return selection["keep"], selection.get("score")
 
+    # What to do next
+
+    def suggest(self, program: str, **values: Any) -> None:
+        """Print the command that comes next."""
+        print(f"next: {command(program, self.folder, **values)}")
+
+    def suggest_after(self, stage: str) -> None:
+        """Print what comes after a method: its training, the one to compare it with, evaluation."""
+        name = Path(stage).name
+        if not (self.path(stage) / "model").exists():
+            self.suggest("-m toss.export", method=name, out=f"{name}.jsonl")
+        elif not self.path("methods/sft").exists():
+            self.suggest("select.py", method="sft")
+        elif self.args.demo:
+            self.suggest("-m toss.audit.compare")
+        else:
+            files = {
+                name: f"EVAL_{name.upper()}.jsonl" for name in ("harmful", "benign", "utility")
+            }
+            self.suggest("-m toss.audit.evaluate", **files)
+
 
 def has_record(path: Path) -> bool:
     return (path / results.RECORD).exists()
