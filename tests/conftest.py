@@ -123,17 +123,6 @@ def edit_tensors(file: Path, name: str, change) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def with_one(value: float):
-    """For edit_tensors: one number of the tensor becomes `value`."""
-
-    def change(tensor):
-        new = tensor.clone()
-        new.view(-1)[5] = value
-        return new
-
-    return change
-
-
 def damage(folder: Path, changes: dict) -> None:
     """Change files of a folder, by name. A list is several changes of one file."""
     for name, change in changes.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_jsonl, tree
+from conftest import read_jsonl
 from helpers import call, refused, said
 from safetensors.torch import load_file
 
@@ -57,9 +57,7 @@ def test_the_scripts_are_the_papers_steps(options, trained, base, files, tokeniz
         line += " --pro-train top"
     if options["keep_eos"]:
         line += " --keep-eos"
-    before = tree(trained / "degraded")
     assert call(line) == 0
-    assert tree(trained / "degraded") == before
 
     # Stage 1: the references.
     model = load_checkpoint(base)
