@@ -123,34 +123,6 @@ def edit_tensors(file: Path, name: str, change) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def damage(folder: Path, changes: dict) -> None:
-    """Change files of a folder, by name. A list is several changes of one file."""
-    for name, change in changes.items():
-        for part in change if isinstance(change, list) else [change]:
-            damage_file(folder / name, part)
-
-
-def damage_file(file: Path, change) -> None:
-    """None removes a file or a folder, an integer cuts a file off there, a text replaces it.
-
-    A dictionary changes JSON fields (... removes one), a pair a tensor (see edit_tensors).
-    """
-    if change is None and file.is_dir():
-        shutil.rmtree(file)
-    elif change is None:
-        file.unlink()
-    elif isinstance(change, int):
-        file.write_bytes(file.read_bytes()[:change])
-    elif isinstance(change, str):
-        file.write_text(change, encoding="utf-8")
-    elif isinstance(change, dict):
-        drop = [name for name, value in change.items() if value is ...]
-        fields = {name: value for name, value in change.items() if value is not ...}
-        edit_json(file, *drop, **fields)
-    else:
-        edit_tensors(file, *change)
-
-
 def fails(words: str, work, *arguments, error: type | None = None, **options) -> None:
     """Assert that work(...) raises an InputError, or `error`, of one line that fits `words`."""
     from model.io import InputError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDENS, damage, edit_json, edit_tensors, read_jsonl, write_jsonl
+from conftest import GOLDENS, edit_json, edit_tensors, read_jsonl, write_jsonl
 from helpers import refused, said
 from scored_runs import mask_of, masked, scored, write_anew
 
@@ -346,7 +346,8 @@ def test_answers_of_real_models_are_not_shown(nasty):
 def test_what_is_missing_is_one_line_that_says_what_makes_it(nasty, capsys):
     for name in ("answers", "diagnosis", "methods"):
         shutil.rmtree(nasty.folder / name)
-    damage(nasty.folder, {"metrics.json": None, "scores.safetensors": None})
+    (nasty.folder / "metrics.json").unlink()
+    (nasty.folder / "scores.safetensors").unlink()
     out = said(capsys, f"toss.audit.report --run {nasty.folder}")
     text = (nasty.folder / "report.html").read_text(encoding="utf-8")
     for command in ("toss.audit.evaluate", "score.py", "toss.audit.diagnose", "select.py --run"):
