@@ -14,7 +14,7 @@ from model import load_tokenizer
 from model.io import InputError, read_json
 from toss.audit.command import cautions
 from toss.workbench.files import load_selection
-from toss.workbench.progress import Bar
+from toss.workbench.progress import Bar, StepLog
 from toss.workbench.results import read_record
 from toss.workbench.run import open_run
 
@@ -345,3 +345,13 @@ def test_the_time_left_of_a_resumed_work_counts_from_where_it_goes_on(monkeypatc
     now += 10
     bar.show({"step": 51, "steps": 60})
     assert capsys.readouterr().out == "late: step 51 of 60, 1.5 minutes left\n"
+
+
+def test_the_log_goes_on_behind_the_step_that_was_saved(tmp_path):
+    log = StepLog(tmp_path / "toss.jsonl")
+    event = {"steps": 9, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1}
+    for step in (1, 2, 3, 4):
+        log.write({**event, "step": step})
+    log.write({"resumed": 2, "steps": 9})
+    log.write({**event, "step": 3})
+    assert [line["step"] for line in read_jsonl(log.file)] == [1, 2, 3]
