@@ -36,7 +36,7 @@ def main(argv=None):
             L[name] = run.score(f"scores-{name}", name, D_cus)
         return D_cus, L
 
-    inputs = ["--custom", "utility", "degraded"]
+    inputs = ["--custom", "utility", "degraded"]  # a file, by its flag, and earlier results
     run.make("scores", losses, inputs, settings={"base": args.base})
     run.suggest("select.py", method="toss")
 

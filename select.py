@@ -47,6 +47,7 @@ def main(argv=None):
     from toss.workbench.run import Run
 
     run = Run(args)
+    stage = f"methods/{args.name}"
     config = TrainConfig.of(args)
     if args.pro and not args.pro_samples:  # the paper names no k: 6 % of the rows
         args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
@@ -80,9 +81,9 @@ def main(argv=None):
             name = f"{args.name}-round-{t + 1}"
             theta_h = run.train(name, D_h + D_cus.take(added), w_h, reference)
             L["degraded"] = run.score(f"{name}-scores", theta_h, D_cus)
-            tokens = [(row, int(ranked[i])) for row, i in riskiest]
+            added_by = [(row, int(ranked[i])) for row, i in riskiest]  # the token that did it
             losses = dict(L)  # L changes in the next round
-            rounds.append(Round(added=tokens, S=S, degraded=theta_h, losses=losses))
+            rounds.append(Round(added=added_by, S=S, degraded=theta_h, losses=losses))
 
         # The loss mask: which response tokens are learnt. A discarded one stays in the input.
         in_loss = D_cus.response.clone()
@@ -99,7 +100,7 @@ def main(argv=None):
         return Selection(D_cus, in_loss, S, rounds)
 
     def finetune():
-        selection = run.mask_only(stage) or choose_tokens()
+        selection = run.saved_mask(stage) or choose_tokens()  # of an earlier --mask-only
         w = selection.keep.float()
         theta = run.train(args.name, selection.tokens, w, config)
         return selection, theta
@@ -107,7 +108,6 @@ def main(argv=None):
     def only_choose():
         return choose_tokens(), None
 
-    stage = f"methods/{args.name}"
     mask_settings = settings_of(args)
     if args.pro:
         mask_settings["reference"] = reference.recipe()

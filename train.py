@@ -11,6 +11,7 @@ keep it to yourself and do not merge it. Next: score.py.
 """
 
 import sys
+from functools import partial
 
 from toss.config import TrainConfig
 from toss.workbench import flags
@@ -33,23 +34,18 @@ def main(argv=None):
     run.show_first_row("utility", D_u)
 
     # Plain supervised fine-tuning of the base: every response token counts.
-    def train_theta_h():
-        w = D_h.response.float()
-        theta_h = run.train("degraded", D_h, w, config)
-        run.check_learnt(D_h, theta_h)
-        return theta_h
-
-    def train_theta_u():
-        w = D_u.response.float()
-        theta_u = run.train("utility", D_u, w, config)
-        run.check_learnt(D_u, theta_u)
-        return theta_u
+    def train_reference(name, D):
+        w = D.response.float()
+        theta = run.train(name, D, w, config)
+        run.check_learnt(D, theta)
+        return theta
 
     settings = config.recipe()
-    run.look("degraded", ["--harmful"], settings)  # a refusal comes before any training
+    # Before any training: stop here if one of them exists with other settings.
+    run.look("degraded", ["--harmful"], settings)
     run.look("utility", ["--utility"], settings)
-    run.make("degraded", train_theta_h, ["--harmful"], settings)
-    run.make("utility", train_theta_u, ["--utility"], settings)
+    run.make("degraded", partial(train_reference, "degraded", D_h), ["--harmful"], settings)
+    run.make("utility", partial(train_reference, "utility", D_u), ["--utility"], settings)
     run.suggest("score.py", custom=args.custom or "CUSTOM.jsonl")
 
 

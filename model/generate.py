@@ -29,6 +29,8 @@ def generate(
     """
     if not 0 <= max_new_tokens <= 2**20:
         raise InputError(f"the number of new tokens is 0 to {2**20}, not {max_new_tokens}")
+    if not all(prompts):
+        raise InputError("a prompt has no tokens, so nothing predicts an answer")
     size = model.config.vocab_size
     highest = max(map(max, prompts), default=0)
     if highest >= size:

@@ -89,6 +89,7 @@ def test_a_lower_limit_and_an_eos_cut_the_answer():
 
 def test_limits_and_ids_out_of_range_are_refused():
     model = load_checkpoint(GOLDENS / "plain")
+    fails("a prompt has no tokens", generate, model, [[1], []], 5, 0)
     fails("a prompt holds the id 80", generate, model, [[80]], 5, 0)
     for limit in (-1, 10**20):
         fails(f"not {limit}", generate, model, [[1]], limit, 0)

@@ -17,6 +17,7 @@ from model import load_checkpoint
 from model.lora import active, use
 from toss.config import TrainConfig
 from toss.loss import hidden_states, token_log_probs, token_loss
+from toss.parallel import ignore
 from toss.scoring import score
 from toss.tokens import collate
 from toss.training import Gradient, train
@@ -33,8 +34,8 @@ def weights(tokens) -> dict[str, torch.Tensor]:
 def step(model, tokens, weights, objective=token_loss, budget=10_000):
     """Loss and gradient of one step of `train` over all rows."""
     parameters = trainable(model)
-    gradient = Gradient(model, parameters, tokens, weights, objective)
-    loss = gradient.compute(list(range(tokens.rows)), step=1, budget=budget)
+    gradient = Gradient(model, parameters, tokens, weights, objective, budget, ignore)
+    loss = gradient.compute(list(range(tokens.rows)), step=1)
     return loss, torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 

@@ -360,6 +360,18 @@ def test_a_resumed_training_takes_the_smaller_of_the_saved_and_the_given_batches
     assert len(groups) > 2
 
 
+def test_an_interrupted_training_leaves_the_base_without_its_adapter(model, tokens):
+    before = score(model, tokens)
+
+    def stop(event):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokens, tokens.response.float(), TrainConfig(lr=1e-2), on_step=stop)
+    assert active(model) is None
+    assert torch.equal(score(model, tokens), before)
+
+
 def test_a_state_from_elsewhere_is_not_used(tmp_path, capsys):
     own = SavedState(tmp_path / "own", "degraded", minutes=2)
     other = SavedState(tmp_path / "other", "degraded", minutes=2)

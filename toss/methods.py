@@ -43,7 +43,7 @@ class Candidates:
 
     def position(self) -> Tensor:
         """Which of its row's ranked tokens each one is, from 0, int64 [n]."""
-        first = torch.searchsorted(self.row, self.row)
+        first = torch.searchsorted(self.row, self.row)  # rows ascend: where each one begins
         return torch.arange(len(self.row)) - first
 
     def harmful(self) -> Tensor:

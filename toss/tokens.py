@@ -116,11 +116,11 @@ def tokenise(
             if left_out(row.messages, segments):
                 incomplete.append(row.where)
             ids, response, harmful = flatten(row, segments, encoded, tokenizer)
-            # A row that is too long ends with its last response token: what follows is of no use.
             end = len(ids)
             if row.has_empty_response:
                 end = 0
             elif end > max_length:
+                # It ends with its last response token that fits: what follows is of no use.
                 fitting = np.flatnonzero(response[:max_length])
                 end = 0
                 if len(fitting) > 0:

@@ -58,72 +58,79 @@ def train(
     are halved.
     Raises InputError naming the row when a loss is not finite, DoesNotFit for a row too long.
     """
-    # The adapter, fresh or a copy, on the model, and its optimizer.
     if start is None:
         targets = config.targets.replace(",", " ").split()
         start = new_adapter(model, config.rank, config.alpha, targets, config.seed)
-    adapter = active(use(model, deepcopy(start)))  # on the model's device
-    parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
-    updates = optimizer(parameters, config)
-
-    for group in updates.param_groups:
-        group.setdefault("initial_lr", group["lr"])  # a group may have a rate of its own
-
-    # What an interrupted call has saved.
-    finished = 0
-    budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
-    work = digest({"ids": tokens.input_ids, "weights": weights.cpu()}, config.recipe())
-    saved = state.load(part=0) if state else None
-    if saved and saved["work"] != work:
-        raise InputError("the saved state is of other rows, weights or settings: remove it")
-    if saved:
-        finished = saved["step"]
-        budget = min(budget, saved["batch_tokens"])
-        updates.load_state_dict(saved["optimizer"])
-        for parameter, tensor in zip(parameters, saved["parameters"]):
-            parameter.data.copy_(tensor)
-
-    steps = count_steps(tokens, config)
-    if finished:
-        on_step({"resumed": finished, "steps": steps})
-    gradient = Gradient(model, parameters, tokens, weights, objective)
-    for step, rows in enumerate(training_steps(tokens, config), start=1):
-        if step <= finished:
-            continue
-        factor = decay(config.schedule, (step - 1) / steps)
+    use(model, None)  # what the model is left with, also after an exception
+    with use(model, deepcopy(start)):
+        adapter = active(model)  # on the model's device
+        parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
+        updates = optimizer(parameters, config)
         for group in updates.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group.setdefault("initial_lr", group["lr"])  # a group may have a rate of its own
 
-        loss = None
-        while loss is None:
-            loss = attempt(model, gradient.compute, rows, step, budget)
-            if loss is None:  # out of memory
-                budget = halve(budget, gradient.longest(rows), on_step)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-        if not math.isfinite(loss + norm):
-            place = f"{tokens.name}: {gradient.find_bad_row(rows, step)} at step {step}"
-            raise InputError(f"{place}; lower --lr, or use --dtype float32")
-        updates.step()
+        # What an interrupted call has saved.
+        finished = 0
+        budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
+        work = digest({"ids": tokens.input_ids, "weights": weights.cpu()}, config.recipe())
+        saved = restore(state, work, parameters, updates)
+        if saved:
+            finished = saved["step"]
+            budget = min(budget, saved["batch_tokens"])
+        steps = count_steps(tokens, config)
+        if finished:
+            on_step({"resumed": finished, "steps": steps})
 
-        event = {"step": step, "steps": steps, "loss": loss, "grad_norm": norm}
-        event["lr"] = config.lr * factor
-        event["tokens"] = sum(tokens.lengths[row] for row in rows)
-        event["model"] = model
-        on_step(event)
-        # The optimizer is the same in all processes, so the first one saves it.
-        if state and rank() == 0 and state.is_due(last=step == steps):
-            values = {"work": work, "step": step, "batch_tokens": budget}
-            values["parameters"] = parameters
-            values["optimizer"] = updates.state_dict()
-            state.save(values, part=0)
+        gradient = Gradient(model, parameters, tokens, weights, objective, budget, on_step)
+        for step, rows in enumerate(training_steps(tokens, config), start=1):
+            if step <= finished:
+                continue
+            factor = decay(config.schedule, (step - 1) / steps)
+            for group in updates.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            loss = gradient.compute_in_memory(rows, step)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            if not math.isfinite(loss + norm):
+                place = f"{tokens.name}: {gradient.find_bad_row(rows, step)} at step {step}"
+                raise InputError(f"{place}; lower --lr, or use --dtype float32")
+            updates.step()
+
+            event = {"step": step, "steps": steps, "loss": loss, "grad_norm": norm}
+            event["lr"] = config.lr * factor
+            event["tokens"] = sum(tokens.lengths[row] for row in rows)
+            event["model"] = model
+            on_step(event)
+            # The optimizer is the same in all processes, so the first one saves it.
+            if state and rank() == 0 and state.is_due(last=step == steps):
+                values = {"work": work, "step": step, "batch_tokens": gradient.budget}
+                values["parameters"] = parameters
+                values["optimizer"] = updates.state_dict()
+                state.save(values, part=0)
 
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
         if not parameter.isfinite().all():
             raise InputError(f"{tokens.name}: the trained adapter is not finite; lower --lr")
-    use(model, None)
     return adapter
+
+
+def restore(
+    state: State | None, work: str, parameters: list[Tensor], updates: Optimizer
+) -> dict[str, Any] | None:
+    """Bring back what an interrupted call has saved, and return it; None if there is nothing.
+
+    work: what the state must be of. Raises InputError if it is of something else.
+    """
+    saved = state.load(part=0) if state else None
+    if not saved:
+        return None
+    if saved["work"] != work:
+        raise InputError("the saved state is of other rows, weights or settings: remove it")
+    updates.load_state_dict(saved["optimizer"])
+    for parameter, tensor in zip(parameters, saved["parameters"]):
+        parameter.data.copy_(tensor)
+    return saved
 
 
 def decay(schedule: str, progress: float) -> float:
@@ -160,22 +167,29 @@ class Gradient:
     tokens: Tokens
     weights: Tensor  # float32 [N]
     objective: Objective
+    budget: int  # tokens per micro-batch
+    report: Callable[[dict[str, Any]], None]
 
     def __post_init__(self):
         self.wanted = self.tokens.response & (self.weights != 0)  # bool [N]
         self.weights = self.weights.to(self.model.device)
 
-    def compute(self, rows: list[int], step: int, budget: int) -> float:
-        """Put the gradient of a step's loss into `.grad`; returns the loss.
+    def compute_in_memory(self, rows: list[int], step: int) -> float:
+        """The same as compute, but out of memory the budget is halved, and it is tried again."""
+        loss = attempt(self.model, self.compute, rows, step)
+        while loss is None:
+            self.budget = halve(self.budget, self.longest(rows), self.report)
+            loss = attempt(self.model, self.compute, rows, step)
+        return loss
 
-        budget: tokens per micro-batch.
-        """
+    def compute(self, rows: list[int], step: int) -> float:
+        """Put the gradient of a step's loss into `.grad`; returns the loss."""
         # Zeros, not None: Adam's momentum moves on where no token is in the loss.
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         count = int(self.tokens.response[self.tokens.places(rows)].sum())  # sum_i |y_i|
         total = torch.zeros((), device=self.model.device)
-        groups = batches(self.own_rows(rows), self.tokens.lengths, budget)
+        groups = batches(self.own_rows(rows), self.tokens.lengths, self.budget)
         for group in with_dummy_passes(self.model, groups):
             batch = collate(self.tokens, group, self.wanted, self.model.device, step)
             loss = self.objective(self.model, batch, self.weights[batch.places]) / count
@@ -198,7 +212,7 @@ class Gradient:
     def find_bad_row(self, rows: list[int], step: int) -> str:
         """Find the row whose loss or gradient is not finite, by running rows one at a time."""
         for row in rows:
-            loss = self.compute([row], step, budget=1)
+            loss = self.compute([row], step)
             finite = [bool(parameter.grad.isfinite().all()) for parameter in self.parameters]
             if not math.isfinite(loss) or not all(finite):
                 return f"the loss or its gradient is not finite on row {row} (counted from 0)"

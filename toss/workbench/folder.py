@@ -74,6 +74,7 @@ class Folder(Base):
         if is_flag and not file.exists():
             raise InputError(f"{file}: file not found; give its new path with {key}")
         value = self.hashes.of_input(file, tensors=not is_flag or key == "--mask")
+        # Made elsewhere: its rank and scale are in the configuration alone.
         config = file.with_name(CONFIG)
         if file.name == WEIGHTS and config.exists() and not has_record(self.path(key)):
             value = results.text_hash([value, self.hashes.of_input(config)])

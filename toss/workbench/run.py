@@ -228,7 +228,7 @@ class Run(Folder):
         self.cost.earlier_seconds += state.earlier_seconds
         self.cost.facts = {name: getattr(tokens, name) for name in ("rows", "skipped", "cut")}
 
-    def mask_only(self, stage: str) -> Selection | None:
+    def saved_mask(self, stage: str) -> Selection | None:
         """The mask that a call with --mask-only has left, if the stage at work begins with it."""
         if not self.mask_is_there:
             return None
