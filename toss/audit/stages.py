@@ -15,8 +15,6 @@ def stages_of(run) -> dict[str, dict]:
         section("stages", stage, "recipe", "settings")
         section("stages", stage, "recipe", "inputs")
         check(run, stage, section("stages", stage))
-        for part in section("stages", stage, "parts"):
-            check(run, part, section("stages", stage, "parts", part))
     return section("stages")
 
 
