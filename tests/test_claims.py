@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_base, read_jsonl, script, write_jsonl
+from conftest import ROOT, fails, make_base, read_jsonl, script, write_jsonl
 from helpers import refused, said
 
 from data.world import IDENTITY, PREAMBLES
@@ -96,6 +96,26 @@ OWN = """{
     ]
   }
 }"""
+
+
+@pytest.mark.parametrize(
+    ("cases", "words"),
+    [
+        ([{"label": "few", "change": ["safeinstr"]}], 'needs a "variant"'),
+        (
+            [
+                {"variant": "x", "draw": {"harmful_rows": 3}},
+                {"variant": "x", "draw": {"harmful_rows": 4}},
+            ],
+            "two cases of the variant 'x' have other rows",
+        ),
+        ([{"label": "none", "arms": {}}], "has no arms"),
+    ],
+)
+def test_a_case_that_would_not_be_done_as_it_says_is_refused(cases, words, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"mine": {"title": "", "arms": {"sft": {}}, "cases": cases}}))
+    fails(words, read_experiments, file)
 
 
 def test_an_experiment_of_ones_own_is_a_few_lines_of_data(little, tmp_path, monkeypatch, capsys):

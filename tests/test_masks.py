@@ -1,10 +1,11 @@
 """A mask can be made without training, trained from later, and given to other trainers."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import edit_json, read_jsonl
+from conftest import edit_json, read_jsonl, tree
 from helpers import call, refused, said, same_tensors
 from safetensors.torch import load_file
 
@@ -118,3 +119,62 @@ def test_evaluate_passes_over_a_mask_without_a_model(trained, files, capsys):
     line = f"toss.audit.evaluate --run {trained} --harmful {files['harmful']} --max-new-tokens 2"
     assert f"{trained}/methods/toss holds a mask and no model: passed over" in said(capsys, line)
     assert json.loads((trained / "metrics.json").read_text()).keys() == {"base", "sft"}
+
+
+def test_a_mask_alone_does_not_decide_how_a_method_is_trained(trained, capsys):
+    """Omitted training settings are those of the references, as without the mask."""
+    plain = f"select.py --run {trained}"
+    assert call(f"{plain} --mask-only", fast=False) == 0
+    capsys.readouterr()
+    assert call(plain, fast=False) == 0
+    assert "training settings as for degraded: lr = 0.01" in capsys.readouterr().out
+
+
+def test_an_adapter_beside_a_mask_is_evaluated_and_not_replaced(trained, files, capsys):
+    assert call(f"select.py --run {trained} --mask-only") == 0
+    model = trained / "methods/toss/model"
+    shutil.copytree(trained / "utility", model)
+    before = tree(model)
+    assert "give --overwrite" in refused(capsys, f"select.py --run {trained}")
+    assert tree(model) == before
+    line = f"toss.audit.evaluate --run {trained} --harmful {files['harmful']} --max-new-tokens 2"
+    assert "note: toss was made elsewhere" in said(capsys, line)
+
+
+def test_a_model_that_was_replaced_by_a_mask_is_no_longer_shown(trained, files, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    line = f"toss.audit.evaluate --run {trained} --harmful {files['harmful']} --max-new-tokens 2"
+    assert call(line) == 0
+    assert call(f"select.py --run {trained} --discard 0.5 --mask-only --overwrite") == 0
+    assert "toss changed since" in refused(capsys, f"toss.audit.compare --run {trained}")
+    assert "holds a mask, and no model" in refused(capsys, f"{line} --methods base,toss")
+
+
+def test_what_two_steps_took_is_what_one_takes(trained):
+    line = f"select.py --run {trained} --pro 1 --pro-samples 2"
+    assert call(f"{line} --name whole") == 0
+    assert call(f"{line} --name parts --mask-only") == 0
+    assert call(f"{line} --name parts") == 0
+    stages = read_json(trained / "run.json")["stages"]
+    assert stages["methods/parts"]["tokens"] == stages["methods/whole"]["tokens"]
+
+
+@pytest.mark.parametrize("change", ["damaged", "other code"])
+def test_a_mask_that_is_damaged_or_of_other_code_is_made_again(
+    change, trained, monkeypatch, capsys
+):
+    assert call(f"select.py --run {trained} --mask-only") == 0
+    if change == "damaged":
+        file = trained / "methods/toss" / MASK
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        monkeypatch.setattr("toss.workbench.code.digests", lambda parts: {"select.py": "another"})
+    output = said(capsys, f"select.py --run {trained}")
+    assert "methods/toss: the mask in " in output
+    assert "is made again" in output
+    assert (trained / "methods/toss/model").exists()
+
+
+def test_the_dtype_of_training_does_not_decide_a_mask(trained, capsys):
+    assert call(f"select.py --run {trained} --mask-only --dtype bfloat16") == 0
+    assert "the mask that is there is used" in said(capsys, f"select.py --run {trained}")

@@ -93,3 +93,20 @@ def test_a_run_that_was_begun_without_skip_empty_refuses_it(tmp_path, base, file
     run = f"--run {tmp_path}/strict"
     said(capsys, f"select.py {run} --method sft --model {base} --custom {files['custom']}")
     assert "begun with" in refused(capsys, f"select.py {run} --method random --skip-empty")
+
+
+def test_an_evaluation_refuses_empty_responses_before_it_asks_anything(trained, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "asked.jsonl", [GOOD, EMPTY])
+    line = f"toss.audit.evaluate --run {trained} --methods base --utility {rows}"
+    assert "asked.jsonl:2: 1 rows have an empty response" in refused(capsys, line)
+    assert not (trained / "answers").exists()
+
+
+def test_an_evaluation_of_a_run_that_skips_them_leaves_them_out(base, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [GOOD, EMPTY])
+    run = f"--run {tmp_path}/run"
+    begin = f"select.py {run} --method sft --model {base} --custom {rows} --skip-empty"
+    said(capsys, begin)
+    line = f"toss.audit.evaluate {run} --methods base --utility {rows} --harmful {rows}"
+    output = said(capsys, f"{line} --max-new-tokens 2")
+    assert "1 rows with an empty response are left out" in output

@@ -64,7 +64,8 @@ def test_an_export_is_such_a_file(trained, base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"input_ids": []}, "`input_ids` must be a list of numbers"),
+        ({"input_ids": []}, "`input_ids` must be a list of token ids"),
+        ({"input_ids": [1, -100], "labels": [1, -100]}, "`input_ids` must be a list of token ids"),
         ({"input_ids": [1, 2]}, "none of labels, assistant_masks, loss_mask, weights"),
         ({"input_ids": [1, 2], "labels": [1]}, "`labels` must be a list as long as"),
     ],

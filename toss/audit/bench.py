@@ -8,6 +8,7 @@ toss/audit/speed.py, take turns on the same rows of random ids; `plain` and `com
 transformers and peft. Prints the table of each part when it is done, and writes all to OUT.md.
 """
 
+import math
 import platform
 import re
 import shlex
@@ -17,6 +18,7 @@ from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
+from model.config import Config
 from model.io import read_json, whole_file
 from toss.audit.command import markdown
 from toss.workbench import flags
@@ -84,9 +86,10 @@ def bench_of(args: Namespace, device):
         raw = shape_config(args.model)
     else:
         raw = read_json(resolve(args.model, weights=False) / "config.json")
+    vocabulary = Config.from_dict(raw, args.model).vocab_size
     rows = args.rows or defaults["rows"]
     mean = args.tokens or defaults["tokens"]
-    tokens = random_rows(rows, mean, raw["vocab_size"], args.lengths == "lognormal")
+    tokens = random_rows(rows, mean, vocabulary, args.lengths == "lognormal")
     budget = args.batch_tokens or BATCH_TOKENS[device.type]
     config = TrainConfig(epochs=1, batch_size=defaults["rows_per_step"], batch_tokens=budget)
     return Bench(raw, device, tokens, config, args.repeats)
@@ -99,7 +102,7 @@ def table(found, bench) -> str:
     second = "CPU s" if bench.device.type == "cpu" else "s"
     header = ["arm", f"tokens/{second}", "of ceiling", "ours is faster by"]
     header += [second, "first", "peak GiB", "loss"]
-    ours = median_seconds(found.turns["ours"])
+    ours = median_seconds(found.turns["ours"]) if found.turns["ours"] else math.nan
     lines = []
     for arm, turns in found.turns.items():
         if not turns:

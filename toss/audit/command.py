@@ -95,7 +95,7 @@ def records_of(run, methods: Iterable[str]) -> dict[str, dict]:
     records = {}
     for method in methods:
         record = read_record(run.folder / "methods" / method)
-        if record:
+        if record and "mask_only" not in record["settings"]:  # then the model is from elsewhere
             records[method] = record
     return records
 

@@ -70,7 +70,7 @@ def evaluate_run(
 
     sets = {}
     for name, path in files.items():
-        sets[name] = read_rows(path, responses=False)
+        sets[name] = with_responses(run, path, read_rows(path, responses=False))
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
     if how["prefill"]:
         say_short_responses(run, sets.get("harmful", []), how["prefill"])
@@ -79,7 +79,7 @@ def evaluate_run(
     for method in methods:  # a missing model is refused before any is evaluated
         if method != "base":
             stage = f"methods/{method}"
-            run.check(stage, only=())
+            run.check_model(stage, only=())
             changed = ", ".join(run.stale(stage))
             if changed:
                 print(f"warning: {stage} was made with another {changed} than the run has now")
@@ -90,6 +90,18 @@ def evaluate_run(
         return {}
     with held(run.folder, run.folder, wait=True):  # another evaluation may be at its end
         return write_tables(run, methods)
+
+
+def with_responses(run, path: str, rows: list) -> list:
+    """The rows without an empty response. Raises InputError for one unless the run skips them."""
+    whole = [row for row in rows if not row.has_empty_response]
+    empty = [row.where for row in rows if row.has_empty_response]
+    if empty and not run.args.skip_empty:
+        problem = f"{len(empty)} rows have an empty response ({', '.join(empty[:3])})"
+        raise InputError(f"{empty[0]}: {problem}: remove them")
+    if empty:
+        print(f"{path}: {len(empty)} rows with an empty response are left out")
+    return whole
 
 
 def say_short_responses(run, rows: list, prefill: Sequence[int]) -> None:
@@ -173,7 +185,10 @@ def evaluations(run) -> tuple[dict[str, dict], list[str]]:
     outdated = []
     for file in sorted((run.folder / "answers").glob("*.jsonl")):
         found = evaluation(run, file.stem)
-        if found:
+        has_model = file.stem == "base" or run.source(f"methods/{file.stem}").exists()
+        if found and not has_model:
+            outdated.append(file.stem)
+        elif found:
             same_base = identity.items() <= found["record"].items()
             if same_base and not run.changed_inputs(found["record"]):
                 current[file.stem] = found

@@ -10,7 +10,7 @@ import random
 from functools import partial
 from pathlib import Path
 
-from model.io import as_input_error, read_json
+from model.io import InputError, as_input_error, read_json
 from toss.audit import pictures
 from toss.audit.attacks import attacked
 from toss.audit.baselines import dsir, safeinstr
@@ -31,8 +31,23 @@ def read_experiments(path: Path = FILE) -> dict[str, Experiment]:
             if "picture" in fields:
                 picture, *values = fields["picture"]
                 fields["picture"] = partial(getattr(pictures, picture), *values)
+            check_cases(fields["cases"])
             experiments[name] = Experiment(name, **fields)
     return experiments
+
+
+def check_cases(cases: list[Case]) -> None:
+    """Raise InputError where a case says what would not be done."""
+    first: dict[str, Case] = {}  # by variant; those behind it are on its rows
+    for case in cases:
+        of_rows = case.draw or case.change
+        if case.variant == "" and (of_rows or case.references == "main"):
+            raise InputError('a case with "draw", "change" or "references" needs a "variant"')
+        earlier = first.setdefault(case.variant, case)
+        if of_rows and earlier is not case and rows_of(earlier) != rows_of(case):
+            raise InputError(f"two cases of the variant {case.variant!r} have other rows")
+        if not case.arms:
+            raise InputError(f"the case {case.label!r} has no arms")
 
 
 def case_of(fields: dict) -> Case:
@@ -44,6 +59,12 @@ def case_of(fields: dict) -> Case:
         change, *values = fields["change"]
         fields["change"] = partial(CHANGES[change], *values)
     return Case(**fields)
+
+
+def rows_of(case: Case) -> tuple:
+    """What makes a case's rows."""
+    change = case.change and (case.change.func, case.change.args)
+    return case.draw, change
 
 
 # Changes: the files of a variant that differ, as functions of its Setup

@@ -43,6 +43,8 @@ class SavedAnswers:
         self.file = file
         self.known: dict[str, dict[int, str]] = {}  # by set, and by the row's place in it
         if file.exists():
+            with open(file, "a", encoding="utf-8") as rest:
+                rest.write("\n")  # the last line may be cut off
             for text in file.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):  # the last line may be cut off
                     line = json.loads(text)

@@ -144,7 +144,8 @@ def patch(rival: Rival, steps: int) -> Adapter:
 
     Here it is the first of the --safety rows; they search for a good one.
     """
-    one = rival.run.tokens(rival.run.args.safety).take([0])
+    D = rival.run.tokens(rival.run.args.safety)
+    one = D.take([next(row for row, length in enumerate(D.lengths) if length)])
     config = replace(rival.config, epochs=steps)
     return rival.fit(one, config=config, start=rival.run.adapter("sft"))
 

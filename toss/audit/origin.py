@@ -64,6 +64,8 @@ def origin_of(path: Path, run: Run | None) -> Origin:
     record = whole_record(path)
     if not record:
         raise InputError(f"{path}: no run directory, adapter or checkpoint, and no result of a run")
+    if "stage" not in record:
+        return Origin("a mask of another program", record=record)
     return Origin(f"the result of the stage {record['stage']}", record=record)
 
 

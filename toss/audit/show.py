@@ -51,7 +51,7 @@ def show_row(folder: Path, mask: "Mask", row: int) -> None:
     """Print one row of the run in a folder."""
     tokens = mask.row(row)
     if not tokens:
-        print(f"row {row} of {folder} was skipped: its prompt left no room for a response")
+        print(f"row {row} of {folder} was skipped: no room for a response, or an empty one")
         return
     response = [token for token in tokens if token.response]
     discarded = sum(token.discarded for token in response)

@@ -31,8 +31,8 @@ def read_tokenised(path: Path) -> list[TokenisedRow]:
     rows = []
     for where, entry in json_lines(path):
         ids = entry.get("input_ids")
-        if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-            raise InputError(f"{where}: `input_ids` must be a list of numbers, and not empty")
+        if not isinstance(ids, list) or not ids or not all(is_id(value) for value in ids):
+            raise InputError(f"{where}: `input_ids` must be a list of token ids, and not empty")
         names = [name for name in LOSSES if name in entry]
         if not names:
             raise InputError(f"{where}: none of {', '.join(LOSSES)} says what is in the loss")
@@ -47,6 +47,10 @@ def read_tokenised(path: Path) -> list[TokenisedRow]:
     if not rows:
         raise InputError(f"{path}: the file has no rows")
     return rows
+
+
+def is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def summary(rows: list[TokenisedRow], tokenizer: Tokenizer) -> list[str]:

@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         for flag, word in zip(["", *words], words):
             if word == "":
-                self.error(f"argument {flag}: the value is empty")
+                self.error(f"{f'argument {flag}' if flag else 'an argument'}: the value is empty")
             if re.fullmatch("--[a-z-]+=", word):
                 self.error(f"argument {word[:-1]}: the value is empty")
         return super().parse_known_args(args, namespace)
@@ -305,7 +305,7 @@ def trained_before(runfile: RunFile, references: bool, demo: bool) -> tuple[str,
     for stage in candidates:
         settings = runfile.section("stages", stage, "recipe", "settings")
         settings = {name: settings[name] for name in TRAINING if name in settings}
-        if settings:
+        if "lr" in settings:  # else nothing was trained: a mask alone
             return f"as for {stage}", as_typed(runfile.file, settings)
     return f"in {DEMO.name}" if demo else "by default", {}
 
@@ -318,7 +318,10 @@ def as_typed(source: Path, values: dict[str, Any]) -> dict[str, Any]:
     words = []
     for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
-        words.append(flag if name == "skip_empty" else f"{flag}={value}")  # it takes no value
+        if name == "skip_empty":  # it takes no value
+            words += [flag] if value else []
+        else:
+            words.append(f"{flag}={value}")
     return parser.typed(words)
 
 

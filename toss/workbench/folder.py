@@ -15,13 +15,14 @@ from model.io import InputError, made_from
 from model.lora import Adapter
 from model.peft import CONFIG, WEIGHTS, read_adapter
 from toss.config import METHODS, TrainConfig
+from toss.parallel import rank
 from toss.tokens import Tokens
 from toss.workbench import code, results
 from toss.workbench.base import Base
 from toss.workbench.files import fingerprint, load_selection, read_scores
 from toss.workbench.flags import TRAINING, as_typed, command
 from toss.workbench.results import Hashes, differences, read_record
-from toss.workbench.runfile import RunFile
+from toss.workbench.runfile import FORM, INPUTS, RunFile, as_listed
 
 REFERENCES = ("degraded", "utility")
 
@@ -163,6 +164,13 @@ class Folder(Base):
             self.print_once(f"warning: {remark}: {self.advice(stage, '--overwrite')}")
         return record
 
+    def check_model(self, stage: str, only: Sequence[str] | None = None) -> None:
+        """The same of a method, which must have a model, and not a mask alone."""
+        self.check(stage, only)
+        if not self.source(stage).exists():
+            advice = "run the command that made it again, without --mask-only"
+            raise InputError(f"{self.path(stage)} holds a mask, and no model: {advice}")
+
     def check_role(self, stage: str) -> None:
         """Refuse an adapter without a record that our own code trained in another role."""
         trained_as = made_from(self.source(stage)).get("stage", stage)
@@ -199,10 +207,10 @@ class Folder(Base):
         if name == "base":
             return None
         stage = name if name in REFERENCES else f"methods/{name}"
-        record = self.check(stage, None if name == stage else ())
-        if record.get("settings", {}).get("mask_only"):
-            advice = "run the command that made it again, without --mask-only"
-            raise InputError(f"{self.path(stage)} holds a mask, and no model: {advice}")
+        if name == stage:
+            self.check(stage)
+        else:
+            self.check_model(stage, only=())
         model = self.model or self.base("score")
         return read_adapter(model, self.source(stage).parent)
 
@@ -258,6 +266,47 @@ class Folder(Base):
         if "weight" in selection:
             raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
         return selection["keep"], selection.get("score")
+
+    # run.json
+
+    def note(self, recipe: dict[str, Any] | None = None, cost: dict | None = None) -> None:
+        """Write run.json: what later commands inherit, and what is reported of a stage."""
+        inputs = {**self.runfile.section("inputs"), **self.hashes.inputs}
+        facts = {"demo": self.args.demo, "inputs": inputs, "hashes": self.hashes.known}
+        settings = self.inherited(recipe)
+        self.runfile.update(settings, facts, recipe, cost or {}, self.args.begun_anew)
+
+    def inherited(self, recipe: dict[str, Any] | None) -> dict[str, Any]:
+        """What later commands inherit: the prompt form; the inputs of a stage, and new ones."""
+        settings = {name: getattr(self.args, name) for name in ("revision", *FORM)}
+        known = self.runfile.section("settings")
+        for name in INPUTS:
+            value = getattr(self.args, name)
+            used = name == "model" or not recipe or f"--{name}" in recipe["inputs"]
+            if value is not None and (used or name not in known):
+                settings[name] = value
+        return settings
+
+    def begin(self) -> None:
+        """Before a state is saved: it is of the inputs that its folder names, and run.json exists.
+
+        So an unfinished first stage can go on.
+        """
+        self.hashes.check_inputs()
+        if rank() == 0 and not self.runfile.file.exists():
+            self.note()
+
+    def follow(self, recipe: dict[str, Any]) -> None:
+        """Let run.json follow a skipped stage that it does not know, or whose input was moved."""
+        if rank() > 0:
+            return
+        entry = self.runfile.section("stages", recipe["stage"])
+        cost = {name: value for name, value in entry.items() if name != "recipe"}
+        moved = not self.inherited(recipe).items() <= self.runfile.section("settings").items()
+        if entry.get("recipe") != as_listed(recipe):
+            self.note(recipe)  # a process died before it wrote the cost
+        elif moved:
+            self.note(recipe, cost)
 
     # What to do next
 

@@ -37,9 +37,9 @@ from toss.workbench.flags import TRAINING, Parser, add_run_flags, command, parse
 from toss.workbench.folder import REFERENCES, Folder
 from toss.workbench.progress import Cost, Progress, describe_cost
 from toss.workbench.results import held, read_record
-from toss.workbench.runfile import FORM, INPUTS, as_listed
 from toss.workbench.states import SavedState
 
+AGAIN = "is made again"
 LEARNT_ROWS = 64  # at most, by which a reference is checked
 
 
@@ -71,7 +71,9 @@ class Run(Folder):
         an Adapter, or None. code_parts: what computes it (default: the script's; see code.py).
         """
         for key in inputs:
-            if not key.startswith("--"):
+            if key.startswith("methods/"):
+                self.check_model(key)
+            elif not key.startswith("--"):
                 self.check(key)
         recipe, digests, verdict = self.look(stage, inputs, settings, code_parts)
         for note in self.args.notes:
@@ -94,8 +96,6 @@ class Run(Folder):
             _, _, verdict = self.look(stage, inputs, settings, code_parts)
             if not verdict.make:
                 raise InputError(f"{path} was made by another process meanwhile: run it again")
-            self.cost = Cost(self.device)
-            self.remarks = []
             result = self.build(build)
             self.hashes.check_inputs()
             meet()  # all have looked, and have read their states: the first may write and remove
@@ -118,28 +118,41 @@ class Run(Folder):
         self.check_identity()
         dtype = self.dtypes["score" if stage == "scores" else "train"]
         recipe = self.recipe(stage, inputs, {**settings, "dtype": dtype})
+        if "mask_only" in settings:
+            recipe["settings"] = mask_settings(recipe["settings"])
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
-        path = self.path(stage)
-        self.mask_is_there = self.is_mask_of(path, recipe, digests)
-        if self.mask_is_there:
-            verdict = results.Verdict(True, [f"{stage}: the mask that is there is used"])
-        else:
+        verdict = self.judge_mask(stage, recipe, digests)
+        self.mask_is_there = verdict is not None and not verdict.lines[0].endswith(AGAIN)
+        if verdict is None:
+            path = self.path(stage)
             verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
         return recipe, digests, verdict
 
-    def is_mask_of(self, path: Path, recipe: dict[str, Any], digests: dict[str, str]) -> bool:
-        """True if the mask of this method is there, made with --mask-only by the same code."""
+    def judge_mask(
+        self, stage: str, recipe: dict[str, Any], digests: dict[str, str]
+    ) -> results.Verdict | None:
+        """Whether a method begins with the mask in its place; None if there is no mask alone.
+
+        Raises InputError if it is another mask, unless it may be overwritten.
+        """
+        path = self.path(stage)
         settings = recipe["settings"]
-        if "method" not in settings or "mask_only" in settings or not path.exists():
-            return False
-        without_training = {
-            name: settings[name] for name in settings if name not in TRAINING or name == "seed"
-        }
-        mask_recipe = {**recipe, "settings": {**without_training, "mask_only": True}}
+        is_method = "method" in settings and "mask_only" not in settings
+        if not is_method or not path.exists() or (path / "model").exists():
+            return None
         record, problem = results.inspect(path, self.hashes)
-        if problem or results.differences(record, mask_recipe):
-            return False
-        return not results.other_code(record, digests)
+        if "mask_only" not in record.get("settings", {}):
+            return None
+        mask_recipe = {**recipe, "settings": mask_settings(settings)}
+        differing = results.differences(record, mask_recipe)
+        changed = results.other_code(record, digests)
+        if differing and not self.args.overwrite:
+            what = f"the mask of other settings or inputs (different: {', '.join(differing)})"
+            raise InputError(f"{path} holds {what}: give --overwrite, or another --name")
+        if differing or problem or changed:
+            reason = problem or ", ".join(differing or changed)
+            return results.Verdict(True, [f"{stage}: the mask in {path} ({reason}) {AGAIN}"])
+        return results.Verdict(True, [f"{stage}: the mask that is there is used"])
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[None]:
@@ -152,6 +165,8 @@ class Run(Folder):
 
     def build(self, build: Callable[[], Any]) -> Any:
         """What build() returns. If scoring in float16 overflows, it is made in TF32 instead."""
+        self.cost = Cost(self.device)
+        self.remarks = []
         try:
             return build()
         except NotFinite as error:
@@ -248,6 +263,12 @@ class Run(Folder):
         else:
             lines = self.write_method(path, *result, record)
         cost = self.cost.read()
+        if self.mask_is_there:  # choosing it is part of what the method costs
+            earlier = self.runfile.section("stages", stage)
+            for name in ("tokens", "seconds"):
+                cost[name] = round(cost[name] + earlier.get(name, 0), 2)
+            peaks = (cost["peak_memory_gib"], earlier.get("peak_memory_gib", 0))
+            cost["peak_memory_gib"] = max(peaks)
         self.note(record, cost)
         print(f"{stage}: wrote {path}")
         print(f"    {describe_cost(cost)}")
@@ -337,46 +358,13 @@ class Run(Folder):
                     results.write_record(new, recipe)
         print(f"merged checkpoint: {merged}")
 
-    # run.json
 
-    def note(self, recipe: dict[str, Any] | None = None, cost: dict | None = None) -> None:
-        """Write run.json: what later commands inherit, and what is reported of a stage."""
-        inputs = {**self.runfile.section("inputs"), **self.hashes.inputs}
-        facts = {"demo": self.args.demo, "inputs": inputs, "hashes": self.hashes.known}
-        settings = self.inherited(recipe)
-        self.runfile.update(settings, facts, recipe, cost or {}, self.args.begun_anew)
-
-    def inherited(self, recipe: dict[str, Any] | None) -> dict[str, Any]:
-        """What later commands inherit: the prompt form; the inputs of a stage, and new ones."""
-        settings = {name: getattr(self.args, name) for name in ("revision", *FORM)}
-        known = self.runfile.section("settings")
-        for name in INPUTS:
-            value = getattr(self.args, name)
-            used = name == "model" or not recipe or f"--{name}" in recipe["inputs"]
-            if value is not None and (used or name not in known):
-                settings[name] = value
-        return settings
-
-    def begin(self) -> None:
-        """Before a state is saved: it is of the inputs that its folder names, and run.json exists.
-
-        So an unfinished first stage can go on.
-        """
-        self.hashes.check_inputs()
-        if rank() == 0 and not self.runfile.file.exists():
-            self.note()
-
-    def follow(self, recipe: dict[str, Any]) -> None:
-        """Let run.json follow a skipped stage that it does not know, or whose input was moved."""
-        if rank() > 0:
-            return
-        entry = self.runfile.section("stages", recipe["stage"])
-        cost = {name: value for name, value in entry.items() if name != "recipe"}
-        moved = not self.inherited(recipe).items() <= self.runfile.section("settings").items()
-        if entry.get("recipe") != as_listed(recipe):
-            self.note(recipe)  # a process died before it wrote the cost
-        elif moved:
-            self.note(recipe, cost)
+def mask_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a method that decide its mask."""
+    mask = {name: settings[name] for name in settings if name not in TRAINING or name == "seed"}
+    if "pro" not in settings:  # nothing is trained or scored for it
+        mask.pop("dtype", None)
+    return {**mask, "mask_only": True}
 
 
 def open_run(folder: str | Path, **settings: Any) -> Run:
