@@ -303,9 +303,9 @@ def trained_before(runfile: RunFile, references: bool, demo: bool) -> tuple[str,
     if references or not demo:
         candidates += ["degraded", "utility"]
     for stage in candidates:
-        settings = runfile.section("stages", stage, "recipe", "settings")
-        settings = {name: settings[name] for name in TRAINING if name in settings}
-        if "lr" in settings:  # else nothing was trained: a mask alone
+        recorded = runfile.section("stages", stage, "recipe", "settings")
+        settings = {name: recorded[name] for name in TRAINING if name in recorded}
+        if settings and "mask_only" not in recorded:
             return f"as for {stage}", as_typed(runfile.file, settings)
     return f"in {DEMO.name}" if demo else "by default", {}
 
