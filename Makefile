@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 RUFF := ruff>=0.17,<0.18
+XDIST := pytest-xdist>=3,<4
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	@echo "Setting up .venv; PyTorch may be a large download."
 	$(PYTHON) -m venv .venv
-	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt "$(XDIST)"
 	touch $@
 
 demo: .venv/ready
@@ -23,8 +24,9 @@ demo: .venv/ready
 	@echo "The page: runs/demo/report.html    The method in an hour: toss/walkthrough.ipynb"
 	@echo "To try next: $(VENV) select.py --pro 1"
 
+# In two processes of one thread each; `pytest` alone works, too.
 test: .venv/ready
-	$(VENV) -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -q -n 2
 
 # Every place where a command can be killed, stopped or find the disk full; make test tries some.
 torture: .venv/ready
