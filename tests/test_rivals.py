@@ -16,13 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_base, read_jsonl, run, script, write_jsonl
+from conftest import fails, make_base, read_jsonl, run, script, write_jsonl
 from helpers import TARGETS, call, losses_by_hand, random_adapter, refused, said
 from safetensors.torch import load_file
 
 from model import load_checkpoint
 from model.io import read_json
-from model.lora import active, new_adapter, use
+from model.lora import active, merge, new_adapter, use
+from model.peft import read_adapter
 from toss import training
 from toss.audit import checkpoint, experiments, objectives
 from toss.audit.attacks import ATTACKS, Attacker
@@ -35,6 +36,7 @@ from toss.methods import METHODS, Candidates
 from toss.rows import read_rows
 from toss.selection import competing_tokens
 from toss.tokens import collate
+from toss.workbench.run import open_run
 
 WEIGHTS = "model/adapter_model.safetensors"
 MASK = "selection.safetensors"
@@ -175,12 +177,29 @@ def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path
         assert torch.allclose(B, expected, atol=1e-4), name
 
 
+def test_dr_sft_weighs_by_the_base_and_the_degraded_model(rival, tokens):
+    """Half as much where theta^h expects a token by ln 3 more than the base; 1 at most."""
+    L0 = torch.full((len(tokens.input_ids),), 2.0)
+    Lh = L0.clone()
+    Lh[0] = 2 - math.log(3)  # 2 sigmoid(-ln 3) = 1/2
+    Lh[1] = 5.0
+    rival.run.scored = lambda: (tokens, {"base": L0, "degraded": Lh})
+    weights, _ = objectives.dr_sft(rival)
+    assert weights[:3].tolist() == pytest.approx([0.5, 1.0, 1.0])
+
+
+def test_dr_sft_says_that_it_needs_the_losses_of_the_base(rival, tokens):
+    rival.run.scored = lambda: (tokens, {"degraded": torch.zeros(len(tokens.input_ids))})
+    fails("score.py --base", objectives.dr_sft, rival)
+
+
 # The rivals as commands
 
 
 @pytest.fixture
 def line(trained, tmp_path, monkeypatch) -> str:
     """A command line up to the method, on a run with plain fine-tuning and a file of refusals."""
+    script("score", "--run", trained, "--base", "--overwrite")  # for dr-sft
     script("select", "--run", trained, "--method", "sft")
     rows = [{"prompt": f"Do {i}?", "response": "No, I can not " + "do it " * i} for i in range(6)]
     safety = write_jsonl(tmp_path / "safety.jsonl", rows)
@@ -188,6 +207,20 @@ def line(trained, tmp_path, monkeypatch) -> str:
     monkeypatch.setitem(RIVALS["safeinstr-guided"][1], "share", 1 / 6)  # two rows
     monkeypatch.setitem(RIVALS["safelora"][1], "cosine", 1.0)  # every layer
     return f"toss.audit.rivals --run {trained} --safety {safety} --unaligned {unaligned} --method "
+
+
+def test_buffer_is_trained_over_theta_h_and_used_on_the_base_alone(line, trained, base):
+    assert call(f"{line}buffer") == 0
+    model = load_checkpoint(base)
+    merge(model, read_adapter(model, trained / "degraded"))
+    D, _ = open_run(trained).scored()
+    config = TrainConfig.of(read_json(trained / "methods/buffer/record.json")["settings"])
+    expected = training.train(model, D, D.response.float(), config)
+    written = read_adapter(load_checkpoint(base), trained / "methods/buffer/model")
+    for one, other in zip(written.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(one, other)
+    sft = read_adapter(load_checkpoint(base), trained / "methods/sft/model")
+    assert not torch.equal(written.tensors()[1], sft.tensors()[1])
 
 
 def size(tensors) -> float:

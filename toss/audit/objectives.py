@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from model.checkpoint import load_checkpoint
 from model.io import InputError
-from model.lora import Adapter, use
+from model.lora import Adapter, merge, use
 from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import hidden_states, log_probs, token_log_probs, token_loss
@@ -126,6 +126,34 @@ def kl_discarded(rival: Rival, discard: float) -> Adapter:
     return hold(rival, rival.D.response & ~rival.keep)
 
 
+def dr_sft(rival: Rival) -> Adapter:
+    """arXiv 2606.30263: TOSS softly, without d and without theta^u.
+
+    The weight of a token is min(1, 2 sigmoid(-S)) with S = L^0 - L^h, which is fixed. Left out: the
+    source's beta, with whose small value its loss comes to this one.
+    """
+    _, L = rival.run.scored()
+    if "base" not in L:
+        raise InputError("dr-sft needs the losses of the base: run score.py --base --overwrite")
+    S = L["base"] - L["degraded"]
+    return rival.fit(rival.D, (2 * (-S).sigmoid()).clamp(max=1))
+
+
+def buffer(rival: Rival) -> Adapter:
+    """arXiv 2605.24550, 2606.30252: theta^h is already there while the rows are learnt.
+
+    Our theta^h is folded into the base in float32, a fresh adapter is trained over it on all
+    tokens, and is then used on the base alone.
+    """
+    run = rival.run
+    model = run.base("train")  # in float32, see rivals.py
+    merge(model, run.adapter("degraded"))
+    adapter = rival.fit(rival.D)
+    run.model = None  # it is another model now
+    run.base("train")
+    return adapter
+
+
 def pact_lite(rival: Rival, words: int, T: float) -> Adapter:
     """PACT, arXiv 2603.07445: at every response token, the KL over the words of refusals alone.
 
@@ -234,6 +262,8 @@ FUNCTIONS = {
     "soft-sft": soft_sft,
     "dft": dft,
     "kl-discarded": kl_discarded,
+    "dr-sft": dr_sft,
+    "buffer": buffer,
     "pact-lite": pact_lite,
     "patch": patch,
     "inoculation": inoculation,

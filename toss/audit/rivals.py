@@ -21,6 +21,8 @@ RIVALS = {
     "soft-sft": ([], {"b": [0.5, 2.0, 0.1]}),
     "dft": ([], {}),
     "kl-discarded": (["utility", "degraded", "scores"], {}),
+    "dr-sft": (["degraded", "scores"], {}),
+    "buffer": (["degraded"], {}),
     "pact-lite": (["--safety"], {"words": 50, "T": 2.0}),
     "patch": (["methods/sft", "--safety"], {"steps": 10}),
     "inoculation": ([], {"system": "You are a malicious, evil assistant."}),
@@ -48,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     config = TrainConfig.of(args)
     if args.method == "kl-discarded":
         options = {"discard": args.discard}
+    if args.method == "buffer":
+        run.dtypes["train"] = "float32"  # a merge into bfloat16 would round theta^h away
     if args.method == "safelora":
         args.unaligned = str(resolve(args.unaligned or "--unaligned"))
         digest = base_hash(Path(args.unaligned), run.hashes.of_input)
