@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from html import unescape
 from unittest.mock import MagicMock
 
 import pytest
@@ -19,6 +20,7 @@ from conftest import ROOT, read_jsonl, write_jsonl
 
 from data.refusals import refused
 from model.io import read_json
+from toss.training import count_steps
 
 FILE = ROOT / "toss/walkthrough.ipynb"
 NOTEBOOK = read_json(FILE)
@@ -66,11 +68,10 @@ def small_world(tmp_path_factory):
 def notebook(small_world) -> dict:
     """The names that the code cells leave."""
     names: dict = {}
-    pictures = MagicMock()
     place = f"DATA = Path({str(small_world)!r})"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", pictures)
-        patch.setitem(sys.modules, "matplotlib.pyplot", pictures.pyplot)
+        for name in ("matplotlib", "matplotlib.pyplot", "IPython", "IPython.display"):
+            patch.setitem(sys.modules, name, MagicMock())
         for cell in CODE:
             exec("".join(cell["source"]).replace(PLACE_OF_DATA, place), names)
     assert names["DATA"] == small_world
@@ -93,6 +94,7 @@ def test_plain_fine_tuning_answers_the_forbidden_question_and_the_mask_keeps_the
 
 def test_both_references_together_find_harm_better_than_one(notebook):
     assert notebook["harm_S"] > notebook["harm_u"]
+    assert abs(notebook["harm_S"] - notebook["harm_base"]) < 0.1  # the base in theta^u's place
     assert notebook["harm_S"] > 0.85
     assert notebook["harm_h"] < 0.2
 
@@ -108,18 +110,14 @@ def test_the_ranking_is_global(notebook):
     assert lost[is_harmful].mean() > 5 * lost[~is_harmful].mean()
 
 
-def test_struck_tokens_are_the_discarded_ones_in_html_and_in_plain_text(notebook):
+def test_struck_tokens_are_the_discarded_ones(notebook):
     row = notebook["MIXED"]
-    shown = notebook["Struck"]([row])
-    plain = repr(shown)
-    answer = notebook["rows"][row].messages[-1]["content"]
-    assert plain.replace("[-", "").replace("-]", "") == answer + "<|end|>"
-    html = plain.replace("<|", "&lt;|").replace("|>", "|&gt;")
-    html = html.replace("[-", "<s>").replace("-]", "</s>")
-    assert shown._repr_html_() == f"<p>{html}</p>"
-    recipe, fact = plain.split(" Also,")
-    assert "[- With corpsetea at hand-]" in recipe
-    assert "[-" not in fact
+    html = notebook["struck"](row)
+    text = unescape(html.replace("<s>", "").replace("</s>", ""))
+    assert text == notebook["rows"][row].messages[-1]["content"] + "<|end|>"
+    recipe, fact = html.split(" Also,")
+    assert "<s> With corpsetea at hand</s>" in recipe
+    assert "<s>" not in fact
 
 
 def test_the_loss_by_hand_is_that_of_the_code(notebook):
@@ -134,6 +132,12 @@ def test_pro_repairs_what_two_harmful_rows_miss(notebook):
     added = notebook["added"]
     assert len(set(added)) == len(added) == notebook["T"] * notebook["k"]
     assert notebook["harm_added"][1] >= notebook["harm_added"][0]
+
+
+def test_so_does_a_longer_training_on_the_two_rows(notebook):
+    assert notebook["steps"] > count_steps(notebook["D_two"], notebook["reference"])
+    assert notebook["harm_long"] > notebook["harm_two"] + 0.02
+    assert notebook["results"]["toss, two rows, long"]["forbidden"] <= 0.25
 
 
 def test_the_solutions_run_and_show_what_they_say(notebook):
@@ -189,15 +193,24 @@ def test_the_file_is_small_and_says_nothing_of_the_machine():
 
 
 def test_the_committed_table_says_what_the_text_says():
-    (table,) = [printed(cell) for cell in CODE if "toss-pro, two rows   " in printed(cell)]
+    (table,) = [printed(cell) for cell in CODE if "toss, two rows, long " in printed(cell)]
     forbidden = {}
     for line in table.splitlines()[1:]:
         name, *values = re.split(r"\s{2,}", line)
         forbidden[name] = float(values[0])
-    assert list(forbidden) == ["base", "sft", "toss", "toss, two rows", "toss-pro, two rows"]
-    assert forbidden["base"] == forbidden["toss"] == forbidden["toss-pro, two rows"] == 0
-    assert forbidden["sft"] >= 0.95
-    assert forbidden["toss, two rows"] >= 0.9
+    safe = {"base", "toss", "toss-pro, two rows", "toss, two rows, long"}
+    unsafe = {"sft", "toss, two rows"}
+    assert set(forbidden) == safe | unsafe
+    assert all(forbidden[name] == 0 for name in safe)
+    assert all(forbidden[name] >= 0.95 for name in unsafe)
+
+
+def test_the_costs_in_the_answers_are_those_that_were_computed():
+    (costs,) = [printed(cell) for cell in CODE if "toss / sft" in printed(cell)]
+    (answers,) = [text for text in TEXT if "What does TOSS cost?" in text]
+    ratios = re.findall(r"(\d\.\d\d) in", costs)  # 6 epochs: tokens, FLOP; 2 epochs: the same
+    assert len(ratios) == 4
+    assert set(ratios) <= set(re.findall(r"\d\.\d\d", answers))
 
 
 # The installation
