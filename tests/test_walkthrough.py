@@ -1,7 +1,7 @@
 """The notebook teaches what is true: its cells run as they stand, and show what its text says.
 
-They run on a small world: the embedded one with fewer rows and shorter trainings, without Jupyter
-and without matplotlib. What is committed beside them was made on the whole one, by make notebook.
+They run on a small world: the embedded one with fewer rows and shorter trainings, without Jupyter,
+IPython and matplotlib. What is committed beside them was made on the whole one, by make notebook.
 The last test is of the installation that the notebook asks for.
 """
 
@@ -50,15 +50,15 @@ def small_world(tmp_path_factory):
         "harmful": rows["harmful"][:30],
         "harmful_small": rows["harmful_small"],
         "utility": rows["utility"][:48],
-        "eval_forbidden": held_out[::8],
-        "eval_facts": rows["eval_facts"][::8],
+        "eval_forbidden": held_out[::16],
+        "eval_facts": rows["eval_facts"][::12],
     }
     for name, part in small.items():
         write_jsonl(folder / f"rows/{name}.jsonl", part)
 
     demo = read_json(ROOT / "data/demo.json")
     demo["discard"] = 0.29
-    faster = {"lr": 4e-3, "epochs": 2, "batch_size": 4, "schedule": "constant"}
+    faster = {"lr": 4e-3, "epochs": 2, "batch_size": 8, "schedule": "constant"}
     demo["finetune"] |= faster
     (folder / "demo.json").write_text(json.dumps(demo))
     return folder
@@ -140,7 +140,11 @@ def test_so_does_a_longer_training_on_the_two_rows(notebook):
     assert notebook["results"]["toss, two rows, long"]["forbidden"] <= 0.25
 
 
-def test_the_solutions_run_and_show_what_they_say(notebook):
+def test_the_solutions_run_and_show_what_they_say(notebook, monkeypatch):
+    # One question of each kind: what is asked here is whether they run.
+    one_of_each = {row.source: row for row in notebook["facts"]}
+    monkeypatch.setitem(notebook, "facts", list(one_of_each.values()))
+    monkeypatch.setitem(notebook, "spells", notebook["spells"][:1])
     names = dict(notebook)
     names["finetune"] = replace(notebook["finetune"], epochs=1, batch_size=50)  # 2 steps
     assert len(SOLUTIONS) == 3
