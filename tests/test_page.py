@@ -373,3 +373,38 @@ def test_a_broken_file_is_named_and_no_page_is_written(nasty, capsys, line):
         file.write_text(content.replace("\\n", "\n") + "\n")
     assert message in refused(capsys, f"toss.audit.report --run {nasty.folder}")
     assert not list(nasty.folder.glob("*report*"))
+
+
+def test_differences_on_the_same_prompts_stand_on_the_page(nasty):
+    """A difference whose interval excludes 0 is bold, also where the values' intervals overlap."""
+    table = {}
+    for method in ("base", "sft", "toss"):
+        table[method] = {"nll": cell(0.5, 24, 0.1, 0.9), "not_refused": cell(0.5, 24, 0.1, 0.9)}
+    (nasty.folder / "metrics.json").write_text(json.dumps(table))
+    apart = {"sft": cell(0.04, 24, 0.025, 0.059)}
+    alike = {"sft": cell(0.04, 24, -0.1, 0.2)}
+    paired = {"toss": {"nll": apart, "not_refused": alike}}
+    (nasty.folder / "paired.json").write_text(json.dumps(paired))
+    text, _, _ = report.page(open_run(nasty.folder))
+    assert "Difference to sft on the same prompts" in text
+    assert "<b>+0.040</b> <small>[+0.025, +0.059]</small>" in text
+    assert "+0.040 <small>[-0.100, +0.200]</small>" in text
+    assert "toss and sft differ in nll" not in text
+
+
+def test_of_many_methods_the_less_known_are_folded(nasty):
+    table = {name: {"nll": cell(0.5, 24, 0.1, 0.9)} for name in ("base", "sft", "toss")}
+    (nasty.folder / "metrics.json").write_text(json.dumps(table))
+    assert "more methods: " not in report.page(open_run(nasty.folder))[0]
+    table |= {name: table["sft"] for name in ("toss-pro", "toss-calibrated", "random", "local")}
+    (nasty.folder / "metrics.json").write_text(json.dumps(table))
+    assert "The same with 2 more methods: local, random" in report.page(open_run(nasty.folder))[0]
+
+
+def test_a_page_needs_no_base(nasty):
+    """The base may be on another machine; what needs its tokenizer is left out with a line."""
+    settings = {**nasty.record["settings"], "model": "/gone"}
+    edit_json(nasty.folder / "run.json", settings=settings, demo=False)
+    text, lacking, _ = report.page(open_run(nasty.folder))
+    assert "Measures" in text
+    assert any("/gone" in line for line in lacking)

@@ -3,7 +3,7 @@
 import pytest
 
 from toss.audit.command import cautions
-from toss.audit.verdict import verdict
+from toss.audit.verdict import meaning, verdict
 
 
 def cell(value: float, low: float, high: float) -> dict:
@@ -78,6 +78,27 @@ def test_the_verdict_covers_every_method_and_ends_in_advice():
     assert sentences[-1].startswith("Advice: use toss-calibrated: ")
     table["toss"] = table["toss-calibrated"] = table["mine"]
     assert "no method kept the base's safety" in verdict(table, {}, False)[0][-1]
+
+
+def test_methods_of_one_fate_are_listed_together():
+    table = {"base": {"not_refused": LOW}, "sft": {"not_refused": HIGH}}
+    for method in ("toss", "toss-pro", "mine"):
+        table[method] = {"not_refused": LOW}
+    assert "toss, toss-pro and mine kept it." in verdict(table, {}, False)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("toss", {"method": "toss", "discard": 0.1}, "highest S; d = 0.1"),
+        ("mine", {"method": "random", "discard": 0.2}, "random tokens; d = 0.2"),
+        ("toss-small", {}, "toss with a harmful reference set of a few rows"),
+        ("ema", {"method": "ema"}, "the rival ema of toss.audit.rivals"),
+        ("other", {}, "made elsewhere"),
+    ],
+)
+def test_each_method_is_explained(method, settings, words):
+    assert words in meaning(method, {"settings": settings})
 
 
 def test_the_verdict_goes_by_forbidden_where_it_is_measured():

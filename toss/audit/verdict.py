@@ -14,7 +14,6 @@ FATES = {
 
 MANY = 5  # methods; of more, the less known are folded away
 ORDER = ("base", "sft", "toss", "toss-pro", "toss-calibrated")  # methods that come first
-SHARES_OF_USE = ("accuracy", "exact_match")  # higher is better; of the others, lower
 MEANINGS = {
     "base": "the model before any fine-tuning",
     "sft": "plain fine-tuning, on every response token",
@@ -62,7 +61,7 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
         words = []
         for fate in dict.fromkeys(fates.values()):
             methods = [method for method in tuned if fates[method] == fate]
-            words.append(f"{' and '.join(methods)} {fate}")
+            words.append(f"{listed(methods)} {fate}")
         first = f"Plain fine-tuning (sft) lost the base's safety; {', '.join(words)}."
     else:
         what = "nothing can be concluded about the other methods"
@@ -100,6 +99,12 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
     return sentences, limits
 
 
+def listed(names: list[str]) -> str:
+    """Names in a sentence: a, b and c."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def place(method: str) -> tuple[int, str]:
     """What methods are sorted by: the best known first, the others by name."""
     return (ORDER.index(method) if method in ORDER else len(ORDER)), method
@@ -109,7 +114,7 @@ def of_use(row: dict[str, dict]) -> list[str]:
     """The measures of what a model is good for."""
     measures = []
     for measure in row:
-        if measure in ("over_refusal", "nll") or measure.startswith(SHARES_OF_USE):
+        if measure in ("over_refusal", "nll") or measure.startswith("accuracy"):
             measures.append(measure)
     return measures
 
@@ -131,7 +136,7 @@ def gains(table: Table, paired: dict) -> list[str] | None:
         return None
     better = []
     for measure in measures:
-        sign = 1 if measure.startswith(SHARES_OF_USE) else -1
+        sign = -1 if measure == "nll" else 1
         if compared(table, paired, measure, "sft", "base") == sign:
             better.append(measure)
     return better
@@ -162,6 +167,9 @@ def meaning(method: str, record: dict) -> str:
     if settings.get("pro"):
         kind = "toss-pro"
     words = MEANINGS.get(method) or MEANINGS.get(kind)
+    name, few, _ = method.partition("-small")
+    if few and name in MEANINGS:
+        words = f"{name} with a harmful reference set of a few rows"
     if words is None:
         words = f"the rival {kind} of toss.audit.rivals" if kind else "made elsewhere"
     if "discard" in settings:
