@@ -42,4 +42,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main))
+    sys.exit(flags.run(main, flags.GOES_ON))

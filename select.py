@@ -189,4 +189,4 @@ def settings_of(args):
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main))
+    sys.exit(flags.run(main, flags.GOES_ON))

@@ -30,8 +30,7 @@ def main(argv=None):
     config = TrainConfig.of(args)
     D_h = run.tokens(args.harmful)
     D_u = run.tokens(args.utility)
-    run.show_first_row("harmful", D_h)  # so that exchanged files are seen
-    run.show_first_row("utility", D_u)
+    run.show_references(D_h, D_u)  # so that exchanged or equal files are seen
 
     # Plain supervised fine-tuning of the base: every response token counts.
     def train_reference(name, D):
@@ -50,4 +49,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main))
+    sys.exit(flags.run(main, flags.GOES_ON))

@@ -28,8 +28,9 @@ def call(line: str, fast: bool = True) -> int:
     def main():
         return script(name.removesuffix(".py"), *words, fast=fast)
 
+    when_stopped = flags.GOES_ON if name.endswith(".py") else ""
     try:
-        status = flags.run(main)
+        status = flags.run(main, when_stopped)
     except SystemExit as stop:
         assert stop.code == 2, line  # the parser refused it
         return 2

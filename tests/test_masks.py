@@ -46,6 +46,15 @@ def test_mask_only_is_skipped_where_its_mask_is_there(trained, capsys):
     assert "skipped" in said(capsys, f"select.py --run {trained} --mask-only")
 
 
+def test_mask_only_is_skipped_where_a_model_was_trained_with_that_mask(trained, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    output = said(capsys, f"select.py --run {trained} --mask-only")
+    assert "holds this mask, and a model that was trained with it: skipped" in output
+    assert "discard 0.1 there, 0.2 now" in refused(
+        capsys, f"select.py --run {trained} --mask-only --discard 0.2"
+    )
+
+
 def test_another_mask_is_not_trained_from(trained, capsys):
     assert call(f"select.py --run {trained} --mask-only --discard 0.2") == 0
     assert "discard 0.2 there, 0.1 now" in refused(capsys, f"select.py --run {trained}")

@@ -8,6 +8,8 @@ import pytest
 from conftest import make_base, script, write_jsonl
 from helpers import call, refused, said
 
+from model.io import load_tensors, made_from, save_tensors
+
 TRAIN = "--lr 1e-2 --epochs 2 --batch-size 4 --rank 2"
 
 
@@ -18,14 +20,34 @@ def begin(base, files, tmp_path):
     return f"train.py --run {tmp_path}/new {inputs}"
 
 
-def test_one_file_given_twice_is_refused_by_select(base, files, tmp_path, capsys):
-    run = f"--run {tmp_path}/new"
+def test_one_file_for_both_references_is_refused(base, files, tmp_path, capsys):
     twice = f"--harmful {files['harmful']} --utility {files['harmful']}"
-    said(capsys, f"train.py {run} --model {base} {twice} {TRAIN}")
-    said(capsys, f"score.py {run} --custom {files['custom']}")
-    message = "both references give each token the same loss, so every S is 0"
-    assert message in refused(capsys, f"select.py {run}")
-    assert not (tmp_path / "new/methods").exists()
+    error = refused(capsys, f"train.py --run {tmp_path}/new --model {base} {twice} {TRAIN}")
+    assert "--harmful and --utility hold the same rows" in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_equal_scores_are_refused_by_select_with_the_reason(trained, capsys):
+    """As of references that were made elsewhere, of one file."""
+    scores = trained / "scores.safetensors"
+    record = made_from(scores)
+    del record["sha256"]
+    tensors = load_tensors(scores)
+    tensors["loss_utility"] = tensors["loss_degraded"].clone()
+    save_tensors(tensors, scores, record)
+    error = refused(capsys, f"select.py --run {trained}")
+    assert "both references give each token the same loss, so every S is 0" in error
+
+
+def test_calibrate_refuses_the_runs_own_rows(trained, files, capsys):
+    line = f"toss.audit.calibrate --run {trained} --held-out {files['utility']}"
+    assert "these are the run's own rows (--utility)" in refused(capsys, line)
+
+
+def test_a_suggested_command_has_the_file_that_changed(trained, files, tmp_path, capsys):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}])
+    error = refused(capsys, f"select.py --run {trained} --custom {other}")
+    assert f"score.py --run {trained} --custom {other} --overwrite" in error
 
 
 def test_what_a_reference_learnt_is_said_when_it_is_trained(begin, capsys):

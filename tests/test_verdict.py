@@ -101,6 +101,22 @@ def test_each_method_is_explained(method, settings, words):
     assert words in meaning(method, {"settings": settings})
 
 
+def test_a_base_that_is_better_is_kept():
+    table = {"base": {"not_refused": LOW, "nll": LOW}, "sft": {"not_refused": HIGH, "nll": HIGH}}
+    table["toss"] = {"not_refused": LOW, "nll": HIGH}
+    assert verdict(table, {}, False)[0][-1].startswith("Advice: keep the base: ")
+
+
+def test_safety_that_few_prompts_cannot_tell_from_the_bases_is_a_limit():
+    table = {method: {"not_refused": LOW} for method in ("base", "sft", "toss")}
+    table["sft"] = {"not_refused": HIGH}
+    unsure = {"toss": {"not_refused": {"base": cell(0.167, -0.104, 0.448)}}}
+    sure = {"toss": {"not_refused": {"base": cell(0.0, -0.02, 0.02)}}}
+    limit = "that toss is as safe as the base: not_refused may be up to 0.45 above the base's"
+    assert limit in verdict(table, unsure, False)[1]
+    assert not any("as safe as" in limit for limit in verdict(table, sure, False)[1])
+
+
 def test_the_verdict_goes_by_forbidden_where_it_is_measured():
     table = {method: {"forbidden": LOW, "not_refused": LOW} for method in ("base", "sft", "toss")}
     table["sft"]["not_refused"] = HIGH

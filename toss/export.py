@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     counts = f"{sum(about['kept'])} of {sum(about['response'])} response tokens kept"
     print(f"{args.out}: {rows} rows, {counts}")
     print(f"left out: {skipped} skipped rows, {left_out - skipped} without a kept token")
+    show = flags.command("-m toss.audit.show", file=args.out, model=about["base"], row=0)
+    print(f"next: {show}")
 
 
 if __name__ == "__main__":

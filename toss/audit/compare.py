@@ -115,7 +115,8 @@ def show_as_evaluated(run) -> None:
     for other in ("base", "sft"):
         differences = paired_table(paired, metrics, other)
         if differences:
-            legend.append(f"On the same prompts, 95 % intervals, * without 0:\n\n{differences}")
+            words = "On the same prompts; * = the 95 % interval excludes 0"
+            legend.append(f"{words}\n\n{differences}")
     show(folder, "as evaluated", with_ratios(results), groups, ["\n\n".join(legend)])
 
 

@@ -342,10 +342,10 @@ def main(argv: list[str] | None = None) -> None:
     for other in ("base", "sft"):
         differences = paired_table(paired, table, other)
         if differences:
-            print(f"\non the same prompts, 95 % intervals, * without 0:\n\n{differences}")
+            print(f"\non the same prompts; * = the 95 % interval excludes 0\n\n{differences}")
     print(*cautions(records_of(run, table), table, paired), sep="\n")
     print(f"next: {flags.command('-m toss.audit.report', run.folder)}")
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main))
+    sys.exit(flags.run(main, "; the same command goes on from the answers that are saved"))

@@ -86,7 +86,7 @@ def paired_table(differences: Paired, methods: Iterable[str], other: str) -> str
     lines = []
     for measure, row in measures.items():
         lines.append([measure, *(difference_text(row.get(method)) for method in columns)])
-    return markdown([f"less {other}", *columns], lines) if lines else ""
+    return markdown([f"minus {other}", *columns], lines) if lines else ""
 
 
 def difference_text(cell: dict | None) -> str:

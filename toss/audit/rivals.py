@@ -100,4 +100,4 @@ def config_of_sft(run, args: Namespace) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main))
+    sys.exit(flags.run(main, flags.GOES_ON))

@@ -12,6 +12,7 @@ FATES = {
 }
 
 
+UNSURE = 0.1  # of a difference in safety that cannot be ruled out
 MANY = 5  # methods; of more, the less known are folded away
 ORDER = ("base", "sft", "toss", "toss-pro", "toss-calibrated")  # methods that come first
 MEANINGS = {
@@ -79,8 +80,13 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
     if gained is not None and not gained:
         what = "on held-out rows, so there was no utility to keep"
         sentences.append(f"Plain fine-tuning gained nothing {what}.")
-    sentences.append(f"Advice: {advice(table, fates, lost)}.")
+    sentences.append(f"Advice: {advice(table, paired, fates, lost)}.")
 
+    for method, fate in fates.items():
+        difference = paired.get(method, {}).get(name, {}).get("base")
+        if fate == "kept it" and difference and (difference["high"] or 0) > UNSURE:
+            room = f"{name} may be up to {difference['high']:.2f} above the base's"
+            limits.append(f"that {method} is as safe as the base: {room}")
     for method in tuned[:3]:
         alike = []
         for measure in of_use(table[method]):
@@ -142,22 +148,27 @@ def gains(table: Table, paired: dict) -> list[str] | None:
     return better
 
 
-def advice(table: Table, fates: dict[str, str], lost: bool) -> str:
+def advice(table: Table, paired: dict, fates: dict[str, str], lost: bool) -> str:
     """What to do next, in words."""
     if not lost:
         return (
-            "ask more harmful prompts, or fine-tune on rows that hold more harm, and compare again"
+            "train longer or at a higher rate (--epochs, --lr, a smaller --batch-size), ask more "
+            "harmful prompts, or fine-tune on rows with more harm, and compare again"
         )
     safe = [method for method, fate in fates.items() if fate == "kept it"]
     if not safe:
         return "no method kept the base's safety: try a larger --discard, or --pro 1"
-    measured = [method for method in safe if "nll" in table[method]]
+    measured = [method for method in safe if "nll" in table[method] and "nll" in table["base"]]
     if not measured:
         return f"{safe[0]} kept the base's safety; give evaluate --utility rows to see at what cost"
     best = min(measured, key=lambda method: table[method]["nll"]["value"])
-    return (
-        f"use {best}: of the methods that kept the base's safety, its held-out loss is the lowest"
-    )
+    losses = f"{best} {table[best]['nll']['value']:.3f}, base {table['base']['nll']['value']:.3f}"
+    if compared(table, paired, "nll", best, "base") > 0:
+        return (
+            f"keep the base: no method that kept its safety has a lower held-out loss ({losses}); "
+            "or try a lower --lr, fewer --epochs, or a d by toss.audit.calibrate"
+        )
+    return f"use {best}: it kept the base's safety, at the lowest held-out loss ({losses})"
 
 
 def meaning(method: str, record: dict) -> str:

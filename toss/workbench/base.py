@@ -161,12 +161,16 @@ class Base:
                 problem = f"{count} rows of {path} are longer than the {limit} tokens of the base"
                 print(f"warning: {problem} (max_position_embeddings): lower --max-length")
 
-    def show_first_row(self, role: str, tokens: Tokens) -> None:
-        """Print the first row of a file, so that files that were exchanged are seen."""
-        row = next(row for row, length in enumerate(tokens.lengths) if length)
-        ids = tokens.input_ids[tokens.places([row])].tolist()
-        text = self.tokenizer.raw.decode(ids, skip_special_tokens=False)
-        print(f"{role}, first row: {printable(text, 200)}")
+    def show_references(self, harmful: Tokens, utility: Tokens) -> None:
+        """Print the first row of both reference sets. InputError if they are the same rows."""
+        if torch.equal(harmful.input_ids, utility.input_ids):
+            advice = "give two files, or S is 0 everywhere"
+            raise InputError(f"--harmful and --utility hold the same rows: {advice}")
+        for role, tokens in (("harmful", harmful), ("utility", utility)):
+            row = next(row for row, length in enumerate(tokens.lengths) if length)
+            ids = tokens.input_ids[tokens.places([row])].tolist()
+            text = self.tokenizer.raw.decode(ids, skip_special_tokens=False)
+            print(f"{role}, first row: {printable(text, 200)}")
 
     def warn_shared(self, path: str, rows: list[Row], prompts_only: bool = False) -> None:
         """Warn when rows of a file are also in a data file that the run uses before it."""

@@ -6,25 +6,23 @@ references were trained, select.py as the first method, else as demo.json has it
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
 import re
 import shlex
-import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from model.io import InputError, read_json, run_command
 from toss.config import TrainConfig
 from toss.workbench import code
+from toss.workbench.launch import joined, leave
 from toss.workbench.runfile import FORM, INHERITED, INPUTS, ROOT, RunFile, read_run
 
 DEMO = ROOT / "data" / "demo.json"
@@ -333,12 +331,14 @@ def demo_values(references: bool) -> dict[str, Any]:
     return {**inputs, "discard": demo["discard"], "base": True, **stage}
 
 
-def command(program: str, run: str | Path, **values: Any) -> str:
+def command(program: str, run: str | Path | None = None, **values: Any) -> str:
     """A command that can be pasted: this interpreter, a script or "-m MODULE", and its flags."""
     python = sys.executable
     if Path(python).is_relative_to(Path.cwd()):
         python = os.path.relpath(python)
-    words = [python, *program.split(), "--run", str(run)]
+    words = [python, *program.split()]
+    if run is not None:
+        words += ["--run", str(run)]
     for name, value in values.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
@@ -349,53 +349,11 @@ def command(program: str, run: str | Path, **values: Any) -> str:
 GOES_ON = "; the same command goes on from the last saved state (--save-every), if there is one"
 
 
-def run(main: Callable[[], int | None]) -> int:
-    """Run a command, also as one of torchrun's, and report its errors; returns the exit status."""
+def run(main: Callable[[], int | None], when_stopped: str = "") -> int:
+    """Run a command, also as one of torchrun's, and report its errors; returns the exit status.
+
+    when_stopped: what to say more after a signal.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
-        return run_command(main, GOES_ON)
-    leave(run_command(lambda: joined(main), GOES_ON))
-
-
-def joined(main: Callable[[], int | None]) -> None:
-    """Run a command as one of the processes that torchrun started.
-
-    Only process 0 prints and hears signals. When a process fails, torchrun ends the others.
-    """
-    with suppress(OSError, AttributeError):  # Linux: die with the parent, so as to leave no orphans
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.environ["RANK"] != "0":  # it ends with process 0
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-
-    import torch
-    import torch.distributed as dist
-
-    from toss.parallel import meet
-
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
-    try:
-        main()
-        meet()  # a process that left early would look failed to those still at work
-    except (InputError, RuntimeError) as error:
-        message = str(error)
-        if not isinstance(error, InputError):
-            if not re.search("gloo|NCCL", message):
-                raise
-            message = f"another process has ended, or hangs ({message})"
-        process = f"process {dist.get_rank()} of {dist.get_world_size()}"
-        raise InputError(f"{process}: {message}") from None
-
-
-def leave(status: int) -> NoReturn:
-    """End a process that worked with others at once, not by Python's usual way out.
-
-    A thread of Gloo may still be dropping the tensor of a sum that is done, for which it needs
-    Python's lock. If Python shuts down first, the process aborts. Destroying the process group
-    would wait for these threads, but caches of PyTorch's DTensor keep the group of a spread base.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # its reader has gone, or it is closed
-            stream.flush()
-    os._exit(status)
+        return run_command(main, when_stopped)
+    leave(run_command(lambda: joined(main), when_stopped))

@@ -136,7 +136,9 @@ class Folder(Base):
         path = self.path(stage)
         source = self.source(stage) if not has_record(path) else path
         if not source.exists():
-            raise InputError(f"{source} does not exist: {self.advice(stage, 'first')}")
+            others = sorted(folder.name for folder in self.folder.glob("methods/[!.]*"))
+            existing = f" (there are {', '.join(others)})" if "/" in stage and others else ""
+            raise InputError(f"{source} does not exist{existing}: {self.advice(stage, 'first')}")
         record, problem = results.inspect(path, self.hashes)
         if problem:
             advice = self.advice(stage, "again")
@@ -155,7 +157,8 @@ class Folder(Base):
         changed += [key for key in identity if record.get(key) != identity[key]]
         if changed:
             what = f"{path} does not fit this run (changed: {', '.join(changed)})"
-            advice = self.advice(stage, "--overwrite")
+            files = [f"{key} {self.source(key)}" for key in changed if key.startswith("--")]
+            advice = self.advice(stage, " ".join([*files, "--overwrite"]))
             raise InputError(f"{what}: {advice}, or choose another --run")
         digests = code.recorded_again(record.get("code", {}))
         others = ", ".join(results.other_code(record, digests))

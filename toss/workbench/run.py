@@ -40,6 +40,7 @@ from toss.workbench.results import held, read_record
 from toss.workbench.states import SavedState
 
 AGAIN = "is made again"
+TAKEN = "the mask that is there is used"
 LEARNT_ROWS = 64  # at most, by which a reference is checked
 
 
@@ -121,8 +122,8 @@ class Run(Folder):
         if "mask_only" in settings:
             recipe["settings"] = mask_settings(recipe["settings"])
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
-        verdict = self.judge_mask(stage, recipe, digests)
-        self.mask_is_there = verdict is not None and not verdict.lines[0].endswith(AGAIN)
+        verdict = self.judge_mask(stage, recipe, digests) or self.find_mask(stage, recipe)
+        self.mask_is_there = verdict is not None and verdict.lines[0].endswith(TAKEN)
         if verdict is None:
             path = self.path(stage)
             verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
@@ -152,7 +153,19 @@ class Run(Folder):
         if differing or problem or changed:
             reason = problem or ", ".join(differing or changed)
             return results.Verdict(True, [f"{stage}: the mask in {path} ({reason}) {AGAIN}"])
-        return results.Verdict(True, [f"{stage}: the mask that is there is used"])
+        return results.Verdict(True, [f"{stage}: {TAKEN}"])
+
+    def find_mask(self, stage: str, recipe: dict[str, Any]) -> results.Verdict | None:
+        """Nothing is to be made where a mask is asked for that a trained method has; else None."""
+        path = self.path(stage)
+        if "mask_only" not in recipe["settings"] or not (path / "model").exists():
+            return None
+        record, problem = results.inspect(path, self.hashes)
+        made = {**record, "settings": mask_settings(record.get("settings", {}))}
+        if problem or results.differences(made, recipe):
+            return None
+        line = f"{stage}: {path} holds this mask, and a model that was trained with it: skipped"
+        return results.Verdict(False, [line])
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[None]:
