@@ -133,6 +133,7 @@ def evaluate_method(
         saved = None
         if size() == 1:  # processes side by side would have to agree on what is saved
             saved = SavedAnswers(state / f"{text_hash(record)[:16]}.jsonl")
+        print(f"evaluating {method}")
         model = use(run.base("train"), run.adapter(method))
         measured = measure(run, model, sets, how, saved)
         unchanged = run.recipe(f"evaluation/{method}", inputs, how) == recipe
