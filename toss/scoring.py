@@ -89,7 +89,7 @@ def saved_losses(model: Transformer, tokens: Tokens, state: State | None) -> Ten
 def rows_without(losses: Tensor, tokens: Tokens) -> list[int]:
     """The rows that have tokens, but no loss yet."""
     scored = set(tokens.row_of(losses.cpu().nonzero()[:, 0]).tolist())
-    return [row for row, length in enumerate(tokens.lengths) if length and row not in scored]
+    return [row for row in tokens.filled if row not in scored]
 
 
 def count_tokens(rows: list[int], tokens: Tokens) -> int:

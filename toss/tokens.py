@@ -46,6 +46,11 @@ class Tokens:
     def rows(self) -> int:
         return len(self.lengths)
 
+    @cached_property
+    def filled(self) -> list[int]:
+        """The rows that were not skipped."""
+        return [row for row, length in enumerate(self.lengths) if length]
+
     def row_of(self, places: Tensor) -> Tensor:
         """The row of each place in the flat arrays, int64 [n]."""
         return torch.searchsorted(self.offsets, places, right=True) - 1

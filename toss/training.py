@@ -142,7 +142,7 @@ def decay(schedule: str, progress: float) -> float:
 
 def count_steps(tokens: Tokens, config: TrainConfig) -> int:
     """The number of optimizer steps. Raises InputError if there are no rows."""
-    rows = sum(length > 0 for length in tokens.lengths)
+    rows = len(tokens.filled)
     if rows == 0:
         raise InputError(f"{tokens.name}: there are no rows to train on")
     return config.epochs * math.ceil(rows / config.batch_size)
@@ -151,7 +151,7 @@ def count_steps(tokens: Tokens, config: TrainConfig) -> int:
 def training_steps(tokens: Tokens, config: TrainConfig) -> Iterator[list[int]]:
     """The rows of every optimizer step: a new order each epoch, by the seed alone."""
     generator = torch.Generator().manual_seed(config.seed)
-    rows = torch.tensor([row for row, length in enumerate(tokens.lengths) if length])
+    rows = torch.tensor(tokens.filled)
     for _ in range(config.epochs):
         order = rows[torch.randperm(len(rows), generator=generator)]
         for part in order.split(config.batch_size):

@@ -132,7 +132,7 @@ def divergences(
     models = {"base": None, **adapters}
     size = max(1, logits // ((len(models) + ARITHMETIC) * model.lm_head.out_features))
     results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
-    rows = [row for row, length in enumerate(tokens.lengths) if length > 0]
+    rows = tokens.filled
     groups = batches(rows, tokens.lengths, budget)
     for step, group in enumerate(groups, start=1):
         batch = collate(tokens, group, wanted, model.device)

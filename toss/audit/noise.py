@@ -20,7 +20,7 @@ def noise(run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
     nats), and the share of float32's discards that are the same.
     """
     tokens, losses = run.scored()
-    sample = evenly([row for row, length in enumerate(tokens.lengths) if length], rows)
+    sample = evenly(tokens.filled, rows)
     part = tokens.take(sample)
     if dtype == "auto":
         places = tokens.places(sample)

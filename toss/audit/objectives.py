@@ -173,7 +173,7 @@ def patch(rival: Rival, steps: int) -> Adapter:
     Here it is the first of the --safety rows; they search for a good one.
     """
     D = rival.run.tokens(rival.run.args.safety)
-    one = D.take([next(row for row, length in enumerate(D.lengths) if length)])
+    one = D.take(D.filled[:1])
     config = replace(rival.config, epochs=steps)
     return rival.fit(one, config=config, start=rival.run.adapter("sft"))
 

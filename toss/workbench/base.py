@@ -167,8 +167,7 @@ class Base:
             advice = "give two files, or S is 0 everywhere"
             raise InputError(f"--harmful and --utility hold the same rows: {advice}")
         for role, tokens in (("harmful", harmful), ("utility", utility)):
-            row = next(row for row, length in enumerate(tokens.lengths) if length)
-            ids = tokens.input_ids[tokens.places([row])].tolist()
+            ids = tokens.input_ids[tokens.places(tokens.filled[:1])].tolist()
             text = self.tokenizer.raw.decode(ids, skip_special_tokens=False)
             print(f"{role}, first row: {printable(text, 200)}")
 
