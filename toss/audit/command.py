@@ -25,6 +25,11 @@ def write_text(path: str | Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def write_json(path: str | Path, value: object) -> None:
+    """Write a JSON file."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def write_jsonl(path: str | Path, items: Iterable[dict]) -> str:
     """Write a JSONL file; returns its path."""
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]

@@ -6,7 +6,6 @@ Evaluates the base and every method of the run (or --methods). Writes RUN/metric
 RUN/methods/M/metrics.json and RUN/answers/M.jsonl. What each measure means: toss/audit/README.md.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,11 +18,12 @@ from toss.audit.command import (
     Table,
     cautions,
     markdown,
+    methods_of,
     opened,
     read_jsonl,
     records_of,
+    write_json,
     write_jsonl,
-    write_text,
 )
 from toss.audit.paired import paired_differences, paired_table, read_paired, write_paired
 from toss.audit.stages import stages_of
@@ -186,7 +186,7 @@ def evaluations(run) -> tuple[dict[str, dict], list[str]]:
     outdated = []
     for file in sorted((run.folder / "answers").glob("*.jsonl")):
         found = evaluation(run, file.stem)
-        has_model = file.stem == "base" or run.source(f"methods/{file.stem}").exists()
+        has_model = file.stem == "base" or run.has_model(f"methods/{file.stem}")
         if found and not has_model:
             outdated.append(file.stem)
         elif found:
@@ -251,7 +251,7 @@ def say_other_arithmetic(run, methods: Iterable[str]) -> None:
 
 def write_metrics(path: Path, table: Table) -> None:
     """Write a table as JSON."""
-    write_text(path, json.dumps(table, indent=2) + "\n")
+    write_json(path, table)
 
 
 def read_metrics(folder: Path) -> Table:
@@ -330,8 +330,9 @@ def main(argv: list[str] | None = None) -> None:
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
     run, methods = opened(args, "base")
+    with_model = methods_of(run)
     for mask in run.folder.glob("methods/[!.]*/selection.safetensors"):
-        if not (mask.parent / "model").exists():
+        if mask.parent.name not in with_model:
             print(f"{mask.parent} holds a mask and no model: passed over")
     words = words_of(args, run)
     prefill, complies = args.prefill, not args.no_complies

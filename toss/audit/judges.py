@@ -43,8 +43,6 @@ class SavedAnswers:
         self.file = file
         self.known: dict[str, dict[int, str]] = {}  # by set, and by the row's place in it
         if file.exists():
-            with open(file, "a", encoding="utf-8") as rest:
-                rest.write("\n")  # the last line may be cut off
             for text in file.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):  # the last line may be cut off
                     line = json.loads(text)
@@ -54,6 +52,7 @@ class SavedAnswers:
         """Save the responses to these rows of a set."""
         self.known.setdefault(kind, {}).update(responses)
         with open(self.file, "a", encoding="utf-8") as file:
+            file.write("\n")  # the last line of a process that died may be cut off
             for row, response in responses.items():
                 file.write(json.dumps({"set": kind, "row": row, "response": response}) + "\n")
 

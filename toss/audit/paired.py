@@ -4,12 +4,11 @@ Two models answer the same prompts, so a difference is known better than either 
 the values that overlap do not say that the models are alike.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from model.io import InputError, read_json
-from toss.audit.command import markdown, write_text
+from toss.audit.command import markdown, write_json
 
 AGAINST = ("sft", "base")
 Paired = dict[str, dict[str, dict[str, dict]]]  # {method: {measure: {other: difference}}}
@@ -50,7 +49,7 @@ def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> 
 
 def write_paired(folder: Path, differences: Paired) -> None:
     """Write FOLDER/paired.json."""
-    write_text(folder / "paired.json", json.dumps(differences, indent=2) + "\n")
+    write_json(folder / "paired.json", differences)
 
 
 def read_paired(folder: Path) -> Paired:

@@ -76,8 +76,7 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
     sentences = [first, f"{prompts}, lower is safer: {', '.join(values)}."]
 
     sentences += uses(table, shown)
-    gained = gains(table, paired)
-    if gained is not None and not gained:
+    if gained_nothing(table, paired):
         what = "on held-out rows, so there was no utility to keep"
         sentences.append(f"Plain fine-tuning gained nothing {what}.")
     sentences.append(f"Advice: {advice(table, paired, fates, lost)}.")
@@ -135,17 +134,14 @@ def uses(table: Table, shown: list[str]) -> list[str]:
     return sentences
 
 
-def gains(table: Table, paired: dict) -> list[str] | None:
-    """The measures in which sft is better than the base; None if none was taken of both."""
+def gained_nothing(table: Table, paired: dict) -> bool:
+    """True if the use of sft and of the base was measured, and sft is better in nothing."""
     measures = [m for m in of_use(table["sft"]) if m != "over_refusal" and m in table["base"]]
-    if not measures:
-        return None
-    better = []
     for measure in measures:
-        sign = -1 if measure == "nll" else 1
-        if compared(table, paired, measure, "sft", "base") == sign:
-            better.append(measure)
-    return better
+        better = -1 if measure == "nll" else 1
+        if compared(table, paired, measure, "sft", "base") == better:
+            return False
+    return len(measures) > 0
 
 
 def advice(table: Table, paired: dict, fates: dict[str, str], lost: bool) -> str:

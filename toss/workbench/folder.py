@@ -170,9 +170,13 @@ class Folder(Base):
     def check_model(self, stage: str, only: Sequence[str] | None = None) -> None:
         """The same of a method, which must have a model, and not a mask alone."""
         self.check(stage, only)
-        if not self.source(stage).exists():
+        if not self.has_model(stage):
             advice = "run the command that made it again, without --mask-only"
             raise InputError(f"{self.path(stage)} holds a mask, and no model: {advice}")
+
+    def has_model(self, stage: str) -> bool:
+        """True if the adapter of a reference or a method is there, and not a mask alone."""
+        return self.source(stage).exists()
 
     def check_role(self, stage: str) -> None:
         """Refuse an adapter without a record that our own code trained in another role."""
@@ -320,7 +324,7 @@ class Folder(Base):
     def suggest_after(self, stage: str) -> None:
         """Print what comes after a method: its training, the one to compare it with, evaluation."""
         name = Path(stage).name
-        if not (self.path(stage) / "model").exists():
+        if not self.has_model(stage):
             self.suggest("-m toss.export", method=name, out=f"{name}.jsonl")
         elif not self.path("methods/sft").exists():
             self.suggest("select.py", method="sft")

@@ -39,8 +39,6 @@ from toss.workbench.progress import Cost, Progress, describe_cost
 from toss.workbench.results import held, read_record
 from toss.workbench.states import SavedState
 
-AGAIN = "is made again"
-TAKEN = "the mask that is there is used"
 LEARNT_ROWS = 64  # at most, by which a reference is checked
 
 
@@ -122,8 +120,8 @@ class Run(Folder):
         if "mask_only" in settings:
             recipe["settings"] = mask_settings(recipe["settings"])
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
+        self.mask_is_there = False
         verdict = self.judge_mask(stage, recipe, digests) or self.find_mask(stage, recipe)
-        self.mask_is_there = verdict is not None and verdict.lines[0].endswith(TAKEN)
         if verdict is None:
             path = self.path(stage)
             verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
@@ -134,7 +132,7 @@ class Run(Folder):
     ) -> results.Verdict | None:
         """Whether a method begins with the mask in its place; None if there is no mask alone.
 
-        Raises InputError if it is another mask, unless it may be overwritten.
+        Sets mask_is_there. Raises InputError if it is another mask, unless it may be overwritten.
         """
         path = self.path(stage)
         settings = recipe["settings"]
@@ -152,8 +150,10 @@ class Run(Folder):
             raise InputError(f"{path} holds {what}: give --overwrite, or another --name")
         if differing or problem or changed:
             reason = problem or ", ".join(differing or changed)
-            return results.Verdict(True, [f"{stage}: the mask in {path} ({reason}) {AGAIN}"])
-        return results.Verdict(True, [f"{stage}: {TAKEN}"])
+            line = f"{stage}: the mask in {path} ({reason}) is made again"
+            return results.Verdict(True, [line])
+        self.mask_is_there = True
+        return results.Verdict(True, [f"{stage}: the mask that is there is used"])
 
     def find_mask(self, stage: str, recipe: dict[str, Any]) -> results.Verdict | None:
         """Nothing is to be made where a mask is asked for that a trained method has; else None."""
@@ -198,7 +198,7 @@ class Run(Folder):
         self, name: str, tokens: Tokens, weights: Tensor, config: TrainConfig, **options: Any
     ) -> Adapter:
         """toss.training.train from the base, told, logged and saved under this name."""
-        rows = sum(length > 0 for length in tokens.lengths)
+        rows = len(tokens.filled)
         steps = count_steps(tokens, config)
         print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
         options |= {"state": self.state(name, "train"), "on_step": self.progress(name).report}
@@ -211,7 +211,7 @@ class Run(Folder):
 
         adapter: a value, or the name of an earlier result.
         """
-        rows = sum(length > 0 for length in tokens.lengths)
+        rows = len(tokens.filled)
         size = len(tokens.input_ids)
         print(f"{name}: rows: {rows}, tokens: {size}, the longest rows first")
         if isinstance(adapter, str):
@@ -224,7 +224,7 @@ class Run(Folder):
 
     def check_learnt(self, tokens: Tokens, adapter: Adapter) -> None:
         """Note how much of its own rows a reference has learnt; warn if it is next to nothing."""
-        rows = [row for row, length in enumerate(tokens.lengths) if length][:LEARNT_ROWS]
+        rows = tokens.filled[:LEARNT_ROWS]
         tokens = tokens.take(rows)
         before = self.mean_loss(tokens, None)
         after = self.mean_loss(tokens, adapter)
