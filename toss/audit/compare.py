@@ -21,6 +21,7 @@ from toss.audit.laboratory import run_seed, shipped
 from toss.audit.outcomes import cost_of, measures_of
 from toss.audit.paired import paired_table, read_paired
 from toss.audit.pictures import over_prefill
+from toss.audit.stages import stages_of
 from toss.audit.tables import (
     COSTS,
     PREFILL,
@@ -98,10 +99,11 @@ def show_as_evaluated(run) -> None:
         evaluate = flags.command("-m toss.audit.evaluate", folder)
         raise InputError(f"{folder}: {what}: run {evaluate} ...")
 
+    reported = {"stages": stages_of(run)}
     results = []
     names = {}
     for method, row in metrics.items():
-        measures = measures_of(row, cost_of(run.record, method))
+        measures = measures_of(row, cost_of(reported, method))
         results += results_of(0, "", method, measures)
         names |= dict.fromkeys(row)
     prefilled = "forbidden" if "forbidden" in names else "not_refused"

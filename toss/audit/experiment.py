@@ -38,11 +38,10 @@ from pathlib import Path
 
 from model.io import InputError
 from toss.audit.command import DEVICE, write_text
-from toss.audit.laboratory import Case, Experiment, per_seed, run_seed, script
-from toss.audit.tables import HEADS, as_csv, hardware, save, summarise, tables, written
+from toss.audit.laboratory import Experiment, per_seed, run_seed
+from toss.audit.tables import as_csv, hardware, summarise, tables, written
 from toss.workbench import flags
 
-__all__ = ["HEADS", "Case", "Experiment", "conduct", "save", "script"]
 OUT = Path("runs/experiments")
 MODELS = "methods/*/model"
 
