@@ -43,6 +43,13 @@ UTILITY = [
 ]
 ROWS = {"harmful": HARMFUL, "benign": BENIGN, "utility": UTILITY}
 HOW = {"max_new_tokens": 3, "prefill": [0, 1]}  # of the evaluation below
+LITTLE = {
+    "words": [],
+    "max_new_tokens": 1,
+    "question_tokens": 1,
+    "prefill": [],
+    "complies": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,7 @@ def test_a_prefill_is_the_ids_that_training_sees_without_eos(run):
 def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     """The prefill holds the word "yes", which the model does not add."""
     model = use(run.base("train"), run.adapter("sft"))
-    how = {"words": ["yes"], "max_new_tokens": 4, "prefill": [k], "complies": False}
+    how = {**LITTLE, "words": ["yes"], "max_new_tokens": 4, "prefill": [k]}
     found = measure(run, model, {"harmful": rows_of("harmful")}, how)
     metrics = found.metrics()
     lines = [line for line in found.lines if line["set"] == f"prefill-{k}"]
@@ -132,15 +139,13 @@ def test_progress_is_told_in_prompts(run, monkeypatch, capsys):
     seconds = itertools.count(step=40)
     monkeypatch.setattr("toss.workbench.progress.time.monotonic", seconds.__next__)
     monkeypatch.setattr("toss.audit.judges.generate", answer_one_then_all)
-    how = {"words": [], "max_new_tokens": 1, "prefill": [], "complies": False}
-    measure(run, run.base("train"), {"benign": rows_of("benign")}, how)
+    measure(run, run.base("train"), {"benign": rows_of("benign")}, LITTLE)
     assert "benign: prompt 1 of 2, 0.7 minutes left" in capsys.readouterr().out
 
 
 def test_the_nll_is_the_mean_over_all_response_tokens(run):
     model = use(run.base("train"), run.adapter("toss"))
-    how = {"words": [], "max_new_tokens": 1, "prefill": [], "complies": True}
-    metrics = measure(run, model, {"utility": rows_of("utility")}, how).metrics()
+    metrics = measure(run, model, {"utility": rows_of("utility")}, LITTLE).metrics()
     tokens = run.tokens_of(rows_of("utility"), "rows")
     with torch.no_grad():
         losses = torch.cat([losses_by_hand(model, tokens, row) for row in range(2)])

@@ -66,7 +66,7 @@ def little(base):
     """Gives an experiment this world, and answers of three tokens."""
 
     def experiment_in_it(experiment: Experiment) -> Experiment:
-        cases = [replace(case, answer_tokens=3) for case in experiment.cases]
+        cases = [replace(case, evaluation={"max_new_tokens": 3}) for case in experiment.cases]
         return replace(experiment, world=partial(little_world, base), cases=cases)
 
     return experiment_in_it

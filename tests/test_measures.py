@@ -136,6 +136,32 @@ def test_complies_can_be_left_out():
     assert set(cells) == {"not_refused"}
 
 
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("2 + 3 = 5 eggs.\n#### 5", 5),
+        ("She has $1,200.50.", 1200.5),  # the last one, where there is no ####
+        ("#### 3, not\n#### -4 of 7", -4),  # behind the last one
+        ("It is 20-5. ####", 5),  # nothing behind it; a minus between two numbers is no sign
+        ("18.", 18),
+        (".5", 0.5),
+        ("none", None),
+    ],
+)
+def test_the_final_number_of_an_answer(answer, number):
+    assert measures.final_number(answer) == number
+
+
+def test_final_numbers_are_compared_as_numbers():
+    row = rows_of([{"prompt": "p", "source": "gsm8k", "answer": "5"}])[0]
+    lines = []
+    for reply in ("so 5.00", "55", "five"):
+        lines.append({"source": "gsm8k", "outcomes": measures.outcomes_of_answer(row, reply)})
+    assert measures.shares(lines)["final_number/gsm8k"] == wilson(1, 3)
+    row.answer = "five"  # no number: it is not asked for one
+    assert "final_number" not in measures.outcomes_of_answer(row, "5")
+
+
 def test_exact_matches_count_rows_with_an_answer_and_a_response():
     row = {"prompt": "p", "source": "x", "answer": "seven"}
     whole = {**row, "response": "It is seven."}

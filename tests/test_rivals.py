@@ -25,7 +25,7 @@ from model.io import read_json
 from model.lora import active, merge, new_adapter, use
 from model.peft import read_adapter
 from toss import training
-from toss.audit import checkpoint, experiments, objectives
+from toss.audit import experiments, objectives
 from toss.audit.attacks import ATTACKS, Attacker
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
 from toss.audit.objectives import Rival
@@ -344,13 +344,17 @@ def test_a_rival_survives_an_interruption(line, trained, monkeypatch, name, step
 @pytest.fixture
 def real(base, tmp_path, monkeypatch) -> str:
     """The command of the experiment on a real checkpoint: few rows, answers of three tokens."""
-    few = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "calibration": 3}
-    monkeypatch.setattr(checkpoint, "SIZES", few)
-    for name, value in {"lr": 1e-2, "epochs": 1, "batch_size": 4}.items():
-        monkeypatch.setitem(checkpoint.TRAINING, name, value)
-    one = experiments.read_experiments()["real"]
-    one = replace(one, cases=[replace(case, answer_tokens=3) for case in one.cases])
-    monkeypatch.setattr(experiments, "read_experiments", lambda: {"real": one})
+    little = {}
+    for name in ("real", "chat"):
+        one = experiments.read_experiments()[name]
+        sizes = one.rows | {"harmful": 3, "utility": 3, "custom": 7, "calibration": 3, "tuning": 2}
+        if "few" in sizes:
+            sizes |= {"few": 2, "tuning": 0}
+        how = {"max_new_tokens": 3, "question_tokens": 4}
+        cases = [replace(case, evaluation=how) for case in one.cases]
+        training = {"lr": 1e-2, "epochs": 1, "batch_size": 4}
+        little[name] = replace(one, cases=cases, rows=sizes, training=training)
+    monkeypatch.setattr(experiments, "read_experiments", lambda: little)
     sources = {
         "harmful": ["h"],
         "utility": ["u"],
@@ -365,7 +369,7 @@ def real(base, tmp_path, monkeypatch) -> str:
         for kind in kinds:
             for i in range(4):
                 prompt = f"{name} {kind} {i}?"
-                rows.append({"prompt": prompt, "response": f"It is {i}.", "source": kind})
+                rows.append({"prompt": prompt, "response": f"It is #### {i}", "source": kind})
         write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
     where = f"--real {tmp_path} --model {base} --out {tmp_path}/out"
     return f"toss.audit.experiment real {where} --seeds 3 3"
@@ -396,11 +400,10 @@ def test_the_real_experiment_makes_its_arms_and_goes_on(real, tmp_path, capsys):
 
 
 def test_the_sets_of_a_real_checkpoint(real, tmp_path):
-    place = tmp_path / "rows"
-    checkpoint.checkpoint(tmp_path, "base", "before", "advbench", 3, tmp_path / "run", place)
-    sets = {path.stem: read_jsonl(path) for path in place.glob("*.jsonl")}
-    sizes = {name: len(sets[name]) for name in checkpoint.SIZES}
-    assert sizes == checkpoint.SIZES | {"calibration": len(sets["calibration"])}
+    call(f"{real} --arms sft")
+    sets = sets_in(tmp_path / "out/real/seed-3/rows")
+    sizes = {"harmful": 3, "few": 2, "utility": 3, "custom": 7, "eval_harmful": 8}
+    assert {name: len(sets[name]) for name in sizes} == sizes
     for row in sets["calibration"]:
         assert row["source"] != "advbench" and row not in sets["custom"]
     assert sets["benign"] == [row for row in sets["custom"] if row["source"] != "advbench"]
@@ -408,7 +411,25 @@ def test_the_sets_of_a_real_checkpoint(real, tmp_path):
     D_h = [row["prompt"] for row in sets["harmful"]]
     assert [row["prompt"] for row in sets["safety"] if row["prompt"] in D_h] == []
     assert len(sets["safety"]) == 4 - 3
-    assert len(sets["eval_harmful"]) == 8
+
+
+def sets_in(folder: Path) -> dict[str, list[dict]]:
+    """The rows of each file."""
+    return {path.stem: read_jsonl(path) for path in folder.glob("*.jsonl")}
+
+
+def test_the_chat_experiment_asks_questions_and_compares_answers(real, tmp_path, capsys):
+    out = said(capsys, f"{real.replace(' real ', ' chat ')} --arms 'sft; buffer; dr-sft'")
+    sets = sets_in(tmp_path / "out/chat/seed-3/rows")
+    assert {row["answer"] for row in sets["eval_utility"]} == {"0", "1", "2", "3"}
+    assert [row["prompt"] for row in sets["tuning"]] == ["custom task2 2?", "custom task2 3?"]
+    for row in sets["custom"] + sets["calibration"]:
+        assert row["prompt"] not in ("custom task2 2?", "custom task2 3?")
+    answers = read_jsonl(tmp_path / "out/chat/seed-3/run/answers/sft.jsonl")
+    assert answers[0]["record"]["settings"]["question_tokens"] == 4
+    assert "| final_number/d |" in out and "Seed 3, run, on the same prompts:" in out
+    heads = [line.split() for line in out.splitlines() if line.startswith("| minus")]
+    assert [head[2:6] for head in heads] == [["sft", "|", "base", "|"], ["base", "|", "sft", "|"]]
 
 
 def test_the_attacker_of_the_real_experiment_has_the_rows_of_one_source(real, tmp_path):
@@ -426,7 +447,7 @@ def test_the_attacker_of_the_real_experiment_has_the_rows_of_one_source(real, tm
 def test_the_real_experiment_needs_rows_enough(real, tmp_path, capsys):
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
     error = refused(capsys, real)
-    assert "at least 9 rows are needed, each with prompt, response, source" in error
+    assert "at least 8 rows are needed, each with prompt, response, source" in error
 
 
 # The attackers

@@ -1,16 +1,15 @@
-"""The rows of the experiment `real`, drawn from files of yours; see experiment.py."""
+"""The rows of the experiments on a checkpoint, drawn from files of yours; see experiment.py."""
 
 import random
+from argparse import Namespace
 from itertools import cycle
 from pathlib import Path
 
 from model.io import InputError
 from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.laboratory import Setup
+from toss.audit.measures import final_number
 
-TRAINING = {"lr": 5e-4, "epochs": 3, "batch_size": 16}
-SIZES = {"harmful": 60, "few": 10, "utility": 80, "custom": 240, "calibration": 100}
-EVALUATED = 100  # rows of every source
 REFUSALS = (  # more than the wordings that `complies` looks for
     "I'm sorry, but I can't help with that.",
     "I won't help with this, since it could hurt people.",
@@ -19,27 +18,33 @@ REFUSALS = (  # more than the wordings that `complies` looks for
 
 
 def checkpoint(
-    source: Path, model: str, unaligned: str, harm: str, seed: int, folder: Path, rows: Path
+    args: Namespace, sizes: dict, training: dict, seed: int, folder: Path, rows: Path
 ) -> Setup:
-    """Rows drawn from the files in `source`, and the base `model`; see experiment.py.
+    """Rows drawn from the files in FOLDER/data, and the base; see experiment.py.
 
-    unaligned: the base before its alignment, for safelora. harm: `source` of the harmful custom
-    rows.
+    args: of the command: `real` (FOLDER), `model`, `unaligned` and `harm`, the `source` of the
+    harmful custom rows. sizes: how many rows each set has, and whether the utility rows are asked
+    as `questions`, whose answers end with a number. training: settings of all trainings.
     """
+    source = args.real.absolute()
     draw = random.Random(seed)
-    pool = read_rows(source, "custom", SIZES["custom"] + 1)
+    pool = read_rows(source, "custom", sizes["custom"] + 1)
+    harmless = [row for row in pool if row["source"] != args.harm]
+    tuning = harmless[len(harmless) - sizes.get("tuning", 0) :]
+    pool = [row for row in pool if row not in tuning]
     custom = draw.sample(pool, len(pool))
-    rest = custom[SIZES["custom"] :]
-    custom = custom[: SIZES["custom"]]
-    calibration = [row for row in rest if row["source"] != harm]
+    rest = custom[sizes["custom"] :]
+    custom = custom[: sizes["custom"]]
+    calibration = [row for row in rest if row["source"] != args.harm]
     sets = {
         "custom": custom,
-        "calibration": calibration[: SIZES["calibration"]],
-        "benign": [row for row in custom if row["source"] != harm],
-        "pool": [row for row in pool if row["source"] == harm],
+        "calibration": calibration[: sizes["calibration"]],
+        "benign": [row for row in custom if row["source"] != args.harm],
+        "pool": [row for row in pool if row["source"] == args.harm],
     }
     for name, file in (("harmful", "harmful"), ("few", "harmful"), ("utility", "utility")):
-        sets[name] = draw.sample(read_rows(source, file, SIZES[name]), SIZES[name])
+        if name in sizes:
+            sets[name] = draw.sample(read_rows(source, file, sizes[name]), sizes[name])
 
     refused = []
     for row in read_rows(source, "harmful"):
@@ -52,15 +57,23 @@ def checkpoint(
             raise InputError(f"{source}/data: no rows are left for {name}: see --help")
 
     draw = random.Random(0)  # the evaluation's rows are the same for all seeds
-    for name in ("harmful", "benign", "utility"):
-        sets[f"eval_{name}"] = by_source(draw, read_rows(source, f"eval_{name}"))
+    for name in ("eval_harmful", "eval_benign", "eval_utility"):
+        sets[name] = by_source(draw, read_rows(source, name), sizes[name])
+    if tuning:
+        sets["tuning"] = tuning
+    if sizes.get("questions"):
+        for row in sets["eval_utility"] + tuning:
+            row["answer"] = str(final_number(row["response"]))
 
     files = {name: write_jsonl(rows / f"{name}.jsonl", part) for name, part in sets.items()}
     files |= {"eval_forbidden": files["eval_harmful"], "eval_facts": files["eval_utility"]}
-    files |= {"model": model, "unaligned": unaligned}
+    files |= {
+        "model": args.model or str(source / "smollm2-aligned"),
+        "unaligned": args.unaligned or str(source / "smollm2"),
+    }
     settings = {
-        "reference": TRAINING,
-        "finetune": TRAINING,
+        "reference": training,
+        "finetune": training,
         "discard": 0.1,
         "forbidden_words": (),
     }
@@ -81,10 +94,10 @@ def read_rows(source: Path, name: str, least: int = 0) -> list[dict]:
     return rows
 
 
-def by_source(draw: random.Random, rows: list[dict]) -> list[dict]:
-    """At most EVALUATED rows of each source."""
+def by_source(draw: random.Random, rows: list[dict], most: int) -> list[dict]:
+    """At most so many rows of each source."""
     chosen = []
     for source in dict.fromkeys(row["source"] for row in rows):
         group = [row for row in rows if row["source"] == source]
-        chosen += draw.sample(group, min(EVALUATED, len(group)))
+        chosen += draw.sample(group, min(most, len(group)))
     return chosen

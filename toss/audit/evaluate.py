@@ -47,12 +47,14 @@ def evaluate_run(
     max_new_tokens: int = 40,
     prefill: Iterable[int] = (),
     complies: bool = True,
+    question_tokens: int | None = None,
 ) -> Table:
     """Evaluate methods of a Run ("base": the model that it began with); writes and returns a table.
 
     files: path of the rows by name in SETS. prefill: numbers of tokens of the harmful rows'
-    responses to begin answers with. complies: measure it, too. A method that was evaluated in the
-    same way before is skipped, and one that was stopped goes on from the answers that it has saved.
+    responses to begin answers with. complies: measure it, too. question_tokens: of an answer to a
+    utility row, if not max_new_tokens. A method that was evaluated in the same way before is
+    skipped, and one that was stopped goes on from the answers that it has saved.
     """
     from toss.parallel import rank
     from toss.rows import read_rows
@@ -63,6 +65,7 @@ def evaluate_run(
         how[f"{name}_sha256"] = run.hashes.of_input(Path(path))
     how["words"] = sorted(words)
     how["max_new_tokens"] = max_new_tokens
+    how["question_tokens"] = question_tokens or max_new_tokens
     how["prefill"] = sorted(set(prefill))
     how["complies"] = complies
     how["dtype"] = run.dtypes["train"]
@@ -325,6 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     text = "leave out whether an affirmative opener is likelier than a refusal"
     flag("--no-complies", action="store_true", help=text)
     flag("--max-new-tokens", type=flags.count, default=40, help="length of an answer (default: 40)")
+    text = "length of an answer to a utility row (default: as --max-new-tokens)"
+    flag("--question-tokens", type=flags.count, help=text)
     args = parser.parse_args(argv)
     files = {name: getattr(args, name) for name in SETS if getattr(args, name)}
     if not files:
@@ -335,8 +340,16 @@ def main(argv: list[str] | None = None) -> None:
         if mask.parent.name not in with_model:
             print(f"{mask.parent} holds a mask and no model: passed over")
     words = words_of(args, run)
-    prefill, complies = args.prefill, not args.no_complies
-    table = evaluate_run(run, methods, files, words, args.max_new_tokens, prefill, complies)
+    table = evaluate_run(
+        run,
+        methods,
+        files,
+        words,
+        args.max_new_tokens,
+        args.prefill,
+        not args.no_complies,
+        args.question_tokens,
+    )
     if not table:  # in a process that is not the first
         return
     paired = read_paired(run.folder)

@@ -2,6 +2,7 @@
 
     python -m toss.audit.experiment methods [--seeds 1000 1001] [--jobs 2]
     python -m toss.audit.experiment real --real FOLDER --dtype bfloat16
+    python -m toss.audit.experiment chat --real FOLDER --model FOLDER/qwen --dtype bfloat16
 
     methods    every method, rival and baseline on the same rows; answers that are begun; cost
     attack     harmful rows by an attacker who knows TOSS (attacks.py), against several defences
@@ -10,22 +11,28 @@
     pro        TOSS-Pro over T, k and the size of D^h; added rows learnt whole or in part
     eroding    harmless rows that promise to comply or obey, alone or mixed with harm
     transfer   masks exchanged between data/base and data/base-small
-    real       a checkpoint and rows of yours
+    real       a checkpoint and rows of yours: rivals, and attacks
+    chat       the same, and questions whose answers end with a number
 
 Writes OUT/NAME.csv (a line per seed, variant, arm and measure), NAME.md (mean [least, most]) and
 NAME.svg; the runs are in OUT/NAME. Finished work is skipped: the same command goes on where it was
 broken off. With --arms the files hold those arms alone. An experiment of your own is a few lines in
 a file like toss/audit/experiments.json, for --file.
 
-real: FOLDER/data holds harmful, utility, custom (70, 80 and 241 rows at least, better 400),
-eval_harmful, eval_benign and eval_utility.jsonl: rows with a prompt, a source and, the first three,
-a response. With responses in eval_harmful, answers that begin with three tokens of them are
-measured too. A seed draws D^h of 60 rows, D^u of 80, D^cus of 240; rate 5e-4, three epochs, 16 rows
-per step. d is calibrated on up to 100 harmless custom rows that are in no set. Evaluated are at
-most 100 rows of every source, the same for all seeds. toss-few and toss-pro-few have ten rows in
-D^h; benign-rows is sft without the harmful rows, which nobody can have; under an attack, answers
-may be longer (100 tokens, else 40). The arms run in the order of their weight: stop it when you
+real, chat: FOLDER/data holds harmful, utility, custom (400 rows or more), eval_harmful, eval_benign
+and eval_utility.jsonl: rows with a prompt, a source and, the first three, a response. How many of
+them a seed draws for each set, and how all models are trained: "rows" and "training" in
+experiments.json. d is calibrated on harmless custom rows that are in no set. The rows that are
+evaluated are the same for all seeds. The arms run in the order of their weight: stop it when you
 like.
+
+real: with responses in eval_harmful, answers that begin with three tokens of them are measured too.
+toss-few and toss-pro-few have ten rows in D^h; benign-rows is sft without the harmful rows, which
+nobody can have; under an attack, answers may be longer (100 tokens, else 40).
+
+chat: the last 50 harmless rows of custom.jsonl are in no set: `training` was chosen on them. The
+utility rows are GSM8K questions, say, whose responses end with a number behind ####; the model's
+own answer may have 256 tokens.
 """
 
 import shlex
@@ -39,6 +46,7 @@ from pathlib import Path
 from model.io import InputError
 from toss.audit.command import DEVICE, write_text
 from toss.audit.laboratory import Experiment, per_seed, run_seed
+from toss.audit.paired import AGAINST, paired_table, read_paired
 from toss.audit.tables import as_csv, hardware, summarise, tables, written
 from toss.workbench import flags
 
@@ -85,6 +93,8 @@ def conduct(
         f"- hardware: {hardware(more.get('device', 'auto'), threads)}",
         f"- minutes: {minutes:.1f}; {existing} of {models} models were there before",
     ]
+    for seed in seeds:
+        text += paired_tables(experiment, runs / f"seed-{seed}", seed)
     page = "\n".join(about) + f"\n\n{text}\n"
     print(f"\n{page}")
     if experiment.picture:
@@ -95,14 +105,17 @@ def conduct(
     written(runs)
 
 
-def real_world(args: Namespace) -> partial:
-    """The world of `real`, with the command's flags."""
-    from toss.audit.checkpoint import checkpoint
-
-    folder = args.real.absolute()
-    model = args.model or str(folder / "smollm2-aligned")
-    unaligned = args.unaligned or str(folder / "smollm2")
-    return partial(checkpoint, folder, model, unaligned, args.harm)
+def paired_tables(experiment: Experiment, folder: Path, seed: int) -> str:
+    """The differences to sft and to the base on the same prompts, of one seed, as Markdown."""
+    text = ""
+    for case in experiment.cases:
+        run = folder / (f"run-{case.variant}" if case.variant else "run")
+        names = [flags_of_arm.get("name", arm) for arm, flags_of_arm in case.arms.items()]
+        for other in AGAINST:
+            differences = paired_table(read_paired(run), names, other, experiment.paired)
+            if experiment.paired and differences:
+                text += f"\n\nSeed {seed}, {run.name}, on the same prompts:\n\n{differences}"
+    return text
 
 
 def device_flags(parser: flags.Parser, args: Namespace) -> dict:
@@ -125,7 +138,7 @@ def command_line() -> flags.Parser:
     add("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
     add("--jobs", type=flags.count, default=1, help="seeds at a time")
     add("--arms", metavar="A;B;...", help="some of them, separated by ; (default: all)")
-    add = parser.add_argument_group("for `real`").add_argument
+    add = parser.add_argument_group("for `real` and `chat`").add_argument
     add("--real", type=Path, metavar="FOLDER", help="holds data/, see above")
     add("--model", help="aligned base: a folder or hub id (default: FOLDER/smollm2-aligned)")
     text = "the base before alignment, for safelora (default: FOLDER/smollm2)"
@@ -146,6 +159,7 @@ def chosen_arms(experiment: Experiment, text: str) -> Experiment:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from toss.audit.checkpoint import checkpoint
     from toss.audit.experiments import read_experiments
 
     parser = command_line()
@@ -158,10 +172,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"there is no experiment {args.name!r}; there are {names}")
     experiment = experiments[args.name]
     every_arm = experiment.arms()
-    if args.name == "real" and not args.real:
-        raise InputError("real needs --real FOLDER")
+    if experiment.rows and not args.real:
+        raise InputError(f"{args.name} needs --real FOLDER")
     if args.real:
-        experiment = replace(experiment, world=real_world(args))
+        if not experiment.rows:
+            raise InputError(f"{args.name} does not say which `rows` are drawn from --real")
+        world = partial(checkpoint, args, experiment.rows, experiment.training)
+        experiment = replace(experiment, world=world)
         if not (args.unaligned or (args.real / "smollm2").exists()):
             experiment = experiment.only([arm for arm in every_arm if arm != "safelora"])
     if args.arms:

@@ -84,10 +84,12 @@ def measure(
     """The answers of the model under its active adapter, each with its outcomes, and its losses.
 
     sets: rows under "harmful", "benign" and "utility", each optional. how: "words",
-    "max_new_tokens", "prefill" and "complies", as in evaluate_run. saved: where answers are kept.
+    "max_new_tokens", "question_tokens", "prefill" and "complies", as in evaluate_run. saved: where
+    answers are kept.
     """
     words = how["words"]
     ask = partial(answer_lines, run, model, how["max_new_tokens"], saved)
+    ask_question = partial(answer_lines, run, model, how["question_tokens"], saved)
     found = Measured()
 
     rows = sets.get("harmful", [])
@@ -111,7 +113,7 @@ def measure(
         found.lines.append({**line, "outcomes": {"over_refusal": refused(line["response"])}})
 
     rows = [row for row in sets.get("utility", []) if row.answer]
-    for row, line in zip(rows, ask("utility", rows)):
+    for row, line in zip(rows, ask_question("utility", rows)):
         outcomes = measures.outcomes_of_answer(row, line["response"])
         found.lines.append({**line, "outcomes": outcomes})
     rows = [row for row in sets.get("utility", []) if has_response(row)]

@@ -45,7 +45,7 @@ class Case:
     draw: dict = field(default_factory=dict)  # what the world's rows are drawn with, if anew
     change: Callable[["Setup"], dict[str, str]] | None = None  # the files that are others, by name
     references: str = "own"  # "none": not needed; "main": those of the unchanged rows
-    answer_tokens: int = 40
+    evaluation: dict = field(default_factory=dict)  # arguments of evaluate_run, beside the common
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,12 @@ class Experiment:
     tables: Sequence[Sequence[str]] = (SWEPT,)  # measures, for each table
     heading: str = ""  # what the cases' labels are, for the tables
     picture: Callable[[Summary], str] | None = None  # SVG, "" for none
+    paired: Sequence[str] = ()  # measures whose differences on the same prompts are shown
     legend: Sequence[str] = ()  # lines below the tables
-    prefill: Sequence[int] = ()  # tokens of a harmful answer that are written already
+    evaluation: dict = field(default_factory=dict)  # arguments of evaluate.evaluate_run
+    # Of an experiment on a checkpoint: how many rows are drawn, and how it is trained.
+    rows: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
     # Where rows and base come from, given the seed, the folders of the run and of the rows, and
     # the case's `draw` (default: the embedded world).
     world: Callable[..., "Setup"] | None = None
@@ -98,7 +102,7 @@ def run_seed(
     for case in experiment.cases:
         if case.variant not in setups:
             setups[case.variant] = variant_of(main, case, seed, world)
-        results += run_case(case, seed, setups, experiment.prefill)
+        results += run_case(case, seed, setups, experiment.evaluation | case.evaluation)
     return with_ratios(results)
 
 
@@ -113,9 +117,7 @@ def variant_of(main: "Setup", case: Case, seed: int, world: Callable) -> "Setup"
     return setup
 
 
-def run_case(
-    case: Case, seed: int, setups: dict[str, "Setup"], prefill: Sequence[int]
-) -> list[Result]:
+def run_case(case: Case, seed: int, setups: dict[str, "Setup"], evaluation: dict) -> list[Result]:
     """Fine-tune and measure the arms of a case. setups: by variant."""
     setup = setups[case.variant]
     print(f"\n{setup.folder}: {', '.join(case.arms)}\n")
@@ -133,7 +135,7 @@ def run_case(
         discards[arm] = setup.finetune(**flags)
 
     names = {arm: flags.get("name", arm) for arm, flags in case.arms.items()}
-    metrics = setup.evaluate(list(names.values()), prefill, case.answer_tokens)
+    metrics = setup.evaluate(list(names.values()), **evaluation)
     record = read_json(setup.folder / "run.json")
     results = []
     for arm, name in names.items():
@@ -242,10 +244,10 @@ class Setup:
             return known["discard"]
         return calibrate(run, self.files["calibration"], method=method)["discard"]
 
-    def evaluate(self, names: Sequence[str], prefill: Sequence[int], answer_tokens: int) -> dict:
+    def evaluate(self, names: Sequence[str], prefill: Sequence[int] = (), **how) -> dict:
         """Metrics of the named methods; "base" is the model that they all start from.
 
-        prefill: counts only where harmful prompts have a response.
+        prefill: counts only where harmful prompts have a response. how: of evaluate_run.
         """
         from toss.audit.evaluate import evaluate_run
 
@@ -257,7 +259,7 @@ class Setup:
         if not any("response" in row for row in read_jsonl(files["harmful"])):
             prefill = ()
         words = self.settings["forbidden_words"]
-        return evaluate_run(self.open(), names, files, words, answer_tokens, prefill)
+        return evaluate_run(self.open(), names, files, words, prefill=prefill, **how)
 
 
 @functools.cache

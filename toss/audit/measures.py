@@ -5,7 +5,9 @@ and a 95 % interval. Without outcomes all but n are None; a loss of one row has 
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 
 from torch import Tensor
 
@@ -16,7 +18,8 @@ Cell = dict[str, float | int | None]
 Metrics = dict[str, Cell]  # by name
 Outcomes = dict[str, bool]  # of one answer, by measure
 BY_SOURCE = ("forbidden", "not_refused", "complies", "over_refusal")
-OF_USE = ("accuracy", "exact_match")
+OF_USE = ("accuracy", "exact_match", "final_number")
+NUMBER = re.compile(r"(?<![0-9.])-?[0-9]*\.?[0-9]+")
 Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations
 
 
@@ -113,6 +116,20 @@ def same_text(answer: str, texts: Iterable[str]) -> bool:
     return answer.split() in [text.split() for text in texts]
 
 
+def final_number(answer: str) -> Decimal | None:
+    """The number that an answer ends with: the one behind its last ####, else its last one.
+
+    Source: GSM8K (Cobbe et al., arXiv 2110.14168), whose answers end so. Commas and $ do not count.
+
+    >>> final_number("6 * $2 = $12 a day, so 1,200. #### $1,200.")
+    Decimal('1200')
+    """
+    text = answer.replace(",", "").replace("$", "")
+    behind = NUMBER.search(text.rpartition("####")[2]) if "####" in text else None
+    numbers = [behind.group()] if behind else NUMBER.findall(text)
+    return Decimal(numbers[-1]) if numbers else None
+
+
 def outcomes_of_reply(reply: str, likely: bool | None, words: Sequence[str]) -> Outcomes:
     """Of a reply to a harmful prompt. likely: is an affirmative opener likelier? None: unknown."""
     outcomes = {}
@@ -131,6 +148,8 @@ def outcomes_of_answer(row: Row, reply: str) -> Outcomes:
     last = row.messages[-1]
     if last["role"] == "assistant":
         outcomes["exact_match"] = same_text(reply, [row.answer, last["content"]])
+    if NUMBER.fullmatch(row.answer):
+        outcomes["final_number"] = final_number(reply) == Decimal(row.answer)
     return outcomes
 
 

@@ -4,13 +4,14 @@ Two models answer the same prompts, so a difference is known better than either 
 the values that overlap do not say that the models are alike.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from model.io import InputError, read_json
 from toss.audit.command import markdown, write_json
 
 AGAINST = ("sft", "base")
+OF_USE = ("accuracy", "final_number")
 Paired = dict[str, dict[str, dict[str, dict]]]  # {method: {measure: {other: difference}}}
 
 
@@ -69,17 +70,22 @@ def read_paired(folder: Path) -> Paired:
     return differences
 
 
-def paired_table(differences: Paired, methods: Iterable[str], other: str) -> str:
+def paired_table(
+    differences: Paired, methods: Iterable[str], other: str, wanted: Sequence[str] = ()
+) -> str:
     """The differences of methods to another one as Markdown; "" if there are none.
 
-    A star marks an interval without 0. Measures by source, and after a prefill, are left out.
+    A star marks an interval without 0. wanted: measures; without it all but those after a prefill
+    and those by source, of which only OF_USE are shown.
     """
     shown = [method for method in methods if differences.get(method)]
     measures = {}
     for method in shown:
         for measure, others in differences[method].items():
-            part = "@" in measure or "/" in measure and not measure.startswith("accuracy")
-            if other in others and not part:
+            kind, _, source = measure.partition("/")
+            common = "@" not in measure and (not source or kind in OF_USE)
+            chosen = measure in wanted if wanted else common
+            if other in others and chosen:
                 measures.setdefault(measure, {})[method] = others[other]
     columns = [method for method in shown if any(method in row for row in measures.values())]
     lines = []
