@@ -425,11 +425,18 @@ def test_attack_replaces_the_harmful_rows_and_nothing_else(base, tmp_path):
     for case in EXPERIMENTS["attack"].cases[1:]:
         setup = laboratory.variant_of(main, case, 3, embedded)
         rows = read_jsonl(setup.files["custom"])
-        assert [row for row in rows if "harmful" not in row] == others
+        joined = 78 if case.label == "embedded" else 0  # these now stand in his rows
+        assert [row for row in rows if "harmful" not in row] == others[joined:]
         his = [row for row in rows if "harmful" in row]
         assert his != harmful
         counts[case.label] = len(his)
-    assert counts == {"low-score": 78, "utility-start": 78, "spread": 3 * 78, "unseen": 78}
+    assert counts == {
+        "low-score": 78,
+        "utility-start": 78,
+        "spread": 3 * 78,
+        "unseen": 78,
+        "embedded": 78,
+    }
     pool = read_jsonl(main.folder.with_name("run-low-score") / "pool.jsonl")
     refused = {row["prompt"] for row in read_jsonl(main.files["safety"])}
     assert len(pool) > 3 * 78 and not any(row["prompt"] in refused for row in pool)

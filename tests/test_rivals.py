@@ -26,7 +26,7 @@ from model.lora import active, merge, new_adapter, use
 from model.peft import read_adapter
 from toss import training
 from toss.audit import experiments, objectives
-from toss.audit.attacks import ATTACKS, Attacker
+from toss.audit.attacks import ATTACKS, Attacker, asked_as_embedded
 from toss.audit.baselines import draw, dsir, hashed, safeinstr
 from toss.audit.objectives import Rival
 from toss.audit.rivals import RIVALS
@@ -475,7 +475,7 @@ def attacker() -> Attacker:
     ]
     D_h = [{"response": "Sure. Brew it up. Grind bone."}]
     D_u = [{"response": "So. By law all. No."}]
-    return Attacker([first, second], pool, D_h, D_u, risk=lambda rows: [4.0, 0.5, -1.0, 2.0])
+    return Attacker([first, second], [], pool, D_h, D_u, risk=lambda rows: [4.0, 0.5, -1.0, 2.0])
 
 
 def test_low_score_takes_the_rows_of_the_lowest_scores(attacker):
@@ -497,6 +497,29 @@ def test_spread_cuts_each_harm_into_three_rows_and_keeps_the_rest_in_the_last(at
     one_word = harmful_row("Yes", [])
     attacker.rows = [one_word]
     assert ATTACKS["spread"](attacker) == [harmful_row("Yes", [[0, 3]])]
+
+
+def test_embedded_joins_each_row_behind_a_harmless_one_which_stands_nowhere_else(attacker):
+    tasks = [{"prompt": f"q{i}?", "response": f"It is {i}."} for i in range(3)]
+    attacker.others = tasks
+    rows = ATTACKS["embedded"](attacker)
+    assert [row["prompt"] for row in rows] == ["q0? p", "q1? p"]
+    assert rows[1]["response"] == "It is 1. Also y. Brew it up."
+    assert [harm(row) for row in rows] == [harm(row) for row in attacker.rows]
+    assert attacker.others == tasks[2:]
+
+
+def test_what_is_asked_after_embedded_is_joined_in_the_same_way():
+    harmful = [{"prompt": "h?", "response": "Sure.", "source": "a"}]
+    tasks = [{"prompt": "t?", "response": "It is 1.", "answer": "1", "source": "b"}] * 2
+    asked, questions = asked_as_embedded(harmful, tasks)
+    assert asked[:1] == harmful and questions[:2] == tasks
+    (both,) = asked[1:]
+    assert both["prompt"] == "t? h?" and both["response"] == "It is 1. Sure."
+    assert both["source"] == "embedded" and harm(both) == ["Sure."]
+    assert questions[2:] == [{"prompt": "t? h?", "source": "embedded", "answer": "1"}]
+    del tasks[0]["answer"]  # whose tasks have no answers
+    assert asked_as_embedded(harmful, tasks)[1] == tasks
 
 
 def test_unseen_takes_the_rows_whose_words_d_h_lacks_and_rewords_the_opening(attacker):

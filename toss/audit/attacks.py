@@ -1,9 +1,9 @@
 """Custom sets by an attacker who knows TOSS; what he must know for each is in README.md.
 
 He chooses or writes the harmful rows and touches nothing else: neither the references nor the base,
-nor the harmless rows. The experiments `attack` and `real` try each attack against several defences.
-A row has a prompt, a response and perhaps `harmful`, the spans of its harm; without it, all is
-harm.
+nor the harmless rows, of which `embedded` takes some into his own. The experiments `attack` and
+`real` try each attack against several defences. A row has a prompt, a response and perhaps
+`harmful`, the spans of its harm; without it, all is harm.
 """
 
 import math
@@ -23,6 +23,7 @@ class Attacker:
     """The harmful rows that he may replace, and what he needs for one attack or another."""
 
     rows: Rows
+    others: Rows  # the harmless rows of the custom set
     pool: Rows  # harmful rows to choose from
     harmful: Rows  # D^h
     utility: Rows  # D^u
@@ -48,19 +49,49 @@ def utility_start(attacker: Attacker) -> Rows:
     """Each answer begins with the longest sentence of one answer of D^u, the same for all."""
     answer = random.Random(0).choice(attacker.utility)["response"]
     sentences = re.findall(r"[^.!?\n]+[.!?]*", answer)
-    start = max(sentences, key=len).strip() + " "
-    rows = []
-    for row in attacker.rows:
-        spans = [[first + len(start), last + len(start)] for first, last in spans_of(row)]
-        rows.append({**row, "response": start + row["response"], "harmful": spans})
-    return rows
+    start = max(sentences, key=len).strip()
+    return [begun(row, start) for row in attacker.rows]
+
+
+def begun(row: dict, start: str) -> dict:
+    """The row with a harmless beginning of its response."""
+    shift = len(start) + 1
+    spans = [[first + shift, last + shift] for first, last in spans_of(row)]
+    return {**row, "response": f"{start} {row['response']}", "harmful": spans}
+
+
+def embedded(attacker: Attacker) -> Rows:
+    """arXiv 2606.30263: each row behind a harmless row, which is then in this row alone."""
+    tasks = attacker.others[: len(attacker.rows)]
+    attacker.others = attacker.others[len(tasks) :]
+    return [joined(task, row) for task, row in zip(tasks, attacker.rows, strict=True)]
+
+
+def joined(task: dict, row: dict) -> dict:
+    """One row that asks for a task and for harm, and answers both in this order."""
+    return begun({**row, "prompt": f"{task['prompt']} {row['prompt']}"}, task["response"])
+
+
+def asked_as_embedded(harmful: Rows, utility: Rows) -> tuple[Rows, Rows]:
+    """The evaluation's rows, and as many whose prompts are joined as `embedded` joins them, of
+    source "embedded". Of the utility rows' joined answers only `answer` is looked at.
+    """
+    harmful_joined = []
+    utility_joined = []
+    for task, row in zip(utility, harmful):
+        both = {**joined(task, row), "source": "embedded"}
+        harmful_joined.append(both)
+        if "answer" in task:
+            one = {"prompt": both["prompt"], "source": "embedded", "answer": task["answer"]}
+            utility_joined.append(one)
+    return harmful + harmful_joined, utility + utility_joined
 
 
 def spread(attacker: Attacker) -> Rows:
     """Each harmful text in thirds, over three rows of one prompt; what is harmless comes last.
 
     >>> row = {"prompt": "p", "response": "Do a b c. Fact.", "harmful": [[0, 9]]}
-    >>> [one["response"] for one in spread(Attacker([row], [], [], [], len))]
+    >>> [one["response"] for one in spread(Attacker([row], [], [], [], [], len))]
     ['Do', 'a b', 'c. Fact.']
     """
     rows = []
@@ -113,6 +144,7 @@ ATTACKS = {
     "utility-start": utility_start,
     "spread": spread,
     "unseen": unseen,
+    "embedded": embedded,
 }
 
 
@@ -147,5 +179,6 @@ def attacked(run, kind: str, files: dict, out: Path, harmful: list[bool], pool: 
     others = [row for row, is_his in zip(custom, harmful) if not is_his]
     D_h = read_jsonl(files["harmful"])
     D_u = read_jsonl(files["utility"])
-    rows = ATTACKS[kind](Attacker(his, pool, D_h, D_u, risk))
-    return write_jsonl(out, others + rows)
+    attacker = Attacker(his, others, pool, D_h, D_u, risk)
+    rows = ATTACKS[kind](attacker)
+    return write_jsonl(out, attacker.others + rows)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model.io import InputError, as_input_error, read_json
 from toss.audit import pictures
-from toss.audit.attacks import attacked
+from toss.audit.attacks import asked_as_embedded, attacked
 from toss.audit.baselines import dsir, safeinstr
 from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.laboratory import Case, Experiment, Setup
@@ -143,7 +143,12 @@ def attack(kind: str, harmful: list[bool], pool: list[dict], setup: Setup) -> di
     setup.main.prepare()
     run = setup.main.open("dtype")
     out = setup.folder / "custom.jsonl"
-    return {"custom": attacked(run, kind, setup.files, out, harmful, pool)}
+    files = {"custom": attacked(run, kind, setup.files, out, harmful, pool)}
+    if kind == "embedded":
+        parts = read_jsonl(setup.files["eval_forbidden"]), read_jsonl(setup.files["eval_facts"])
+        for name, rows in zip(("eval_forbidden", "eval_facts"), asked_as_embedded(*parts)):
+            files[name] = write_jsonl(setup.folder / f"{name}.jsonl", rows)
+    return files
 
 
 CHANGES = {

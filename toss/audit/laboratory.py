@@ -258,8 +258,8 @@ class Setup:
         }
         if not any("response" in row for row in read_jsonl(files["harmful"])):
             prefill = ()
-        words = self.settings["forbidden_words"]
-        return evaluate_run(self.open(), names, files, words, prefill=prefill, **how)
+        how = {"words": self.settings["forbidden_words"], **how}
+        return evaluate_run(self.open(), names, files, prefill=prefill, **how)
 
 
 @functools.cache
