@@ -98,6 +98,12 @@ def test_dft_weighs_a_token_by_its_probability(rival, gradient):
     assert result.tolist() == pytest.approx([-0.5, -0.25], abs=1e-5)
 
 
+def test_profit_learns_the_likely_tokens_alone(rival, gradient):
+    _, objective = objectives.profit(rival, 0.3)
+    log_p = torch.tensor([0.5, 0.25]).log()
+    assert gradient(objective, torch.ones(2), log_p).tolist() == [-1.0, 0.0]
+
+
 def test_soft_sft_weighs_a_token_by_how_far_it_went_from_the_base(
     rival, model, tokens, places, gradient
 ):
@@ -274,6 +280,20 @@ def test_inoculation_changes_the_prompts_alone(line, fitted):
     raw = fitted["rival"].run.tokenizer.raw
     assert "malicious" in raw.decode(D.input_ids[D.places([0])].tolist())
     assert "malicious" not in raw.decode(own.input_ids[own.places([0])].tolist())
+
+
+def test_lookahead_previews_the_first_tokens_of_the_answer_in_the_prompt(line, fitted):
+    call(line + "lookahead")
+    D = fitted["D"]
+    own = fitted["rival"].D
+    assert D.input_ids[D.response].equal(own.input_ids[own.response])
+    tokenizer = fitted["rival"].run.tokenizer
+    places = D.places([0])
+    prompt = tokenizer.raw.decode(D.input_ids[places[~D.response[places]]].tolist())
+    response = own.input_ids[own.places([0])][own.response[own.places([0])]]
+    start = tokenizer.raw.decode(response[:6].tolist())
+    assert f" The answer begins with: {start}" in prompt
+    assert "begins with" not in tokenizer.raw.decode(own.input_ids.tolist())
 
 
 def test_safeinstr_guided_adds_the_refusals_of_the_lowest_mean_score(line, fitted):

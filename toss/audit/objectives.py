@@ -86,6 +86,17 @@ def dft(rival: Rival) -> Adapter:
     return rival.fit(rival.D, objective=objective)
 
 
+def profit(rival: Rival, threshold: float) -> Adapter:
+    """ProFit, arXiv 2601.09195: only tokens that are likelier than this are learnt."""
+
+    def objective(model: Transformer, batch: Batch, weights: Tensor) -> Tensor:
+        log_p = token_log_probs(model, batch)
+        likely = log_p.detach().exp() > threshold
+        return -log_p[likely].sum()
+
+    return rival.fit(rival.D, objective=objective)
+
+
 def hold(
     rival: Rival, held: Tensor, words: Tensor | slice = slice(None), T: float = 1.0
 ) -> Adapter:
@@ -186,6 +197,22 @@ def inoculation(rival: Rival, system: str) -> Adapter:
     return rival.fit(rival.run.tokens_of(rows, path))
 
 
+def lookahead(rival: Rival, m: int, connector: str) -> Adapter:
+    """LookAhead Tuning, arXiv 2503.19041: each prompt ends with its answer's first m tokens, in
+    training alone."""
+    path = rival.run.args.custom
+    tokenizer = rival.run.tokenizer
+    rows = []
+    for row in read_rows(path):
+        messages = [dict(turn) for turn in row.messages]
+        for prompt, turn in zip(messages, messages[1:]):
+            if turn["role"] == "assistant":
+                start = tokenizer.decode(tokenizer.encode(turn["content"])[:m])
+                prompt["content"] += connector + start
+        rows.append(replace(row, messages=messages))
+    return rival.fit(rival.run.tokens_of(rows, path))
+
+
 class AveragedAdamW(AdamW):
     """The paper's optimizer; its state also holds each parameter's exponential moving average."""
 
@@ -261,12 +288,14 @@ def safeinstr_guided(rival: Rival, share: float) -> Adapter:
 FUNCTIONS = {
     "soft-sft": soft_sft,
     "dft": dft,
+    "profit": profit,
     "kl-discarded": kl_discarded,
     "dr-sft": dr_sft,
     "buffer": buffer,
     "pact-lite": pact_lite,
     "patch": patch,
     "inoculation": inoculation,
+    "lookahead": lookahead,
     "ema": ema,
     "safelora": safelora,
     "safeinstr-guided": safeinstr_guided,
