@@ -422,7 +422,7 @@ def test_attack_replaces_the_harmful_rows_and_nothing_else(base, tmp_path):
     harmful = [row for row in rows if "harmful" in row]
     others = [row for row in rows if "harmful" not in row]
     counts = {}
-    for case in EXPERIMENTS["attack"].cases[1:]:
+    for case in EXPERIMENTS["attack"].cases[1:] + EXPERIMENTS["embedded"].cases:
         setup = laboratory.variant_of(main, case, 3, embedded)
         rows = read_jsonl(setup.files["custom"])
         joined = 78 if case.label == "embedded" else 0  # these now stand in his rows
