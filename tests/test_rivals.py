@@ -463,6 +463,13 @@ def test_the_attacker_of_the_real_experiment_has_the_rows_of_one_source(real, tm
     stages = read_json(place / "run-spread/run.json")["stages"]
     assert list(stages) == ["scores", "methods/sft"]  # the references are those of the other run
 
+    call(f"{real} --arms 'sft, embedded'")
+    attacked = read_jsonl(place / "run-embedded/custom.jsonl")
+    assert len(attacked) == len(others)  # his rows hold as many of them
+    asked = read_jsonl(place / "run-embedded/answers/sft.jsonl")[1:]
+    joined = [line["prompt"] for line in asked if line["source"] == "embedded"]
+    assert len(joined) == 2 * 4 and " eval_harmful " in joined[0]  # the prefilled ones, too
+
 
 def test_the_real_experiment_needs_rows_enough(real, tmp_path, capsys):
     write_jsonl(tmp_path / "data/custom.jsonl", [{"prompt": "a", "response": "b"}] * 20)
