@@ -129,7 +129,11 @@ def hold(
 
 
 def kl_discarded(rival: Rival, discard: float) -> Adapter:
-    """Ours: the tokens that TOSS discards are held at the base's distribution instead."""
+    """The tokens that TOSS discards are held at the base's distribution instead.
+
+    STAR-DSS's loss (arXiv 2505.17196) with TOSS's mask in place of a guard model's score, and an
+    exact KL.
+    """
     _, L = rival.run.scored()
     S = L["utility"] - L["degraded"]
     ranked = competing_tokens(rival.D)
