@@ -160,11 +160,12 @@ def chosen_arms(experiment: Experiment, text: str) -> Experiment:
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = command_line()
+    args = parser.parse_args(argv)
+
     from toss.audit.checkpoint import checkpoint
     from toss.audit.experiments import read_experiments
 
-    parser = command_line()
-    args = parser.parse_args(argv)
     experiments = read_experiments()
     if args.file:
         experiments |= read_experiments(Path(args.file))
