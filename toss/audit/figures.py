@@ -5,10 +5,8 @@ differ too, for grey print, and a line is thinner than those below it. Sizes are
 """
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -24,18 +22,9 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-WIDTH, PLOT, LEFT, RIGHT = 520, 250, 70, 506  # PLOT: height of the plotting area
-CHARACTER = 8  # width of a character, for the layout of the legend
 ASIDE = 0.7  # of the room between two named places, in which their dots stand side by side
 MARKERS = 8  # on a line, at most
-
-
-class Shape(NamedTuple):
-    """A shape of a chart: "line", "whisker", "area" or "markers"."""
-
-    kind: str
-    k: int  # the place of its name in the legend
-    points: list[tuple[float, float]]
+Shape = tuple[str, int, list]  # kind: "line", "whisker", "area", "markers"; place in legend; points
 
 
 def line_chart(
@@ -55,38 +44,42 @@ def line_chart(
     """
     points = [point for line in lines.values() for point in line]
     if not points:
-        return drawing(title)
+        return drawing(title=title)
     heights = [value for point in points for value in point[1:]]
-    low, high = span(title, [*heights, *(y_range or ())])
-    y_ticks = [(y, f"{y:,.9g}") for y in ticks(low, high, most=6)]
+    low, high = span(title, [*heights, *y_range])
     x = span(title, [point[0] for point in points])
+    x_ticks = ticks(*x, most=8)
     if names:
         x = (-0.5, len(names) - 0.5)
+        x_ticks = list(enumerate(names))
 
-    spreads = []
-    strokes = []  # drawn last: no band may cover a line
+    spreads: list[Shape] = []
+    strokes: list[Shape] = []  # drawn last: no band may cover a line
     for k, line in enumerate(lines.values()):
         if names:
             shift = (k - (len(lines) - 1) / 2) * ASIDE / len(lines)
-            line = [(point[0] + shift, *point[1:]) for point in line]
-        spreads += spread_of(k, line, whiskers=bool(names))
+            line = [(place + shift, *heights) for place, *heights in line]
+        ranges = [point for point in line if len(point) == 4]
+        lower = [(place, low) for place, _, low, _ in ranges]
+        upper = [(place, high) for place, _, _, high in ranges]
+        if names or len(ranges) == 1:
+            spreads += [("whisker", k, list(ends)) for ends in zip(lower, upper)]
+        elif ranges:
+            spreads.append(("area", k, upper + lower[::-1]))
         middle = [point[:2] for point in line]
         if not names:
-            strokes.append(Shape("line", k, middle))
+            strokes.append(("line", k, middle))
         every = math.ceil(len(middle) / MARKERS) or 1
-        strokes.append(Shape("markers", k, middle[k % every :: every]))  # seen on equal lines, too
-    return drawing(title, (x_label, y_label), x, y_ticks, spreads + strokes, list(lines), names)
-
-
-def spread_of(k: int, line: list[tuple], whiskers: bool) -> list[Shape]:
-    """The band, or the whiskers, of the points of a line that have low and high."""
-    lower = [(point[0], point[2]) for point in line if len(point) == 4]
-    upper = [(point[0], point[3]) for point in line if len(point) == 4]
-    if whiskers or len(lower) == 1:
-        return [Shape("whisker", k, list(ends)) for ends in zip(lower, upper)]
-    if not lower:
-        return []
-    return [Shape("area", k, upper + lower[::-1])]
+        strokes.append(("markers", k, middle[k % every :: every]))  # seen on equal lines, too
+    return drawing(
+        title=title,
+        labels=(x_label, y_label),
+        x=x,
+        x_ticks=x_ticks,
+        y_ticks=ticks(low, high, most=6),
+        shapes=spreads + strokes,
+        legend=list(lines),
+    )
 
 
 def histogram(
@@ -105,94 +98,38 @@ def histogram(
     values = [np.asarray(group, dtype=float) for group in groups.values()]
     everything = np.concatenate(values)
     if len(everything) == 0:
-        return drawing(title)
+        return drawing(title=title)
     if threshold is not None:
         everything = np.append(everything, threshold)
     x = span(title, everything)
     counts = np.array([np.histogram(group, bins, x)[0] for group in values])
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     floor = math.floor(math.log10(shares[shares > 0].min()) - 1e-9)
-    y_ticks = [(y, f"{10.0**y:g}") for y in range(floor, 1)]
 
     # Each outline is a flight of steps: both sides of each bin at the height of its share.
     sides = np.linspace(*x, bins + 1).repeat(2).tolist()
     heights = np.log10(np.maximum(shares, 10.0**floor)).repeat(2, axis=1).tolist()
     outlines = [list(zip(sides, [floor, *height, floor])) for height in heights]
-    shapes = [Shape("area", k, outline) for k, outline in enumerate(outlines)]
-    shapes += [Shape("line", k, outline) for k, outline in enumerate(outlines)]
+    shapes: list[Shape] = [("area", k, outline) for k, outline in enumerate(outlines)]
+    shapes += [("line", k, outline) for k, outline in enumerate(outlines)]
     legend = [f"{name} (n = {len(group):,})" for name, group in groups.items()]
     if threshold is not None:
-        shapes.append(Shape("line", len(outlines), [(threshold, floor), (threshold, 0)]))
+        shapes.append(("line", len(outlines), [(threshold, floor), (threshold, 0)]))
         legend.append(f"threshold {threshold:.3g}")
-    return drawing(title, (x_label, "share of the group"), x, y_ticks, shapes, legend)
-
-
-def drawing(
-    title: str,
-    labels: tuple[str, str] = ("", ""),
-    x: tuple[float, float] = (0, 1),
-    y_ticks: Sequence[tuple[float, str]] = ((0, ""), (1, "")),
-    shapes: Sequence[Shape] = (),
-    legend: Sequence[str] = (),
-    names: Sequence[str] = (),
-) -> str:
-    """Shapes in a frame; without shapes, a line that says so.
-
-    labels: of the axes. x: its range. y_ticks: places with names; the first and the last bound the
-    plotting area. names: of the places x = 0, 1, ...; without any, x has numbers.
-    """
-    heading = textwrap.wrap(title, 44) or [""]
-    above = 24 + 22 * len(heading)
-    left, right = x
-    bottom = y_ticks[0][0]
-    top = y_ticks[-1][0]
-    x_ticks = list(enumerate(names))
-    if not names:
-        room = 1e-9 * (right - left)
-        inside = [x for x in ticks(left, right, most=8) if left - room <= x <= right + room]
-        x_ticks = [(x, f"{x:,.9g}") for x in inside]
-
-    def across(place: float) -> float:
-        return round(LEFT + (place - left) / (right - left) * (RIGHT - LEFT), 1)
-
-    def down(height: float) -> float:
-        return round(above + (top - height) / (top - bottom) * PLOT, 1)
-
-    entries, end = legend_places(legend, above + PLOT + 68)
-    return TEMPLATES.get_template("figures.svg.jinja").render(
+    return drawing(
         title=title,
-        heading=heading,
-        x_label=labels[0],
-        y_label=labels[1],
-        width=WIDTH,
-        height=end + 14 if shapes else 130,
-        left=LEFT,
-        right=RIGHT,
-        top=above,
-        plot=PLOT,
-        across=across,
-        down=down,
-        x_ticks=x_ticks,
-        y_ticks=y_ticks,
-        zero=bottom < 0 < top,
+        labels=(x_label, "share of the group"),
+        x=x,
+        x_ticks=ticks(*x, most=8),
+        y_ticks=[(y, f"{10.0**y:g}") for y in range(floor, 1)],
         shapes=shapes,
-        legend=entries,
-        marked=any(shape.kind == "markers" for shape in shapes),
+        legend=legend,
     )
 
 
-def legend_places(legend: Sequence[str], y: int) -> tuple[list[tuple[int, int, str]], int]:
-    """Where each name of the legend stands, from y down, and the y of the last line."""
-    entries = []
-    x = LEFT
-    for name in legend:
-        wide = 62 + CHARACTER * len(name)
-        if x > LEFT and x + wide > WIDTH:
-            x = LEFT
-            y += 22
-        entries.append((x, y, name))
-        x += wide
-    return entries, y
+def drawing(**values) -> str:
+    """A chart as SVG text. values: see figures.svg.jinja; with a title alone it says so."""
+    return TEMPLATES.get_template("figures.svg.jinja").render(values)
 
 
 def span(title: str, values: Sequence[float]) -> tuple[float, float]:
@@ -207,8 +144,9 @@ def span(title: str, values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that cut a range into `most` parts or fewer.
+def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
+    """Multiples of 1, 2 or 5 times a power of ten that cut a range into `most` parts or fewer, each
+    with its name.
 
     The first lies at the range's low end or below, the last at its high end or above.
     """
@@ -217,4 +155,5 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     step = next(step for step in steps if (high - low) / step <= most * (1 + 1e-9))
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [k * step for k in range(first, last + 1)]
+    names = [f"{k * step:,.9g}" for k in range(first, last + 1)]
+    return [(float(name.replace(",", "")), name) for name in names]
