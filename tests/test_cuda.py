@@ -204,15 +204,15 @@ def eager(work) -> float:
 @pytest.mark.parametrize("part", ["score", "train"])
 def test_the_cost_of_attention_kernels_and_of_compiling(part, gpu):
     """Four layers of Llama-3-8B on rows as chats are, with many different shapes of a batch."""
-    kind = speed.KINDS[part]
+    dtype = speed.DTYPES[part]
     raw = shape_config("llama3-8b") | {"num_hidden_layers": 4}
     rows = random_rows(192, 368, 128256, lognormal=True)
     config = TrainConfig(epochs=1, batch_tokens=8192)
     bench = speed.Bench(raw, gpu, rows, config, repeats=2)
-    ours = partial(kind.ours, random_model(raw, gpu, kind.dtype), bench)
+    ours = partial(speed.LOOPS[part][0], random_model(raw, gpu, dtype), bench)
     arms = {"ours": ours, "cuDNN": partial(with_cudnn, ours), "eager": partial(eager, ours)}
 
-    print(f"ceiling, {kind.dtype}: {speed.ceiling(gpu, kind.dtype) / 1e12:.0f} TFLOP/s")
+    print(f"ceiling, {dtype}: {speed.ceiling(gpu, dtype) / 1e12:.0f} TFLOP/s")
     turns = speed.take_turns(arms, gpu, bench.repeats)
     for name, taken in turns.items():
         print(f"{part}, {name}, seconds: {[round(turn.seconds, 2) for turn in taken]}")

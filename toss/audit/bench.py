@@ -10,7 +10,6 @@ transformers and peft. Prints the table of each part when it is done, and writes
 
 import math
 import platform
-import re
 import shlex
 import sys
 import time
@@ -19,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from model.config import Config
-from model.io import read_json, whole_file
-from toss.audit.command import markdown
+from model.io import read_json
+from toss.audit.command import markdown, write_text
+from toss.audit.tables import hardware
 from toss.workbench import flags
 
 PARTS = ("score", "train")
@@ -52,25 +52,14 @@ def shape_config(name: str) -> dict:
     return {"model_type": "llama", **dict(zip(FIELDS, SHAPES[name]))}
 
 
-def machine(device) -> str:
+def machine(args: Namespace) -> str:
     """The device and the versions, in words."""
-    import torch
-
     from toss.audit.speed import LIBRARIES
 
-    if device.type == "cuda":
-        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
-        name += f"cuDNN {torch.backends.cudnn.version()}"
-    else:
-        file = Path("/proc/cpuinfo")
-        text = file.read_text() if file.exists() else ""
-        # The model's name may be no more than "AMD EPYC".
-        facts = re.findall(r"^((?:cpu family|model|model name)\s*: .*)", text, re.MULTILINE)[:3]
-        name = re.sub(r"\s*:", "", ", ".join(facts)) or platform.machine()
-        name += f", CPU threads: {torch.get_num_threads()}"
     libraries = ["torch", "transformers", "peft"] if LIBRARIES else ["torch"]
     versions = [f"{library} {version(library)}" for library in libraries]
-    return ", ".join([name, f"python {platform.python_version()}", *versions])
+    python = f"python {platform.python_version()}"
+    return ", ".join([hardware(args.device, args.threads), python, *versions])
 
 
 def bench_of(args: Namespace, device):
@@ -160,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         f"tokens per batch: {bench.config.batch_tokens}, rows per step: {bench.config.batch_size}",
         f"LoRA of rank {bench.config.rank} on {bench.config.targets}, turns: 1 + {args.repeats}",
     ]
-    about = f"{machine(device)}\n\n{'; '.join(facts)}"
+    about = f"{machine(args)}\n\n{'; '.join(facts)}"
     print(about, flush=True)
     texts = [about]
     for part in [args.part] if args.part else PARTS:
@@ -168,8 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{texts[-1]}", flush=True)
         minutes = (time.perf_counter() - start) / 60
         first = f"`{command}`, commit {git_commit()}, {minutes:.1f} minutes"
-        with whole_file(f"{args.out}.md") as file:
-            file.write_text("\n\n".join(["# Benchmark", first, *texts, NOTES, ""]))
+        write_text(f"{args.out}.md", "\n\n".join(["# Benchmark", first, *texts, NOTES, ""]))
     print(f"\n{NOTES}")
 
 

@@ -67,8 +67,8 @@ def random_model(raw: dict, device: torch.device, dtype: torch.dtype) -> Transfo
     return model.eval()
 
 
-def theirs(model: Transformer, bench: Bench, with_adapter: bool) -> nn.Module:
-    """transformers' model on our weights; its adapter, peft's, alone is trained."""
+def theirs(model: Transformer, bench: Bench, part: str) -> nn.Module:
+    """transformers' model on our weights; to train, with peft's adapter, which alone is trained."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def theirs(model: Transformer, bench: Bench, with_adapter: bool) -> nn.Module:
         copy = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     copy.load_state_dict(model.state_dict(), assign=True)
     copy.requires_grad_(False).eval()
-    if not with_adapter:
+    if part == "score":
         return copy
     targets = bench.config.targets.split(",")
     lora = LoraConfig(r=bench.config.rank, lora_alpha=bench.config.alpha, target_modules=targets)
@@ -254,23 +254,13 @@ def product_rate(n: int, device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 * count / seconds
 
 
-@dataclass
-class Kind:
-    """Scoring or training."""
-
-    name: str
-    dtype: torch.dtype  # on CUDA; float32 on the CPU
-    flop: int  # per token and parameter
-    ours: Callable[[Transformer, Bench], float]
-    plain: Callable[[nn.Module, Bench], float]
-
-
-# By convention a forward pass takes 2 FLOP per token and parameter. To train LoRA on a frozen base
-# takes one, and a backward pass through the activations.
-KINDS = {
-    "score": Kind("Scoring", torch.float16, 2, score_ours, score_plain),
-    "train": Kind("Training", torch.bfloat16, 4, train_ours, train_plain),
-}
+# Of scoring and of training: our loop and the plain one; the arithmetic on CUDA; FLOP per token and
+# parameter. By convention a forward pass takes 2. To train LoRA on a frozen base takes one, and a
+# backward pass through the activations.
+LOOPS = {"score": (score_ours, score_plain), "train": (train_ours, train_plain)}
+DTYPES = {"score": torch.float16, "train": torch.bfloat16}
+FLOP = {"score": 2, "train": 4}
+TITLES = {"score": "Scoring", "train": "Training"}
 
 
 @dataclass
@@ -286,24 +276,23 @@ class Comparison:
 
 def compare(bench: Bench, part: str) -> Comparison:
     """Measure "score" or "train": ours, and theirs if there are transformers and peft."""
-    kind = KINDS[part]
     cuda = bench.device.type == "cuda"
-    dtype = kind.dtype if cuda else torch.float32
+    dtype = DTYPES[part] if cuda else torch.float32
     best = ceiling(bench.device, dtype)
     model = random_model(bench.raw, bench.device, dtype)
 
-    arms = {"ours": partial(kind.ours, model, bench)}
+    ours, plain = LOOPS[part]
+    arms = {"ours": partial(ours, model, bench)}
     if LIBRARIES:
-        copy = theirs(model, bench, with_adapter=part == "train")
-        arms["plain"] = partial(kind.plain, copy, bench)
+        arms["plain"] = partial(plain, theirs(model, bench, part), bench)
     if LIBRARIES and cuda:
-        copy = theirs(model, bench, with_adapter=part == "train")
+        copy = theirs(model, bench, part)
         copy.model.compile(dynamic=True)
-        arms["compiled"] = partial(kind.plain, copy, bench)
+        arms["compiled"] = partial(plain, copy, bench)
     turns = take_turns(arms, bench.device, bench.repeats)
 
     # The parameters that a token is multiplied with: the linear layers', the head among them.
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     parameters = sum(layer.weight.numel() for layer in layers)
-    flop = kind.flop * parameters * len(bench.tokens.input_ids)
-    return Comparison(kind.name, dtype, best, flop, turns)
+    flop = FLOP[part] * parameters * len(bench.tokens.input_ids)
+    return Comparison(TITLES[part], dtype, best, flop, turns)
