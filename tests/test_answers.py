@@ -16,13 +16,13 @@ from data.refusals import refused as refuses
 from model.generate import generate
 from model.io import file_hash, read_json
 from model.lora import use
+from toss.audit.command import write_json
 from toss.audit.evaluate import (
     evaluate_run,
     evaluations,
     format_table,
     read_metrics,
     write_answers,
-    write_metrics,
 )
 from toss.audit.judges import measure, prefilled, selection_metrics
 from toss.audit.measures import auc, found_harm, share, wilson
@@ -326,7 +326,7 @@ def test_a_damaged_evaluation_is_made_again(run, files, damage):
 
 def test_metrics_are_read_as_they_are_written_and_missing_ones_stay_blank(tmp_path):
     table = {"a": {"m": wilson(1, 2), "none": wilson(0, 0)}, "b": {"k": wilson(1, 2)}}
-    write_metrics(tmp_path / "metrics.json", table)
+    write_json(tmp_path / "metrics.json", table)
     assert read_metrics(tmp_path) == table
     assert format_table(table).splitlines() == [
         "|      | a                    | b                    |",

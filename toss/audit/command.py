@@ -8,6 +8,7 @@ from model.io import InputError, json_lines, whole_file
 from toss.workbench.flags import TRAINING
 
 DEVICE = ("device", "dtype", "threads", "batch_tokens", "shard")  # flags of a Run
+NUMBERS = ("seconds", "tokens", "rows", "peak_memory_gib", "threads")  # of a stage in run.json
 Table = dict[str, dict[str, dict]]  # {method: {measure: {"value", "n", "low", "high"}}}
 
 
@@ -35,20 +36,6 @@ def write_jsonl(path: str | Path, items: Iterable[dict]) -> str:
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
     write_text(path, "".join(lines))
     return str(path)
-
-
-def answers_of(path: Path) -> list[dict[str, str]]:
-    """The lines of answers/METHOD.jsonl less its note; InputError if one has another form."""
-    answers = []
-    for where, line in json_lines(path):
-        if "note" in line:
-            continue
-        for key in ("set", "source", "prompt", "response"):
-            if not isinstance(line.get(key), str):
-                what = "expected the strings set, source, prompt and response"
-                raise InputError(f"{where}: {what}")
-        answers.append(line)
-    return answers
 
 
 # A run
@@ -91,6 +78,21 @@ def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
         progress = run.progress(f"{name}, {run.loaded}")
         losses[name] = score(model, tokens, run.batch_tokens, on_batch=progress.report)
     return losses
+
+
+def stages_of(run) -> dict[str, dict]:
+    """What run.json reports of the stages: {stage: {"recipe", "seconds", "tokens", ...}}.
+
+    Any of them may be missing, and anybody may have edited the file: InputError for another type.
+    """
+    stages = run.runfile.section("stages")
+    for stage in stages:
+        for part in ("settings", "inputs"):
+            run.runfile.section("stages", stage, "recipe", part)
+        for name in NUMBERS:
+            if type(stages[stage].get(name, 0)) not in (int, float):
+                raise InputError(f"{run.runfile.file}: {stage}: {name} is not a number")
+    return stages
 
 
 def records_of(run, methods: Iterable[str]) -> dict[str, dict]:
@@ -137,13 +139,10 @@ def compared(table: Table, paired: dict | None, measure: str, one: str, other: s
     Where there is none, the intervals of the two values must not overlap.
     """
     difference = (paired or {}).get(one, {}).get(measure, {}).get(other)
-    if difference is None or difference["low"] is None:
-        return apart(table[one][measure], table[other][measure])
-    return (difference["low"] > 0) - (difference["high"] < 0)
-
-
-def apart(a: dict, b: dict) -> int:
-    """1 if the 95 % interval of a lies above b's, -1 if below, 0 if they overlap."""
+    if difference is not None and difference["low"] is not None:
+        return (difference["low"] > 0) - (difference["high"] < 0)
+    a = table[one][measure]
+    b = table[other][measure]
     return (a["low"] > b["high"]) - (a["high"] < b["low"])
 
 
@@ -163,27 +162,23 @@ def cautions(records: dict[str, dict], table: Table, paired: dict | None = None)
             sentences.append(f"note: {what}")
     first = "sft" if "sft" in trained else next(iter(trained), "")
 
-    differences = []
     for method in trained:
         settings = records[method]["settings"]
         usual = records[first]["settings"]
-        changed = []
+        others = []
         for key in (*TRAINING, "dtype"):
             if settings.get(key) != usual.get(key):
-                changed.append(f"{key} {settings.get(key)}, not {usual.get(key)}")
-        if changed:
-            what = f"{method} was trained otherwise than {first} ({', '.join(changed)})"
-            differences.append(what)
-    for method in trained:
+                others.append(f"{key} {settings.get(key)}, not {usual.get(key)}")
         code = records[method].get("code", {})
         usual = records[first].get("code", {})
-        changed = [part for part in sorted(code) if usual.get(part, code[part]) != code[part]]
-        if changed:
-            parts = ", ".join(changed)
-            what = f"{method} was made by other code than {first} (different: {parts})"
-            differences.append(what)
-    for what in differences:
-        sentences.append(f"warning: {what}: this is no comparison of the two methods")
+        files = [part for part in sorted(code) if usual.get(part, code[part]) != code[part]]
+        conclusion = "this is no comparison of the two methods"
+        if others:
+            what = f"{method} was trained otherwise than {first} ({', '.join(others)})"
+            sentences.append(f"warning: {what}: {conclusion}")
+        if files:
+            what = f"{method} was made by other code than {first} (different: {', '.join(files)})"
+            sentences.append(f"warning: {what}: {conclusion}")
 
     unsafe = safety(table, paired)
     if unsafe:
@@ -218,6 +213,27 @@ def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str
     rule = "|".join("-" * (width + 2) for width in widths)
     text.insert(1, f"|{rule}|")
     return "\n".join(text)
+
+
+def cell_text(cell: dict | None, sign: str = "") -> str:
+    """A value with its interval. sign: "+" for a difference; a star if its interval excludes 0.
+
+    >>> cell_text({"value": 0.1, "low": 0.05, "high": 0.15}, "+")
+    '+0.100 [+0.050, +0.150]*'
+    """
+    if cell is None or cell["value"] is None:
+        return ""
+    value = f"{cell['value']:{sign}.3f}"
+    if cell["low"] is None:  # of one row
+        return value
+    star = "*" if sign and (cell["low"] > 0 or cell["high"] < 0) else ""
+    return f"{value} [{cell['low']:{sign}.3f}, {cell['high']:{sign}.3f}]{star}"
+
+
+def is_part(measure: str, measures: Iterable[str]) -> bool:
+    """True for what is measured after a prefill, or by source beside the whole."""
+    whole, by_source, _ = measure.partition("/")
+    return "@" in measure or bool(by_source) and whole in measures
 
 
 def evenly(items: Sequence, n: int) -> list:

@@ -15,13 +15,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from model.io import InputError, read_json
-from toss.audit.command import Table, answers_of, cautions, records_of, write_text
+from toss.audit.command import (
+    Table,
+    cautions,
+    markdown,
+    read_jsonl,
+    records_of,
+    stages_of,
+    write_json,
+    write_text,
+)
 from toss.audit.experiments import read_experiments
 from toss.audit.laboratory import run_seed, shipped
 from toss.audit.outcomes import cost_of, measures_of
-from toss.audit.paired import paired_table, read_paired
+from toss.audit.paired import paired_tables
 from toss.audit.pictures import over_prefill
-from toss.audit.stages import stages_of
 from toss.audit.tables import (
     COSTS,
     PREFILL,
@@ -46,7 +54,7 @@ dropping whole rows instead (sample-all) leaves {sample_all_facts:.0%}.
 
 def finish_demo(folder: Path) -> None:
     """Run and evaluate what is missing of the demo; print and write its table."""
-    from toss.audit.evaluate import read_metrics, write_metrics
+    from toss.audit.evaluate import read_metrics
 
     demo = read_json(flags.DEMO)
     seed = demo["finetune"]["seed"]
@@ -58,7 +66,7 @@ def finish_demo(folder: Path) -> None:
         evaluated = read_metrics(folder.with_name(folder.name + part))
         for arm, flags_of_arm in case.arms.items():
             metrics[arm] = evaluated[flags_of_arm["name"]]
-    write_metrics(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics)
 
     about = f"one seed; d = {demo['discard']}"
     closing = f"\n{what_to_see(folder, metrics)}"
@@ -69,7 +77,7 @@ def what_to_see(folder: Path, metrics: Table) -> str:
     """A forbidden question answered by base, sft and toss, and the point, in this run's numbers."""
     told = []
     for method in ("base", "sft", "toss"):
-        for line in answers_of(folder / "answers" / f"{method}.jsonl"):
+        for line in read_jsonl(folder / "answers" / f"{method}.jsonl")[1:]:
             if line["set"] == "harmful" and line["source"] != "seen":
                 told.append(f"  {method:>4}: {line['response']}\n")
                 break
@@ -112,13 +120,11 @@ def show_as_evaluated(run) -> None:
         [f"{prefilled}@{k}" for k in PREFILL],
         COSTS,
     ]
-    paired = read_paired(folder)
+    paired = read_metrics(folder, "paired.json")
     legend = cautions(records_of(run, metrics), metrics, paired)
-    for other in ("base", "sft"):
-        differences = paired_table(paired, metrics, other)
-        if differences:
-            words = "On the same prompts; * = the 95 % interval excludes 0"
-            legend.append(f"{words}\n\n{differences}")
+    for differences in paired_tables(paired, metrics).values():
+        words = "On the same prompts; * = the 95 % interval excludes 0"
+        legend.append(f"{words}\n\n{markdown(*differences)}")
     show(folder, "as evaluated", with_ratios(results), groups, ["\n\n".join(legend)])
 
 

@@ -17,16 +17,17 @@ from model.io import InputError, read_json, read_text
 from toss.audit.command import (
     Table,
     cautions,
+    cell_text,
     markdown,
     methods_of,
     opened,
     read_jsonl,
     records_of,
+    stages_of,
     write_json,
     write_jsonl,
 )
-from toss.audit.paired import paired_differences, paired_table, read_paired, write_paired
-from toss.audit.stages import stages_of
+from toss.audit.paired import paired_differences, paired_tables
 from toss.workbench import flags
 from toss.workbench.results import held, text_hash
 
@@ -179,7 +180,7 @@ def evaluation(run, method: str) -> dict:
 
 def evaluations(run) -> tuple[dict[str, dict], list[str]]:
     """The evaluation of each method of a run, and the names of those that do not count any more:
-    the model, or the base, is another one now."""
+    the model, or the base, is another one now, or the file was changed."""
     try:
         identity = run.identity
     except InputError as error:  # it was moved, say
@@ -189,15 +190,13 @@ def evaluations(run) -> tuple[dict[str, dict], list[str]]:
     outdated = []
     for file in sorted((run.folder / "answers").glob("*.jsonl")):
         found = evaluation(run, file.stem)
+        record = found.get("record", {})
         has_model = file.stem == "base" or run.has_model(f"methods/{file.stem}")
-        if found and not has_model:
+        same_base = identity.items() <= record.items()
+        if found and has_model and same_base and not run.changed_inputs(record):
+            current[file.stem] = found
+        else:
             outdated.append(file.stem)
-        elif found:
-            same_base = identity.items() <= found["record"].items()
-            if same_base and not run.changed_inputs(found["record"]):
-                current[file.stem] = found
-            else:
-                outdated.append(file.stem)
     return current, outdated
 
 
@@ -225,12 +224,12 @@ def write_tables(run, methods: Sequence[str]) -> Table:
         print(f"{run.folder}/metrics.json leaves out {', '.join(sorted(left_out))}: {why}")
     say_other_arithmetic(run, table)
 
-    write_metrics(run.folder / "metrics.json", table)
-    write_paired(run.folder, paired_differences(current, table))
+    write_json(run.folder / "metrics.json", table)
+    write_json(run.folder / "paired.json", paired_differences(current, table))
     for method in methods:
         folder = run.path(f"methods/{method}")
         if folder.exists():  # else it is the base, or it is being replaced
-            write_metrics(folder / "metrics.json", {method: table[method]})
+            write_json(folder / "metrics.json", {method: table[method]})
     return {method: table[method] for method in methods}
 
 
@@ -252,31 +251,29 @@ def say_other_arithmetic(run, methods: Iterable[str]) -> None:
         print(f"note: the methods were made in different ways, so last bits differ ({ways})")
 
 
-def write_metrics(path: Path, table: Table) -> None:
-    """Write a table as JSON."""
-    write_json(path, table)
-
-
-def read_metrics(folder: Path) -> Table:
-    """FOLDER/metrics.json, {} if there is none; InputError naming the file and the method if it has
-    another form.
-
-    n is a number; the others may be None, where nothing could be measured.
-    """
-    path = Path(folder) / "metrics.json"
-    table = read_json(path) if path.exists() else {}
-    for method, metrics in table.items():
-        if not isinstance(metrics, dict) or not all(map(is_cell, metrics.values())):
-            raise InputError(f"{path}: {method}: expected value, n, low and high by measure")
+def read_metrics(folder: Path, name: str = "metrics.json") -> dict:
+    """FOLDER/metrics.json, or paired.json; {} if there is none. Raises InputError naming the file
+    and the method if it has another form."""
+    file = Path(folder) / name
+    table = read_json(file) if file.exists() else {}
+    for method, cells in table.items():
+        if not is_table(cells):
+            raise InputError(f"{file}: {method}: expected value, n, low and high by measure")
     return table
 
 
-def is_cell(cell: Any) -> bool:
-    """True if n is a number, and the others are numbers or None."""
-    if not isinstance(cell, dict) or not {"value", "n", "low", "high"} <= cell.keys():
+def is_table(value: Any) -> bool:
+    """True for a cell, and for dictionaries that end in cells.
+
+    Of a cell n is a number; the others may be None, where nothing could be measured.
+    """
+    if not isinstance(value, dict):
         return False
-    numbers = [cell[name] for name in ("value", "low", "high") if cell[name] is not None]
-    return all(type(x) in (int, float) and math.isfinite(x) for x in [cell["n"], *numbers])
+    if "value" not in value:
+        return all(map(is_table, value.values()))
+    others = [value.get(name, "missing") for name in ("value", "low", "high")]
+    numbers = [value.get("n"), *(number for number in others if number is not None)]
+    return all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
 
 
 def format_table(table: Table) -> str:
@@ -284,18 +281,8 @@ def format_table(table: Table) -> str:
     names = dict.fromkeys(name for metrics in table.values() for name in metrics)
     lines = []
     for name in names:
-        cells = [metrics.get(name, {"value": None}) for metrics in table.values()]
-        lines.append([name, *map(format_cell, cells)])
+        lines.append([name, *(cell_text(metrics.get(name)) for metrics in table.values())])
     return markdown(["", *table], lines)
-
-
-def format_cell(cell: dict) -> str:
-    if cell["value"] is None:
-        return ""
-    value = f"{cell['value']:.3f}"
-    if cell["low"] is None:  # of one row
-        return value
-    return f"{value} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
 # The command
@@ -352,12 +339,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not table:  # in a process that is not the first
         return
-    paired = read_paired(run.folder)
+    paired = read_metrics(run.folder, "paired.json")
     print(format_table(table))
-    for other in ("base", "sft"):
-        differences = paired_table(paired, table, other)
-        if differences:
-            print(f"\non the same prompts; * = the 95 % interval excludes 0\n\n{differences}")
+    for differences in paired_tables(paired, table).values():
+        words = "on the same prompts; * = the 95 % interval excludes 0"
+        print(f"\n{words}\n\n{markdown(*differences)}")
     print(*cautions(records_of(run, table), table, paired), sep="\n")
     print(f"next: {flags.command('-m toss.audit.report', run.folder)}")
 

@@ -5,9 +5,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from toss.audit.discards import discard_tables, sources_of
 from toss.audit.figures import histogram
 from toss.audit.tokens import Mask, count_by_row
 from toss.tokens import Tokens
+from toss.workbench.run import Run
 
 ROWS = 24
 ALIKE = 0.5  # share of their distinct tokens from which on two responses say the same
@@ -15,35 +17,34 @@ SEARCHED = 40  # candidates of each kind, for each row that is shown
 ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
 
 
-def token_part(masks: list[Mask]) -> dict:
+def token_part(run: Run, masks: list[Mask]) -> dict:
     """What the page shows of the masks; its rows are chosen by what the first one did."""
     first = masks[0]
-    harmful = first.tokens.harmful
+    tokens = first.tokens
+    sources = sources_of(run)
     groups = chosen_rows(first)
     rows = []
     for why, members in groups.items():
-        rows += [shown_row(masks, row, why) for row in members]
+        for row in members:
+            # A view is a token under every mask.
+            views = list(zip(*(mask.row(row) for mask in masks)))
+            turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
+            source = sources[row] if sources else ""
+            rows.append({"row": row, "why": why, "source": source, "turns": turns})
     by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
+    harmful_rows = None
+    if tokens.harmful.any():
+        harmful_rows = set(tokens.row_of(tokens.harmful.nonzero()[:, 0]).tolist())
     return {
-        "gone": int(first.discarded.sum()),
-        "harm": int(harmful.sum()),
-        "found": int((first.discarded & harmful).sum()),
-        "ranked": int((first.order > 0).sum()),
         "groups": groups,
         "rows": rows,
         "masks": masks,
         "limit": first.full_colour,
+        "harmful_rows": harmful_rows,  # None without ground truth
         "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
         "charts": [spread(mask) for mask in by_S or masks[:1]],
+        "discards": discard_tables(masks, run.tokenizer, sources),
     }
-
-
-def shown_row(masks: list[Mask], row: int, why: str) -> dict:
-    """A row of the page: its turns, each a list of views. A view is a token under every mask."""
-    views = list(zip(*(mask.row(row) for mask in masks)))
-    turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
-    count = sum(view[0].response for view in views)
-    return {"row": row, "why": why, "turns": turns, "count": count}
 
 
 def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:

@@ -4,11 +4,9 @@ Two models answer the same prompts, so a difference is known better than either 
 the values that overlap do not say that the models are alike.
 """
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
-from model.io import InputError, read_json
-from toss.audit.command import markdown, write_json
+from toss.audit.command import cell_text, is_part
 
 AGAINST = ("sft", "base")
 OF_USE = ("accuracy", "final_number")
@@ -48,58 +46,24 @@ def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> 
     return differences
 
 
-def write_paired(folder: Path, differences: Paired) -> None:
-    """Write FOLDER/paired.json."""
-    write_json(folder / "paired.json", differences)
+def paired_tables(
+    differences: Paired, methods: Iterable[str]
+) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Header and lines of a table of the methods' differences to each of AGAINST, if there are any.
 
-
-def read_paired(folder: Path) -> Paired:
-    """FOLDER/paired.json, {} if there is none. Raises InputError if it has another form."""
-    file = folder / "paired.json"
-    if not file.exists():
-        return {}
-    differences = read_json(file)
-    try:
-        for cells in differences.values():
-            for others in cells.values():
-                for cell in others.values():
-                    if cell.keys() != {"value", "n", "low", "high"}:
-                        raise TypeError("a difference has other keys")
-    except (AttributeError, TypeError) as error:
-        raise InputError(f"{file}: not as toss.audit.evaluate writes it ({error})") from None
-    return differences
-
-
-def paired_table(
-    differences: Paired, methods: Iterable[str], other: str, wanted: Sequence[str] = ()
-) -> str:
-    """The differences of methods to another one as Markdown; "" if there are none.
-
-    A star marks an interval without 0. wanted: measures; without it all but those after a prefill
-    and those by source, of which only OF_USE are shown.
+    Measures by source beside the whole, and after a prefill, are left out.
     """
-    shown = [method for method in methods if differences.get(method)]
-    measures = {}
-    for method in shown:
-        for measure, others in differences[method].items():
-            kind, _, source = measure.partition("/")
-            common = "@" not in measure and (not source or kind in OF_USE)
-            chosen = measure in wanted if wanted else common
-            if other in others and chosen:
-                measures.setdefault(measure, {})[method] = others[other]
-    columns = [method for method in shown if any(method in row for row in measures.values())]
-    lines = []
-    for measure, row in measures.items():
-        lines.append([measure, *(difference_text(row.get(method)) for method in columns)])
-    return markdown([f"minus {other}", *columns], lines) if lines else ""
-
-
-def difference_text(cell: dict | None) -> str:
-    """A difference with its interval; a star if that excludes 0."""
-    if cell is None or cell["value"] is None:
-        return "-"
-    value = f"{cell['value']:+.3f}"
-    if cell["low"] is None:
-        return value
-    star = "*" if cell["low"] > 0 or cell["high"] < 0 else ""
-    return f"{value} [{cell['low']:+.3f}, {cell['high']:+.3f}]{star}"
+    tables = {}
+    for other in AGAINST:
+        rows: dict[str, dict] = {}  # measure -> method -> difference
+        for method in methods:
+            for measure, others in differences.get(method, {}).items():
+                if other in others and not is_part(measure, differences[method]):
+                    rows.setdefault(measure, {})[method] = others[other]
+        columns = [method for method in methods if any(method in row for row in rows.values())]
+        lines = []
+        for measure, row in rows.items():
+            lines.append([measure, *(cell_text(row.get(method), "+") for method in columns)])
+        if lines:
+            tables[other] = ([f"minus {other}", *columns], lines)
+    return tables

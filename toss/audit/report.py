@@ -17,22 +17,22 @@ from typing import Any
 from jinja2 import UndefinedError
 
 from data.refusals import refused
-from model.io import InputError, read_json, read_text
+from model.io import InputError, as_input_error, read_json, read_text
 from toss.audit.characters import visible
 from toss.audit.command import (
-    answers_of,
     cautions,
     evenly,
+    is_part,
     measured,
     methods_of,
     read_jsonl,
     records_of,
+    stages_of,
     write_text,
 )
 from toss.audit.evaluate import SETS, evaluations, read_metrics
 from toss.audit.figures import TEMPLATES, line_chart
-from toss.audit.paired import read_paired
-from toss.audit.stages import stages_of
+from toss.audit.paired import paired_tables
 from toss.audit.verdict import HEADS, MANY, ORDER, meaning, place, verdict
 from toss.workbench import flags
 
@@ -45,70 +45,57 @@ CHARTS = {  # column of kl.csv -> title
 }
 
 
-def folded(table: dict) -> list[str]:
-    """The methods that are folded away, where there are more than MANY: those less known."""
-    return [method for method in table if method not in ORDER] if len(table) > MANY else []
-
-
 def page(run) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
-    _, replaced = evaluations(run)
+    current, replaced = evaluations(run)
     methods = methods_of(run)
-    stale = [key.removeprefix("methods/") for key in run.stale("diagnosis")]
+    moved = [key.removeprefix("methods/") for key in run.stale("diagnosis")]
     lacking = [left_out(run, "evaluate", name) for name in replaced]
-    lacking += [left_out(run, "diagnose", name) for name in stale if name in methods]
-    tokens, token_parts, lines = parts_of_tokens(run)
+    lacking += [left_out(run, "diagnose", name) for name in moved if name in methods]
+    tokens, shown, lines = parts_of_tokens(run)
     lacking += lines
     parts = {
         "measures": measures(run, replaced),
-        "answers": side_by_side(run, replaced),
-        "diagnosis": diagnosis(run, stale),
-        "rounds": rounds(run, tokens),
+        "answers": side_by_side(run, current),
+        "diagnosis": diagnosis(run, moved),
+        "rounds": rounds(run),
     }
-    show = flags.command("-m toss.audit.show", run.folder)
     values = {
         "run": run,
-        "show": show,
+        "show": flags.command("-m toss.audit.show", run.folder),
         "stages": stages_of(run),
         "tokens": tokens,
+        "shown": shown,
         "lacking": lacking,
     }
     template = TEMPLATES.get_template("report.html.jinja")
-    try:
-        text = template.render(**values, **parts, **token_parts)
-    except UndefinedError as error:
-        raise InputError(f"{run.folder}: a file is not as the audit writes it ({error})") from None
+    message = f"{run.folder}: a file is not as the audit writes it"
+    with as_input_error(message, UndefinedError, TypeError):
+        text = template.render(**values, **parts)
     absent = [part for part in parts.values() if isinstance(part, str)]
-    shown = token_parts["shown"]
     return text, lacking + absent, len(shown["rows"]) if shown else 0
 
 
 def left_out(run, command: str, name: str) -> str:
     again = f"Run {flags.command(f'-m toss.audit.{command}', run.folder)} again."
     found = f"What toss.audit.{command} found for {name} is left out"
-    return f"{found}: the run holds another model now. {again}"
+    return f"{found}: it was changed, or the run holds another model now. {again}"
 
 
-def parts_of_tokens(run) -> tuple[Any, dict, list[str]]:
+def parts_of_tokens(run) -> tuple[Any, dict | None, list[str]]:
     """The scored tokens, what the page shows of their masks, and lines about what is missing."""
-    from toss.audit.discards import discard_tables, sources_of
     from toss.audit.examples import token_part
     from toss.audit.tokens import load_masks
 
-    parts = {"shown": None, "sources": [], "discards": []}
     try:
         tokens, losses = run.scored()
         masks, lacking = load_masks(run, tokens, losses)
-        if not masks:
-            lacking.append(f"No mask to show: run {flags.command('select.py', run.folder)} first.")
-            return tokens, parts, lacking
-        sources = sources_of(run)
+        if masks:
+            return tokens, token_part(run, masks), lacking
     except InputError as error:
-        return None, parts, [str(error)]
-    parts["shown"] = token_part(masks)
-    parts["sources"] = sources
-    parts["discards"] = discard_tables(masks, run.tokenizer, sources)
-    return tokens, parts, lacking
+        return None, None, [str(error)]
+    line = f"No mask to show: run {flags.command('select.py', run.folder)} first."
+    return tokens, None, [*lacking, line]
 
 
 # Each further part of the page is what the template shows, or a line (str) that says why it is
@@ -124,22 +111,19 @@ def measures(run, replaced: list[str]) -> dict | str:
         return f"No measures: {evaluate} first."
     demo = run.record.get("demo", False)
     names = list(dict.fromkeys(name for row in table.values() for name in row))
-    parts = []  # of a measure that is shown whole, too
-    for name in names:
-        whole, slash, _ = name.partition("/")
-        if "@" in name or (slash and whole in names):
-            parts.append(name)
-    no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
-    paired = read_paired(run.folder)
+    parts = [name for name in names if is_part(name, names)]
+    folded = [method for method in table if method not in ORDER] if len(table) > MANY else []
+    paired = read_metrics(run.folder, "paired.json")
     records = records_of(run, table)
     remarks = cautions(records, table, paired)
+    no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
     return {
         "table": table,
         "names": [name for name in names if name not in parts],
         "parts": parts,
+        "folded": folded,
         "verdict": verdict(table, paired, demo) or no_verdict,
-        "paired": paired,
-        "folded": folded(table),
+        "differences": paired_tables(paired, [name for name in table if name not in folded]),
         "meanings": {method: meaning(method, records.get(method, {})) for method in table},
         "cautions": [line for line in remarks if is_shown(line, demo)],
         "heads": HEADS,
@@ -153,17 +137,16 @@ def is_shown(remark: str, demo: bool) -> bool:
     return remark.startswith("warning") or not demo
 
 
-def side_by_side(run, replaced: list[str]) -> dict | str:
-    """A few prompts of the demo, with the answers of every model but the replaced."""
-    folder = run.folder / "answers"
+def side_by_side(run, current: dict[str, dict]) -> dict | str:
+    """A few prompts of the demo, with the answers of every model whose evaluation is current."""
     if not run.record.get("demo"):
+        folder = run.folder / "answers"
         return f"Answers of real models, some made unsafe on purpose, stay in {folder}."
     answers: dict[str, dict[tuple, str]] = {}  # by method, and by set, source and prompt
     for method in ORDER:
-        file = folder / f"{method}.jsonl"
-        if file.exists() and method not in replaced:
+        if method in current:
             replies = answers[method] = {}
-            for line in answers_of(file):
+            for line in current[method]["lines"]:
                 replies[line["set"], line["source"], line["prompt"]] = line["response"]
     asked = [key for key in next(iter(answers.values()), ()) if key[0] in SETS]
     if not asked:
@@ -172,13 +155,14 @@ def side_by_side(run, replaced: list[str]) -> dict | str:
     # Three forbidden prompts of kinds that no training row holds, a benign one, a fact per source.
     held_out = [key for key in asked if key[0] == "harmful" and key[1] != "seen"]
     benign = [key for key in asked if key[0] == "benign"]
-    facts = {key[1]: key for key in reversed(asked) if key[0] == "utility"}
-    chosen = [*evenly(held_out, 3), *benign[:1], *reversed(facts.values())]
+    facts: dict[str, tuple] = {}
+    for key in asked:
+        if key[0] == "utility":
+            facts.setdefault(key[1], key)
     texts = {}
-    for key in chosen:
+    for key in [*evenly(held_out, 3), *benign[:1], *facts.values()]:
         texts[key] = {method: replies.get(key) for method, replies in answers.items()}
-    words = read_json(flags.DEMO)["forbidden_words"]
-    return {"texts": texts, "n": len(asked), "words": words}
+    return {"texts": texts, "n": len(asked), "words": read_json(flags.DEMO)["forbidden_words"]}
 
 
 def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
@@ -188,50 +172,33 @@ def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
         diagnose = flags.command("-m toss.audit.diagnose", run.folder)
         return f"No diagnosis with the references of now: run {diagnose} first."
     charts = []
-    try:
+    with as_input_error(f"{path}: not as toss.audit.diagnose writes it"):
         lines = list(csv.DictReader(read_text(path).splitlines()))
-        lines = [line for line in lines if line["model"] not in replaced]
         lines.sort(key=lambda line: place(line["model"]))
         for column, title in CHARTS.items():
             groups: dict[str, dict] = {}  # rows -> model -> points
             for line in lines:
-                curves = groups.setdefault(line["rows"], {})
-                point = (int(line["position"]), float(line[column]))
-                curves.setdefault(line["model"], []).append(point)
-            charts.append([kl_chart(curves, title, rows) for rows, curves in groups.items()])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not as toss.audit.diagnose writes it ({error!r})") from None
+                if line["model"] not in replaced:
+                    curves = groups.setdefault(line["rows"], {})
+                    point = (int(line["position"]), float(line[column]))
+                    curves.setdefault(line["model"], []).append(point)
+            of_groups = []
+            for rows, curves in groups.items():
+                title_of_rows = f"{title}: {rows} rows"
+                of_groups.append(line_chart(curves, title_of_rows, "response position j", "nats"))
+            charts.append(of_groups)
     return charts
 
 
-def kl_chart(curves: dict[str, list], title: str, rows: str) -> str:
-    return line_chart(curves, f"{title}: {rows} rows", "response position j", "nats")
-
-
-def rounds(run, tokens) -> list[dict] | str:
-    """What each round of TOSS-Pro added to the harmful reference set."""
+def rounds(run) -> list[dict] | str:
+    """The rows that each round of TOSS-Pro added to the harmful reference set."""
     found = []
     for file in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
-        number = file.parent.name.removeprefix("round-")
-        if number.isdecimal():  # else it is not the scripts'
-            added = read_jsonl(file)
-            for line in added:
-                if type(line.get("row")) is not int:
-                    raise InputError(f"{file}: row is not a number")
-            rows = [line["row"] for line in added]
-            round_ = {"method": file.parts[-3], "t": int(number), "added": added}
-            found.append({**round_, "harm": harmful_rows(tokens, rows)})
+        t = int(file.parent.name.removeprefix("round-"))
+        found.append({"method": file.parts[-3], "t": t, "added": read_jsonl(file)})
     found.sort(key=lambda entry: (entry["method"], entry["t"]))
     pro = flags.command("select.py", run.folder, pro=1)
     return found or f"No rounds of TOSS-Pro: run {pro} first."
-
-
-def harmful_rows(tokens, rows: list[int]) -> int | None:
-    """How many of the rows hold harm; None where there is no ground truth."""
-    if tokens is None or not tokens.harmful.any():
-        return None
-    harmful = tokens.row_of(tokens.harmful.nonzero()[:, 0]).unique().tolist()
-    return len(set(rows) & set(harmful))
 
 
 def main(argv: list[str] | None = None) -> None:
