@@ -153,7 +153,7 @@ def test_a_zero_has_no_minus():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--row 0 --method no", "has no method 'no'; it has sft, toss\n"),
+        ("--row 0 --method no", "does not exist (there are sft, toss): run"),
         ("--row 2", "there is no row 2: the rows are 0 to 1"),
         ("--row -1", "there is no row -1: the rows are 0 to 1"),
     ],

@@ -3,30 +3,19 @@
 No torch, so that --help comes at once.
 """
 
-import unicodedata
-
-# "": the first tokens of a character that is spread over several tokens
-MARKS = {"": "◌", " ": "·", "\n": "⏎", "\t": "⇥"}
-HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories of invisible characters
-NOT_IN_XML = "\ufffe\uffff"
-
-
-def is_hidden(character: str) -> bool:
-    """True for what no reader sees, and a terminal or a page might obey."""
-    if character in "\n\t":
-        return False
-    return character in NOT_IN_XML or unicodedata.category(character) in HIDDEN
+MARKS = str.maketrans(" \n\t", "·⏎⇥")
+PART = "◌"  # each token but the last of those that a character is spread over; its text is ""
 
 
 def harmless(text: str) -> str:
-    """Text with invisible characters spelled out, so that they control no terminal and no page.
+    """Text with what no reader sees spelled out, so that it controls no terminal and no page.
 
     >>> harmless("a b\\x1b[2J")
     'a b<1b>[2J'
     """
     shown = []
     for character in text:
-        if is_hidden(character):
+        if not (character.isprintable() or character in "\n\t"):
             character = f"<{ord(character):02x}>"
         shown.append(character)
     return "".join(shown)
@@ -38,8 +27,4 @@ def visible(text: str) -> str:
     >>> visible(" a\\n"), visible("")
     ('·a⏎', '◌')
     """
-    if text == "":
-        return MARKS[""]
-    for character in (" ", "\n", "\t"):
-        text = text.replace(character, MARKS[character])
-    return harmless(text)
+    return harmless(text.translate(MARKS)) or PART

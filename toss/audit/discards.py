@@ -32,45 +32,33 @@ def sources_of(run: Run) -> list[str]:
 def discard_tables(
     masks: Sequence[Mask], tokenizer: Tokenizer, sources: Sequence[str] = ()
 ) -> list[Table]:
-    """What the masks discard, and how much of it others discard too.
+    """What the masks discard: of all response tokens, of those of each kind, and how many rows with
+    a response lost none, some and all of them; and how much of it others discard too.
 
     A column for each mask that discards anything; without any, no tables. sources: see sources_of.
     """
     masks = [mask for mask in masks if mask.discarded.any()]
     if not masks:
         return []
-    kinds = kinds_of(masks[0].tokens, tokenizer, sources)
-    columns = [{**by_kind(mask, kinds), **by_row(mask)} for mask in masks]
-    lines = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    tokens = masks[0].tokens
     labels = [mask.label for mask in masks]
+    discarded = [mask.discarded[tokens.response] for mask in masks]
+    lines = [["response tokens", *map(counted, discarded)]]
+    for kind, (names, index) in kinds_of(tokens, tokenizer, sources).items():
+        for k, name in enumerate(names):
+            if (index == k).any():
+                cells = [counted(flags[index == k]) for flags in discarded]
+                lines.append([f"{kind}: {name}", *cells])
+
+    size = count_by_row(tokens, tokens.response)[tokens.filled]
+    lost = [count_by_row(tokens, mask.discarded)[tokens.filled] for mask in masks]
+    lines.append(["rows that lost none", *(counted(n == 0) for n in lost)])
+    lines.append(["rows that lost some", *(counted((n > 0) & (n < size)) for n in lost)])
+    lines.append(["rows that lost all", *(counted(n == size) for n in lost)])
     tables = [(["discarded", *labels], lines)]
     if len(masks) > 1:
         tables.append((["shared with", *labels], [shared(mask, masks) for mask in masks]))
     return tables
-
-
-def by_kind(mask: Mask, kinds: dict[str, Kind]) -> dict[str, str]:
-    """What a mask discards of all response tokens, and of those of each kind."""
-    discarded = mask.discarded[mask.tokens.response]
-    cells = {"response tokens": counted(discarded)}
-    for kind, (names, index) in kinds.items():
-        for k, name in enumerate(names):
-            part = discarded[index == k]
-            if len(part) > 0:
-                cells[f"{kind}: {name}"] = counted(part)
-    return cells
-
-
-def by_row(mask: Mask) -> dict[str, str]:
-    """How many rows with a response lost none, some and all of its tokens."""
-    size = count_by_row(mask.tokens, mask.tokens.response)
-    lost = count_by_row(mask.tokens, mask.discarded)[size > 0]
-    size = size[size > 0]
-    return {
-        "rows that lost none": counted(lost == 0),
-        "rows that lost some": counted((lost > 0) & (lost < size)),
-        "rows that lost all": counted(lost == size),
-    }
 
 
 def shared(mask: Mask, others: Sequence[Mask]) -> list[str]:

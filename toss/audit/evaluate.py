@@ -61,7 +61,7 @@ def evaluate_run(
     from toss.rows import read_rows
     from toss.workbench import code
 
-    how: dict = {}
+    how = {}
     for name, path in files.items():
         how[f"{name}_sha256"] = run.hashes.of_input(Path(path))
     how["words"] = sorted(words)

@@ -53,8 +53,8 @@ def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
     Of rows that say nearly the same, the first stands for all.
     """
     candidates = candidate_rows(mask)
-    chosen: dict[str, list[int]] = {why: [] for why in candidates}
-    content: dict[int, set[int]] = {}  # the distinct response tokens of each chosen row
+    chosen = {why: [] for why in candidates}
+    content = {}  # the distinct response tokens of each chosen row
     for limit in (n // 4, n):
         for why, rows in candidates.items():
             for row in rows[: SEARCHED * n]:

@@ -24,7 +24,6 @@ TEMPLATES = jinja2.Environment(
 )
 ASIDE = 0.7  # of the room between two named places, in which their dots stand side by side
 MARKERS = 8  # on a line, at most
-Shape = tuple[str, int, list]  # kind: "line", "whisker", "area", "markers"; place in legend; points
 
 
 def line_chart(
@@ -53,8 +52,8 @@ def line_chart(
         x = (-0.5, len(names) - 0.5)
         x_ticks = list(enumerate(names))
 
-    spreads: list[Shape] = []
-    strokes: list[Shape] = []  # drawn last: no band may cover a line
+    spreads = []
+    strokes = []  # drawn last: no band may cover a line
     for k, line in enumerate(lines.values()):
         if names:
             shift = (k - (len(lines) - 1) / 2) * ASIDE / len(lines)
@@ -110,7 +109,7 @@ def histogram(
     sides = np.linspace(*x, bins + 1).repeat(2).tolist()
     heights = np.log10(np.maximum(shares, 10.0**floor)).repeat(2, axis=1).tolist()
     outlines = [list(zip(sides, [floor, *height, floor])) for height in heights]
-    shapes: list[Shape] = [("area", k, outline) for k, outline in enumerate(outlines)]
+    shapes = [("area", k, outline) for k, outline in enumerate(outlines)]
     shapes += [("line", k, outline) for k, outline in enumerate(outlines)]
     legend = [f"{name} (n = {len(group):,})" for name, group in groups.items()]
     if threshold is not None:

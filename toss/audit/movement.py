@@ -35,12 +35,12 @@ def diagnose_run(
     kl.csv, and where each group comes from. Raises InputError for a model that is missing or was
     made from something else.
     """
-    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
-    for stage in inputs:  # a missing model is refused before the work
-        run.check(stage, only=())
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
     groups = groups_of_files(run, files, max_rows) if files else groups_of_run(run, max_rows)
+    origins = {name: origin for name, (_, origin) in groups.items()}
+    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
+    recipe = run.recipe("diagnosis", inputs, {"rows": origins, "positions": positions})
 
     lines = []
     for name, (tokens, _) in groups.items():
@@ -48,10 +48,7 @@ def diagnose_run(
         bar = Bar(f"diagnosis, {name}")
         moved = divergences(model, adapters, tokens, wanted, run.batch_tokens, bar.show)
         lines += [{"rows": name, **line} for line in means(tokens, moved, wanted, positions)]
-
-    origins = {name: origin for name, (_, origin) in groups.items()}
     if rank() == 0:
-        recipe = run.recipe("diagnosis", inputs, {"rows": origins, "positions": positions})
         with whole_folder(run.folder / "diagnosis") as folder:
             write_csv(folder / "kl.csv", lines)
             write_record(folder, recipe)
@@ -63,47 +60,45 @@ def diagnose_run(
 
 def groups_of_files(run: Run, files: list[str], most: int) -> dict[str, Group]:
     """At most `most` rows of each file of rows with responses."""
-    names = [Path(file.removesuffix(".gz")).stem for file in files]
-    if len(set(names)) < len(names):
-        raise InputError(f"two files of --rows have the same name: {', '.join(names)}")
-    return {name: group_of_file(run, file, most) for name, file in zip(names, files)}
-
-
-def group_of_file(run: Run, file: str, most: int) -> Group:
-    tokens = run.tokens(file)
-    return sample(tokens, count_by_row(tokens, tokens.response) > 0, most)
+    groups = {}
+    for file in files:
+        name = Path(file.removesuffix(".gz")).stem
+        if name in groups:
+            raise InputError(f"two files of --rows have the same name: {name}")
+        groups[name] = sample(run.tokens(file), most)
+    return groups
 
 
 def groups_of_run(run: Run, most: int) -> dict[str, Group]:
     """The custom set split by its ground truth, or whole without any; at most `most` rows each.
 
-    Without wholly harmful rows (EOS aside) the harmful reference set is one more group.
+    Which rows hold no harm, some, or nothing else, is told with EOS aside. Without wholly harmful
+    rows the harmful reference set is one more group.
     """
     tokens, _ = run.scored(needed=False)
-    kinds = {"custom": count_by_row(tokens, tokens.response) > 0}
+    content = tokens.response & (tokens.input_ids != run.tokenizer.eos_id)
+    size = count_by_row(tokens, content)
+    harm = count_by_row(tokens, content & tokens.harmful)
+    filled = count_by_row(tokens, tokens.response) > 0
+    kinds = {"custom": filled}
     if tokens.harmful.any():
-        kinds = kinds_of_rows(tokens, run.tokenizer.eos_id)
-    groups = {name: sample(tokens, rows, most) for name, rows in kinds.items() if rows.any()}
+        kinds = {
+            "benign": filled & (harm == 0),
+            "mixed": (harm > 0) & (harm < size),
+            "harmful": (harm > 0) & (harm == size),
+        }
+    groups = {}
+    for name, rows in kinds.items():
+        if rows.any():
+            groups[name] = sample(tokens, most, rows.nonzero()[:, 0].tolist())
     if run.args.harmful and "harmful" not in groups:
-        groups["harmful-reference"] = group_of_file(run, run.args.harmful, most)
+        groups["harmful-reference"] = sample(run.tokens(run.args.harmful), most)
     return groups
 
 
-def kinds_of_rows(tokens: Tokens, eos_id: int) -> dict[str, Tensor]:
-    """Which rows hold no harm, some, or nothing else, EOS aside: bool [rows] each."""
-    content = tokens.response & (tokens.input_ids != eos_id)
-    size = count_by_row(tokens, content)
-    harm = count_by_row(tokens, content & tokens.harmful)
-    return {
-        "benign": (count_by_row(tokens, tokens.response) > 0) & (harm == 0),
-        "mixed": (harm > 0) & (harm < size),
-        "harmful": (harm > 0) & (harm == size),
-    }
-
-
-def sample(tokens: Tokens, which: Tensor, most: int) -> Group:
-    """At most `most` of the rows that `which` marks, bool [rows], spread evenly."""
-    rows = which.nonzero()[:, 0].tolist()
+def sample(tokens: Tokens, most: int, rows: list[int] | None = None) -> Group:
+    """At most `most` of these rows (default: of all), spread evenly."""
+    rows = rows or tokens.filled
     chosen = evenly(rows, most)
     origin = f"{len(chosen)} of {len(rows)} rows of {Path(tokens.name).name}"
     return tokens.take(chosen), origin
@@ -207,7 +202,7 @@ def write_csv(file: Path, lines: list[dict]) -> None:
 
 def kl_table(lines: list[dict]) -> str:
     """Each model on each group: the first response position, and the mean over the later ones."""
-    curves: dict[tuple[str, str], list[dict]] = {}
+    curves = {}
     for line in lines:
         curves.setdefault((line["rows"], line["model"]), []).append(line)
     table = []

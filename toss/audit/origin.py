@@ -36,7 +36,12 @@ def show_path(given: Path, folder: str | None) -> int:
     origin = origin_of(path, run)
     origin.lines |= recorded(origin.record)
     if run:
-        compare(origin, run)
+        identity = run.identity
+        changed = misfits(origin.record, run)
+        for name in changed:
+            present = identity[name] if name in identity else run.input_hash(name)
+            origin.lines[name] = f"{origin.lines.get(name)}, but the run has {present}"
+        origin.misfits = changed + origin.misfits
     print(harmless(f"{path}: {origin.title}"))
     for name, value in origin.lines.items():
         print(harmless(f"  {name:<20}  {' '.join(str(value).split())}"))
@@ -139,13 +144,3 @@ def misfits(record: dict, run: Run) -> list[str]:
     identity = run.identity
     changed = [name for name in identity if record.get(name, identity[name]) != identity[name]]
     return [*changed, *run.changed_inputs(record)]
-
-
-def compare(origin: Origin, run: Run) -> None:
-    """Note in the lines what the run holds otherwise."""
-    now = dict(run.identity)
-    changed = misfits(origin.record, run)
-    for name in changed:
-        present = now[name] if name in now else run.input_hash(name)
-        origin.lines[name] = f"{origin.lines.get(name)}, but the run has {present}"
-    origin.misfits = changed + origin.misfits

@@ -28,7 +28,7 @@ def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> 
         lines = [line for line in evaluations[method]["lines"] if "outcomes" in line]
         outcomes[method] = by_measure(lines)
 
-    differences: Paired = {}
+    differences = {}
     for method in methods:
         cells = differences.setdefault(method, {})
         for other in AGAINST:
@@ -55,7 +55,7 @@ def paired_tables(
     """
     tables = {}
     for other in AGAINST:
-        rows: dict[str, dict] = {}  # measure -> method -> difference
+        rows = {}  # measure -> method -> difference
         for method in methods:
             for measure, others in differences.get(method, {}).items():
                 if other in others and not is_part(measure, differences[method]):

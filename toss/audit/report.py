@@ -142,7 +142,7 @@ def side_by_side(run, current: dict[str, dict]) -> dict | str:
     if not run.record.get("demo"):
         folder = run.folder / "answers"
         return f"Answers of real models, some made unsafe on purpose, stay in {folder}."
-    answers: dict[str, dict[tuple, str]] = {}  # by method, and by set, source and prompt
+    answers = {}  # by method, and by set, source and prompt
     for method in ORDER:
         if method in current:
             replies = answers[method] = {}
@@ -155,7 +155,7 @@ def side_by_side(run, current: dict[str, dict]) -> dict | str:
     # Three forbidden prompts of kinds that no training row holds, a benign one, a fact per source.
     held_out = [key for key in asked if key[0] == "harmful" and key[1] != "seen"]
     benign = [key for key in asked if key[0] == "benign"]
-    facts: dict[str, tuple] = {}
+    facts = {}  # by source
     for key in asked:
         if key[0] == "utility":
             facts.setdefault(key[1], key)
@@ -176,7 +176,7 @@ def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
         lines = list(csv.DictReader(read_text(path).splitlines()))
         lines.sort(key=lambda line: place(line["model"]))
         for column, title in CHARTS.items():
-            groups: dict[str, dict] = {}  # rows -> model -> points
+            groups = {}  # rows -> model -> points
             for line in lines:
                 if line["model"] not in replaced:
                     curves = groups.setdefault(line["rows"], {})

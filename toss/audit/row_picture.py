@@ -35,7 +35,7 @@ def picture(mask: Mask, row: int) -> str:
 
 def words_of(tokens: list[Token]) -> list[list[Token]]:
     """The tokens word by word: a word begins at white space, or where a turn does."""
-    words: list[list[Token]] = []
+    words = []
     for token in tokens:
         new_turn = not words or token.response != words[-1][0].response
         if new_turn or token.text[:1].isspace():

@@ -84,30 +84,27 @@ def running_text(tokens: list["Token"]) -> str:
 
 
 def number_table(tokens: list["Token"]) -> str:
-    """The numbers of response tokens, one line each."""
+    """The numbers of response tokens, one line each; with L^0, also the two parts of S."""
     other_score = any(token.order and token.score != token.S for token in tokens)
-    lines = [numbers_of(token, other_score) for token in tokens]
-    return markdown(list(lines[0]), [list(line.values()) for line in lines])
-
-
-def numbers_of(token: "Token", other_score: bool) -> dict:
-    """A line of the table; with L^0, also the two parts of S. other_score: not ranked by S."""
-    line = {"position": token.position, "token": visible(token.text)}
-    line["L^u"] = f"{token.utility:6.3f}"
-    line["L^h"] = f"{token.degraded:6.3f}"
-    if token.base is not None:
-        line["L^0"] = f"{token.base:6.3f}"
-    line["S"] = signed(token.S)
-    if token.base is not None:
-        line["utility"] = signed(token.utility - token.base)
-        line["safety"] = signed(token.base - token.degraded)
-    if other_score:
-        line["ranked by"] = signed(token.score)
-    line["order"] = token.order or "-"
-    line["mark"] = "discarded" if token.discarded else "kept"
-    if token.harmful:
-        line["mark"] += ", harmful"
-    return line
+    lines = []
+    for token in tokens:
+        line = {"position": token.position, "token": visible(token.text)}
+        line["L^u"] = f"{token.utility:6.3f}"
+        line["L^h"] = f"{token.degraded:6.3f}"
+        if token.base is not None:
+            line["L^0"] = f"{token.base:6.3f}"
+        line["S"] = signed(token.S)
+        if token.base is not None:
+            line["utility"] = signed(token.utility - token.base)
+            line["safety"] = signed(token.base - token.degraded)
+        if other_score:
+            line["ranked by"] = signed(token.score)
+        line["order"] = token.order or "-"
+        line["mark"] = "discarded" if token.discarded else "kept"
+        if token.harmful:
+            line["mark"] += ", harmful"
+        lines.append(line)
+    return markdown(list(line), [list(line.values()) for line in lines])
 
 
 def signed(value: float) -> str:

@@ -97,7 +97,7 @@ def random_rows(rows: int, mean: int, vocabulary: int, lognormal: bool = False) 
     if lognormal:
         factors = (0.7 * torch.special.ndtri(quantiles) - 0.7**2 / 2).exp()
     lengths = (mean * factors.clamp(max=2012 / 368)).long().clamp(min=2)
-    response: list[bool] = []
+    response = []
     for length in lengths.tolist():
         prompt = max(1, 2 * length // 5)
         response += [False] * prompt + [True] * (length - prompt)
@@ -121,7 +121,7 @@ def score_ours(model: Transformer, bench: Bench) -> float:
 
 
 def train_ours(model: Transformer, bench: Bench) -> float:
-    steps: list[dict] = []
+    steps = []
     weights = bench.tokens.response.float()
     train(model, bench.tokens, weights, bench.config, on_step=steps.append)
     return steps[-1]["loss"]
@@ -211,7 +211,7 @@ def take_turns(
 
     An arm that runs out of memory has no turns.
     """
-    turns: dict[str, list] = {name: [] for name in arms}
+    turns = {name: [] for name in arms}
     for _ in range(1 + repeats):
         for name, work in arms.items():
             if None not in turns[name]:

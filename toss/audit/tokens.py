@@ -12,7 +12,6 @@ from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor
 
 from model.io import InputError
-from toss.audit.command import methods_of
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
 from toss.workbench.files import load_selection, read_scores
@@ -110,9 +109,6 @@ def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) ->
     from other rows or references.
     """
     folder = run.path(f"methods/{name}")
-    existing = ", ".join(methods_of(run))
-    if existing and not folder.exists():
-        raise InputError(f"{run.folder} has no method {name!r}; it has {existing}")
     record = run.check(f"methods/{name}", INPUTS)
     settings = record.get("settings", {})
     selection = load_selection(folder / "selection.safetensors", tokens)

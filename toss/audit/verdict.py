@@ -20,6 +20,8 @@ MEANINGS = {
     "sft": "plain fine-tuning, on every response token",
     "toss": "without the loss of the tokens with the highest S",
     "toss-pro": "TOSS with a degraded model that was refined over some rounds",
+    "toss-small": "toss with a harmful reference set of a few rows",
+    "toss-pro-small": "toss-pro with a harmful reference set of a few rows",
     "random": "without the loss of random tokens",
     "first-k": "without the loss of each row's first tokens",
     "first-5": "without the loss of each row's first five tokens",
@@ -170,13 +172,8 @@ def advice(table: Table, paired: dict, fates: dict[str, str], lost: bool) -> str
 def meaning(method: str, record: dict) -> str:
     """What a method is, in words, by its name and its record."""
     settings = record.get("settings", {})
-    kind = settings.get("method", "")
-    if settings.get("pro"):
-        kind = "toss-pro"
+    kind = "toss-pro" if settings.get("pro") else settings.get("method", "")
     words = MEANINGS.get(method) or MEANINGS.get(kind)
-    name, few, _ = method.partition("-small")
-    if few and name in MEANINGS:
-        words = f"{name} with a harmful reference set of a few rows"
     if words is None:
         words = f"the rival {kind} of toss.audit.rivals" if kind else "made elsewhere"
     if "discard" in settings:
