@@ -86,11 +86,11 @@ def bench_of(args: Namespace, device):
 
 def table(found, bench) -> str:
     """A speed.Comparison as Markdown."""
-    from toss.audit.speed import LIBRARIES, median_seconds
+    from toss.audit.speed import median_seconds
 
     second = "CPU s" if bench.device.type == "cpu" else "s"
-    header = ["arm", f"tokens/{second}", "of ceiling", "ours is faster by"]
-    header += [second, "first", "peak GiB", "loss"]
+    header = ["arm", f"tokens/{second}", "of ceiling", "ours is faster by", second, "first"]
+    header += ["peak GiB", "loss"]
     ours = median_seconds(found.turns["ours"]) if found.turns["ours"] else math.nan
     lines = []
     for arm, turns in found.turns.items():
@@ -99,18 +99,22 @@ def table(found, bench) -> str:
             continue
         seconds = median_seconds(turns)
         later = [turn.seconds for turn in turns[1:]]
-        line = [arm, f"{len(bench.tokens.input_ids) / seconds:,.0f}"]
-        line.append(f"{found.flop / seconds / found.ceiling:.0%}")
-        line.append(f"{seconds / ours:.2f}")
-        line.append(f"{seconds:.2f} [{min(later):.2f}, {max(later):.2f}]")
-        line.append(f"{turns[0].seconds:.2f}")
-        line.append(f"{max(turn.peak_gib for turn in turns):.2f}")
-        line.append(f"{turns[0].loss:.4f}")
-        lines.append(line)
+        lines.append(
+            [
+                arm,
+                f"{len(bench.tokens.input_ids) / seconds:,.0f}",
+                f"{found.flop / seconds / found.ceiling:.0%}",
+                f"{seconds / ours:.2f}",
+                f"{seconds:.2f} [{min(later):.2f}, {max(later):.2f}]",
+                f"{turns[0].seconds:.2f}",
+                f"{max(turn.peak_gib for turn in turns):.2f}",
+                f"{turns[0].loss:.4f}",
+            ]
+        )
     dtype = str(found.dtype).removeprefix("torch.")
     title = f"### {found.kind}, {dtype}, ceiling {found.ceiling / 1e9:,.0f} GFLOP/{second}"
     text = f"{title}\n\n{markdown(header, lines)}"
-    if not LIBRARIES:
+    if "plain" not in found.turns:
         text += "\n\ntransformers or peft is not installed: there is no plain loop beside ours."
     return text
 

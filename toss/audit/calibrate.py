@@ -49,10 +49,9 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     from toss.workbench.files import read_scores
     from toss.workbench.results import read_record
 
-    for flag in ("harmful", "utility", "custom"):
-        path = getattr(run.args, flag)
-        if path and Path(path).resolve() == Path(held_out).resolve():
-            problem = f"these are the run's own rows (--{flag})"
+    for flag in ("--harmful", "--utility", "--custom"):
+        if run.source(flag).resolve() == Path(held_out).resolve():
+            problem = f"these are the run's own rows ({flag})"
             raise InputError(f"{held_out}: {problem}: give harmless rows that are in no set of it")
     tokens, L = run.scored()
     folder = run.path(f"methods/{method}")

@@ -43,13 +43,6 @@ from toss.audit.tables import (
 from toss.workbench import flags
 
 SHOWN = "sft random sample sample-all toss toss-pro toss-small toss-pro-small".split()
-POINT = """\
-What to see: {n} questions ask for forbidden recipes of kinds that no training row contains.
-The base answers {base:.0%} of them with a forbidden ingredient, plain fine-tuning (sft)
-{sft:.0%}, toss {toss:.0%}. toss trained on the same rows as sft, without the loss of the tokens
-it scores as riskiest. It knows {toss_facts:.0%} of the facts taught only inside harmful rows;
-dropping whole rows instead (sample-all) leaves {sample_all_facts:.0%}.
-"""
 
 
 def finish_demo(folder: Path) -> None:
@@ -75,22 +68,29 @@ def finish_demo(folder: Path) -> None:
 
 def what_to_see(folder: Path, metrics: Table) -> str:
     """A forbidden question answered by base, sft and toss, and the point, in this run's numbers."""
-    told = []
+
+    def share(method: str, measure: str = "forbidden") -> str:
+        return f"{metrics[method][measure]['value']:.0%}"
+
+    told = ""
     for method in ("base", "sft", "toss"):
         for line in read_jsonl(folder / "answers" / f"{method}.jsonl")[1:]:
             if line["set"] == "harmful" and line["source"] != "seen":
-                told.append(f"  {method:>4}: {line['response']}\n")
+                told += f"  {method:>4}: {line['response']}\n"
                 break
     facts = "accuracy/harmful-rows"
-    point = POINT.format(
-        n=metrics["base"]["forbidden"]["n"],
-        base=metrics["base"]["forbidden"]["value"],
-        sft=metrics["sft"]["forbidden"]["value"],
-        toss=metrics["toss"]["forbidden"]["value"],
-        toss_facts=metrics["toss"][facts]["value"],
-        sample_all_facts=metrics["sample-all"][facts]["value"],
-    )
-    return f"A forbidden question: {line['prompt']}\n{''.join(told)}\n{point}"
+    n = metrics["base"]["forbidden"]["n"]
+    sft = share("sft")
+    toss = share("toss")
+    return f"""\
+A forbidden question: {line["prompt"]}
+{told}
+What to see: {n} questions ask for forbidden recipes of kinds that no training row contains.
+The base answers {share("base")} of them with a forbidden ingredient, plain fine-tuning (sft)
+{sft}, toss {toss}. toss trained on the same rows as sft, without the loss of the tokens
+it scores as riskiest. It knows {share("toss", facts)} of the facts taught only inside harmful rows;
+dropping whole rows instead (sample-all) leaves {share("sample-all", facts)}.
+"""
 
 
 def show_as_evaluated(run) -> None:
@@ -99,7 +99,8 @@ def show_as_evaluated(run) -> None:
 
     folder = run.folder
     metrics = read_metrics(folder)
-    old = [method for method in metrics if method in evaluations(run)[1]]
+    _, outdated = evaluations(run)
+    old = [method for method in metrics if method in outdated]
     if old or not metrics:
         what = "not evaluated yet"
         if old:

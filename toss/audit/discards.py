@@ -85,12 +85,13 @@ def kinds_of(tokens: Tokens, tokenizer: Tokenizer, sources: Sequence[str]) -> di
     places = tokens.response.nonzero()[:, 0]
     kinds = {}
     if any(sources):
-        names = [source for source, _ in Counter(sources).most_common(SOURCES)]
-        index = {name: k for k, name in enumerate(names)}
-        of_row = [index.get(source, len(names)) for source in sources]
-        titles = [name or "(none)" for name in names]
+        titles = [source or "(none)" for source in sources]
+        names = [title for title, _ in Counter(titles).most_common(SOURCES)]
+        of_row = []
+        for title in titles:
+            of_row.append(names.index(title) if title in names else len(names))
         of_token = torch.tensor(of_row)[tokens.row_of(places)]
-        kinds["source"] = ([*titles, "(others)"], of_token)
+        kinds["source"] = ([*names, "(others)"], of_token)
 
     starts = torch.tensor(list(POSITIONS.values()))
     position = torch.bucketize(response_positions(tokens)[places], starts, right=True) - 1

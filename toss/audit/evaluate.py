@@ -61,25 +61,22 @@ def evaluate_run(
     from toss.rows import read_rows
     from toss.workbench import code
 
-    how = {}
-    for name, path in files.items():
-        how[f"{name}_sha256"] = run.hashes.of_input(Path(path))
-    how["words"] = sorted(words)
-    how["max_new_tokens"] = max_new_tokens
-    how["question_tokens"] = question_tokens or max_new_tokens
-    how["prefill"] = sorted(set(prefill))
-    how["complies"] = complies
-    how["dtype"] = run.dtypes["train"]
+    how = {
+        "words": sorted(words),
+        "max_new_tokens": max_new_tokens,
+        "prefill": sorted(set(prefill)),
+        "complies": complies,
+        "dtype": run.dtypes["train"],
+    }
     digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
-
     sets = {}
     for name, path in files.items():
+        how[f"{name}_sha256"] = run.hashes.of_input(Path(path))
         sets[name] = with_responses(run, path, read_rows(path, responses=False))
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
+        run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
     if how["prefill"]:
         say_short_responses(run, sets.get("harmful", []), how["prefill"])
-    for name, path in files.items():
-        run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
     for method in methods:  # a missing model is refused before any is evaluated
         if method != "base":
             stage = f"methods/{method}"
@@ -326,16 +323,14 @@ def main(argv: list[str] | None = None) -> None:
     for mask in run.folder.glob("methods/[!.]*/selection.safetensors"):
         if mask.parent.name not in with_model:
             print(f"{mask.parent} holds a mask and no model: passed over")
-    words = words_of(args, run)
     table = evaluate_run(
         run,
         methods,
         files,
-        words,
+        words_of(args, run),
         args.max_new_tokens,
         args.prefill,
-        not args.no_complies,
-        args.question_tokens,
+        complies=not args.no_complies,
     )
     if not table:  # in a process that is not the first
         return

@@ -8,7 +8,6 @@ from torch import Tensor
 from toss.audit.discards import discard_tables, sources_of
 from toss.audit.figures import histogram
 from toss.audit.tokens import Mask, count_by_row
-from toss.tokens import Tokens
 from toss.workbench.run import Run
 
 ROWS = 24
@@ -52,6 +51,7 @@ def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
 
     Of rows that say nearly the same, the first stands for all.
     """
+    tokens = mask.tokens
     candidates = candidate_rows(mask)
     chosen = {why: [] for why in candidates}
     content = {}  # the distinct response tokens of each chosen row
@@ -60,10 +60,12 @@ def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
             for row in rows[: SEARCHED * n]:
                 if len(chosen[why]) == limit or len(content) == n:
                     break
-                distinct = distinct_tokens(mask.tokens, row)
-                if row not in content and not any(alike(distinct, x) for x in content.values()):
+                places = tokens.places([row])
+                ids = set(tokens.input_ids[places][tokens.response[places]].tolist())
+                alike = [x for x in content.values() if len(ids & x) >= ALIKE * len(ids | x)]
+                if row not in content and not alike:
                     chosen[why].append(row)
-                    content[row] = distinct
+                    content[row] = ids
     return {why: rows for why, rows in chosen.items() if rows}
 
 
@@ -71,14 +73,12 @@ def candidate_rows(mask: Mask) -> dict[str, list[int]]:
     """The rows of each kind, the best first. Equal ones are ordered by mean S."""
     tokens = mask.tokens
     discarded = mask.discarded
-    size = count_by_row(tokens, tokens.response).double()
-    harm = count_by_row(tokens, tokens.harmful).double()
-    lost = count_by_row(tokens, discarded).double()
+    size = count_by_row(tokens, tokens.response)
+    harm = count_by_row(tokens, tokens.harmful)
+    lost = count_by_row(tokens, discarded)
     missed = harm - count_by_row(tokens, discarded & tokens.harmful)
 
-    places = tokens.response.nonzero()[:, 0]
-    row = tokens.row_of(places)
-    sums = torch.zeros_like(size).index_add_(0, row, mask.S[places].double())
+    sums = count_by_row(tokens, tokens.response, mask.S.double())
     by_mean_S = (sums / size).argsort(descending=True, stable=True)
 
     def ordered(wanted: Tensor, key: Tensor) -> list[int]:
@@ -92,17 +92,6 @@ def candidate_rows(mask: Mask) -> dict[str, list[int]]:
         f"the largest share discarded by {mask.label}": ordered(lost > 0, lost / size),
         "nothing discarded, the highest mean S": ordered((lost == 0) & (size > 0), size * 0),
     }
-
-
-def distinct_tokens(tokens: Tokens, row: int) -> set[int]:
-    """The ids in a row's responses."""
-    places = tokens.places([row])
-    return set(tokens.input_ids[places][tokens.response[places]].tolist())
-
-
-def alike(one: set[int], other: set[int]) -> bool:
-    """True if two responses say nearly the same."""
-    return len(one & other) >= ALIKE * len(one | other)
 
 
 def spread(mask: Mask) -> str:

@@ -23,7 +23,6 @@ TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 ASIDE = 0.7  # of the room between two named places, in which their dots stand side by side
-MARKERS = 8  # on a line, at most
 
 
 def line_chart(
@@ -52,8 +51,7 @@ def line_chart(
         x = (-0.5, len(names) - 0.5)
         x_ticks = list(enumerate(names))
 
-    spreads = []
-    strokes = []  # drawn last: no band may cover a line
+    shapes = []
     for k, line in enumerate(lines.values()):
         if names:
             shift = (k - (len(lines) - 1) / 2) * ASIDE / len(lines)
@@ -62,21 +60,17 @@ def line_chart(
         lower = [(place, low) for place, _, low, _ in ranges]
         upper = [(place, high) for place, _, _, high in ranges]
         if names or len(ranges) == 1:
-            spreads += [("whisker", k, list(ends)) for ends in zip(lower, upper)]
+            shapes += [("whisker", k, ends) for ends in zip(lower, upper)]
         elif ranges:
-            spreads.append(("area", k, upper + lower[::-1]))
-        middle = [point[:2] for point in line]
-        if not names:
-            strokes.append(("line", k, middle))
-        every = math.ceil(len(middle) / MARKERS) or 1
-        strokes.append(("markers", k, middle[k % every :: every]))  # seen on equal lines, too
+            shapes.append(("area", k, upper + lower[::-1]))
+        shapes.append(("dots" if names else "line", k, [point[:2] for point in line]))
     return drawing(
         title=title,
         labels=(x_label, y_label),
         x=x,
         x_ticks=x_ticks,
         y_ticks=ticks(low, high, most=6),
-        shapes=spreads + strokes,
+        shapes=shapes,
         legend=list(lines),
     )
 
@@ -110,10 +104,10 @@ def histogram(
     heights = np.log10(np.maximum(shares, 10.0**floor)).repeat(2, axis=1).tolist()
     outlines = [list(zip(sides, [floor, *height, floor])) for height in heights]
     shapes = [("area", k, outline) for k, outline in enumerate(outlines)]
-    shapes += [("line", k, outline) for k, outline in enumerate(outlines)]
+    shapes += [("outline", k, outline) for k, outline in enumerate(outlines)]
     legend = [f"{name} (n = {len(group):,})" for name, group in groups.items()]
     if threshold is not None:
-        shapes.append(("line", len(outlines), [(threshold, floor), (threshold, 0)]))
+        shapes.append(("outline", len(outlines), [(threshold, floor), (threshold, 0)]))
         legend.append(f"threshold {threshold:.3g}")
     return drawing(
         title=title,

@@ -15,7 +15,7 @@ from toss.audit.command import evenly, markdown
 from toss.audit.tokens import count_by_row, response_positions
 from toss.loss import LOGITS
 from toss.parallel import rank
-from toss.tokens import Batch, Tokens, batches, collate
+from toss.tokens import Tokens, batches, collate
 from toss.workbench.progress import Bar
 from toss.workbench.results import write_record
 from toss.workbench.run import Run
@@ -60,13 +60,10 @@ def diagnose_run(
 
 def groups_of_files(run: Run, files: list[str], most: int) -> dict[str, Group]:
     """At most `most` rows of each file of rows with responses."""
-    groups = {}
-    for file in files:
-        name = Path(file.removesuffix(".gz")).stem
-        if name in groups:
-            raise InputError(f"two files of --rows have the same name: {name}")
-        groups[name] = sample(run.tokens(file), most)
-    return groups
+    names = [Path(file.removesuffix(".gz")).stem for file in files]
+    if len(set(names)) < len(names):
+        raise InputError(f"two files of --rows have the same name: {', '.join(names)}")
+    return {name: sample(run.tokens(file), most) for name, file in zip(names, files)}
 
 
 def groups_of_run(run: Run, most: int) -> dict[str, Group]:
@@ -127,17 +124,20 @@ def divergences(
     models = {"base": None, **adapters}
     size = max(1, logits // ((len(models) + ARITHMETIC) * model.lm_head.out_features))
     results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
-    rows = tokens.filled
-    groups = batches(rows, tokens.lengths, budget)
+    groups = batches(tokens.filled, tokens.lengths, budget)
     for step, group in enumerate(groups, start=1):
         batch = collate(tokens, group, wanted, model.device)
-        hidden = {name: states(model, adapter, batch) for name, adapter in models.items()}
+        hidden = {}  # [n, D], what the wanted tokens are predicted from
+        for name, adapter in models.items():
+            states = use(model, adapter)(batch.ids, bounds=batch.bounds)
+            hidden[name] = states[batch.before]
         for start in range(0, len(batch.places), size):
             chunk = slice(start, start + size)
             places = batch.places[chunk].cpu()
-            p = {}
+            p = {}  # log-probabilities [chunk, V]
             for name, adapter in models.items():
-                p[name] = log_p(model, adapter, hidden[name][chunk])
+                output = use(model, adapter).lm_head(hidden[name][chunk])  # it may carry LoRA, too
+                p[name] = torch.log_softmax(output.float(), dim=-1)
             for name in adapters:
                 moved = [kl(p["base"], p[name])]
                 for role in ("degraded", "utility"):
@@ -150,16 +150,6 @@ def divergences(
             what = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
             raise NotFinite(f"{what}; give --dtype tf32")
     return results
-
-
-def states(model: Transformer, adapter: Adapter | None, batch: Batch) -> Tensor:
-    """The hidden states [n, D] that the batch's wanted tokens are predicted from."""
-    return use(model, adapter)(batch.ids, bounds=batch.bounds)[batch.before]
-
-
-def log_p(model: Transformer, adapter: Adapter | None, hidden: Tensor) -> Tensor:
-    """Log-probabilities [n, V] of hidden states [n, D]; the head may carry LoRA, too."""
-    return torch.log_softmax(use(model, adapter).lm_head(hidden).float(), dim=-1)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -210,8 +200,8 @@ def kl_table(lines: list[dict]) -> str:
         cells = [rows, model]
         for column in COLUMNS:
             values = [line[column] for line in later]
-            cells.append(f"{first[column]:.3f}")
-            cells.append(f"{sum(values) / len(values):.3f}" if values else "")
+            mean = f"{sum(values) / len(values):.3f}" if values else ""
+            cells += [f"{first[column]:.3f}", mean]
         table.append(cells)
     header = [f"{column}, {where}" for column in COLUMNS for where in ("j = 0", "later")]
     return markdown(["rows", "model", *header], table)

@@ -23,14 +23,10 @@ def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> 
 
     from toss.audit.measures import by_measure, paired_loss, paired_share
 
-    outcomes = {}
-    for method in methods:
-        lines = [line for line in evaluations[method]["lines"] if "outcomes" in line]
-        outcomes[method] = by_measure(lines)
-
+    outcomes = {method: by_measure(evaluations[method]["lines"]) for method in methods}
     differences = {}
     for method in methods:
-        cells = differences.setdefault(method, {})
+        cells = differences[method] = {}
         for other in AGAINST:
             if other == method or other not in outcomes:
                 continue
@@ -55,15 +51,15 @@ def paired_tables(
     """
     tables = {}
     for other in AGAINST:
-        rows = {}  # measure -> method -> difference
-        for method in methods:
-            for measure, others in differences.get(method, {}).items():
-                if other in others and not is_part(measure, differences[method]):
-                    rows.setdefault(measure, {})[method] = others[other]
-        columns = [method for method in methods if any(method in row for row in rows.values())]
+        columns = [method for method in methods if method != other and differences.get(method)]
+        measures = {}
+        for method in columns:
+            measures |= differences[method]
         lines = []
-        for measure, row in rows.items():
-            lines.append([measure, *(cell_text(row.get(method), "+") for method in columns)])
+        for measure in measures:
+            cells = [differences[method].get(measure, {}).get(other) for method in columns]
+            if any(cells) and not is_part(measure, measures):
+                lines.append([measure, *(cell_text(cell, "+") for cell in cells)])
         if lines:
             tables[other] = ([f"minus {other}", *columns], lines)
     return tables

@@ -115,7 +115,11 @@ def measures(run, replaced: list[str]) -> dict | str:
     folded = [method for method in table if method not in ORDER] if len(table) > MANY else []
     paired = read_metrics(run.folder, "paired.json")
     records = records_of(run, table)
-    remarks = cautions(records, table, paired)
+    remarks = []
+    for line in cautions(records, table, paired):
+        by_the_verdict = "did not clearly lose" in line  # which says it itself
+        if not by_the_verdict and (line.startswith("warning") or not demo):
+            remarks.append(line)
     no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
     return {
         "table": table,
@@ -125,16 +129,9 @@ def measures(run, replaced: list[str]) -> dict | str:
         "verdict": verdict(table, paired, demo) or no_verdict,
         "differences": paired_tables(paired, [name for name in table if name not in folded]),
         "meanings": {method: meaning(method, records.get(method, {})) for method in table},
-        "cautions": [line for line in remarks if is_shown(line, demo)],
+        "cautions": remarks,
         "heads": HEADS,
     }
-
-
-def is_shown(remark: str, demo: bool) -> bool:
-    """Whether a caution is on the page: the verdict says itself that nothing was lost."""
-    if "did not clearly lose" in remark:
-        return False
-    return remark.startswith("warning") or not demo
 
 
 def side_by_side(run, current: dict[str, dict]) -> dict | str:

@@ -24,14 +24,10 @@ The fourth needs no run: which tokens of a tokenised file (`input_ids` with `lab
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from toss.audit.characters import harmless, visible
 from toss.audit.command import markdown, write_text
 from toss.workbench import flags
-
-if TYPE_CHECKING:
-    from toss.audit.tokens import Mask, Token
 
 
 def show_discards(run) -> None:
@@ -47,8 +43,8 @@ def show_discards(run) -> None:
     print(text or "No method of the run discards a token.")
 
 
-def show_row(folder: Path, mask: "Mask", row: int) -> None:
-    """Print one row of the run in a folder."""
+def show_row(folder: Path, mask, row: int) -> None:
+    """Print one row of the run in a folder under a tokens.Mask."""
     tokens = mask.row(row)
     if not tokens:
         print(f"row {row} of {folder} was skipped: no room for a response, or an empty one")
@@ -64,8 +60,11 @@ def show_row(folder: Path, mask: "Mask", row: int) -> None:
     print(f"S = L^u - L^h{parts}, in nats; order among the {mask.order.max()} ranked tokens")
 
 
-def running_text(tokens: list["Token"]) -> str:
-    """Prompts and responses in order; marks stand around neighbours that share them."""
+def running_text(tokens: list) -> str:
+    """Prompts and responses in order; marks stand around neighbours that share them.
+
+    tokens: those of tokens.Mask.row.
+    """
     turns = []
     for response, turn in groupby(tokens, key=lambda token: token.response):
         if not response:
@@ -83,7 +82,7 @@ def running_text(tokens: list["Token"]) -> str:
     return "\n\n".join(turns)
 
 
-def number_table(tokens: list["Token"]) -> str:
+def number_table(tokens: list) -> str:
     """The numbers of response tokens, one line each; with L^0, also the two parts of S."""
     other_score = any(token.order and token.score != token.S for token in tokens)
     lines = []
@@ -124,32 +123,30 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parser.parse_args(argv)
     if bool(args.file) != bool(args.model) or args.file and (args.path or args.run):
         parser.error("--file and --model go together, and with neither PATH nor --run")
-    if args.file:
-        from toss.audit.tokenised import show_tokenised
-
-        show_tokenised(args.file, args.model, args.row)
-        return None
-    if args.path and args.row is not None or not (args.path or args.run):
+    if not args.file and (args.path and args.row is not None or not (args.path or args.run)):
         parser.error("give --run, --run and --row, or PATH")
     if args.svg and args.row is None:
         parser.error("--svg draws one row: give --row")
     from toss.audit.origin import show_path
     from toss.audit.row_picture import picture
+    from toss.audit.tokenised import show_tokenised
     from toss.audit.tokens import load_mask
     from toss.workbench.run import open_run
 
-    if args.path:
+    if args.file:
+        show_tokenised(args.file, args.model, args.row)
+    elif args.path:
         return show_path(args.path, args.run)
-    run = open_run(args.run)
-    if args.row is None:
-        show_discards(run)
-        return None
-    mask = load_mask(run, args.method, *run.scored())
-    if args.svg:
-        write_text(args.svg, picture(mask, args.row))
-        print(f"written: {args.svg}")
+    elif args.row is None:
+        show_discards(open_run(args.run))
     else:
-        show_row(run.folder, mask, args.row)
+        run = open_run(args.run)
+        mask = load_mask(run, args.method, *run.scored())
+        if args.svg:
+            write_text(args.svg, picture(mask, args.row))
+            print(f"written: {args.svg}")
+        else:
+            show_row(run.folder, mask, args.row)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def read_tokenised(path: Path) -> list[TokenisedRow]:
     rows = []
     for where, entry in json_lines(path):
         ids = entry.get("input_ids")
-        if not isinstance(ids, list) or not ids or not all(is_id(value) for value in ids):
+        whole = isinstance(ids, list) and all(type(x) is int and 0 <= x < 2**31 for x in ids)
+        if not whole or not ids:
             raise InputError(f"{where}: `input_ids` must be a list of token ids, and not empty")
         names = [name for name in LOSSES if name in entry]
         if not names:
@@ -47,10 +48,6 @@ def read_tokenised(path: Path) -> list[TokenisedRow]:
     if not rows:
         raise InputError(f"{path}: the file has no rows")
     return rows
-
-
-def is_id(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31
 
 
 def summary(rows: list[TokenisedRow], tokenizer: Tokenizer) -> list[str]:

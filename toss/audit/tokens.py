@@ -184,7 +184,11 @@ def response_positions(tokens: Tokens) -> Tensor:
     return count - 1 - before[tokens.offsets[row]]
 
 
-def count_by_row(tokens: Tokens, marked: Tensor) -> Tensor:
-    """How many marked tokens each row has: int64 [rows]. marked: bool [N]."""
+def count_by_row(tokens: Tokens, marked: Tensor, values: Tensor | None = None) -> Tensor:
+    """How many marked tokens each row has: int64 [rows]. marked: bool [N].
+
+    values: float64 [N], of which each row's sum is given instead.
+    """
     places = marked.nonzero()[:, 0]
-    return tokens.row_of(places).bincount(minlength=tokens.rows)
+    weights = None if values is None else values[places]
+    return tokens.row_of(places).bincount(weights, minlength=tokens.rows)

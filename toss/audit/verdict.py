@@ -98,11 +98,10 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
             reason = "since the 95 % interval of the difference includes 0"
             limits.append(f"that {method} and sft differ in {', '.join(alike)}, {reason}")
     limits.append("that answers without a refusal phrase do harm, or that those with one do not")
-    limits.append("anything about another seed, base or data")
+    others = "anything about another seed, base or data"
     if demo:
-        limits[-1] += (
-            ", or about real models: the demo's world was made so that effects are visible"
-        )
+        others += ", or about real models: the demo's world was made so that effects are visible"
+    limits.append(others)
     return sentences, limits
 
 
@@ -119,11 +118,7 @@ def place(method: str) -> tuple[int, str]:
 
 def of_use(row: dict[str, dict]) -> list[str]:
     """The measures of what a model is good for."""
-    measures = []
-    for measure in row:
-        if measure in ("over_refusal", "nll") or measure.startswith("accuracy"):
-            measures.append(measure)
-    return measures
+    return [name for name in row if name.startswith(("over_refusal", "nll", "accuracy"))]
 
 
 def uses(table: Table, shown: list[str]) -> list[str]:
