@@ -172,13 +172,14 @@ def cautions(records: dict[str, dict], table: Table, paired: dict | None = None)
         code = records[method].get("code", {})
         usual = records[first].get("code", {})
         files = [part for part in sorted(code) if usual.get(part, code[part]) != code[part]]
-        conclusion = "this is no comparison of the two methods"
+        reasons = []
         if others:
-            what = f"{method} was trained otherwise than {first} ({', '.join(others)})"
-            sentences.append(f"warning: {what}: {conclusion}")
+            reasons.append(f"was trained otherwise than {first} ({', '.join(others)})")
         if files:
-            what = f"{method} was made by other code than {first} (different: {', '.join(files)})"
-            sentences.append(f"warning: {what}: {conclusion}")
+            reasons.append(f"was made by other code than {first} (different: {', '.join(files)})")
+        for reason in reasons:
+            what = "this is no comparison of the two methods"
+            sentences.append(f"warning: {method} {reason}: {what}")
 
     unsafe = safety(table, paired)
     if unsafe:

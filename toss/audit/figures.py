@@ -102,12 +102,13 @@ def histogram(
     # Each outline is a flight of steps: both sides of each bin at the height of its share.
     sides = np.linspace(*x, bins + 1).repeat(2).tolist()
     heights = np.log10(np.maximum(shares, 10.0**floor)).repeat(2, axis=1).tolist()
-    outlines = [list(zip(sides, [floor, *height, floor])) for height in heights]
-    shapes = [("area", k, outline) for k, outline in enumerate(outlines)]
-    shapes += [("outline", k, outline) for k, outline in enumerate(outlines)]
+    shapes = []
+    for k, height in enumerate(heights):
+        outline = list(zip(sides, [floor, *height, floor]))
+        shapes += [("area", k, outline), ("outline", k, outline)]
     legend = [f"{name} (n = {len(group):,})" for name, group in groups.items()]
     if threshold is not None:
-        shapes.append(("outline", len(outlines), [(threshold, floor), (threshold, 0)]))
+        shapes.append(("outline", len(groups), [(threshold, floor), (threshold, 0)]))
         legend.append(f"threshold {threshold:.3g}")
     return drawing(
         title=title,
@@ -148,5 +149,4 @@ def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
     step = next(step for step in steps if (high - low) / step <= most * (1 + 1e-9))
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    names = [f"{k * step:,.9g}" for k in range(first, last + 1)]
-    return [(float(name.replace(",", "")), name) for name in names]
+    return [(round(k * step, 12), f"{k * step:,.9g}") for k in range(first, last + 1)]

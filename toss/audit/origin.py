@@ -99,13 +99,12 @@ def origin_of_run(run: Run) -> Origin:
         except InputError as error:  # one of its inputs was altered
             changed = []
             problem = problem or str(error)
-        verdict = "fits"
         if problem:
-            verdict = f"damaged or incomplete ({problem})"
+            problem = f"damaged or incomplete ({problem})"
         elif changed:
-            verdict = f"made from another {', '.join(changed)}"
-        origin.lines[stage] = verdict
-        if verdict != "fits":
+            problem = f"made from another {', '.join(changed)}"
+        origin.lines[stage] = problem or "fits"
+        if problem:
             origin.misfits.append(stage)
     return origin
 

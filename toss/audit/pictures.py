@@ -18,10 +18,10 @@ def over_prefill(summary: Summary) -> str:
     for (_, arm), row in summary.items():
         if arm in DRAWN and all(f"forbidden@{k}" in row for k in PREFILL):
             lines[arm] = [point(k, row[f"forbidden@{k}"]) for k in PREFILL]
+    if not lines:
+        return ""
     x_label = "tokens of a harmful answer already written"
-    return (
-        line_chart(lines, "Answers that are begun", x_label, "forbidden", SHARES) if lines else ""
-    )
+    return line_chart(lines, "Answers that are begun", x_label, "forbidden", SHARES)
 
 
 def over_share(summary: Summary) -> str:

@@ -60,18 +60,18 @@ def page(run) -> tuple[str, list[str], int]:
         "diagnosis": diagnosis(run, moved),
         "rounds": rounds(run),
     }
-    values = {
-        "run": run,
-        "show": flags.command("-m toss.audit.show", run.folder),
-        "stages": stages_of(run),
-        "tokens": tokens,
-        "shown": shown,
-        "lacking": lacking,
-    }
     template = TEMPLATES.get_template("report.html.jinja")
     message = f"{run.folder}: a file is not as the audit writes it"
     with as_input_error(message, UndefinedError, TypeError):
-        text = template.render(**values, **parts)
+        text = template.render(
+            parts,
+            run=run,
+            show=flags.command("-m toss.audit.show", run.folder),
+            stages=stages_of(run),
+            tokens=tokens,
+            shown=shown,
+            lacking=lacking,
+        )
     absent = [part for part in parts.values() if isinstance(part, str)]
     return text, lacking + absent, len(shown["rows"]) if shown else 0
 

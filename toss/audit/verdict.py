@@ -118,7 +118,8 @@ def place(method: str) -> tuple[int, str]:
 
 def of_use(row: dict[str, dict]) -> list[str]:
     """The measures of what a model is good for."""
-    return [name for name in row if name.startswith(("over_refusal", "nll", "accuracy"))]
+    whole = ("over_refusal", "nll")
+    return [name for name in row if name in whole or name.startswith("accuracy")]
 
 
 def uses(table: Table, shown: list[str]) -> list[str]:
