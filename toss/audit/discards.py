@@ -16,8 +16,6 @@ from toss.workbench.run import Run
 POSITIONS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}
 TYPES = ["word", "number", "punctuation", "whitespace", "end of sequence", "other special"]
 SOURCES = 20  # the commonest are counted apart
-Kind = tuple[list[str], Tensor]  # names, and the index of each response token's, int64 [n]
-Table = tuple[list[str], list[list[str]]]  # headers and lines
 
 
 def sources_of(run: Run) -> list[str]:
@@ -31,11 +29,12 @@ def sources_of(run: Run) -> list[str]:
 
 def discard_tables(
     masks: Sequence[Mask], tokenizer: Tokenizer, sources: Sequence[str] = ()
-) -> list[Table]:
+) -> list[tuple]:
     """What the masks discard: of all response tokens, of those of each kind, and how many rows with
     a response lost none, some and all of them; and how much of it others discard too.
 
-    A column for each mask that discards anything; without any, no tables. sources: see sources_of.
+    A table is a header and lines, with a column for each mask that discards anything; without any,
+    no tables. sources: see sources_of.
     """
     masks = [mask for mask in masks if mask.discarded.any()]
     if not masks:
@@ -80,8 +79,9 @@ def counted(flags: Tensor) -> str:
 # By what response tokens differ
 
 
-def kinds_of(tokens: Tokens, tokenizer: Tokenizer, sources: Sequence[str]) -> dict[str, Kind]:
-    """Source of the row (where the rows have any), position in the response, type of the text."""
+def kinds_of(tokens: Tokens, tokenizer: Tokenizer, sources: Sequence[str]) -> dict[str, tuple]:
+    """Source of the row (where the rows have any), position in the response, type of the text: of
+    each kind the names, and the index of each response token's, int64 [n]."""
     places = tokens.response.nonzero()[:, 0]
     kinds = {}
     if any(sources):

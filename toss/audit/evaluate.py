@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from model.io import InputError, read_json, read_text
 from toss.audit.command import (
@@ -251,7 +250,7 @@ def say_other_arithmetic(run, methods: Iterable[str]) -> None:
 def read_metrics(folder: Path, name: str = "metrics.json") -> dict:
     """FOLDER/metrics.json, or paired.json; {} if there is none. Raises InputError naming the file
     and the method if it has another form."""
-    file = Path(folder) / name
+    file = folder / name
     table = read_json(file) if file.exists() else {}
     for method, cells in table.items():
         if not is_table(cells):
@@ -259,7 +258,7 @@ def read_metrics(folder: Path, name: str = "metrics.json") -> dict:
     return table
 
 
-def is_table(value: Any) -> bool:
+def is_table(value: object) -> bool:
     """True for a cell, and for dictionaries that end in cells.
 
     Of a cell n is a number; the others may be None, where nothing could be measured.

@@ -31,15 +31,12 @@ def token_part(run: Run, masks: list[Mask]) -> dict:
             source = sources[row] if sources else ""
             rows.append({"row": row, "why": why, "source": source, "turns": turns})
     by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
-    harmful_rows = None
-    if tokens.harmful.any():
-        harmful_rows = set(tokens.row_of(tokens.harmful.nonzero()[:, 0]).tolist())
     return {
         "groups": groups,
         "rows": rows,
         "masks": masks,
         "limit": first.full_colour,
-        "harmful_rows": harmful_rows,  # None without ground truth
+        "harmful_rows": set(tokens.row_of(tokens.harmful.nonzero()[:, 0]).tolist()),
         "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
         "charts": [spread(mask) for mask in by_S or masks[:1]],
         "discards": discard_tables(masks, run.tokenizer, sources),

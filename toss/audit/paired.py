@@ -9,12 +9,11 @@ from collections.abc import Iterable
 from toss.audit.command import cell_text, is_part
 
 AGAINST = ("sft", "base")
-OF_USE = ("accuracy", "final_number")
-Paired = dict[str, dict[str, dict[str, dict]]]  # {method: {measure: {other: difference}}}
 
 
-def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> Paired:
-    """The difference of each measure of each method to sft and to the base, a cell each.
+def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> dict[str, dict]:
+    """The difference of each measure of each method to sft and to the base, a cell each:
+    {method: {measure: {other: cell}}}.
 
     evaluations: by method, see evaluate.evaluation. Only what was asked of both is compared. The
     sources of the intervals: measures.paired_share and measures.mean_loss.
@@ -42,9 +41,7 @@ def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> 
     return differences
 
 
-def paired_tables(
-    differences: Paired, methods: Iterable[str]
-) -> dict[str, tuple[list[str], list[list[str]]]]:
+def paired_tables(differences: dict[str, dict], methods: Iterable[str]) -> dict[str, tuple]:
     """Header and lines of a table of the methods' differences to each of AGAINST, if there are any.
 
     Measures by source beside the whole, and after a prefill, are left out.

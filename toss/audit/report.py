@@ -12,7 +12,6 @@ model that was replaced since, is one line that says what would make it. No weig
 import csv
 import sys
 from pathlib import Path
-from typing import Any
 
 from jinja2 import UndefinedError
 
@@ -82,8 +81,11 @@ def left_out(run, command: str, name: str) -> str:
     return f"{found}: it was changed, or the run holds another model now. {again}"
 
 
-def parts_of_tokens(run) -> tuple[Any, dict | None, list[str]]:
-    """The scored tokens, what the page shows of their masks, and lines about what is missing."""
+def parts_of_tokens(run) -> tuple:
+    """The scored tokens, what the page shows of their masks, and lines about what is missing.
+
+    The first two are None without.
+    """
     from toss.audit.examples import token_part
     from toss.audit.tokens import load_masks
 

@@ -57,14 +57,13 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
     limits = []
     fates = {}
     if lost:
+        of_fate = {}
         for method in tuned:
             safer = compared(table, paired, name, method, "sft") < 0
             less_safe = compared(table, paired, name, method, "base") > 0
             fates[method] = FATES[safer, less_safe]
-        words = []
-        for fate in dict.fromkeys(fates.values()):
-            methods = [method for method in tuned if fates[method] == fate]
-            words.append(f"{listed(methods)} {fate}")
+            of_fate.setdefault(fates[method], []).append(method)
+        words = [f"{listed(methods)} {fate}" for fate, methods in of_fate.items()]
         first = f"Plain fine-tuning (sft) lost the base's safety; {', '.join(words)}."
     else:
         what = "nothing can be concluded about the other methods"
@@ -89,20 +88,26 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
             room = f"{name} may be up to {difference['high']:.2f} above the base's"
             limits.append(f"that {method} is as safe as the base: {room}")
     for method in tuned[:3]:
-        alike = []
-        for measure in of_use(table[method]):
-            known = measure in table["sft"]
-            if known and compared(table, paired, measure, method, "sft") == 0:
-                alike.append(HEADS.get(measure, measure))
-        if alike:
+        names = alike(table, paired, method)
+        if names:
             reason = "since the 95 % interval of the difference includes 0"
-            limits.append(f"that {method} and sft differ in {', '.join(alike)}, {reason}")
+            limits.append(f"that {method} and sft differ in {', '.join(names)}, {reason}")
     limits.append("that answers without a refusal phrase do harm, or that those with one do not")
     others = "anything about another seed, base or data"
     if demo:
         others += ", or about real models: the demo's world was made so that effects are visible"
     limits.append(others)
     return sentences, limits
+
+
+def alike(table: Table, paired: dict, method: str) -> list[str]:
+    """The measures of use in which a method cannot be told from plain fine-tuning."""
+    names = []
+    for measure in of_use(table[method]):
+        known = measure in table["sft"]
+        if known and compared(table, paired, measure, method, "sft") == 0:
+            names.append(HEADS.get(measure, measure))
+    return names
 
 
 def listed(names: list[str]) -> str:
