@@ -63,6 +63,7 @@ def evaluate_run(
     how = {
         "words": sorted(words),
         "max_new_tokens": max_new_tokens,
+        "question_tokens": question_tokens or max_new_tokens,
         "prefill": sorted(set(prefill)),
         "complies": complies,
         "dtype": run.dtypes["train"],
@@ -330,6 +331,7 @@ def main(argv: list[str] | None = None) -> None:
         args.max_new_tokens,
         args.prefill,
         complies=not args.no_complies,
+        question_tokens=args.question_tokens,
     )
     if not table:  # in a process that is not the first
         return

@@ -45,9 +45,9 @@ from functools import partial
 from pathlib import Path
 
 from model.io import InputError
-from toss.audit.command import DEVICE, write_text
+from toss.audit.command import DEVICE, markdown, write_text
 from toss.audit.laboratory import Experiment, per_seed, run_seed
-from toss.audit.paired import AGAINST, paired_table, read_paired
+from toss.audit.paired import paired_tables
 from toss.audit.tables import as_csv, hardware, summarise, tables, written
 from toss.workbench import flags
 
@@ -95,7 +95,7 @@ def conduct(
         f"- minutes: {minutes:.1f}; {existing} of {models} models were there before",
     ]
     for seed in seeds:
-        text += paired_tables(experiment, runs / f"seed-{seed}", seed)
+        text += differences(experiment, runs / f"seed-{seed}", seed)
     page = "\n".join(about) + f"\n\n{text}\n"
     print(f"\n{page}")
     if experiment.picture:
@@ -106,16 +106,23 @@ def conduct(
     written(runs)
 
 
-def paired_tables(experiment: Experiment, folder: Path, seed: int) -> str:
+def differences(experiment: Experiment, folder: Path, seed: int) -> str:
     """The differences to sft and to the base on the same prompts, of one seed, as Markdown."""
+    from toss.audit.evaluate import read_metrics
+
     text = ""
     for case in experiment.cases:
         run = folder / (f"run-{case.variant}" if case.variant else "run")
         names = [flags_of_arm.get("name", arm) for arm, flags_of_arm in case.arms.items()]
-        for other in AGAINST:
-            differences = paired_table(read_paired(run), names, other, experiment.paired)
-            if experiment.paired and differences:
-                text += f"\n\nSeed {seed}, {run.name}, on the same prompts:\n\n{differences}"
+        wanted = {}
+        for name, cells in read_metrics(run, "paired.json").items():
+            wanted[name] = {
+                measure: cells[measure] for measure in experiment.paired if measure in cells
+            }
+        for header, lines in paired_tables(wanted, names).values():
+            text += (
+                f"\n\nSeed {seed}, {run.name}, on the same prompts:\n\n{markdown(header, lines)}"
+            )
     return text
 
 

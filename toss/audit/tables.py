@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import platform
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -161,12 +162,11 @@ def hardware(device: str = "auto", threads: int | None = None) -> str:
 
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name(None if device == "auto" else device)
-    name = platform.processor() or platform.machine()
     about = Path("/proc/cpuinfo")  # Linux
-    if about.exists():
-        for line in about.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
+    text = about.read_text(encoding="utf-8") if about.exists() else ""
+    # A model's name alone may be no more than "AMD EPYC".
+    facts = re.findall(r"^(?:cpu family|model|model name)\s*:.*", text, re.MULTILINE)[:3]
+    name = re.sub(r"\s*:", "", ", ".join(facts)) or platform.machine()
     return f"{name}, CPU threads: {threads or torch.get_num_threads()}"
 
 
