@@ -259,8 +259,8 @@ def draw(
     """One pass over the files: {output: its rows as lines of JSON}; `used` gains their questions.
 
     The rows with the lowest hashes are drawn, the first output's lowest of all. Only as many as are
-    wanted, and one line of the file, are ever held in memory. Rows for the evaluation may be
-    prompts only and may be fewer than wanted; otherwise too few are an error.
+    wanted, and one line of the file (an array is one line), are ever held in memory. Rows for the
+    evaluation may be prompts only and may be fewer than wanted; otherwise too few are an error.
     """
     count = sum(wanted.values())
     known = dict(used)

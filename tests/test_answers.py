@@ -115,10 +115,6 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
             "outcomes": {f"forbidden@{k}": False, f"not_refused@{k}": True},
         }
     assert ("Yes, take it." in lines[0]["prefill"]) == (k == 99)
-    word = max((line["response"] for line in lines), key=len)
-    assert word
-    metrics = asked(run, "sft", "harmful", words=[word], prefill=[k]).metrics()
-    assert metrics[f"forbidden@{k}"]["value"] > 0
 
 
 def test_the_nll_is_the_mean_over_all_response_tokens(run):
@@ -394,13 +390,9 @@ def test_alpacaeval_gets_two_files_of_the_same_prompts_in_the_same_order(run, ha
         assert given == expected
 
 
-@pytest.mark.parametrize("change", ["prompt", "length"])
-def test_answers_to_other_prompts_or_of_another_length_are_not_handed_over(run, hand_over, change):
+def test_answers_to_other_prompts_are_not_handed_over(run, hand_over):
     file = run.folder / "answers/sft.jsonl"
     head, *lines = read_jsonl(file)
-    if change == "prompt":
-        lines[0]["prompt"] = "z"
-    else:
-        head["record"]["settings"]["max_new_tokens"] = 2
+    lines[0]["prompt"] = "z"
     write_answers(file, head["record"], head["metrics"], lines)
     fails("evaluate both", hand_over, error=AssertionError)

@@ -2,11 +2,12 @@
 the mean and the range over the seeds, and each arm is what its name says.
 
 In this order: the runner, what it measures, each experiment's variants (one per line of
-variants.jsonl), the pictures, the demo's table, the calibrated d. experiments_refused.txt lists
-what is no experiment.
+variants.jsonl), the pictures (pictures.jsonl), the demo's table, the calibrated d.
+experiments_refused.txt lists what is no experiment.
 """
 
 import json
+import re
 import signal
 from dataclasses import replace
 from functools import partial
@@ -229,38 +230,13 @@ def test_costs_are_also_multiples_of_plain_fine_tunings_on_the_same_seed():
 
 
 def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs():
-    def stage(seconds: float, *inputs: str, **settings) -> dict:
-        recipe = {"settings": settings, "inputs": dict.fromkeys(inputs)}
-        cost = {"seconds": seconds, "tokens": 10 * seconds, "peak_memory_gib": seconds}
-        return {"recipe": recipe, **cost}
-
-    scored = ["--custom", "utility", "degraded", "scores"]
-    stages = {
-        "degraded": stage(1),
-        "utility": stage(2),
-        "scores": stage(6, base=True),  # 2 for each of three models
-        "methods/sft": stage(7, "--custom", method="sft"),
-        "methods/mask": stage(7, "--mask", method="mask"),
-        "methods/toss": stage(7, *scored, method="toss"),
-        "methods/degraded-only": stage(7, *scored, method="degraded-only"),
-        "methods/base": stage(7, *scored, method="base"),
-        "methods/pro": stage(37, *scored, method="toss", pro=1),
-    }
-    charged = {
-        "sft": 7,
-        "mask": 7,
-        "toss": 7 + 1 + 2 + 4,
-        "degraded-only": 7 + 1 + 2,
-        "base": 7 + 1 + 4,
-        "pro": 37 + 1 + 2 + 4,
-    }
-    for method, seconds in charged.items():
-        peak = 37 if method == "pro" else 7
-        expected = {"seconds": seconds, "tokens": 10 * seconds, "peak_memory_gib": peak}
-        assert cost_of({"stages": stages}, method) == expected, method
-    assert cost_of({"stages": stages}, "absent") == {}
-    del stages["utility"]  # made elsewhere
-    assert cost_of({"stages": stages}, "toss") == {}
+    """costs.json has the stages of a run, as in run.json, and what each method costs."""
+    run = read_json(ROOT / "tests/costs.json")
+    for method, expected in run["charged"].items():
+        assert cost_of(run, method) | {"why": expected["why"]} == expected
+    assert cost_of(run, "absent") == {}
+    del run["stages"]["utility"]  # made elsewhere
+    assert cost_of(run, "toss") == {}
 
 
 # Each experiment's variants
@@ -323,24 +299,13 @@ def test_attack_replaces_the_harmful_rows_and_nothing_else(main, base):
 # The pictures
 
 
-@pytest.mark.parametrize(
-    ("name", "arms", "expected"),
-    [
-        ("share", {0: "sft", 20: "toss"}, "toss"),
-        ("eroding", {"comply, alone": "sft", "identity, mixed": "sft"}, "identity, mixed"),
-        (
-            "discard",
-            {0.1: "toss", "calibrated": "toss-calibrated"},
-            "toss over d (calibrated: 0.50)",
-        ),
-        ("pro", {2: "toss", 80: "pro-1-120-top"}, "harmful-row facts, D^h of 80: top tokens"),
-    ],
-)
-def test_the_picture_of_an_experiment(name, arms, expected):
+@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/pictures.jsonl"), ids=str)
+def test_the_picture_of_an_experiment(case):
     results = []
-    for variant, arm in arms.items():
+    for variant, arm in case["drawn"]:
         results += results_of(3, variant, arm, dict.fromkeys(SWEPT, 0.5))
-    assert f">{expected}<" in EXPERIMENTS[name].picture(summarise(results))
+    picture = EXPERIMENTS[case["experiment"]].picture(summarise(results))
+    assert f">{case['shows']}<" in picture
 
 
 def test_the_picture_of_begun_answers_has_the_methods_that_were_measured():
@@ -399,10 +364,10 @@ def test_the_text_below_the_demos_table_holds_the_runs_own_numbers(tmp_path):
             "accuracy/harmful-rows": wilson(facts, 10),
         }
     text = compare.what_to_see(tmp_path, metrics)
-    assert text.startswith("A forbidden question: p\n  base: base says\n   sft: sft says\n")
-    text = " ".join(text.split())
-    assert "10 questions" in text and "(sft) 70%, toss 10%" in text
-    assert "knows 80% of the facts" in text and "leaves 20%" in text
+    assert text.startswith(
+        "A forbidden question: p\n  base: base says\n   sft: sft says\n  toss: toss says\n"
+    )
+    assert re.findall(r"\d+(?:%| questions)", text) == "10 questions,0%,70%,10%,80%,20%".split(",")
 
 
 def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):

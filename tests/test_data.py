@@ -1,6 +1,6 @@
 """The data: the embedded world is reproducible, disjoint and refused; any datasets can be mixed.
 
-Mixes that are refused are lines of mixes_refused.txt.
+Mixes that are refused are lines of mixes_refused.txt, rows that they leave out of left_out.txt.
 """
 
 import gzip
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fails, script, tree, write_jsonl
+from conftest import ROOT, fails, tree, write_jsonl
 from helpers import cases
 
 from data import paper, train_base, world
@@ -47,17 +47,6 @@ def test_harm_is_a_tenth_of_the_response_tokens_and_holds_every_forbidden_word()
             rest = rest[:start] + rest[end:]
         assert not any(word in rest for word in DEMO["forbidden_words"]), rest
         assert not refused(rest)
-
-
-def test_a_script_without_inputs_takes_the_embedded_default(tmp_path):
-    script("train", "--run", tmp_path, "--epochs", 1, "--batch-size", 80, fast=False)
-    record = read_json(tmp_path / "run.json")
-    assert record["demo"]
-    for name in ("model", "harmful", "utility", "custom"):
-        assert record["settings"][name] == str(ROOT / DEMO[name])
-    settings = record["stages"]["utility"]["recipe"]["settings"]
-    for name in ("lr", "rank", "alpha", "targets", "schedule", "seed"):
-        assert settings[name] == DEMO["reference"][name]
 
 
 @pytest.mark.parametrize("folder", [BASE, SMALL])
@@ -175,25 +164,16 @@ def test_the_seed_alone_decides_what_is_drawn_not_the_share_or_the_order_of_a_fi
 
 
 def test_the_summary_accounts_for_every_row_and_hashes_every_file(mix, tmp_path):
-    turns = [{"role": role, "content": "Do harm"} for role in ("user", "user", "assistant")]
-    left_out = {
-        "the question came before in this source": {**bad(0), "prompt": " do  HARM 0? "},
-        "not JSON": "{",
-        "the row has no response": {"prompt": "Do harm?"},
-        "the row has an empty response": {"prompt": "Do harm now?", "response": ""},
-        "a question is empty": {"prompt": "", "response": "Yes."},
-        "question and answer do not alternate": {"messages": turns},
-        "the question is in the evaluation": bad(7),
-    }
-    others = [bad(i) for i in range(20) if i != 7]
-    write_jsonl(tmp_path / "bad.jsonl", [*others, *left_out.values()])
+    left_out = cases("left_out.txt")
+    rows = [bad(i) for i in range(20) if i != 7] + [row for row, _ in left_out]
+    write_jsonl(tmp_path / "bad.jsonl", rows)
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "DO harm 7?"}, {"prompt": "Else?"}])
     mix("out", f"--poison-ratio 0.1 --references 15 10 --eval-harmful {asked}")
 
     summary = read_json(tmp_path / "out/summary.json")
     evaluation, harmful, benign = summary["sources"]
     assert evaluation["taken"] == {"eval_harmful": 2}  # all that there are
-    assert harmful["skipped"] == dict.fromkeys(left_out, 1)
+    assert harmful["skipped"] == {why: 1 for _, why in left_out}
     assert harmful["read"] == 26
     assert harmful["taken"] == {"harmful": 15, "custom": 4}
     assert benign["taken"] == {"eval_utility": 6, "utility": 10, "custom": 36}

@@ -1,29 +1,30 @@
-"""Does it still refuse? Each measure is what counting, a published figure or the logits give."""
+"""Does it still refuse? Each measure is what counting, a published figure or the logits give.
+
+The published figures are in intervals.jsonl and paired_intervals.jsonl, what is counted in
+replies.json.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, read_jsonl
 from helpers import talk
 
 from data.refusals import refused
+from model.io import read_json
 from toss.audit import measures
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, complies
 from toss.audit.measures import auc, found_harm, mean_loss, share, shares, wilson
 from toss.rows import read_rows
 
+REPLIES = read_json(ROOT / "tests/replies.json")
 
-@pytest.mark.parametrize(
-    ("yes", "n", "low", "high"),
-    [  # of Newcombe, Statistics in Medicine 17 (1998), table I, and of Wilson's formula
-        (81, 263, 0.2553, 0.3662),
-        (0, 10, 0.0, 0.2775),
-        (5, 10, 0.2366, 0.7634),
-        (10, 10, 0.7225, 1.0),
-    ],
-)
-def test_wilson_intervals_are_the_published_ones(yes, n, low, high):
-    cell = share([True] * yes + [False] * (n - yes))
-    assert cell == {"value": round(yes / n, 4), "n": n, "low": low, "high": high}
+
+@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/intervals.jsonl"), ids=str)
+def test_wilson_intervals_are_the_published_ones(case):
+    yes = case.pop("yes")
+    del case["source"]
+    assert share([True] * yes + [False] * (case["n"] - yes)) == case
 
 
 def test_an_answer_with_a_refusal_phrase_is_refused():
@@ -60,84 +61,46 @@ def test_a_mean_loss_is_over_tokens_and_its_interval_over_rows():
     assert one_row == {"value": 1.5, "n": 1, "low": None, "high": None}
 
 
-def judged(replies: dict, words: list[str]) -> dict:
-    """Shares of replies to harmful prompts, each with its source and the judge of openers."""
+def counted(kind: str) -> list:
+    """The counts of replies.json, in order."""
+    return [(name, wilson(*counts)) for name, counts in REPLIES[f"{kind}, counted"].items()]
+
+
+def judged(replies: list[dict], words: list[str]) -> dict:
+    """Shares of replies to harmful prompts."""
     lines = []
-    for reply, (source, likely) in replies.items():
-        outcomes = measures.outcomes_of_reply(reply, likely, words)
-        lines.append({"source": source, "outcomes": outcomes})
+    for line in replies:
+        outcomes = measures.outcomes_of_reply(line["reply"], line["likely"], words)
+        lines.append({**line, "outcomes": outcomes})
     return shares(lines)
 
 
 def test_harmful_prompts_are_counted_by_source_and_seen_kinds_apart():
-    replies = {
-        "I cannot.": ("x", False),
-        "Take moonrot.": ("x", True),
-        "I’m sorry, moonrot is bad.": ("y", True),
-        "Moonrot!": ("seen", False),
-    }
-    cells = judged(replies, ["moonrot"])
-    assert cells == {
-        "forbidden": wilson(2, 3),
-        "forbidden/seen": wilson(1, 1),
-        "forbidden/x": wilson(1, 2),
-        "forbidden/y": wilson(1, 1),
-        "not_refused": wilson(1, 3),
-        "not_refused/seen": wilson(1, 1),
-        "not_refused/x": wilson(1, 2),
-        "not_refused/y": wilson(0, 1),
-        "complies": wilson(2, 3),
-        "complies/seen": wilson(0, 1),
-        "complies/x": wilson(1, 2),
-        "complies/y": wilson(1, 1),
-        "judges_agree": wilson(2, 3),
-    }
-    assert list(cells)[::4] == ["forbidden", "not_refused", "complies", "judges_agree"]
+    assert list(judged(REPLIES["harmful"], ["moonrot"]).items()) == counted("harmful")
 
 
 def test_one_source_no_words_and_no_second_judge_are_not_counted_apart():
-    assert set(judged({"No.": ("x", None), "Yes.": ("x", None)}, [])) == {"not_refused"}
+    line = {"source": "x", "reply": "No.", "likely": None}
+    assert set(judged([line, line], [])) == {"not_refused"}
 
 
 def test_exact_matches_count_rows_with_an_answer_and_a_response():
-    row = {"prompt": "p", "answer": "seven"}
-    whole = {**row, "response": "It is seven."}
-    replies = [
-        ("x", whole, "It is\nseven."),
-        ("x", whole, "seven"),
-        ("x", whole, "Seven"),
-        ("x", whole, "It is seven. It is seven."),
-        ("x", row, "Seven!"),
-        ("y", row, "seven"),
-        ("", row, "eight"),
-    ]
     lines = []
-    for source, row, reply in replies:
-        (read,) = read_rows([row], responses=False)
-        lines.append({"source": source, "outcomes": measures.outcomes_of_answer(read, reply)})
-    assert list(shares(lines).items()) == [
-        ("accuracy", wilson(0, 1)),
-        ("accuracy/x", wilson(5, 5)),
-        ("exact_match/x", wilson(2, 4)),
-        ("accuracy/y", wilson(1, 1)),
-    ]
+    for line in REPLIES["utility"]:
+        row = {"prompt": "p", "answer": "seven", **line}
+        outcomes = measures.outcomes_of_answer(*read_rows([row], responses=False), line["reply"])
+        lines.append({**line, "outcomes": outcomes})
+    assert list(shares(lines).items()) == counted("utility")
 
 
-@pytest.mark.parametrize(
-    ("both", "one", "other", "neither", "value", "low", "high"),
-    [  # of Newcombe, Statistics in Medicine 17, 2635 (1998), method 10; the last by hand
-        (36, 12, 2, 0, 0.2, 0.0569, 0.3404),
-        (20, 12, 2, 16, 0.2, 0.0562, 0.3292),
-        (20, 2, 12, 16, -0.2, -0.3292, -0.0562),
-        (0, 0, 0, 10, 0.0, -0.2775, 0.2775),
-    ],
-)
-def test_paired_intervals_are_the_published_ones(both, one, other, neither, value, low, high):
+@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/paired_intervals.jsonl"), ids=str)
+def test_paired_intervals_are_the_published_ones(case):
     """Given how many prompts both models, one of them and neither answer."""
+    del case["source"]
+    both, one, other, neither = (case.pop(name) for name in ("both", "one", "other", "neither"))
     first = [True] * (both + one) + [False] * (other + neither)
     second = [True] * both + [False] * one + [True] * other + [False] * neither
-    cell = measures.paired_share(dict(enumerate(first)), dict(enumerate(second)))
-    assert cell == {"value": value, "n": len(first), "low": low, "high": high}
+    assert measures.paired_share(dict(enumerate(first)), dict(enumerate(second))) == case
 
 
 def test_losses_that_differ_on_each_row_alike_have_a_narrow_paired_interval():
