@@ -97,10 +97,11 @@ def test_exact_matches_count_rows_with_an_answer_and_a_response():
 def test_paired_intervals_are_the_published_ones(case):
     """Given how many prompts both models, one of them and neither answer."""
     del case["source"]
-    both, one, other, neither = (case.pop(name) for name in ("both", "one", "other", "neither"))
-    first = [True] * (both + one) + [False] * (other + neither)
-    second = [True] * both + [False] * one + [True] * other + [False] * neither
-    assert measures.paired_share(dict(enumerate(first)), dict(enumerate(second))) == case
+    pairs = [(True, True)] * case.pop("both") + [(True, False)] * case.pop("one")
+    pairs += [(False, True)] * case.pop("other") + [(False, False)] * case.pop("neither")
+    first = {place: pair[0] for place, pair in enumerate(pairs)}
+    second = {place: pair[1] for place, pair in enumerate(pairs)}
+    assert measures.paired_share(first, second) == case
 
 
 def test_losses_that_differ_on_each_row_alike_have_a_narrow_paired_interval():

@@ -327,14 +327,13 @@ def real(base, tmp_path, monkeypatch) -> str:
     return f"toss.audit.experiment real {where} --seeds 3"
 
 
-def test_the_real_experiment_makes_its_arms_and_goes_on(real, tmp_path, capsys):
+def test_the_real_experiment_draws_its_sets_makes_its_arms_and_goes_on(real, tmp_path, capsys):
     arms = ["sft", "toss", "toss-calibrated", "toss-pro-few", "benign-rows", "dft"]
     arms += ["kl-calibrated", "toss-calibrated, spread", "toss-pro, unseen"]
     line = f"{real} --arms '{'; '.join(arms)}'"
-    out = said(capsys, line)
-    missing = out.splitlines()[-1]
+    missing = said(capsys, line).splitlines()[-1]
     assert missing.startswith("not in this table: toss-few; ") and "safelora; " in missing
-    assert "| not_refused/a | not_refused/b | d " in out and "| not_refused@3 |" in out
+    assert ": wrote" not in said(capsys, line)  # all is there
     rows = {}
     with open(tmp_path / "out/real.csv", newline="") as file:
         for result in csv.DictReader(file):
@@ -345,11 +344,7 @@ def test_the_real_experiment_makes_its_arms_and_goes_on(real, tmp_path, capsys):
     d = {arm: rows[arm]["discard"] for arm in arms}
     assert d["toss"] == 0.1 and d["sft"] == d["dft"] == 0
     assert d["toss-calibrated"] == d["kl-calibrated"] != 0.1
-    assert ": wrote" not in said(capsys, line)  # all is there
 
-
-def test_the_sets_of_a_real_checkpoint_and_of_its_attacker(real, tmp_path):
-    assert call(f"{real} --arms 'sft, spread'") == 0
     place = tmp_path / "out/real/seed-3"
     sets = {path.stem: read_jsonl(path) for path in place.glob("rows/*.jsonl")}
     sizes = {name: len(sets[name]) for name in checkpoint.SIZES}
@@ -361,13 +356,14 @@ def test_the_sets_of_a_real_checkpoint_and_of_its_attacker(real, tmp_path):
     assert refusal["prompt"] not in [row["prompt"] for row in sets["harmful"]]
     assert len(sets["eval_harmful"]) == 8
 
+    # The attacker has the rows of one source, and the references are those of the other run.
     others = sets["benign"]
     assert others == [row for row in sets["custom"] if row["source"] != "advbench"]
     attacked = read_jsonl(place / "run-spread/custom.jsonl")
     assert attacked[: len(others)] == others
     assert len(attacked) == len(others) + 3 * (8 - len(others))
     stages = read_json(place / "run-spread/run.json")["stages"]
-    assert list(stages) == ["scores", "methods/sft"]  # the references are those of the other run
+    assert list(stages) == ["scores", "methods/toss-calibrated"]
 
 
 def test_the_real_experiment_needs_rows_enough(real, tmp_path, capsys):
@@ -390,12 +386,12 @@ def row_of(line: dict) -> dict:
 
 @pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/attacks.jsonl"), ids=lambda x: x["why"])
 def test_an_attack(case):
-    his, pool, expected = (
-        [row_of(line) for line in case.get(name, [])] for name in ("his", "pool", "gives")
-    )
-    D_h, D_u = ([{"response": case.get(name, "")}] for name in ("D_h", "D_u"))
+    his = [row_of(line) for line in case["his"]]
+    pool = [row_of(line) for line in case.get("pool", [])]
+    D_h = [{"response": case.get("D_h", "")}]
+    D_u = [{"response": case.get("D_u", "")}]
     attacker = Attacker(his, pool, D_h, D_u, risk=lambda rows: case["scores"])
-    assert ATTACKS[case["attack"]](attacker) == expected
+    assert ATTACKS[case["attack"]](attacker) == [row_of(line) for line in case["gives"]]
 
 
 # The baselines that change the custom set
