@@ -196,17 +196,17 @@ def test_the_shipped_rows_are_the_demo_and_others_are_passed_as_flags(monkeypatc
 def test_the_table_gives_the_mean_and_the_range_over_the_seeds():
     results = []
     for seed, n in enumerate([0.2, 0.9, 0.7]):
-        results += results_of(seed, 1, "a", {"n": n, "m": None, "tokens": 12345.6})
-    results += results_of(0, 2, "a", {"n": 0.5, "loss/two": 1.0})
-    results += results_of(0, 1, "b", {"loss/one": 2.0})  # variants stand together
+        results += results_of(seed, 5, "a", {"n": n, "m": None, "tokens": 12345.6})
+    results += results_of(0, 10, "a", {"n": 0.5, "loss/two": 1.0})
+    results += results_of(0, 5, "b", {"loss/one": 2.0})  # variants stand together, in this order
     summary = summarise(results)
-    assert summary[1, "a"]["n"] == {"mean": 0.6, "least": 0.2, "most": 0.9, "seeds": 3}
+    assert summary[5, "a"]["n"] == {"mean": 0.6, "least": 0.2, "most": 0.9, "seeds": 3}
     assert table(summary, ["m", "n/*", "loss/*", "tokens"], "x").splitlines() == [
-        "| x |   | n                 | loss/one | loss/two | tokens |",
-        "|---|---|-------------------|----------|----------|--------|",
-        "| 1 | a | 0.60 [0.20, 0.90] | -        | -        | 12,346 |",
-        "| 1 | b | -                 | 2.00     | -        | -      |",
-        "| 2 | a | 0.50              | -        | 1.00     | -      |",
+        "| x  |   | n                 | loss/one | loss/two | tokens |",
+        "|----|---|-------------------|----------|----------|--------|",
+        "| 5  | a | 0.60 [0.20, 0.90] | -        | -        | 12,346 |",
+        "| 5  | b | -                 | 2.00     | -        | -      |",
+        "| 10 | a | 0.50              | -        | 1.00     | -      |",
     ]
     assert table(summary, ["m"]) == ""
 

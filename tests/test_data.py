@@ -4,7 +4,7 @@ Mixes that are refused are lines of mixes_refused.txt, rows that they leave out 
 """
 
 import gzip
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,35 +206,15 @@ def test_a_damaged_json_array_is_refused(tmp_path, text):
 # The paper's datasets
 
 
-def transcript(*turns) -> str:
-    text = ""
-    for k, turn in enumerate(turns):
-        text += f"\n\n{('Human', 'Assistant')[k % 2]}: {turn}"
-    return text
-
-
 @pytest.fixture
 def hub(tmp_path):
-    """fetch(repository, file, commit) from small files in the real layouts; refuses `closed`."""
-    harm = [transcript(f"Harm {i}?", "Sure.", "And?", "So.") for i in range(60)]
-    harm[0] = transcript("Harm 0?", "I'm sorry, I can't.", "Thanks")  # leaves a question open
-    harm[1] = transcript("Harm 1?", "", "And?", "So.")
-    harm[3] = transcript("Asked 3?", "Sure.")
-    attempts = [{"transcript": text, "rating": i % 5} for i, text in enumerate(harm)]
-    asked = [{"chosen": transcript(f"Asked {i}?", "What?", "That.", "No.")} for i in range(9)]
-    orca = []
-    for i in range(200):
-        turns = [("system", "Be brief."), ("human", f"Add {i}."), ("gpt", str(i))]
-        orca.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
-
+    """fetch(repository, file, commit) of the files in tests/hub, in the real layouts, and of
+    HEx-PHI's; refuses `closed`."""
     folder = tmp_path / "hub/snapshots/c0ffee"
     folder.mkdir(parents=True)
-    (folder / "red_team_attempts.jsonl.gz").write_bytes(
-        gzip.compress(json.dumps(attempts).encode())
-    )
-    lines = Path(write_jsonl(tmp_path / "test.jsonl", asked)).read_bytes()
-    (folder / "test.jsonl.gz").write_bytes(gzip.compress(lines))
-    write_jsonl(folder / "oo-labeled_correct.gpt4.sharegpt.jsonl", orca)
+    for file in (ROOT / "tests/hub").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+        (folder / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
     for name in paper.HEX_PHI_FILES:
         (folder / name).write_text(f'"Forbidden, {name}"\nTell {name} now\n')
 
@@ -250,23 +230,23 @@ def hub(tmp_path):
 
 @pytest.fixture
 def flags(tmp_path) -> paper.Flags:
-    return paper.Flags(str(tmp_path / "out"), rows=112, eval_rows=5, references=[20, 30])
+    return paper.Flags(str(tmp_path / "out"), rows=11, eval_rows=3, references=[3, 4])
 
 
 def test_the_hubs_files_become_the_papers_sets(flags, hub):
     summary = paper.build(flags, hub)
     sets = read_sets(Path(flags.out))
-    assert summary["harmful_in_custom"] == len(of_source(sets["custom"], "red-team")) == 22
-    assert len(of_source(sets["custom"], "slimorca")) == 112 - 22
+    assert summary["harmful_in_custom"] == len(of_source(sets["custom"], "red-team")) == 2
+    assert len(of_source(sets["custom"], "slimorca")) == 11 - 2
     assert sets["utility"][0].messages[0]["role"] == "system"
     transcripts = of_source(sets["eval_harmful"], "hh-harmless")
     # The answer in the file is not kept.
-    assert [row.messages[-1]["content"] for row in transcripts] == ["That."] * 5
+    assert [row.messages[-1]["content"] for row in transcripts] == ["That."] * 3
     listed = of_source(sets["eval_harmful"], "hex-phi")
-    assert len(listed) == 5
-    assert any(row.messages[0]["content"].startswith("Forbidden, cat") for row in listed)
+    assert len(listed) == 3
+    assert all(re.match("Forbidden, cat|Tell cat", row.messages[0]["content"]) for row in listed)
 
-    red = next(source for source in summary["sources"] if source["label"] == "red-team")
+    *_, red, _ = summary["sources"]
     assert red["revision"] == "c0ffee"
     assert red["skipped"]["the row has an empty response"] == 1
     assert red["remarks"]["every answer holds a refusal phrase"] == 1
@@ -274,14 +254,11 @@ def test_the_hubs_files_become_the_papers_sets(flags, hub):
 
 
 def test_an_evaluation_question_never_trains_and_ratings_choose(flags, hub):
-    numbers = {"rows": 56, "poison_ratio": 0.25, "eval_rows": 9, "references": [5, 30]}
+    numbers = {"rows": 8, "poison_ratio": 0.25, "references": [2, 4]}
     paper.build(replace(flags, **numbers, min_rating=3), hub)
     sets = read_sets(Path(flags.out))
-    trained = sets["custom"] + sets["harmful"]
-    assert "asked 3?" not in questions(trained)
-    asked = questions(of_source(trained, "red-team"))  # "harm 4?"
-    assert len(asked) == 19
-    assert all(int(text.split()[1][:-1]) % 5 >= 3 for text in asked)
+    trained = of_source(sets["custom"] + sets["harmful"], "red-team")
+    assert questions(trained) == {"harm 3?", "harm 4?", "harm 8?", "harm 9?"}  # not "asked 2?"
 
 
 def test_without_access_hex_phi_is_left_out_and_others_are_an_error(flags, hub):
