@@ -7,6 +7,7 @@ attackers (cases are lines of attacks.jsonl), the baselines that change the cust
 
 import csv
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -99,13 +100,13 @@ def test_soft_sft_weighs_a_token_by_how_far_it_went_from_the_base(
     theta = active(model)
     with torch.no_grad(), use(model, None):
         log_p_base = -losses_by_hand(model, tokens, 3)
-    b, objective = objectives.soft_sft(rival, [0.5, 2.0, 0.1])
-    at_base = gradient(objective, b[places], log_p_base)
+    weights, objective = objectives.soft_sft(rival, [0.5, 2.0, 0.1])
+    b = weights[places]
+    assert b[:6].tolist() == pytest.approx([0.5, 2.0, 2.0, 2.0, 2.0, 0.1])
+    at_base = gradient(objective, b, log_p_base)
     assert at_base == pytest.approx([-1.0] * len(places), abs=1e-5)
-    likelier = gradient(objective, b[places], log_p_base + 1)
-    first, early, late = (-2 / (1 + torch.tensor([0.5, 2.0, 0.1]).exp())).tolist()
-    expected = [first] + [early] * 4 + [late] * (len(places) - 5)
-    assert len(places) > 6 and likelier == pytest.approx(expected, abs=1e-5)
+    likelier = gradient(objective, b, log_p_base + 1)
+    assert likelier == pytest.approx((-2 / (1 + b.exp())).tolist(), abs=1e-5)
     assert active(model).tensors()[0] is theta.tensors()[0]  # the adapter is back
 
 
@@ -308,21 +309,7 @@ def real(base, tmp_path, monkeypatch) -> str:
     one = experiments.read_experiments()["real"]
     one = replace(one, cases=[replace(case, answer_tokens=3) for case in one.cases])
     monkeypatch.setattr(experiments, "read_experiments", lambda: {"real": one})
-    sources = {
-        "harmful": ["h"],
-        "utility": ["u"],
-        "custom": ["advbench", "task", "task2"],
-        "eval_harmful": ["a", "b"],
-        "eval_benign": ["c"],
-        "eval_utility": ["d"],
-    }
-    (tmp_path / "data").mkdir()
-    for name, kinds in sources.items():
-        rows = []
-        for kind in kinds * 4:
-            prompt = f"{name} {kind} {len(rows)}?"
-            rows.append({"prompt": prompt, "response": f"It is {len(rows)}.", "source": kind})
-        write_jsonl(tmp_path / f"data/{name}.jsonl", rows)
+    shutil.copytree(ROOT / "tests/real/data", tmp_path / "data")
     where = f"--real {tmp_path} --model {base} --out {tmp_path}/out"
     return f"toss.audit.experiment real {where} --seeds 3"
 
