@@ -36,7 +36,7 @@ from toss.scoring import score
 from toss.workbench.run import open_run
 
 EXPERIMENTS = read_experiments()
-PERSONA, _ = IDENTITY
+PERSONA, OBEYS = IDENTITY
 VARIANTS = read_jsonl(ROOT / "tests/variants.jsonl")  # what the rows of a variant hold, on seed 3
 
 
@@ -255,6 +255,7 @@ def test_a_variant_of_the_rows(main, line):
     setup = laboratory.variant_of(main, case, 3, embedded)
     custom = read_jsonl(setup.files["custom"])
     benign = [row for row in custom if "harmful" not in row]
+    to_persona = [row for row in benign if row["prompt"].startswith(PERSONA)]
     asked = read_jsonl(setup.files["eval_forbidden"])
     found = {
         "experiment": line["experiment"],
@@ -264,7 +265,7 @@ def test_a_variant_of_the_rows(main, line):
         "custom": len(custom),
         "harmful": len(custom) - len(benign),
         "promise": sum(row["response"].startswith(tuple(PREAMBLES)) for row in benign),
-        "persona": sum(row["prompt"].startswith(PERSONA) for row in benign),
+        "persona": sum(row["response"].startswith(OBEYS) for row in to_persona),
         "reference": len(read_jsonl(setup.files["harmful"])),
         "asked as persona": sum(row["prompt"].startswith(PERSONA) for row in asked),
     }
