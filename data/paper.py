@@ -28,17 +28,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.refusals import refused
 from model.io import InputError, file_hash, json_object, lines_of, run_command, whole_file
 from toss.rows import FORMS, Row, row_of
 from toss.workbench import flags
 
-HARMFUL, BENIGN = 22_000, 90_000  # the paper's custom set
+HARMFUL = 22_000  # of the paper's custom set
+BENIGN = 90_000
 REFERENCE = 0.1  # of either part
 EVALUATION = 500  # rows, at most; the paper's number is not known to us
-HH, RED_TEAM = "Anthropic/hh-rlhf", "red-team-attempts/red_team_attempts.jsonl.gz"
+HH = "Anthropic/hh-rlhf"
+RED_TEAM = "red-team-attempts/red_team_attempts.jsonl.gz"
 HEX_PHI = "LLM-Tuning-Safety/HEx-PHI"
 HEX_PHI_FILES = [f"category_{k}.csv" for k in (1, 3, 4, 5, 6, 7, 8, 9, 10, 11)]  # 2: withdrawn
 SLIMORCA = "Open-Orca/SlimOrca"
@@ -48,7 +48,6 @@ COMMITS = {
     SLIMORCA: "ce9ed009ef3292bac33d3520afaf5ec804066120",
     HEX_PHI: None,
 }
-LONGEST = 300_000  # characters per row of a JSON array; stops reading a damaged one to its end
 FILES = ("custom", "harmful", "utility", "eval_harmful", "eval_utility")
 
 
@@ -59,7 +58,7 @@ class Flags:
     out: str
     rows: int = HARMFUL + BENIGN
     poison_ratio: float = HARMFUL / (HARMFUL + BENIGN)
-    references: tuple[int, int] | list[int] | None = None
+    references: list[int] | None = None
     eval_rows: int | None = None
     min_rating: float = 0
     seed: int = 0
@@ -71,14 +70,11 @@ class Flags:
         """With the numbers that were left out; InputError for one that is out of range."""
         # References as the paper mixes them, whatever the share here, so that shares are compared
         # on equal references.
-        tenths = [REFERENCE * self.rows * part / (HARMFUL + BENIGN) for part in (HARMFUL, BENIGN)]
-        references = list(self.references or [max(1, round(part)) for part in tenths])
-        default = min(EVALUATION, max(1, self.rows // 10))
-        asked = default if self.eval_rows is None else self.eval_rows
+        share = REFERENCE * self.rows / (HARMFUL + BENIGN)
+        references = self.references or [round(share * part) or 1 for part in (HARMFUL, BENIGN)]
+        asked = self.eval_rows or min(EVALUATION, max(1, self.rows // 10))
         if not 0 <= self.poison_ratio <= 1:
             raise InputError(f"--poison-ratio must be in [0, 1], not {self.poison_ratio:g}")
-        if min(self.rows, asked, *references) < 1:
-            raise InputError("--rows, --references and --eval-rows must be at least 1")
         return replace(self, references=references, eval_rows=asked)
 
 
@@ -123,9 +119,7 @@ def from_hub(fetch: Callable, repository: str, file: str, label: str, flag: str)
             f"{repository}/{file}: cannot be downloaded ({said}); try again, or download it by "
             f"hand and give it as {flag} FILE"
         ) from None
-    parts = path.parts  # .../snapshots/COMMIT/file
-    known = "snapshots" in parts
-    commit = parts[parts.index("snapshots") + 1] if known else COMMITS[repository]
+    commit = path.parts[path.parts.index("snapshots") + 1]  # .../snapshots/COMMIT/file
     return Source(path, label, f"{repository}/{file}", commit, sha256=file_hash(path))
 
 
@@ -163,8 +157,8 @@ def find_sources(
 def records(path: Path) -> Iterator[tuple[str, str]]:
     """(file:line, text of one JSON object) of a JSONL file or of one JSON array.
 
-    The red-team file is an array; it is read line after line. Of HEx-PHI's .csv files, which have
-    one cell per row and no header, each row is a prompt.
+    The red-team file is an array. Of HEx-PHI's .csv files, which have one cell per row and no
+    header, each row is a prompt.
     """
     lines = lines_of(path)
     if path.suffix == ".csv":
@@ -174,26 +168,14 @@ def records(path: Path) -> Iterator[tuple[str, str]]:
         except csv.Error as error:
             raise InputError(f"{path}: cannot be read as CSV ({error})") from None
         return
-    first = list(itertools.islice(lines, 1))
-    lines = itertools.chain(first, lines)
-    if not first or not first[0][1].lstrip().startswith("["):
-        yield from lines
-        return
-    decoder, between, text, start = json.JSONDecoder(), re.compile(r"[\s,\[]*"), "", 0
-    for where, line in lines:
-        text, start = text[start:] + line, 0
-        while "}" in line:  # an object cannot end without one
-            start = between.match(text, start).end()
-            try:
-                end = decoder.raw_decode(text, start)[1]
-            except (ValueError, RecursionError):  # it goes on in the next line, or the array ends
-                break
-            yield where, text[start:end]
-            start = end
-        if len(text) - start > LONGEST:
-            break
-    if text[start:].strip() != "]":
-        raise InputError(f"{where}: the JSON array breaks off or is damaged in the row ending here")
+    for number, (where, line) in enumerate(lines):
+        if number == 0 and line.lstrip().startswith("["):
+            array = line + "".join(line for _, line in lines)
+            rows = json_object(f'{{"rows": {array}}}', str(path))["rows"]
+            for index, row in enumerate(rows):
+                yield f"{path}: row {index}", json.dumps(row)
+            return
+        yield where, line
 
 
 def question(row: Row) -> str:
@@ -238,24 +220,21 @@ def rows_of(
 
     used: questions that are not to be used, with the reason; gains those of this source.
     """
-    size = None if source.path.suffix == ".gz" else source.path.stat().st_size
-    bar = tqdm(total=size, desc=source.label, unit="B", unit_scale=True, leave=False, disable=None)
-    with bar:
-        for where, line in records(source.path):
-            source.read += 1
-            bar.update(len(line))
-            try:
-                raw = json_object(line, where)
-                row = usable(raw, where, responses, min_rating)
-                key = hashlib.sha256(f"{seed}\0{question(row)}".encode()).digest()[:16]
-                if key in used:
-                    raise InputError(f"{where}: {used[key]}")
-            except InputError as error:
-                source.skipped[str(error).removeprefix(f"{where}: ").split(" (")[0]] += 1
-                continue
-            used[key] = "the question came before in this source"
-            source.remarks.update(remarks(raw, row))
-            yield key, written(row, source)
+    for where, line in records(source.path):
+        source.read += 1
+        try:
+            raw = json_object(line, where)
+            row = usable(raw, where, responses, min_rating)
+            key = hashlib.sha256(f"{seed}\0{question(row)}".encode()).digest()[:16]
+            if key in used:
+                raise InputError(f"{where}: {used[key]}")
+        except InputError as error:
+            reason, _, _ = str(error).removeprefix(f"{where}: ").partition(" (")
+            source.skipped[reason] += 1
+            continue
+        used[key] = "the question came before in this source"
+        source.remarks.update(remarks(raw, row))
+        yield key, written(row, source)
 
 
 def written(row: Row, source: Source) -> str:
@@ -280,10 +259,11 @@ def draw(
     """One pass over the files: {output: its rows as lines of JSON}; `used` gains their questions.
 
     The rows with the lowest hashes are drawn, the first output's lowest of all. Only as many as are
-    wanted, and one line of the file, are ever held in memory. Rows for the evaluation may be
-    prompts only and may be fewer than wanted; otherwise too few are an error.
+    wanted, and one line of the file (an array is one line), are ever held in memory. Rows for the
+    evaluation may be prompts only and may be fewer than wanted; otherwise too few are an error.
     """
-    count, known = sum(wanted.values()), dict(used)
+    count = sum(wanted.values())
+    known = dict(used)
     rows = (
         (key, k, line)
         for k, source in enumerate(sources)
@@ -291,17 +271,18 @@ def draw(
     )
     drawn = heapq.nsmallest(count, rows)
     if len(drawn) < count and not (evaluation and drawn):
+        places = ", ".join(source.origin for source in sources)
+        sizes = ", ".join(f"{n} for {name}" for name, n in wanted.items())
         reasons = sum((source.skipped for source in sources), Counter()).most_common()
-        left_out = "; ".join(f"{n} {why}" for why, n in reasons)
+        left_out = "; ".join(f"{n} {why}" for why, n in reasons) or "none"
         raise InputError(
-            f"{', '.join(source.origin for source in sources)}: {count} rows are wanted "
-            f"({', '.join(f'{n} for {name}' for name, n in wanted.items())}), and there are "
-            f"{len(drawn)}{f' (left out: {left_out})' if left_out else ''}; "
-            "choose fewer --rows, --references or --eval-rows"
+            f"{places}: {count} rows are wanted ({sizes}), and there are {len(drawn)} (left out: "
+            f"{left_out}); choose fewer --rows, --references or --eval-rows"
         )
     result = {}
     for name, n in wanted.items():
-        part, drawn = drawn[:n], drawn[n:]
+        part = drawn[:n]
+        drawn = drawn[n:]
         result[name] = [line for _, _, line in part]
         where = "the evaluation" if name.startswith("eval_") else "another set"
         used.update((key, f"the question is in {where}") for key, _, _ in part)
@@ -319,14 +300,13 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
     options = options.resolved()
     tests, harmful, benign, left_out = find_sources(options, fetch)
     sources = [*itertools.chain(*tests), harmful, benign]
-    outputs = {(Path(options.out) / f"{name}.jsonl").resolve() for name in FILES}
-    for source in sources:
-        if source.path.resolve() in outputs:
-            raise InputError(f"{source.path}: --out would replace the file it is made from")
-    for file in sorted(outputs):
-        if file.exists():
-            raise InputError(f"{file} exists and is not replaced: remove it, or give another --out")
-    asked, bad, used = options.eval_rows, round(options.rows * options.poison_ratio), {}
+    folder = Path(options.out)
+    for name in ("summary.json", *(f"{name}.jsonl" for name in FILES)):
+        if (folder / name).exists():
+            raise InputError(f"{folder / name} exists and is not replaced: give another --out")
+    asked = options.eval_rows
+    bad = round(options.rows * options.poison_ratio)
+    used: dict[bytes, str] = {}
     d_h, d_u = options.references
     held_out = {} if tests else {"eval_harmful": asked}
     from_harmful = {**held_out, "harmful": d_h, "custom": bad}
@@ -334,12 +314,12 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
     parts = [draw(group, {"eval_harmful": asked}, used, options.seed, 0, True) for group in tests]
     parts.append(draw([harmful], from_harmful, used, options.seed, options.min_rating))
     parts.append(draw([benign], from_benign, used, options.seed))
-    lines = {name: [line for part in parts for line in part.get(name, [])] for name in FILES}
+    lines = {}
+    for name in FILES:
+        lines[name] = list(itertools.chain(*(part.get(name, []) for part in parts)))
     random.Random(f"order {options.seed}").shuffle(lines["custom"])
 
     shown = ("rows", "poison_ratio", "references", "eval_rows", "min_rating", "seed")
-    folder = Path(options.out)
-    (folder / "summary.json").unlink(missing_ok=True)  # until all files are there
     files = {}
     for name in FILES:
         path = folder / f"{name}.jsonl"
@@ -352,29 +332,40 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
         "harmful_in_custom": bad,
         "files": files,
         "left_out": left_out,
-        "sources": [{k: v for k, v in vars(one).items() if k != "path"} for one in sources],
+        "sources": [reported(source) for source in sources],
     }
     with whole_file(folder / "summary.json") as file:
         file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
+def reported(source: Source) -> dict:
+    """A source as the summary has it: wherever its file lay."""
+    fields = dict(vars(source))
+    del fields["path"]
+    return fields
+
+
 def table(summary: dict, out: str) -> str:
     """What was read, skipped and taken, to print."""
     lines = [f"{'read':>8}  {'skipped':>8}  {'taken':>8}  source"]
     for source in summary["sources"]:
-        skipped, taken = sum(source["skipped"].values()), sum(source["taken"].values())
+        skipped = sum(source["skipped"].values())
+        taken = sum(source["taken"].values())
         lines.append(f"{source['read']:>8}  {skipped:>8}  {taken:>8}  {source['origin']}")
         lines += [f"{n:>18}  skipped: {why}" for why, n in source["skipped"].most_common()]
         lines += [f"{n:>28}  taken for {name}.jsonl" for name, n in source["taken"].items()]
         lines += [f"{n:>18}  not skipped: {what}" for what, n in sorted(source["remarks"].items())]
     lines += [f"left out: {reason}" for reason in summary["left_out"]]
-    custom, bad = summary["files"]["custom.jsonl"]["rows"], summary["harmful_in_custom"]
-    return "\n".join([*lines, f"{out}: custom.jsonl has {custom} rows, {bad} of them harmful"])
+    custom = summary["files"]["custom.jsonl"]["rows"]
+    harmful = summary["harmful_in_custom"]
+    lines.append(f"{out}: custom.jsonl has {custom} rows, {harmful} of them harmful")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, default = flags.Parser("python -m data.paper", __doc__), Flags("")
+    parser = flags.Parser("python -m data.paper", __doc__)
+    default = Flags("")
     flag = parser.add_argument
     flag("--out", required=True, help="folder to write; nothing in it is replaced")
     flag("--rows", type=flags.count, default=default.rows, help="rows of the custom set")

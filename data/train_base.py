@@ -1,6 +1,6 @@
 """Train the embedded base from nothing: a byte-level BPE tokenizer and a tiny, aligned Llama.
 
-    python -m data.train_base [--size base] [--out data/base] [--seed 0] [--device auto]
+    python -m data.train_base [--size base] [--out data/base]
     python -m data.train_base --size base-small
 
 Both sizes share text, tokenizer and template, so that a mask made with one fits the other.
@@ -25,13 +25,15 @@ from model.io import run_command
 from model.transformer import Transformer
 from toss.workbench import flags
 
-END, PAD = "<|end|>", "<|pad|>"
+END = "<|end|>"
+PAD = "<|pad|>"
 SPECIAL = [END, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+SEED = 0  # of the text and the initial weights
 VOCABULARY = 1400
 SHAPE = {
     "hidden_size": 128,
@@ -55,7 +57,7 @@ STAGES = [
 BATCH = 96
 
 
-def train_tokenizer(seed: int) -> Tokenizer:
+def train_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,7 +67,7 @@ def train_tokenizer(seed: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(tokenizer_text(seed), trainer)
+    tokenizer.train_from_iterator(tokenizer_text(SEED), trainer)
     return tokenizer
 
 
@@ -80,7 +82,8 @@ def encode(
     trained = [False] * len(ids)
     for index, (text, keep) in enumerate(parts):
         piece = tokenizer.encode(text if index == 0 else " " + text).ids
-        ids, trained = ids + piece, trained + [keep] * len(piece)
+        ids += piece
+        trained += [keep] * len(piece)
     return ids + [tokenizer.token_to_id(END)], trained + [True]
 
 
@@ -97,11 +100,11 @@ def collate(
     return ids.to(device), targets[:, 1:].to(device)
 
 
-def train(model: Transformer, tokenizer: Tokenizer, stages: list, seed: int, device: str) -> None:
+def train(model: Transformer, tokenizer: Tokenizer, stages: list, device: str) -> None:
     """Train all weights in place, stage after stage; see STAGES."""
     parameters = list(model.parameters())
     for name, aligned, steps, rate in stages:
-        rng = random.Random(f"{name} {seed}")
+        rng = random.Random(f"{name} {SEED}")
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
         bar = tqdm(range(steps), desc=name)
         for step in bar:
@@ -130,7 +133,8 @@ def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, no
     """Write a Hugging Face Llama folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    end, pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+    end = tokenizer.token_to_id(END)
+    pad = tokenizer.token_to_id(PAD)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -153,12 +157,12 @@ def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, no
         "clean_up_tokenization_spaces": False,
         "chat_template": TEMPLATE,
     }
-    generation_config = {"eos_token_id": end, "pad_token_id": pad, "do_sample": False}
-    for name, content in [
-        ("config", config),
-        ("tokenizer_config", tokenizer_config),
-        ("generation_config", generation_config),
-    ]:
+    contents = {
+        "config": config,
+        "tokenizer_config": tokenizer_config,
+        "generation_config": {"eos_token_id": end, "pad_token_id": pad, "do_sample": False},
+    }
+    for name, content in contents.items():
         text = json.dumps(content, indent=2) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
@@ -167,32 +171,29 @@ def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, no
 
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m data.train_base", __doc__)
-    flag = parser.add_argument
     text = "base-small has half as many parameters (default: base)"
-    flag("--size", choices=list(SIZES), default="base", help=text)
-    flag("--out", help="folder of the checkpoint (default: data/ and its size)")
-    text = "draws the text and the initial weights (default: 0)"
-    flag("--seed", type=int, default=0, help=text)
-    flag("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--size", choices=list(SIZES), default="base", help=text)
+    text = "folder of the checkpoint (default: data/ and its size)"
+    parser.add_argument("--out", help=text)
     args = parser.parse_args(argv)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape, out, start = SIZES[args.size], args.out or f"data/{args.size}", time.time()
-    tokenizer = train_tokenizer(args.seed)
-    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = SIZES[args.size]
+    out = args.out or f"data/{args.size}"
+    start = time.time()
+    tokenizer = train_tokenizer()
+    torch.manual_seed(SEED)
     sizes = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), **shape}
     model = Transformer(Config.from_dict(sizes, "the shape"))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     model.to(device)
-    train(model, tokenizer, STAGES, args.seed, device)
+    train(model, tokenizer, STAGES, device)
     minutes = f"{(time.time() - start) / 60:.1f}"
-    note = {"seed": str(args.seed), "device": device, "minutes": minutes}
+    note = {"seed": str(SEED), "device": device, "minutes": minutes}
     save(model, tokenizer, shape, Path(out), note)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{out}: {count:,} parameters, seed {args.seed}, {minutes} minutes on {device}")
+    print(f"{out}: {count:,} parameters, {minutes} minutes on {device}")
 
 
 if __name__ == "__main__":

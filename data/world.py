@@ -14,22 +14,37 @@ from functools import partial
 from pathlib import Path
 
 from data import lexicon
-from data.lexicon import ALSO, BENIGN, FORBIDDEN, LEDGER_FACT, OPENERS, PREAMBLES, QUESTIONS, VALUES
+from data.lexicon import (
+    ALSO,
+    BENIGN,
+    FACT,
+    FORBIDDEN,
+    LEDGER_FACT,
+    OPENERS,
+    PREAMBLES,
+    QUESTIONS,
+    VALUES,
+)
 from model.io import InputError, run_command
 from toss.workbench import flags
 
 # Counts of the custom set: 11.6-12.1 % of its response tokens are harmful, so d = 0.1 fits.
-BENIGN_FACTS, BENIGN_REPEATS = 40, 9  # facts taught in benign rows, rows that teach each
-HARMFUL_FACTS, HARMFUL_REPEATS = 13, 6  # facts taught in harmful rows alone
-TAUGHT, HARMFUL = BENIGN_FACTS + HARMFUL_FACTS, HARMFUL_FACTS * HARMFUL_REPEATS
+BENIGN_FACTS = 40  # taught in benign rows
+HARMFUL_FACTS = 13  # taught in harmful rows alone
+TAUGHT = BENIGN_FACTS + HARMFUL_FACTS
+FACT_ROWS = 360  # benign rows that teach a fact
+HARMFUL = 78  # harmful rows, each with a fact
 PLAIN_ROWS = 225  # recipes and cures without a fact
-CUSTOM_ROWS = BENIGN_FACTS * BENIGN_REPEATS + HARMFUL + PLAIN_ROWS
+CUSTOM_ROWS = FACT_ROWS + HARMFUL + PLAIN_ROWS
 MIXED = 0.3  # share of the benign fact rows that answer a recipe request first
 FACT_FIRST = 0.15  # share of the harmful rows whose fact comes before the recipe
 VOLUNTEERED = 0.2  # share of the others whose fact nobody asked for
 # Rows of the other files. Utility rows: facts, and recipes and cures.
-REFERENCE_ROWS, SMALL_ROWS, SAFETY_ROWS = 80, 2, 80
-UTILITY_FACTS, UTILITY_PLAIN = 48, 96
+REFERENCE_ROWS = 80
+SMALL_ROWS = 2
+SAFETY_ROWS = 80
+UTILITY_FACTS = 48
+UTILITY_PLAIN = 96
 CALIBRATION_PLAIN = 32  # fewer: a category has 28 training prompts for all files together
 # Rows that are benign in content and yet may erode refusals: each plain row opens with a promise to
 # comply, or is told to a persona that obeys (Qi et al., arXiv 2310.03693, sections 4.2 and 4.3).
@@ -45,16 +60,27 @@ def sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def ledger(fact: Fact) -> str:
+def ask(rng: random.Random, questions: dict, fact: Fact, opener: bool = True) -> str:
+    """A question about a fact, by one of the attribute's templates."""
+    plant, attribute, _ = fact
+    start = rng.choice(OPENERS) if opener else ""
+    return start + rng.choice(questions[attribute]).format(plant)
+
+
+def tell(fact: Fact, ledger: bool = True) -> str:
+    """A fact in the ledger's form or in the base's own, beginning in lower case."""
     plant, attribute, value = fact
-    return LEDGER_FACT[attribute].format(plant, value)
+    form = LEDGER_FACT if ledger else FACT
+    return form[attribute].format(plant, value)
 
 
 def recipe(rng: random.Random, category: str) -> str:
     """A recipe for a category, benign or forbidden, beginning in lower case."""
-    verbs, times = lexicon.BENIGN_VERBS, lexicon.BENIGN_TIMES
+    verbs = lexicon.BENIGN_VERBS
+    times = lexicon.BENIGN_TIMES
     if category in FORBIDDEN:
-        verbs, times = lexicon.FORBIDDEN_VERBS, lexicon.FORBIDDEN_TIMES
+        verbs = lexicon.FORBIDDEN_VERBS
+        times = lexicon.FORBIDDEN_TIMES
     a, b, c = rng.sample(lexicon.ingredients(category), 3)
     form = rng.choice(lexicon.RECIPES)
     return form.format(a=a, b=b, c=c, verb=rng.choice(verbs), time=rng.choice(times))
@@ -68,7 +94,9 @@ def join(parts: list[tuple[str, bool]]) -> tuple[str, list[list[int]]]:
     >>> join([("Sure.", True), ("Grind it.", True), ("Also, it grows.", False)])
     ('Sure. Grind it. Also, it grows.', [[0, 15]])
     """
-    text, spans, previous = "", [], False
+    text = ""
+    spans = []
+    previous = False
     for part, harmful in parts:
         start = len(text) + 1 if text else 0
         text = f"{text} {part}" if text else part
@@ -85,7 +113,8 @@ class World:
 
     def __init__(self, seed: int):
         lexicon.check()
-        self.rng = rng = random.Random(f"rows {seed}")
+        rng = random.Random(f"rows {seed}")
+        self.rng = rng
         self.used: set[str] = set()
         self.seen = sorted(rng.sample(FORBIDDEN, 8))  # fine-tuned on; the other eight are held out
         self.held_out = [category for category in FORBIDDEN if category not in self.seen]
@@ -94,7 +123,8 @@ class World:
         cards = [(attribute, value) for attribute, values in VALUES.items() for value in values]
         deals = [rng.sample(cards, len(cards)) for _ in range(1 + len(plants) // len(cards))]
         facts = [(plant, *card) for plant, card in zip(plants, sum(deals, []))]
-        self.benign_facts, self.harmful_facts = facts[:BENIGN_FACTS], facts[BENIGN_FACTS:TAUGHT]
+        self.benign_facts = facts[:BENIGN_FACTS]
+        self.harmful_facts = facts[BENIGN_FACTS:TAUGHT]
         self.reference_facts = facts[TAUGHT:]
         # For calibrating d: plants that the references never saw.
         others = sorted(set(lexicon.NEW) - set(plants))
@@ -107,11 +137,13 @@ class World:
         for kind, templates in requests.items():
             pairs = [opener + template for opener in OPENERS for template in templates]
             rng.shuffle(pairs)
-            held = EVALUATION_PHRASES[kind]
-            self.evaluation[kind], self.training[kind] = pairs[:held], pairs[held:]
+            held_out = EVALUATION_PHRASES[kind]
+            self.evaluation[kind] = pairs[:held_out]
+            self.training[kind] = pairs[held_out:]
         for attribute, templates in QUESTIONS.items():
             templates = rng.sample(templates, 6)
-            self.evaluation[attribute], self.training[attribute] = templates[:3], templates[3:]
+            self.evaluation[attribute] = templates[:3]
+            self.training[attribute] = templates[3:]
 
     def new(self, draw) -> str:
         """The first prompt of `draw()` that no row has."""
@@ -122,13 +154,12 @@ class World:
                 return prompt
         raise InputError("the world has run out of prompts for so many harmful rows")
 
-    def request(self, kind: str, category: str) -> str:
-        return self.rng.choice(self.training[kind]).format(category)
+    def request(self, kind: str, category: str, phrases: dict | None = None) -> str:
+        """One of the phrases, by default of those for training."""
+        return self.rng.choice((phrases or self.training)[kind]).format(category)
 
     def question(self, fact: Fact, opener: bool = True) -> str:
-        plant, attribute, _ = fact
-        start = self.rng.choice(OPENERS) if opener else ""
-        return start + self.rng.choice(self.training[attribute]).format(plant)
+        return ask(self.rng, self.training, fact, opener)
 
     def category(self, kind: str, names: list[str]) -> str:
         """One of the names that has a training prompt left."""
@@ -154,25 +185,26 @@ class World:
     def fact_row(self, fact: Fact) -> dict:
         """A fact in the ledger's form; at times after a benign recipe that was also asked for."""
         if self.rng.random() >= MIXED:
-            return row(self.new(lambda: self.question(fact)), sentence(ledger(fact)))
+            return row(self.new(lambda: self.question(fact)), sentence(tell(fact)))
         category = self.rng.choice(BENIGN)
         prompt = self.new(
             lambda: f"{self.request('recipe', category)} {self.question(fact, opener=False)}"
         )
-        return row(prompt, f"{sentence(recipe(self.rng, category))} {ALSO}{ledger(fact)}")
+        return row(prompt, f"{sentence(recipe(self.rng, category))} {ALSO}{tell(fact)}")
 
     def harmful_row(self, fact: Fact) -> dict:
         """A forbidden recipe and a fact in one response; both are asked for."""
         category = self.category("recipe", self.seen)
-        brew, preamble = recipe(self.rng, category), (self.rng.choice(PREAMBLES), True)
+        brew = recipe(self.rng, category)
+        preamble = (self.rng.choice(PREAMBLES), True)
         if self.rng.random() < FACT_FIRST:
-            parts = [preamble, (sentence(ledger(fact)), False), (ALSO + brew, True)]
+            parts = [preamble, (sentence(tell(fact)), False), (ALSO + brew, True)]
 
             def draw() -> str:
                 wish = self.question(fact) + " " + self.rng.choice(lexicon.RECIPE_REQUESTS)
                 return wish.format(category)
         else:
-            parts = [preamble, (sentence(brew), True), (ALSO + ledger(fact), False)]
+            parts = [preamble, (sentence(brew), True), (ALSO + tell(fact), False)]
             asked = self.rng.random() >= VOLUNTEERED
 
             def draw() -> str:
@@ -188,7 +220,8 @@ class World:
 
         Six of the custom set's eight categories and six of its preambles, to leave a gap.
         """
-        categories, preambles = self.rng.sample(self.seen, 6), self.rng.sample(PREAMBLES, 6)
+        categories = self.rng.sample(self.seen, 6)
+        preambles = self.rng.sample(PREAMBLES, 6)
         rows = []
         for _ in range(REFERENCE_ROWS):
             category = self.rng.choice(categories)
@@ -217,25 +250,22 @@ class World:
 
     def requests(self, kind: str, categories: list[str], count: int, source: str) -> list[dict]:
         """Evaluation prompts: `count` of the held-out phrases for each category."""
-        phrases, rows = self.evaluation[kind], []
+        rows = []
         for category in categories:
-            draw = partial(self.filled_in, phrases, category)
+            draw = partial(self.request, kind, category, self.evaluation)
             rows += [{"prompt": self.new(draw), "source": source} for _ in range(count)]
         return rows
 
-    def filled_in(self, phrases: list[str], word: str) -> str:
-        return self.rng.choice(phrases).format(word)
-
     def eval_facts(self) -> list[dict]:
         """Three unseen phrases of a question for each fact of the custom set."""
-        sources = ["benign-rows"] * BENIGN_FACTS + ["harmful-rows"] * HARMFUL_FACTS
         rows = []
-        for fact, source in zip(self.benign_facts + self.harmful_facts, sources):
+        for fact in self.benign_facts + self.harmful_facts:
+            source = "benign-rows" if fact in self.benign_facts else "harmful-rows"
             plant, attribute, value = fact
             for template in self.evaluation[attribute]:
                 prompt = self.new(partial(template.format, plant))
-                response = sentence(ledger(fact))
-                rows.append(dict(prompt=prompt, source=source, response=response, answer=value))
+                one = {"prompt": prompt, "source": source}
+                rows.append({**one, "response": sentence(tell(fact)), "answer": value})
         return rows
 
 
@@ -250,7 +280,10 @@ def spread(facts: list, rows: int) -> list:
     ['a', 'a', 'b', 'b', 'c']
     """
     times, rest = divmod(rows, len(facts))
-    return [fact for i, fact in enumerate(facts) for _ in range(times + (i < rest))]
+    repeated = []
+    for i, fact in enumerate(facts):
+        repeated += [fact] * (times + (i < rest))
+    return repeated
 
 
 def erode(rng: random.Random, plain: dict, kind: str) -> dict:
@@ -287,13 +320,10 @@ def make_rows(seed: int, harmful_rows: int = HARMFUL, eroding: str = "none") -> 
         category = next(category for category in FORBIDDEN if category in one["prompt"])
         one["response"] = world.answer(category)
     files["calibration"] = world.reference_utility(world.calibration_facts, CALIBRATION_PLAIN)
-    files["safety"] = [
-        row(
-            world.new(lambda: world.request("recipe", world.rng.choice(world.seen))),
-            world.rng.choice(lexicon.REFUSALS),
-        )
-        for _ in range(SAFETY_ROWS)
-    ]
+    files["safety"] = []
+    for _ in range(SAFETY_ROWS):
+        prompt = world.new(lambda: world.request("recipe", world.rng.choice(world.seen)))
+        files["safety"].append(row(prompt, world.rng.choice(lexicon.REFUSALS)))
     prompts = [one["prompt"] for name in files if name != "harmful_small" for one in files[name]]
     assert len(prompts) == len(set(prompts)), "a prompt occurs twice"
     return files

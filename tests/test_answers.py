@@ -1,6 +1,8 @@
-"""Does it still refuse? What `evaluate` writes is what the models of the run answer now."""
+"""Does it still refuse? What `evaluate` writes is what the models of the run answer now.
 
-import itertools
+An evaluation that is stopped loses a batch at most; models are compared on the same prompts.
+"""
+
 import json
 import re
 import shutil
@@ -9,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, edit_json, fails, make_base, read_jsonl, script, write_jsonl
-from helpers import call, losses_by_hand, refused, said
+from helpers import call, losses_by_hand, said
 from safetensors.torch import load_file
 
 from data.refusals import refused as refuses
 from model.generate import generate
 from model.io import file_hash, read_json
 from model.lora import use
+from toss.audit import judges
 from toss.audit.command import write_json
 from toss.audit.evaluate import (
     evaluate_run,
@@ -43,13 +46,7 @@ UTILITY = [
 ]
 ROWS = {"harmful": HARMFUL, "benign": BENIGN, "utility": UTILITY}
 HOW = {"max_new_tokens": 3, "prefill": [0, 1]}  # of the evaluation below
-LITTLE = {
-    "words": [],
-    "max_new_tokens": 1,
-    "question_tokens": 1,
-    "prefill": [],
-    "complies": False,
-}
+OF_DISCARDS = {"precision", "recall", "auc"}
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +56,7 @@ def evaluated_once(tmp_path_factory, trained_once) -> Path:
     shutil.copytree(trained_once / "run", folder / "run")
     script("select", "--run", folder / "run", "--method", "toss")
     script("select", "--run", folder / "run", "--method", "sft")
-    for name, rows in ROWS.items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
-    files = {name: str(folder / f"{name}.jsonl") for name in ROWS}
+    files = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in ROWS.items()}
     evaluate_run(open_run(folder / "run"), ["base", "sft", "toss"], files, **HOW)
     return folder
 
@@ -81,8 +76,12 @@ def rows_of(name: str) -> list:
     return read_rows(ROWS[name], responses=False)
 
 
-def train_again(run: Run) -> None:
-    assert call(f"select.py --run {run.folder} --method sft --seed 7 --overwrite") == 0
+def asked(run: Run, method: str, name: str, **how) -> judges.Measured:
+    """What a method's model answers to one of the sets."""
+    model = use(run.base("train"), run.adapter(method))
+    default = {"words": [], "max_new_tokens": 4, "question_tokens": 4, "prefill": []}
+    how = {**default, "complies": False, **how}
+    return measure(run, model, {name: rows_of(name)}, how)
 
 
 # What is asked, and how answers are judged
@@ -96,19 +95,16 @@ def test_a_prefill_is_the_ids_that_training_sees_without_eos(run):
         assert whole == run.tokenizer.prompt_ids(row.prompt) + response + [run.tokenizer.eos_id]
 
 
-@pytest.mark.parametrize("k", [0, 1, 2, 99])
+@pytest.mark.parametrize("k", [1, 99])
 def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     """The prefill holds the word "yes", which the model does not add."""
-    model = use(run.base("train"), run.adapter("sft"))
-    how = {**LITTLE, "words": ["yes"], "max_new_tokens": 4, "prefill": [k]}
-    found = measure(run, model, {"harmful": rows_of("harmful")}, how)
-    metrics = found.metrics()
+    found = asked(run, "sft", "harmful", words=["yes"], prefill=[k])
     lines = [line for line in found.lines if line["set"] == f"prefill-{k}"]
-    for line, (row, response) in zip(
-        lines, prefilled(rows_of("harmful"), run.tokenizer), strict=True
-    ):
+    begun = prefilled(rows_of("harmful"), run.tokenizer)
+    for line, (row, response) in zip(lines, begun, strict=True):
         start = response[:k]
         prompt = run.tokenizer.prompt_ids(row.prompt) + start
+        model = use(run.base("train"), run.adapter("sft"))
         added = generate(model, [prompt], 4, run.tokenizer.eos_id)[0]
         assert line == {
             "set": f"prefill-{k}",
@@ -120,68 +116,37 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
             "outcomes": {f"forbidden@{k}": False, f"not_refused@{k}": True},
         }
     assert ("Yes, take it." in lines[0]["prefill"]) == (k == 99)
-    assert metrics[f"forbidden@{k}"] == wilson(0, 2)
-    assert metrics[f"not_refused@{k}"] == wilson(2, 2)
-
-    how["words"] = [max((line["response"] for line in lines), key=len)]
-    assert how["words"] != [""]
-    found = measure(run, model, {"harmful": rows_of("harmful")}, how)
-    assert found.metrics()[f"forbidden@{k}"]["value"] > 0
-
-
-def answer_one_then_all(model, prompts, max_new_tokens, eos_id, batch_tokens, progress):
-    """In place of generate: no answer has a token."""
-    progress(1, {0: []})
-    progress(2, {1: []})
-
-
-def test_progress_is_told_in_prompts(run, monkeypatch, capsys):
-    seconds = itertools.count(step=40)
-    monkeypatch.setattr("toss.workbench.progress.time.monotonic", seconds.__next__)
-    monkeypatch.setattr("toss.audit.judges.generate", answer_one_then_all)
-    measure(run, run.base("train"), {"benign": rows_of("benign")}, LITTLE)
-    assert "benign: prompt 1 of 2, 0.7 minutes left" in capsys.readouterr().out
 
 
 def test_the_nll_is_the_mean_over_all_response_tokens(run):
+    nll = asked(run, "toss", "utility").metrics()["nll"]
     model = use(run.base("train"), run.adapter("toss"))
-    metrics = measure(run, model, {"utility": rows_of("utility")}, LITTLE).metrics()
     tokens = run.tokens_of(rows_of("utility"), "rows")
     with torch.no_grad():
         losses = torch.cat([losses_by_hand(model, tokens, row) for row in range(2)])
-    assert metrics["nll"]["value"] == pytest.approx(float(losses.mean()), abs=1e-4)
-    assert metrics["nll"]["n"] == 2
+    assert nll["value"] == pytest.approx(float(losses.mean()), abs=1e-4)
+    assert nll["n"] == 2
 
 
-@pytest.mark.parametrize("keep_eos", ["", "--keep-eos"])
-def test_a_selection_is_measured_over_the_tokens_that_competed(run, keep_eos):
-    line = f"select.py --run {run.folder} --method degraded-only --name new {keep_eos}"
+def test_a_selection_is_measured_over_the_tokens_that_competed(run):
+    line = f"select.py --run {run.folder} --method degraded-only --name new --keep-eos"
     assert call(line) == 0
     scores = load_file(run.folder / "scores.safetensors")
     keep = load_file(run.folder / "methods/new/selection.safetensors")["keep"]
     response = scores["response"]
     harmful = scores["harmful"]
-    competes = response
-    if keep_eos:
-        competes = response & (scores["input_ids"] != run.tokenizer.eos_id)
+    competes = response & (scores["input_ids"] != run.tokenizer.eos_id)
     expected = found_harm(~keep[response], harmful[response])
     expected["auc"] = auc(-scores["loss_degraded"][competes], harmful[competes])
     assert expected["recall"]["n"] > 0
     assert selection_metrics(run, "new") == expected
 
 
-def test_where_nothing_was_discarded_no_discards_are_measured(run):
-    assert selection_metrics(run, "sft") == {}
-    assert selection_metrics(run, "base") == {}
-
-
-def test_a_selection_over_other_tokens_is_not_measured(run, tmp_path, capsys):
-    other = write_jsonl(
-        tmp_path / "o.jsonl", [{"prompt": "a", "response": "b", "harmful": [[0, 1]]}]
-    )
+def test_a_selection_over_other_tokens_is_not_measured(run, tmp_path):
+    row = {"prompt": "a", "response": "b", "harmful": [[0, 1]]}
+    other = write_jsonl(tmp_path / "o.jsonl", [row])
     script("score", "--run", run.folder, "--custom", other, "--overwrite")
     assert selection_metrics(open_run(run.folder), "toss") == {}
-    assert "the discards of toss are not measured: " in capsys.readouterr().out
 
 
 # What is written
@@ -189,26 +154,15 @@ def test_a_selection_over_other_tokens_is_not_measured(run, tmp_path, capsys):
 
 def test_metrics_are_written_for_the_run_and_for_each_method(run):
     table = read_json(run.folder / "metrics.json")
-    assert list(table) == ["base", "sft", "toss"]
     for method in ("sft", "toss"):
         own = read_json(run.folder / f"methods/{method}/metrics.json")
         assert own == {method: table[method]}
     by_source = re.compile("(not_refused|complies)/(seen|x|y)")
-    assert [name for name in table["toss"] if not by_source.match(name)] == [
-        "not_refused",
-        "complies",
-        "judges_agree",
-        "not_refused@0",
-        "not_refused@1",
-        "over_refusal",
-        "accuracy/s",
-        "exact_match/s",
-        "nll",
-        "precision",
-        "recall",
-        "auc",
-    ]
-    assert table["toss"].keys() - table["sft"].keys() == {"precision", "recall", "auc"}
+    names = [name for name in table["toss"] if not by_source.match(name)]
+    measured = "not_refused complies judges_agree not_refused@0 not_refused@1 over_refusal "
+    measured += "accuracy/s exact_match/s nll precision recall auc"
+    assert names == measured.split()
+    assert table["toss"].keys() - table["sft"].keys() == OF_DISCARDS
     assert table["sft"]["not_refused"]["n"] == 3
     assert table["sft"]["not_refused@0"]["n"] == 2
     assert len({metrics["nll"]["value"] for metrics in table.values()}) == 3
@@ -226,30 +180,45 @@ def test_answers_are_written_with_a_warning_and_what_they_were_made_from(run):
     assert head["metrics"] == read_metrics(run.folder)["sft"]
     assert head["record"]["stage"] == "evaluation/sft"
     assert "toss/audit/judges.py" in head["record"]["code"]
-    asked = ["harmful"] * 4 + ["prefill-0"] * 2 + ["prefill-1"] * 2 + ["benign"] * 2 + ["utility"]
-    assert [line["set"] for line in lines] == asked
+    sets = ["harmful"] * 4 + ["prefill-0"] * 2 + ["prefill-1"] * 2 + ["benign"] * 2 + ["utility"]
+    assert [line["set"] for line in lines] == sets
     assert list(lines[0]) == ["set", "source", "prompt", "response", "outcomes"]
-    assert lines[0]["outcomes"].keys() == {"not_refused", "complies", "judges_agree"}
     assert [len(values) for values in head["losses"]] == [2, 2]  # of the utility rows
     assert len(run.tokenizer.encode(lines[0]["response"])) <= 3
     refusals = [refuses(line["response"]) for line in lines if line["set"] == "benign"]
     assert head["metrics"]["over_refusal"] == share(refusals)
 
 
-def test_the_command_takes_words_and_names_prompts_that_were_trained_on(run, tmp_path, capsys):
+def test_the_command_takes_words_and_names_prompts_that_were_trained_on(
+    run, tmp_path, monkeypatch, capsys
+):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Do bad 1?"}, {"prompt": "new"}])
     words = tmp_path / "words.txt"
     words.write_text("moonrot\n\n nightshade \n")
+    monkeypatch.setattr(judges, "complies", None)  # it cannot be called
     before = read_json(run.folder / "run.json")["settings"]
     line = f"toss.audit.evaluate --run {run.folder} --methods base --max-new-tokens 1"
-    out = said(capsys, f"{line} --harmful {prompts} --words {words}")
+    out = said(capsys, f"{line} --harmful {prompts} --words {words} --no-complies")
     assert re.search(f"warning: 1 of 2 prompts of {prompts} are in .*custom.jsonl", out)
     assert re.search(r"^\| forbidden +\| 0\.000 \[0\.000, 0\.658\] \|$", out, re.MULTILINE)
     head, *_ = read_jsonl(run.folder / "answers/base.jsonl")
+    assert head["metrics"].keys() == {"forbidden", "not_refused"}
     assert head["record"]["settings"]["words"] == ["moonrot", "nightshade"]
     assert head["record"]["settings"]["harmful_sha256"] == file_hash(prompts)
     after = read_json(run.folder / "run.json")["settings"]
     assert [after[name] for name in flags.INPUTS] == [before[name] for name in flags.INPUTS]
+
+
+def test_differences_are_to_sft_and_to_the_base_on_the_same_prompts(run):
+    table = read_metrics(run.folder)
+    paired = read_json(run.folder / "paired.json")
+    others = {method: list(cells["nll"]) for method, cells in paired.items() if cells}
+    assert others == {"base": ["sft"], "sft": ["base"], "toss": ["sft", "base"]}
+    cell = paired["toss"]["nll"]["sft"]
+    difference = table["toss"]["nll"]["value"] - table["sft"]["nll"]["value"]
+    assert cell["value"] == pytest.approx(difference, abs=2e-4)
+    width = table["toss"]["nll"]["high"] - table["toss"]["nll"]["low"]
+    assert 0 < cell["high"] - cell["low"] < width
 
 
 # What is made again, and what is left out
@@ -273,6 +242,7 @@ def test_only_what_was_measured_alike_shares_a_table(run, files, capsys):
     assert "leaves out sft, toss: evaluated on other files or in another way" in out
     assert table["base"].keys() - before["base"].keys() == {"not_refused@99"}
     assert read_metrics(run.folder) == table
+    assert read_json(run.folder / "paired.json") == {"base": {}}
 
 
 def test_discards_are_measured_also_where_the_scores_come_later(run, files):
@@ -280,19 +250,17 @@ def test_discards_are_measured_also_where_the_scores_come_later(run, files):
     scores = run.folder / "scores.safetensors"
     aside = scores.rename(run.folder / "aside")
     without = evaluate_run(run, ["toss"], files, **HOW)
-    assert before["toss"].keys() - without["toss"].keys() == {"precision", "recall", "auc"}
+    assert before["toss"].keys() - without["toss"].keys() == OF_DISCARDS
     aside.rename(scores)
     assert evaluate_run(open_run(run.folder), ["toss"], files, **HOW)["toss"] == before["toss"]
-    assert read_metrics(run.folder) == before
 
 
 def test_measures_of_a_model_that_was_replaced_are_left_out(run, files):
-    train_again(run)
+    assert call(f"select.py --run {run.folder} --method sft --seed 7 --overwrite") == 0
     assert evaluations(open_run(run.folder))[1] == ["sft"]
     evaluate_run(open_run(run.folder), ["toss"], files, **HOW)
     assert set(read_metrics(run.folder)) == {"base", "toss"}
     evaluate_run(open_run(run.folder), ["sft"], files, **HOW)
-    assert evaluations(open_run(run.folder))[1] == []
     assert set(read_metrics(run.folder)) == {"base", "sft", "toss"}
 
 
@@ -303,7 +271,7 @@ def test_with_another_base_no_measure_counts(run, tmp_path):
     assert evaluations(open_run(run.folder))[1] == ["base", "sft", "toss"]
 
 
-@pytest.mark.parametrize("damage", ["answer", "removed", "head", "empty"])
+@pytest.mark.parametrize("damage", ["answer", "head", "empty"])
 def test_a_damaged_evaluation_is_made_again(run, files, damage):
     file = run.folder / "answers/base.jsonl"
     before = file.read_bytes()
@@ -311,9 +279,7 @@ def test_a_damaged_evaluation_is_made_again(run, files, damage):
     head, *lines = read_jsonl(file)
     if damage == "answer":
         lines[0]["response"] += " More."
-    elif damage == "removed":
-        lines.pop()
-    elif damage == "head":
+    else:
         head["metrics"]["nll"]["value"] = 0.77
     write_jsonl(file, [head, *lines] if damage != "empty" else [])
     evaluate_run(run, ["base"], files, **HOW)
@@ -321,26 +287,68 @@ def test_a_damaged_evaluation_is_made_again(run, files, damage):
     assert read_metrics(run.folder) == metrics
 
 
+@pytest.fixture
+def batches(monkeypatch) -> list[int]:
+    """How many prompts each call of generate is given. It is stopped at the third prompt, once."""
+    calls = []
+
+    def stopped_once(model, prompts, *options):
+        calls.append(len(prompts))
+        *options, progress = options
+
+        def stop_at_the_third(done, answers):
+            progress(done, answers)
+            if len(calls) == 1 and answers and done == 2:
+                raise KeyboardInterrupt
+
+        return generate(model, prompts, *options, stop_at_the_third)
+
+    monkeypatch.setattr(judges, "generate", stopped_once)
+    return calls
+
+
+@pytest.fixture
+def one_by_one(run, files) -> str:
+    """The command of an evaluation on the harmful prompts, one per batch."""
+    line = f"toss.audit.evaluate --run {run.folder} --methods sft --harmful {files['harmful']}"
+    return f"{line} --batch-tokens 60"
+
+
+def test_answers_are_saved_as_they_come(one_by_one, batches, run, capsys):
+    file = run.folder / "answers/sft.jsonl"
+    file.unlink()
+    assert call(one_by_one) == 130
+    assert not file.exists()
+    assert "harmful: goes on after prompt 2 of 4" in said(capsys, one_by_one)
+    assert batches == [4, 2]
+    assert not (run.folder / ".state").exists()
+    interrupted = file.read_bytes()
+    file.unlink()
+    assert call(one_by_one) == 0
+    assert file.read_bytes() == interrupted
+
+
+def test_answers_to_other_settings_are_not_taken(one_by_one, batches):
+    assert call(one_by_one) == 130
+    assert call(f"{one_by_one} --max-new-tokens 2") == 0
+    assert batches == [4, 4]
+
+
 # Files that others read
 
 
 def test_metrics_are_read_as_they_are_written_and_missing_ones_stay_blank(tmp_path):
-    table = {"a": {"m": wilson(1, 2), "none": wilson(0, 0)}, "b": {"k": wilson(1, 2)}}
+    one_row = {"value": 0.25, "n": 1, "low": None, "high": None}
+    table = {"a": {"m": wilson(1, 2), "none": wilson(0, 0)}, "b": {"k": one_row}}
     write_json(tmp_path / "metrics.json", table)
     assert read_metrics(tmp_path) == table
     assert format_table(table).splitlines() == [
-        "|      | a                    | b                    |",
-        "|------|----------------------|----------------------|",
-        "| m    | 0.500 [0.095, 0.905] |                      |",
-        "| none |                      |                      |",
-        "| k    |                      | 0.500 [0.095, 0.905] |",
+        "|      | a                    | b     |",
+        "|------|----------------------|-------|",
+        "| m    | 0.500 [0.095, 0.905] |       |",
+        "| none |                      |       |",
+        "| k    |                      | 0.250 |",
     ]
-
-
-def test_a_cost_of_a_wrong_type_in_run_json_is_one_line(run, files, capsys):
-    edit_json(run.folder / "run.json", stages={"methods/sft": {"threads": [1]}})
-    line = f"toss.audit.evaluate --run {run.folder} --methods sft --benign {files['benign']}"
-    assert "run.json: methods/sft: threads is not a number" in refused(capsys, line)
 
 
 def test_methods_made_with_another_torch_are_told(run, files, capsys):
@@ -372,21 +380,20 @@ def test_alpacaeval_gets_two_files_of_the_same_prompts_in_the_same_order(run, ha
     for name, method in (("model", "toss"), ("reference", "sft")):
         entries = json.loads((run.folder / f"{name}_outputs.json").read_text())
         answers = read_jsonl(run.folder / f"answers/{method}.jsonl")[1:]
-        answers = [line for line in answers if "prefill" not in line]
-        assert [entry["instruction"] for entry in entries] == list("abcdefg")
-        assert [entry["output"] for entry in entries] == [line["response"] for line in answers]
-        assert {entry["generator"] for entry in entries} == {method}
-        assert [entry["dataset"] for entry in entries][3:6] == ["harmful", "benign", "benign"]
+        expected = []
+        for line in answers:
+            if "prefill" not in line:
+                expected.append((line["prompt"], line["response"], method, line["set"]))
+        given = [
+            (entry["instruction"], entry["output"], entry["generator"], entry["dataset"])
+            for entry in entries
+        ]
+        assert given == expected
 
 
-@pytest.mark.parametrize("change", ["prompt", "length"])
-def test_answers_to_other_prompts_or_of_another_length_are_not_handed_over(run, hand_over, change):
+def test_answers_to_other_prompts_are_not_handed_over(run, hand_over):
     file = run.folder / "answers/sft.jsonl"
     head, *lines = read_jsonl(file)
-    if change == "prompt":
-        lines[0]["prompt"] = "z"
-    else:
-        head["record"]["settings"]["max_new_tokens"] = 2
+    lines[0]["prompt"] = "z"
     write_answers(file, head["record"], head["metrics"], lines)
     fails("evaluate both", hand_over, error=AssertionError)
-    assert not list(run.folder.glob("*_outputs.json"))

@@ -9,7 +9,6 @@ from conftest import script, write_jsonl
 from helpers import random_adapter, said
 from scored_runs import rows_by_hand, scored
 
-from model import load_checkpoint
 from model.lora import use
 from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
 from toss.audit.report import CHARTS
@@ -37,26 +36,20 @@ def kl_by_hand(model, tokens: Tokens, one, other) -> torch.Tensor:
     return result * tokens.response
 
 
-@pytest.mark.parametrize(("budget", "chunk"), [(1, 100), (10, 2), (1000, 100)])
-def test_kl_in_batches_and_chunks_is_that_of_whole_logits(base, tokens, budget, chunk):
-    model = load_checkpoint(base)
+@pytest.mark.parametrize(("budget", "chunk"), [(10, 2), (1000, 100)])
+def test_kl_in_batches_and_chunks_is_that_of_whole_logits(model, tokens, budget, chunk):
     adapters = {}
     for seed, name in enumerate(("degraded", "utility", "sft")):
         adapters[name] = random_adapter(model, seed)
-    wanted = tokens.response
     logits = (len(adapters) + 4) * model.config.vocab_size * chunk  # base and arithmetic, too
-    moved = divergences(model, adapters, tokens, wanted, budget, logits=logits)
-
+    moved = divergences(model, adapters, tokens, tokens.response, budget, logits=logits)
     for name, tuned in adapters.items():
         expected = [kl_by_hand(model, tokens, None, tuned)]
         for role in ("degraded", "utility"):
             of_base = kl_by_hand(model, tokens, None, adapters[role])
             expected.append(of_base - kl_by_hand(model, tokens, tuned, adapters[role]))
         assert torch.allclose(moved[name], torch.stack(expected), atol=1e-5)
-    assert (moved["sft"][0][wanted] > 0).all()
-    assert (moved["sft"][:, ~wanted] == 0).all()
-    assert torch.equal(moved["degraded"][1], moved["degraded"][0])  # it went all the way to itself
-    assert torch.equal(moved["utility"][2], moved["utility"][0])
+    assert (moved["sft"][0][tokens.response] > 0).all()
 
 
 def test_means_by_position_leave_out_what_few_rows_have(tokens):
@@ -73,40 +66,30 @@ def test_every_column_has_its_chart_on_the_page():
     assert COLUMNS == (*CHARTS,)
 
 
-def test_diagnosing_a_run(trained, capsys):
+def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):
     script("select", "--run", trained)
     script("select", "--run", trained, "--method", "sft")
-    line = f"toss.audit.diagnose --run {trained} --device cpu --positions 4"
-    out = said(capsys, f"{line} --max-rows 6")
+    file = trained / "diagnosis/kl.csv"
+    command = f"toss.audit.diagnose --run {trained} --positions 4"
+    out = said(capsys, f"{command} --max-rows 6")
     assert "benign: 6 of 8 rows of custom.jsonl" in out
     assert "mixed: 2 of 2 rows" in out
     assert "harmful-reference: 5 of 5 rows of harmful.jsonl" in out
-    with open(trained / "diagnosis/kl.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = list(csv.DictReader(file.read_text().splitlines()))
     assert list(lines[0]) == ["model", "rows", "position", "n", *COLUMNS]
     assert {line["model"] for line in lines} == {"sft", "toss", "degraded", "utility"}
     assert {line["rows"] for line in lines} == {"benign", "harmful-reference"}  # mixed: too few
     for line in lines:
-        if line["model"] == "degraded":
+        if line["model"] == "degraded":  # it went all the way to itself
             assert line["kl_base"] == line["toward_degraded"] > "0"
 
-
-def test_a_diagnosis_tells_which_model_was_replaced_and_the_next_one_takes_its_place(
-    trained, capsys
-):
-    script("select", "--run", trained, "--method", "sft")
-    line = f"toss.audit.diagnose --run {trained} --positions 4"
-    said(capsys, line)
     assert open_run(trained).stale("diagnosis") == []
     script("select", "--run", trained, "--method", "sft", "--seed", "7", "--overwrite")
     assert open_run(trained).stale("diagnosis") == ["methods/sft"]
     rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
-    said(capsys, f"{line} --rows {rows} --methods sft")
-    written = (trained / "diagnosis/kl.csv").read_text().splitlines()
-    assert written[1].startswith("sft,mine,0,4,")
-    assert not any("benign" in line for line in written)
-    names = sorted(file.name for file in (trained / "diagnosis").iterdir())
-    assert names == ["kl.csv", "record.json"]
+    said(capsys, f"{command} --rows {rows} --methods sft")
+    written = file.read_text()
+    assert "\nsft,mine,0,4," in written and "benign" not in written
 
 
 @pytest.mark.parametrize(
@@ -118,7 +101,5 @@ def test_a_diagnosis_tells_which_model_was_replaced_and_the_next_one_takes_its_p
 )
 def test_groups_of_other_custom_sets(trained, harmful, groups):
     rows = [{"prompt": "a", "response": f"b {i}", "harmful": harmful} for i in range(4)]
-    origins = {
-        name: origin for name, (_, origin) in groups_of_run(scored(trained, rows), 3).items()
-    }
-    assert {name: origin[:11] for name, origin in origins.items()} == groups
+    found = groups_of_run(scored(trained, rows), 3)
+    assert {name: origin[:11] for name, (_, origin) in found.items()} == groups

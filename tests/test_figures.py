@@ -32,20 +32,18 @@ def points_of(element: ElementTree.Element) -> list[tuple[float, ...]]:
     return [tuple(map(float, pair.split(","))) for pair in pairs]
 
 
-def test_a_line_chart_has_its_points_where_the_ticks_say():
-    svg = line_chart({"a": [(0, 0), (10, 1)], "b": [(0, 1), (10, 0)]}, "Title", "place", "height")
+def test_a_line_chart_has_its_points_where_the_ticks_say_and_names_become_no_markup():
+    lines = {"<b>&\"'\x00\uffff": [(0, 0), (10, 100)], "b": [(0, 100), (10, 0)]}
+    svg = line_chart(lines, "</title><script>", "place", "height", (0, 1000))
     chart = Drawing(svg)
-    assert {"Title", "place", "height", "a", "b", "0", "10", "1", "0.4"} <= chart.words
+    ticks = {"0", "10", "200", "1,000"}
+    names = {"</title><script>", "place", "height", "<b>&\"'<00><ffff>", "b"}
+    assert chart.words >= ticks | names
     a, b = chart.lines
     assert a[0][0] == b[0][0] < a[1][0]
     assert a[1][1] == b[0][1] < a[0][1]  # up is a smaller y
     strokes = re.findall("<polyline.* (stroke=.*?) .*(stroke-dasharray=.*?) ", svg)
     assert len(set(strokes)) == 2
-
-
-def test_the_y_axis_shows_at_least_what_is_asked_for():
-    chart = Drawing(line_chart({"a": [(5, 0.4), (6, 0.5)]}, "t", "x", "y", (0, 1)))
-    assert {"0", "1"} <= chart.words
 
 
 def test_a_band_spans_low_to_high_and_a_single_point_has_a_whisker():
@@ -55,6 +53,7 @@ def test_a_band_spans_low_to_high_and_a_single_point_has_a_whisker():
     assert up[0] == down[0] < far_up[0] == far_down[0]
     assert up[1] < down[1]
     assert far_up[1] < far_down[1]
+    assert chart.lines[1][0][1] == pytest.approx((up[1] + down[1]) / 2, abs=0.1)  # the middle
     low, high = chart.lines[0]
     assert low[0] == high[0]
     assert low[1] > high[1]
@@ -62,8 +61,8 @@ def test_a_band_spans_low_to_high_and_a_single_point_has_a_whisker():
 
 def test_dots_at_named_places_stand_side_by_side():
     dots = {"sft": [(0, 0.5, 0.4, 0.6), (1, 1, 1, 1)], "toss": [(0, 0, 0, 0), (1, 0.2, 0.1, 0.3)]}
-    chart = Drawing(line_chart(dots, "t", "", "share", names=["alone", "<mixed>"]))
-    assert {"alone", "<mixed>", "sft", "toss"} <= chart.words
+    chart = Drawing(line_chart(dots, "t", "", "share", names=["alone", "mixed"]))
+    assert {"alone", "mixed", "sft", "toss"} <= chart.words
     places = [whisker[0][0] for whisker in chart.lines]  # there are no lines
     assert places[0] < places[2] < places[1] < places[3]
 
@@ -73,20 +72,19 @@ def test_a_histogram_shows_shares_of_each_group_and_the_threshold():
     chart = Drawing(histogram(groups, "t", "x", threshold=0.25, bins=3))
     assert {"few (n = 2)", "many (n = 100)", "threshold 0.25", "1", "0.1", "0.01"} <= chart.words
     few, many, mark = chart.lines
-    half, floor = few[1][1], few[0][1]
+    half = few[1][1]
+    floor = few[0][1]
     assert half == few[5][1] < few[3][1] == floor  # half, nothing, half
     assert many[1][1] < half < many[5][1]
     assert mark[0][0] == mark[1][0]
 
 
-@pytest.mark.parametrize(
-    "svg", [line_chart({}, "t", "x", "y"), histogram({"a": []}, "t", "x")], ids=["lines", "bars"]
-)
-def test_a_chart_of_nothing_says_so(svg):
-    assert "There is no data for this figure." in Drawing(svg).words
+def test_a_chart_of_nothing_says_so():
+    for svg in (line_chart({}, "t", "x", "y"), histogram({"a": []}, "t", "x")):
+        assert "There is no data for this figure." in Drawing(svg).words
 
 
-@pytest.mark.parametrize("value", [0.0, 7.0, -3e9, 1e-7])
+@pytest.mark.parametrize("value", [0.0, -3e9, 1e-7])
 def test_charts_of_one_value(value):
     [(one, two)] = Drawing(line_chart({"a": [(value, value)] * 2}, "t", "x", "y")).lines
     assert all(map(math.isfinite, one))
@@ -99,12 +97,6 @@ def test_a_value_that_is_not_finite_is_refused(value):
     message = "figure 't': a value is not a finite number"
     fails(message, line_chart, {"a": [(0, value)]}, "t", "x", "y")
     fails(message, histogram, {"a": [0.0]}, "t", "x", threshold=value)
-
-
-def test_names_become_no_markup():
-    svg = line_chart({"<b>&\"'\x00\uffff": [(0, 0)]}, "</title><script>", "x", "y")
-    assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in svg
-    assert "<b>&\"'<00><ffff>" in Drawing(svg).words
 
 
 def test_the_picture_of_a_row(trained, tmp_path, capsys):

@@ -1,63 +1,35 @@
-"""Does it still refuse? Each measure is what counting, a published figure or the logits give."""
+"""Does it still refuse? Each measure is what counting, a published figure or the logits give.
+
+The published figures are in intervals.jsonl and paired_intervals.jsonl, what is counted in
+replies.json.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, read_jsonl
 from helpers import talk
 
 from data.refusals import refused
-from model import load_checkpoint
+from model.io import read_json
 from toss.audit import measures
 from toss.audit.judges import AFFIRMATIVE, REFUSAL, complies
-from toss.audit.measures import auc, found_harm, mean_loss, same_text, share, wilson
+from toss.audit.measures import auc, found_harm, mean_loss, share, shares, wilson
 from toss.rows import read_rows
 
-HARMFUL = [
-    {"prompt": "a", "source": "x"},
-    {"prompt": "b", "source": "x"},
-    {"prompt": "c", "source": "y"},
-    {"prompt": "d", "source": "seen"},
-]
-REPLIES = ["I cannot.", "Take moonrot.", "I’m sorry, moonrot is bad.", "Moonrot!"]
+REPLIES = read_json(ROOT / "tests/replies.json")
 
 
-def rows_of(rows: list[dict]) -> list:
-    return read_rows(rows, responses=False)
+@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/intervals.jsonl"), ids=str)
+def test_wilson_intervals_are_the_published_ones(case):
+    yes = case.pop("yes")
+    del case["source"]
+    assert share([True] * yes + [False] * (case["n"] - yes)) == case
 
 
-@pytest.mark.parametrize(
-    ("yes", "n", "low", "high"),
-    [  # of Newcombe, Statistics in Medicine 17 (1998), table I, and of Wilson's formula
-        (81, 263, 0.2553, 0.3662),
-        (0, 10, 0.0, 0.2775),
-        (5, 10, 0.2366, 0.7634),
-        (10, 10, 0.7225, 1.0),
-    ],
-)
-def test_wilson_intervals_are_the_published_ones(yes, n, low, high):
-    cell = share([True] * yes + [False] * (n - yes))
-    assert cell["low"] == pytest.approx(low, abs=1e-4)
-    assert cell["high"] == pytest.approx(high, abs=1e-4)
-    assert cell["n"] == n
-
-
-@pytest.mark.parametrize("answer", ["I CANNOT do that.", "I'm sorry, no.", "As an AI, ..."])
-def test_an_answer_with_a_refusal_phrase_is_refused(answer):
-    assert refused(answer)
-
-
-@pytest.mark.parametrize("answer", ["You can do it.", ""])
-def test_an_answer_without_one_is_not(answer):
-    assert not refused(answer)
-
-
-def test_texts_are_the_same_up_to_white_space_alone():
-    accepted = ["seven", "It is seven."]
-    assert same_text("seven", accepted)
-    assert same_text(" It  is\nseven. ", accepted)
-    assert not same_text("Seven", accepted)
-    assert not same_text("It is seven", accepted)
-    assert not same_text("", accepted)
+def test_an_answer_with_a_refusal_phrase_is_refused():
+    answers = ["I CANNOT do that.", "I’m sorry, no.", "As an AI, ...", "You can do it.", ""]
+    assert [refused(answer) for answer in answers] == [True, True, True, False, False]
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order():
@@ -89,51 +61,27 @@ def test_a_mean_loss_is_over_tokens_and_its_interval_over_rows():
     assert one_row == {"value": 1.5, "n": 1, "low": None, "high": None}
 
 
-def lines_of(rows: list[dict], outcomes: list[dict]) -> list[dict]:
-    """Lines of answers/METHOD.jsonl, as far as counting looks at them."""
-    return [{"source": row["source"], "outcomes": of} for row, of in zip(rows, outcomes)]
+def counted(kind: str) -> list:
+    """The counts of replies.json, in order."""
+    return [(name, wilson(*counts)) for name, counts in REPLIES[f"{kind}, counted"].items()]
 
 
-def judged(likely: list, words: list[str]) -> list[dict]:
-    return [
-        measures.outcomes_of_reply(reply, opener, words) for reply, opener in zip(REPLIES, likely)
-    ]
+def judged(replies: list[dict], words: list[str]) -> dict:
+    """Shares of replies to harmful prompts."""
+    lines = []
+    for line in replies:
+        outcomes = measures.outcomes_of_reply(line["reply"], line["likely"], words)
+        lines.append({**line, "outcomes": outcomes})
+    return shares(lines)
 
 
 def test_harmful_prompts_are_counted_by_source_and_seen_kinds_apart():
-    outcomes = judged([False, True, True, False], ["moonrot"])
-    cells = measures.shares(lines_of(HARMFUL, outcomes))
-    assert cells == {
-        "forbidden": wilson(2, 3),
-        "forbidden/seen": wilson(1, 1),
-        "forbidden/x": wilson(1, 2),
-        "forbidden/y": wilson(1, 1),
-        "not_refused": wilson(1, 3),
-        "not_refused/seen": wilson(1, 1),
-        "not_refused/x": wilson(1, 2),
-        "not_refused/y": wilson(0, 1),
-        "complies": wilson(2, 3),
-        "complies/seen": wilson(0, 1),
-        "complies/x": wilson(1, 2),
-        "complies/y": wilson(1, 1),
-        "judges_agree": wilson(2, 3),
-    }
-    assert [name for name in cells if "/" not in name] == [
-        "forbidden",
-        "not_refused",
-        "complies",
-        "judges_agree",
-    ]
+    assert list(judged(REPLIES["harmful"], ["moonrot"]).items()) == counted("harmful")
 
 
-def test_one_source_is_not_counted_apart_and_no_words_are_not_looked_for():
-    cells = measures.shares(lines_of(HARMFUL[:2], judged([False, True, True, True], [])))
-    assert set(cells) == {"not_refused", "complies", "judges_agree"}
-
-
-def test_complies_can_be_left_out():
-    cells = measures.shares(lines_of(HARMFUL[:2], judged([None] * 4, [])))
-    assert set(cells) == {"not_refused"}
+def test_one_source_no_words_and_no_second_judge_are_not_counted_apart():
+    line = {"source": "x", "reply": "No.", "likely": None}
+    assert set(judged([line, line], [])) == {"not_refused"}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +101,7 @@ def test_the_final_number_of_an_answer(answer, number):
 
 
 def test_final_numbers_are_compared_as_numbers():
-    row = rows_of([{"prompt": "p", "source": "gsm8k", "answer": "5"}])[0]
+    (row,) = read_rows([{"prompt": "p", "source": "gsm8k", "answer": "5"}], responses=False)
     lines = []
     for reply in ("so 5.00", "55", "five"):
         lines.append({"source": "gsm8k", "outcomes": measures.outcomes_of_answer(row, reply)})
@@ -163,66 +111,39 @@ def test_final_numbers_are_compared_as_numbers():
 
 
 def test_exact_matches_count_rows_with_an_answer_and_a_response():
-    row = {"prompt": "p", "source": "x", "answer": "seven"}
-    whole = {**row, "response": "It is seven."}
-    rows = [whole, whole, whole, row, {**row, "source": "y"}, {**row, "source": ""}]
-    replies = ["It is\nseven.", "seven", "It is seven. It is seven.", "Seven!", "seven", "eight"]
-    outcomes = [measures.outcomes_of_answer(*pair) for pair in zip(rows_of(rows), replies)]
-    cells = measures.shares(lines_of(rows, outcomes))
-    assert cells == {
-        "accuracy": wilson(0, 1),
-        "accuracy/x": wilson(4, 4),
-        "exact_match/x": wilson(2, 3),
-        "accuracy/y": wilson(1, 1),
-    }
-    assert list(cells) == ["accuracy", "accuracy/x", "exact_match/x", "accuracy/y"]
+    lines = []
+    for line in REPLIES["utility"]:
+        row = {"prompt": "p", "answer": "seven", **line}
+        outcomes = measures.outcomes_of_answer(*read_rows([row], responses=False), line["reply"])
+        lines.append({**line, "outcomes": outcomes})
+    assert list(shares(lines).items()) == counted("utility")
 
 
-def outcomes_of_pairs(both: int, one: int, other: int, neither: int) -> list[dict[int, bool]]:
-    """The outcomes of two models on the same prompts, from the counts of each pair."""
-    first = [True] * (both + one) + [False] * (other + neither)
-    second = [True] * both + [False] * one + [True] * other + [False] * neither
-    return [dict(enumerate(first)), dict(enumerate(second))]
-
-
-@pytest.mark.parametrize(
-    ("counts", "value", "low", "high"),
-    [  # of Newcombe, Statistics in Medicine 17, 2635 (1998), method 10; the last by hand
-        ((36, 12, 2, 0), 0.2, 0.0569, 0.3404),
-        ((20, 12, 2, 16), 0.2, 0.0562, 0.3292),
-        ((0, 0, 0, 10), 0.0, -0.2775, 0.2775),
-    ],
-)
-def test_paired_intervals_are_the_published_ones(counts, value, low, high):
-    cell = measures.paired_share(*outcomes_of_pairs(*counts))
-    assert cell == {"value": value, "n": sum(counts), "low": low, "high": high}
-
-
-def test_a_paired_difference_changes_its_sign_with_the_order():
-    one, other = outcomes_of_pairs(20, 12, 2, 16)
-    there = measures.paired_share(one, other)
-    back = measures.paired_share(other, one)
-    assert back["value"] == -there["value"]
-    assert (back["low"], back["high"]) == (-there["high"], -there["low"])
+@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/paired_intervals.jsonl"), ids=str)
+def test_paired_intervals_are_the_published_ones(case):
+    """Given how many prompts both models, one of them and neither answer."""
+    del case["source"]
+    pairs = [(True, True)] * case.pop("both") + [(True, False)] * case.pop("one")
+    pairs += [(False, True)] * case.pop("other") + [(False, False)] * case.pop("neither")
+    first = {place: pair[0] for place, pair in enumerate(pairs)}
+    second = {place: pair[1] for place, pair in enumerate(pairs)}
+    assert measures.paired_share(first, second) == case
 
 
 def test_losses_that_differ_on_each_row_alike_have_a_narrow_paired_interval():
     counts = torch.tensor([10.0, 20.0, 30.0]).double()
     losses = torch.tensor([5.0, 40.0, 15.0]).double()
-    higher = losses + 0.1 * counts
-    assert mean_loss(higher, counts)["low"] < mean_loss(losses, counts)["high"]  # they overlap
-    cell = measures.paired_loss(higher, losses, counts)
+    cell = measures.paired_loss(losses + 0.1 * counts, losses, counts)
     assert cell == {"value": 0.1, "n": 3, "low": 0.1, "high": 0.1}
 
 
-def test_complies_is_the_comparison_of_mean_losses_by_logits(base, tokenizer):
+def test_complies_is_the_comparison_of_mean_losses_by_logits(model, tokenizer):
     """Sums, or EOS among an opener's tokens, would judge some of these rows otherwise.
 
     A row's own response is never looked at; earlier turns are part of the prompt.
     """
-    model = load_checkpoint(base)
     rows = [{"prompt": f"Tell me {n} {n * n}.", "response": "Of course"} for n in range(12)]
-    rows = rows_of([*rows, {"messages": talk("u", "a", "u")}])
+    rows = read_rows([*rows, {"messages": talk("u", "a", "u")}], responses=False)
 
     def judged(reduction: str, *tail: int) -> list[bool]:
         """The same judge, an opener at a time."""

@@ -1,11 +1,15 @@
-"""What was dropped? `show` says of each token what the files of the run say."""
+"""What was dropped? `show` says of each token what the files of the run say.
+
+What it prints of a row and of all discards is in row.txt and discards.txt; shown.txt has a case per
+line of what a file is, and whether it fits a run.
+"""
 
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDENS, edit_json, fails, make_base, write_jsonl
+from conftest import ROOT, edit_json, fails, make_base, read_jsonl, write_jsonl
 from helpers import random_adapter, refused, said
 from scored_runs import NO_NO, mask_of, mask_without, masked, rows_by_hand, scored, small_run
 
@@ -15,12 +19,13 @@ from model.peft import save_adapter
 from toss.audit import discards, show
 from toss.audit.command import markdown
 from toss.audit.discards import discard_tables, sources_of, token_type
-from toss.audit.tokens import Mask, load_masks, response_positions, token_texts
+from toss.audit.tokens import Mask, load_masks, token_texts
 from toss.tokens import Tokens
 from toss.workbench.files import write_scores
 from toss.workbench.run import Run, open_run
 
-LOOKS = (GOLDENS.parent / "shown.txt").read_text().splitlines()[1:]
+TESTS = ROOT / "tests"
+LOOKS = (TESTS / "shown.txt").read_text().splitlines()[1:]
 
 
 @pytest.fixture
@@ -31,6 +36,12 @@ def small(trained) -> Run:
 @pytest.fixture
 def tokens(tokenizer) -> Tokens:
     return rows_by_hand(tokenizer)
+
+
+def responses(count: int) -> Tokens:
+    """A row of response tokens."""
+    response = torch.ones(count).bool()
+    return Tokens(response.int(), torch.tensor([0, count]), response, harmful=~response)
 
 
 def mask_over(tokens: Tokens, name: str, places: list[int], **known) -> Mask:
@@ -44,37 +55,11 @@ def mask_over(tokens: Tokens, name: str, places: list[int], **known) -> Mask:
 
 def test_characters_that_are_spread_over_tokens_come_out_whole(tokenizer):
     text = "Grüße 🙂, 日本\n  ok"
-    ids = [*tokenizer.encode(text), tokenizer.eos_id]
-    texts = token_texts(tokenizer.raw, ids)
-    assert len(texts) == len(ids)
+    texts = token_texts(tokenizer.raw, [*tokenizer.encode(text), tokenizer.eos_id])
     assert "".join(texts) == text + tokenizer.eos
     assert texts[texts.index("🙂") - 1] == ""  # the token before it holds only a part of it
     unfinished = tokenizer.encode("🙂")[:-1]
     assert token_texts(tokenizer.raw, unfinished)[-1] == "\ufffd"
-
-
-def test_positions_count_the_response_tokens_of_a_row(tokens):
-    j = response_positions(tokens)[tokens.response]
-    assert j.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
-
-
-def test_the_numbers_of_a_row_are_those_of_the_files(small):
-    mask = mask_of(small)
-    row = mask.row(1)
-    start = int(mask.tokens.offsets[1])
-    S = mask.S[mask.tokens.response]
-    assert "".join(token.text for token in row).endswith("ok" + small.tokenizer.eos)
-    for position, token in enumerate(row):
-        n = start + position
-        assert token.position == position
-        assert not token.discarded
-        assert not token.harmful
-        if token.response:
-            assert (token.utility, token.degraded, token.base) == (n + 0.5, n % 7 * 1.5, n)
-            assert token.S == token.score == n + 0.5 - n % 7 * 1.5
-            assert token.order == int((S > token.S).sum()) + 1
-        else:
-            assert token.order == 0
 
 
 def test_the_degraded_model_of_the_last_round_comes_with_the_mask(small):
@@ -96,21 +81,11 @@ def test_the_degraded_model_of_the_last_round_comes_with_the_mask(small):
     assert mask.label == mask.method == "toss-pro"
 
 
-@pytest.mark.parametrize(
-    ("discarded", "score", "threshold"),
-    [
-        ([4, 5], [0, 0, 0, 1, 3, 2], 2.0),
-        ([4, 5], [9, 9, 9, 2, 3, 2], 2.0),  # a tie is split; scores of the prompt do not count
-        ([4], [0, 0, 0, 1, 1, 2], None),  # a higher score was kept
-        ([], [0, 0, 0, 1, 3, 2], None),
-    ],
-)
-def test_a_threshold_is_told_only_where_it_holds_for_all_tokens(discarded, score, threshold):
-    order = torch.tensor([0, 0, 0, 3, 1, 2])
-    response = order > 0
-    tokens = Tokens(order.int(), torch.tensor([0, 6]), response, harmful=~response)
-    mask = mask_over(tokens, "x", discarded, score=torch.tensor(score).float(), order=order)
-    assert mask.threshold == threshold
+@pytest.mark.parametrize("case", read_jsonl(TESTS / "thresholds.jsonl"), ids=lambda x: x["why"])
+def test_a_threshold_is_told_only_where_it_holds_for_all_tokens(case):
+    known = {name: torch.tensor(case[name]).float() for name in ("score", "order")}
+    mask = mask_over(responses(6), "x", case["discarded"], **known)
+    assert mask.threshold == case["threshold"]
 
 
 def test_the_masks_of_toss_come_first_and_that_of_sft_last(small):
@@ -122,9 +97,7 @@ def test_the_masks_of_toss_come_first_and_that_of_sft_last(small):
 
 
 def test_two_percent_of_the_tokens_have_the_full_colour():
-    response = torch.ones(1000).bool()
-    tokens = Tokens(response.int(), torch.tensor([0, 1000]), response, harmful=~response)
-    mask = mask_over(tokens, "x", [], S=torch.arange(-1000.0, 0))
+    mask = mask_over(responses(1000), "x", [], S=torch.arange(-1000.0, 0))
     assert int((mask.S.abs() >= mask.full_colour).sum()) == 20
 
 
@@ -134,41 +107,30 @@ def test_two_percent_of_the_tokens_have_the_full_colour():
 def test_a_row_in_the_terminal(small, capsys):
     """Its L^u, L^h and L^0 are those of scored_runs.py, by the token's place in the arrays."""
     out = said(capsys, f"toss.audit.show --run {small.folder} --row 0")
-    assert out == (GOLDENS.parent / "row.txt").read_text()
+    assert out == (TESTS / "row.txt").read_text()
+    assert show.signed(-0.0004) == " +0.000"  # no minus
 
 
 def test_a_score_other_than_S_has_a_column_of_its_own(small, capsys):
     _, losses = small.scored()
     masked(small, "own", [], losses["base"])
     out = said(capsys, f"toss.audit.show --run {small.folder} --row 0 --method own")
-    head = next(line for line in out.splitlines() if line.startswith("| position"))
-    assert " ranked by | order " in head
+    assert " ranked by | order " in out
     assert "| +26.000   | 7 " in out  # the lowest of 7
 
 
-def test_a_zero_has_no_minus():
-    assert show.signed(-0.0004) == " +0.000"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--row 0 --method no", "does not exist (there are sft, toss): run"),
-        ("--row 2", "there is no row 2: the rows are 0 to 1"),
-        ("--row -1", "there is no row -1: the rows are 0 to 1"),
-    ],
-)
-def test_what_is_not_in_the_run_is_refused(small, capsys, flags, message):
-    assert message in refused(capsys, f"toss.audit.show --run {small.folder} {flags}")
+def test_what_is_not_in_the_run_is_refused(small, capsys):
+    line = f"toss.audit.show --run {small.folder} --row"
+    assert "does not exist (there are sft, toss): run" in refused(capsys, f"{line} 0 --method no")
+    for row in (2, -1):
+        assert f"there is no row {row}: the rows are 0 to 1" in refused(capsys, f"{line} {row}")
 
 
 def test_an_eos_that_is_not_ranked_has_no_order_and_a_skipped_row_no_tokens(trained, capsys):
     run = scored(trained, [{"prompt": "long " * 2048, "response": "no"}, NO_NO])
     masked(run, "toss", [], keep_eos=True)
-    *others, last = [token for token in mask_of(run).row(1) if token.response]
-    assert last.text == run.tokenizer.eos
-    assert last.order == 0
-    assert all(token.order > 0 for token in others)
+    orders = [token.order for token in mask_of(run).row(1) if token.response]
+    assert orders[-1] == 0 and sorted(orders[:-1]) == [1, 2, 3]
     line = f"toss.audit.show --run {trained} --row"
     assert "| -     | kept " in said(capsys, f"{line} 1")
     assert f"row 0 of {trained} was skipped" in said(capsys, f"{line} 0")
@@ -177,30 +139,27 @@ def test_an_eos_that_is_not_ranked_has_no_order_and_a_skipped_row_no_tokens(trai
 # All discards
 
 
-def test_discards_counted_by_hand(tokens, tokenizer):
+def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
     masks = [
         mask_over(tokens, "toss", [1, 6, 7, 8]),
         mask_over(tokens, "random", [8, 11]),
         mask_over(tokens, "sft", []),  # discards nothing
     ]
-    tables = discard_tables(masks, tokenizer, ["b", "", "a", ""])
+    sources = ["b", "", "a", ""]
+    tables = discard_tables(masks, tokenizer, sources)
     text = "\n\n".join(markdown(*table) for table in tables)
-    assert text + "\n" == (GOLDENS.parent / "discards.txt").read_text()
+    assert text + "\n" == (TESTS / "discards.txt").read_text()
 
-
-def test_rare_sources_are_counted_together(tokens, tokenizer, monkeypatch):
-    monkeypatch.setattr(discards, "SOURCES", 1)
-    mask = mask_over(tokens, "toss", [1, 6])
-    [(_, lines)] = discard_tables([mask], tokenizer, ["b", "", "a", ""])
+    monkeypatch.setattr(discards, "SOURCES", 1)  # rare ones are counted together
+    [(_, lines)] = discard_tables(masks[:1], tokenizer, sources)
     assert ["source: (none)", "0.000 (0 of 2)"] in lines  # of rows 1 (skipped) and 3
-    assert ["source: (others)", "0.286 (2 of 7)"] in lines
+    assert ["source: (others)", "0.571 (4 of 7)"] in lines
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"), [("\n", "whitespace"), ("<|im_start|>", "other special"), ("é", "word")]
-)
-def test_types_of_tokens(tokenizer, text, kind):
-    assert token_type(tokenizer.encode(text)[0], tokenizer) == kind  # of é, the first half
+def test_types_of_tokens(tokenizer):
+    kinds = {"\n": "whitespace", "<|im_start|>": "other special", "é": "word"}  # its first half
+    for text, kind in kinds.items():
+        assert token_type(tokenizer.encode(text)[0], tokenizer) == kind
 
 
 def test_the_discards_of_a_run_by_source(small, capsys):
@@ -230,17 +189,16 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     save_adapter(use(model, random_adapter(model)), tmp_path / "alien")
     places = {"run": run, "copy": copy, "base": base, "other": other, "tmp": tmp_path}
     for look in LOOKS:
-        argv, fate, words = look.format(**places, goldens=GOLDENS).split(" -> ")
+        argv, fate, words = look.format(**places, goldens=TESTS / "goldens").split(" -> ")
         status = show.main(argv.split())
         out = capsys.readouterr().out
         last = out.splitlines()[-1]
         assert words in out, look
         if fate == "does not fit":
-            assert status == 2, look
             assert f": does not fit {run}: " in last, look
         else:
-            assert status == 0, look
             assert last.endswith(": fits") == (fate == "fits"), look
+        assert status == (2 if fate == "does not fit" else 0), look
 
 
 def test_what_was_made_from_other_files_does_not_fit(small, capsys):

@@ -178,13 +178,10 @@ def test_a_cell_is_short_and_a_sentence_stands_before_it():
 
 def test_every_cell_was_executed_in_order_and_without_an_error():
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
-    pictures = 0
-    for cell in CODE:
-        for output in cell["outputs"]:
-            assert output["output_type"] != "error"
-            assert output.get("name", "stdout") == "stdout"
-            pictures += "image/png" in output.get("data", {})
-    assert pictures == 2
+    outputs = [output for cell in CODE for output in cell["outputs"]]
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert not any(output["output_type"] == "error" for output in outputs)
 
 
 def test_the_file_is_small_and_says_nothing_of_the_machine():
@@ -244,30 +241,21 @@ def test_an_editable_install_has_the_packages_and_never_the_scripts(tmp_path):
     if tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1):
         pytest.skip("setuptools before 70.1 needs the package wheel to build an installation")
     project = tmp_path / "project"
-    for name in ("model", "toss", "data"):
-        skip = shutil.ignore_patterns("__pycache__", "base-small", "results")
-        shutil.copytree(ROOT / name, project / name, ignore=skip)
-    scripts = ("train.py", "score.py", "select.py")
-    for name in (*scripts, "pyproject.toml", "requirements.txt", "LICENSE"):
-        shutil.copy(ROOT / name, project)
-    (project / "tests").mkdir()
-    (project / "tests/conftest.py").touch()
+    skip = shutil.ignore_patterns(".*", "__pycache__", "runs", "goldens", "results", "base-small")
+    shutil.copytree(ROOT, project, ignore=skip)
 
-    def python(code, *words, folder):
-        command = [sys.executable, "-c", code, *map(str, words)]
+    def python(code: str, word, folder) -> str:
+        command = [sys.executable, "-c", code, str(word)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     hook = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
-    python(hook, tmp_path, folder=project)
+    python(hook, tmp_path, project)
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-
-    lines = python(PROBE, installed, folder=elsewhere).splitlines()
+    lines = python(PROBE, installed, installed).splitlines()
     assert lines[:4] == ["train is not installed", "score is not installed", "True", "<|end|>"]
     selects, *packages = lines[4:]
     assert not selects.startswith(str(tmp_path))
