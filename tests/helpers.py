@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, edit_tensors, make_base, script
@@ -16,6 +17,8 @@ from toss.tokens import Tokens, collate, tokenise
 from toss.workbench import flags
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+needs_shard = pytest.mark.skipif(VERSION < (2, 7), reason="--shard needs PyTorch 2.7")
 
 
 # Commands
@@ -104,9 +107,9 @@ def micro_batch(model, rows: Tokens, group: list[int]) -> torch.Tensor:
     return log_p.detach()
 
 
-def random_adapter(model, seed: int = 0) -> Adapter:
+def random_adapter(model, seed: int = 0, targets=TARGETS, rank: int = 2, alpha=4) -> Adapter:
     """An adapter whose B is not 0: a new one would hide the gradient of A."""
-    adapter = new_adapter(model, 2, 4, TARGETS, seed)
+    adapter = new_adapter(model, rank, alpha, targets, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, B in adapter.B.items():
         adapter.B[name] = 0.1 * torch.randn(B.shape, generator=generator)
