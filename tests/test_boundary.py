@@ -48,17 +48,11 @@ def test_a_file_may_be_packed_with_blank_lines_a_byte_order_mark_and_windows_lin
     assert (first.where, second.where) == (f"{file}:2", f"{file}:4")
 
 
-def test_evaluation_rows_may_have_a_prompt_only():
-    rows = [
-        {"prompt": "Hi?", "source": "s"},
-        {**HELLO, "answer": "Hello"},
-        {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:"},
-        {"prompt": "a template's text", "instruction": "Hi?", "output": "Hello."},
-    ]
-    asked, answered, broken_off, template = read_rows(rows, responses=False)
-    assert (asked.source, asked.answer, answered.answer) == ("s", None, "Hello")
-    assert asked.prompt == answered.prompt == template.prompt == talk("Hi?")
-    assert broken_off.prompt == talk("Hi?", "Hello.", "And?")
+@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/prompts.jsonl"), ids=str)
+def test_evaluation_rows_may_have_a_prompt_only(case):
+    (row,) = read_rows([case["row"]], responses=False)
+    assert row.prompt == case["prompt"]
+    assert (row.source, row.answer) == (case["source"], case["answer"])
 
 
 # Conversations become ids
@@ -70,7 +64,6 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(toke
     response = [*tokenizer.encode("Yes, I can."), tokenizer.eos_id]
     assert tokens.input_ids.tolist() == prompt + response
     assert tokens.response.tolist() == [False] * len(prompt) + [True] * len(response)
-    assert (tokens.input_ids.dtype, tokens.offsets.dtype) == (torch.int32, torch.int64)
     batch = collate(tokens, [0], tokens.response, CPU)
     assert batch.targets.tolist() == response
     assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
@@ -192,15 +185,12 @@ def test_batches_hold_each_row_once_within_the_budget_longest_first():
 def test_a_batch_holds_the_tokens_of_its_rows(tokens):
     batch = collate(tokens, [3, 0, 2], tokens.response, CPU)
     assert torch.equal(batch.ids[batch.before + 1], batch.targets)
-    assert batch.bounds.diff().tolist() == [tokens.lengths[row] for row in (3, 0, 2)]
     assert torch.equal(tokens.input_ids[batch.places].long(), batch.targets)
-    assert tokens.row_of(batch.places).unique().tolist() == [0, 2, 3]
+    assert batch.bounds.diff().tolist() == [tokens.lengths[row] for row in (3, 0, 2)]
 
 
 def test_taken_and_joined_rows_hold_the_same_tokens(tokens):
     both = tokens + tokens.take([2, 0])
     assert both.lengths == [*tokens.lengths, tokens.lengths[2], tokens.lengths[0]]
-    for name in ("input_ids", "response", "harmful"):
-        joined = getattr(both, name)[both.places([8, 9])]
-        assert torch.equal(joined, getattr(tokens, name)[tokens.places([2, 0])])
+    assert fingerprint(both.take([8, 9])) == fingerprint(tokens.take([2, 0]))
     assert fingerprint(both) != fingerprint(tokens) == fingerprint(tokens + tokens.take([]))
