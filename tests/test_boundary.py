@@ -9,8 +9,8 @@ import gzip
 
 import pytest
 import torch
-from conftest import ROOT, fails, read_jsonl, write_jsonl
-from helpers import refused, said, talk, tokens_of
+from conftest import fails, write_jsonl
+from helpers import each_line, refused, said, talk, tokens_of
 
 from model import load_tokenizer
 from model.tokenizer import overlaps
@@ -27,7 +27,7 @@ EMPTY = {"prompt": "Hi?", "response": " "}
 # Rows become conversations
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/forms.jsonl"), ids=lambda x: x["form"])
+@each_line("forms.jsonl")
 def test_every_form_gives_its_conversation(case):
     (row,) = read_rows([case["row"]])
     assert row.messages == case["messages"]
@@ -48,7 +48,7 @@ def test_a_file_may_be_packed_with_blank_lines_a_byte_order_mark_and_windows_lin
     assert (first.where, second.where) == (f"{file}:2", f"{file}:4")
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/prompts.jsonl"), ids=str)
+@each_line("prompts.jsonl")
 def test_evaluation_rows_may_have_a_prompt_only(case):
     (row,) = read_rows([case["row"]], responses=False)
     assert row.prompt == case["prompt"]
@@ -82,7 +82,7 @@ def test_every_assistant_turn_is_a_response_with_its_own_eos(base, template, spa
 
 
 @pytest.mark.parametrize("template", ["human", "chat"])
-@pytest.mark.parametrize(("span", "marked"), [([5, 10], "easy."), ([0, 3], "Yes")])
+@pytest.mark.parametrize(("span", "marked"), [([22, 27], "help."), ([0, 3], "Yes")])
 def test_a_token_is_harmful_when_it_overlaps_a_span(base, template, span, marked):
     tokenizer = load_tokenizer(base, template)
     row = {"prompt": "?", "response": "Yes, easy. Also, sums help.", "harmful": [span]}

@@ -7,14 +7,15 @@ config.json changed), a line each; what an absent field of config.json means in 
 import json
 import shutil
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from agreement import GOLDENS, MODELS
-from conftest import ROOT, edit_tensors, fails, make_base, read_jsonl, tree
-from helpers import cases, needs_shard, same_weights, set_fields, set_tensor, spoil
+from conftest import ROOT, edit_json, edit_tensors, fails, make_base, read_jsonl, tree
+from helpers import cases, each_line, needs_shard, same_weights, set_tensor, spoil
 from safetensors.torch import load_file
 
 from model import load_checkpoint, save_checkpoint
@@ -50,7 +51,7 @@ def test_shards_old_rotary_tables_and_a_copy_of_a_tied_head_change_nothing(tmp_p
     assert same_weights(load_checkpoint(folder), model)
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/broken_checkpoints.jsonl"), ids=str)
+@each_line("broken_checkpoints.jsonl")
 def test_a_broken_checkpoint_is_refused_by_name(case, tmp_path):
     folder = copied(case["base"], tmp_path)
     spoil(folder, case)
@@ -60,7 +61,7 @@ def test_a_broken_checkpoint_is_refused_by_name(case, tmp_path):
 @pytest.mark.parametrize(("change", "words"), cases("configs_refused.txt"))
 def test_an_unknown_or_malformed_config_is_refused_by_name(change, words, tmp_path):
     folder = copied("plain", tmp_path)
-    set_fields(folder / "config.json", json.loads(change))
+    edit_json(folder / "config.json", **json.loads(change))
     fails(words, load_checkpoint, folder)
 
 
@@ -68,7 +69,7 @@ def test_a_pickle_is_never_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = copied("gqa-tied-shards", tmp_path)
     (folder / "pytorch_model.bin").write_text("cos\nmkdir\n(Vopened\ntR.")  # would make a folder
-    set_fields(folder / f"{WEIGHTS}.index.json", {"weight_map": {"a": "pytorch_model.bin"}})
+    edit_json(folder / f"{WEIGHTS}.index.json", weight_map={"a": "pytorch_model.bin"})
     fails("pytorch_model.bin", load_checkpoint, folder)
     assert not Path("opened").exists()
 
@@ -113,21 +114,18 @@ def as_json(config):
     return json.loads(json.dumps(asdict(config), default=sorted))
 
 
-@pytest.mark.parametrize("case", FIELDS, ids=str)
-def test_an_absent_field_means_what_it_means_in_its_family(case):
+@each_line("config_fields.jsonl")
+def test_an_absent_field_means_what_it_means_in_its_family_and_in_transformers(case):
     family = case["model_type"]
-    config = Config.from_dict({**SIZES, "model_type": family, **case["given"]}, "config.json")
+    given = {**SIZES, "model_type": family, **case["given"]}
+    config = Config.from_dict(given, "config.json")
     default = as_json(Config(**SIZES, num_key_value_heads=0, head_dim=0, query_scalar=0))
     assert as_json(config) == {**default, **PLAIN[family], **case["means"]}
+    if find_spec("transformers"):
+        from transformers import AutoConfig
 
-
-@pytest.mark.parametrize("case", FIELDS, ids=str)
-def test_an_absent_field_means_what_it_means_in_transformers(case):
-    transformers = pytest.importorskip("transformers")
-    given = {**SIZES, "model_type": case["model_type"], **case["given"]}
-    config = Config.from_dict(given, "config.json")
-    whole = transformers.AutoConfig.for_model(**given).to_dict()
-    assert config == Config.from_dict(whole, "config.json")
+        whole = AutoConfig.for_model(**given).to_dict()
+        assert config == Config.from_dict(whole, "config.json")
 
 
 # Writing
@@ -144,12 +142,12 @@ def test_saved_and_loaded_again_is_equal(name, tmp_path):
 @pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])  # newer, older
 def test_saving_copies_the_tokenizer_and_states_the_dtype(spelling, tmp_path):
     like = make_base(tmp_path / "like")
-    set_fields(like / "config.json", {"torch_dtype": "absent", spelling: "float32"})
+    edit_json(like / "config.json", **{"torch_dtype": "absent", spelling: "float32"})
     (like / "additional_chat_templates").mkdir()
     (like / "additional_chat_templates/default.jinja").write_text("wins over the others")
     out = tmp_path / "out"
     save_checkpoint(load_checkpoint(like, dtype=torch.bfloat16), out, like=like)
-    set_fields(like / "config.json", {spelling: "bfloat16"})  # transformers reads "dtype" first
+    edit_json(like / "config.json", **{spelling: "bfloat16"})  # transformers reads "dtype" first
     assert read_json(out / "config.json") == read_json(like / "config.json")
     assert load_file(out / WEIGHTS)["model.norm.weight"].dtype == torch.bfloat16
     files = tree(out)

@@ -12,8 +12,8 @@ import agreement
 import pytest
 import torch
 from agreement import ADAPTERS, GOLDENS, LIVE, apart, base_of, golden, logits_of
-from conftest import ROOT, fails, read_jsonl
-from helpers import cases, random_adapter, set_fields, set_tensor, spoil
+from conftest import ROOT, edit_json, fails
+from helpers import cases, each_line, random_adapter, set_tensor, spoil
 from safetensors.torch import load_file, save_file
 
 from model import load_adapter, load_checkpoint, save_adapter, save_checkpoint
@@ -53,14 +53,11 @@ def equal(one, two):
 
 
 def test_a_fresh_adapter_changes_no_logit_and_its_a_is_drawn_by_the_seed_alone(model):
-    def new(seed):
-        return new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed)
-
     alone = logits_of(model, IDS)
-    adapter = new(seed=1)
+    adapter = new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=1)
     assert torch.equal(logits_of(use(model, adapter), IDS), alone)
-    assert equal(new(seed=1), adapter)
-    assert not equal(new(seed=2), adapter)
+    assert equal(new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=1), adapter)
+    assert not equal(new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=2), adapter)
     assert list(adapter.scale.values()) == [2] * 4
     for A in adapter.A.values():
         bound = A.shape[1] ** -0.5  # uniform from -bound to bound
@@ -170,7 +167,7 @@ def test_copies_of_the_base_that_peft_may_add_are_known_in_any_dtype(copy, dtype
     assert read_adapter(skeleton(BASE), folder)  # to see whether it fits
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/layers_picked.jsonl"), ids=str)
+@each_line("layers_picked.jsonl")
 def test_layers_are_picked_by_pefts_rules(case):
     config = {"target_modules": ["q_proj", "v_proj", "lm_head"], **case["settings"]}
     assert [layer for layer in (Q0, V11, "lm_head") if is_target(config, layer)] == case["layers"]
@@ -186,7 +183,7 @@ def test_a_pattern_fits_the_last_parts_of_a_name_as_a_whole():
 # What is refused
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/broken_adapters.jsonl"), ids=str)
+@each_line("broken_adapters.jsonl")
 def test_a_broken_adapter_is_refused_and_changes_nothing(model, folder, case):
     adapter = load_adapter(model, GOLDENS / "adapters/all")
     spoil(folder, case)
@@ -196,7 +193,7 @@ def test_a_broken_adapter_is_refused_and_changes_nothing(model, folder, case):
 
 @pytest.mark.parametrize(("change", "words"), cases("adapters_refused.txt"))
 def test_what_is_not_plain_lora_is_refused(change, words, model, folder, hurried):
-    set_fields(folder / CONFIG, json.loads(change))
+    edit_json(folder / CONFIG, **json.loads(change))
     fails(words, read_adapter, model, folder)
 
 
@@ -225,10 +222,10 @@ def test_an_adapter_records_the_hash_of_its_base_and_a_warning(model, tmp_path):
 def test_an_adapter_belongs_to_the_weights_that_it_was_trained_on_not_to_a_name(model, tmp_path):
     adapter = tmp_path / "adapter"
     write_adapter(random_adapter(model), model, adapter)
-    set_fields(adapter / CONFIG, {"base_model_name_or_path": "someone/else"})
+    edit_json(adapter / CONFIG, base_model_name_or_path="someone/else")
     moved = shutil.copytree(BASE, tmp_path / "moved")
     assert read_adapter(load_checkpoint(moved), adapter)
-    set_fields(moved / "config.json", {"rms_norm_eps": 0.5})
+    edit_json(moved / "config.json", rms_norm_eps=0.5)
     stranger = load_checkpoint(moved)
     fails("other base", load_adapter, stranger, adapter)
     stranger.base_sha256 = base_hash(BASE)  # a caller may know the hash

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from conftest import ROOT, fails, read_jsonl
-from helpers import call
+from helpers import call, each_line
 from safetensors.torch import load_file
 
 from toss import config
@@ -101,7 +101,7 @@ def test_competing_tokens_are_all_response_tokens_or_all_but_eos():
     assert competing_tokens(tokens, eos_id=EOS).tolist() == [1, 4, 5, 8, 9, 10, 11]
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/methods.jsonl"), ids=str)
+@each_line("methods.jsonl")
 def test_each_method_by_hand(case):
     assert discarded(case["method"], candidates(case["d"])) == case["discards"]
 
