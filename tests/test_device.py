@@ -94,10 +94,9 @@ def test_the_allocator_is_set_before_anything_is_allocated(given, monkeypatch):
         calls.append(what)
         assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == used
 
-    if given:
-        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
-    else:
-        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    if not given:
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setattr(torch.cuda, "init", partial(note, "init"))
     monkeypatch.setattr(torch.cuda, "set_device", partial(note, "set_device"))
     monkeypatch.setattr(torch, "empty", partial(note, "empty"))
