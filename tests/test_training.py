@@ -45,7 +45,7 @@ def flat(tensors):
 def test_each_step_is_reported_with_the_rate_of_its_schedule(model, tokens):
     _, events = fit(model, tokens, replace(CONFIG, schedule="cosine"))
     rates = [event["lr"] for event in events]
-    assert rates == pytest.approx([1e-2, 8.53553e-3, 5e-3, 1.46447e-3])
+    assert rates == pytest.approx([1e-2, 8.53553e-3, 5e-3, 1.46447e-3], rel=1e-5)
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     assert events[0].keys() == {"step", "steps", "loss", "grad_norm", "lr", "tokens", "model"}
     assert events[0]["steps"] == 4
@@ -90,10 +90,10 @@ def two_rates(parameters, config):
 def test_the_steps_are_those_of_the_optimizer_with_clipping_at_one(
     optimizer, expected, model, tokens
 ):
-    config = replace(CONFIG, lr=0.1, batch_size=8, seed=3)
+    config = replace(CONFIG, lr=0.1, batch_size=8, seed=6)
     ours, events = fit(model, tokens, config, optimizer=optimizer)
     assert max(event["grad_norm"] for event in events) > 1  # or clipping would not show
-    adapter = active(use(model, new_adapter(model, 2, 4, CONFIG.targets.split(","), seed=3)))
+    adapter = active(use(model, new_adapter(model, 2, 4, CONFIG.targets.split(","), seed=6)))
     parameters = [parameter.requires_grad_() for parameter in adapter.tensors()]
     by_hand = expected(parameters, config)
     for event in events:
