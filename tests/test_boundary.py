@@ -69,13 +69,11 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(toke
     assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
 
 
-@pytest.mark.parametrize(("template", "space"), [("human", " "), ("chat", "")])
-def test_every_assistant_turn_is_a_response_with_its_own_eos(base, template, space):
-    tokenizer = load_tokenizer(base, template)
+def test_every_assistant_turn_is_a_response_with_its_own_eos(tokenizer):
     tokens = tokens_of([{"messages": talk("a", "One.", "b", "2")}], tokenizer)
-    first = [*tokenizer.encode(space + "One."), tokenizer.eos_id]
-    second = [*tokenizer.encode(space + "2"), tokenizer.eos_id]
-    assert tokens.input_ids[tokens.response].tolist() == first + second
+    response = tokens.input_ids[tokens.response].tolist()
+    text = tokenizer.raw.decode(response, skip_special_tokens=False)
+    assert text == "One.<|im_end|>2<|im_end|>"
 
 
 # What is harmful

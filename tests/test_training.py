@@ -53,11 +53,10 @@ def test_each_step_is_reported_with_the_rate_of_its_schedule(model, tokens):
     assert sum(event["tokens"] for event in events) == 2 * sum(tokens.lengths)
 
 
-def test_the_seed_alone_draws_the_order_of_the_rows(tokens):
+def test_the_seed_draws_the_order_of_the_rows(tokens):
     some = replace(tokens)
     some.lengths[1] = 0  # skipped rows are in no step
     steps = list(training_steps(some, CONFIG))
-    assert steps == list(training_steps(some, replace(CONFIG, lr=1.0, rank=7, schedule="cosine")))
     assert steps != list(training_steps(some, replace(CONFIG, seed=1)))
     assert [len(rows) for rows in steps] == [4, 3, 4, 3]
     first_epoch = steps[0] + steps[1]
@@ -166,19 +165,16 @@ def test_an_objective_is_told_the_step_and_the_rows_of_its_batch(model, tokens):
 def test_an_objective_may_look_at_the_base_and_training_is_unchanged(model, tokens):
     model.gradient_checkpointing = True  # the backward pass runs the model again
     expected, events = fit(model, tokens)
-    base_losses = []
 
     def objective(model, batch, weights):
         loss = token_loss(model, batch, weights)
         with torch.no_grad(), use(model, None):
-            base_losses.append(float(token_loss(model, batch, weights)))
+            token_loss(model, batch, weights)
         return loss
 
     again, same_events = fit(model, tokens, objective=objective)
     assert torch.equal(again, expected)
     assert same_events == events
-    base_loss = float(score(model, tokens).sum())
-    assert sum(base_losses) == pytest.approx(CONFIG.epochs * base_loss, rel=1e-5)
 
 
 # Scores
