@@ -2,8 +2,8 @@
 
 Golden files hold transformers' ids. tests/templates/ holds what else is tried, a line each: where a
 template is found (places.jsonl), which special tokens it is given (special_tokens.jsonl), what it
-renders (rendered.jsonl), templates that fail (failing.txt). What is refused of a tokenizer stands
-in broken_tokenizers.jsonl.
+renders (rendered.jsonl), templates that fail (failing.txt), conversations that cannot be cut
+(refused.jsonl). What is refused of a tokenizer stands in broken_tokenizers.jsonl.
 """
 
 import hashlib
@@ -182,18 +182,11 @@ LEAVES_OUT = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_e
 
 def test_messages_that_a_template_leaves_out_are_counted_over_the_whole_file(folder):
     tokenizer = with_template(folder, LEAVES_OUT)
-    whole = talk(" a", " b ", "c", "d")
+    whole = [*talk("Why?"), *talk("Why?", " b ", "c", "d")]  # said twice, and there twice
     incomplete = talk("a", "b", system="S")
     rows = read_rows([{"messages": messages} for messages in (whole, incomplete, incomplete)])
     fails(r"row 1 .*leaves a message's text .*first of 2 rows", tokenise, rows, tokenizer, 99)
     assert tokenise(rows[:1], tokenizer, 99).rows == 1
-
-
-def test_a_message_said_twice_must_be_in_the_prompt_twice(folder):
-    turns = [{"role": "user", "content": text} for text in ("Why?", "Why?", "Now.")]
-    assert with_template(folder, LEAVES_OUT).prompt_ids(turns)
-    once = with_template(folder, "{{ messages[0].content }}{{ messages[2].content }}")
-    fails("leaves a message's text", once.prompt_ids, turns)
 
 
 # What is found in a checkpoint
@@ -303,16 +296,10 @@ def test_a_broken_tokenizer_is_refused_by_name(folder, case):
     fails(case["error"], load_and_encode)
 
 
-def test_conversations_that_a_template_cannot_cut_are_refused(folder):
-    tokenizer = load_tokenizer(folder)
-    fails("unknown role: robot", tokenizer.segments, [{"role": "robot", "content": "a"}])
-    counting = "{{ messages | length }}{{ messages[-1].content }}{{ eos_token }}"
-    tokenizer = with_template(folder, counting)
-    fails("rewrites earlier turns", tokenizer.segments, talk("a", "b", "c", "d"))
-    assert len(tokenizer.segments(talk("a", "b"))) == 2  # a row of one turn can be cut
-    tokenizer = with_template(folder, THINKING)
-    thought = talk("Hi.", "<think>\nhm\n</think>\n\nYes?", "Bake.", "No.")
-    fails("once there are 3 messages.*leave thinking out", tokenizer.segments, thought)
+@each_line("templates/refused.jsonl")
+def test_a_conversation_that_a_template_cannot_cut_is_refused(folder, case):
+    tokenizer = with_template(folder, (TEMPLATES / case["template"]).read_text())
+    fails(case["error"], tokenizer.prompt_ids, case["messages"])
 
 
 # Commands
