@@ -108,10 +108,10 @@ def draw_weights(folder):
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def greedy(model, prompt, eos, new_tokens=12):
+def greedy(model, prompt, eos):
     """The likeliest token after token by transformers' logits, up to and without the EOS."""
     answer = []
-    while len(answer) < new_tokens:
+    while len(answer) < 12:
         best, ids = model(torch.tensor([prompt + answer])).logits[0, -1].topk(2)
         assert best[0] - best[1] > 2e-3, "two best logits are too close to be portable"
         if ids[0] == eos:
@@ -157,7 +157,7 @@ def write_adapter(folder):
 
     ids = load_file(file)["input_ids"] if file.exists() else torch.randint(80, (2, 24))
     logits = model(ids).logits
-    tensors = {"input_ids": ids, "logits": logits, "losses": losses_of(logits, ids)}
+    tensors = {"input_ids": ids, "logits": logits}
     targets = model.peft_config["default"].target_modules
     if not (model.config.tie_word_embeddings and "lm_head" in targets):
         # A merge by peft into a tied head would change the embedding too.
