@@ -166,6 +166,11 @@ def test_a_turns_end_that_is_not_the_eos_is_taken_out(tmp_path):
     assert other.segments(talk("a", "b", "c")) == segments  # whose caller adds the EOS
 
 
+def test_a_tokenizer_that_adds_a_words_space_needs_no_other(tmp_path):
+    tokenizer = family(tmp_path, "llama-2", "metaspace")
+    assert tokenizer.segments(talk("a", "b"))[1] == ("b", True)
+
+
 def test_every_token_of_a_response_knows_its_characters(tmp_path):
     """Metaspace tokenizers put a space before any text, except after a newline."""
     tokenizer = family(tmp_path, "chatml", "metaspace")
