@@ -3,58 +3,61 @@
 The rows of golden files need nothing else; the live rows need transformers and peft.
 """
 
-import json
 import os
 import tempfile
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors.torch import load_file
 
 from model import load_adapter, load_checkpoint, load_tokenizer, save_adapter, save_checkpoint
 from model.generate import generate
+from model.io import read_json
 from model.lora import lora_layers, merge, new_adapter, use
-from model.transformer import Transformer
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = sorted(file.parent.name for file in GOLDENS.glob("*/golden.safetensors"))
 ADAPTERS = sorted(file.parent.name for file in GOLDENS.glob("adapters/*/golden.safetensors"))
 REAL = os.environ.get("TOSS_REAL_CHECKPOINT")
+LIVE = [GOLDENS / name for name in MODELS] + ([Path(REAL)] if REAL else [])
 
 
-def golden(folder: str) -> dict:
+def golden(folder):
     """A golden file's tensors and metadata ("eos_id", "base"); prompts and answers as lists."""
-    with safe_open(GOLDENS / folder / "golden.safetensors", "pt") as file:
-        content = dict(file.metadata() or {})
-        for name in file.keys():
-            content[name] = file.get_tensor(name)
-    for name, lengths in (("prompts", "lengths"), ("new_ids", "new_lengths")):
-        if name in content:
-            rows = zip(content[name].tolist(), content[lengths].tolist())
-            content[name] = [row[:length] for row, length in rows]
+    file = GOLDENS / folder / "golden.safetensors"
+    with safe_open(file, "pt") as tensors:
+        content = load_file(file) | (tensors.metadata() or {})
+    if "prompts" in content:
+        content["prompts"] = unpadded(content["prompts"], content["lengths"])
+        content["new_ids"] = unpadded(content["new_ids"], content["new_lengths"])
     return content
 
 
-def base_of(adapter: str) -> Path:
+def unpadded(rows, lengths):
+    return [row[:length] for row, length in zip(rows.tolist(), lengths)]
+
+
+def base_of(adapter):
     """The golden model that a golden adapter sits on."""
     return GOLDENS / golden(f"adapters/{adapter}").get("base", "gqa-tied")
 
 
-def apart(ours: Tensor, theirs: Tensor) -> float:
+def apart(ours, theirs):
     """The largest difference between two tensors of one shape."""
     assert ours.shape == theirs.shape
     return float((ours.float() - theirs.float()).abs().max())
 
 
 @torch.no_grad()
-def logits_of(model: Transformer, ids: Tensor) -> Tensor:
+def logits_of(model, ids):
     return model.lm_head(model(ids))
 
 
-def losses_of(logits: Tensor, ids: Tensor) -> Tensor:
+def losses_of(logits, ids):
     """-log P(token t | tokens before it) [B, T], 0 at t = 0."""
     flat = logits[:, :-1].flatten(0, 1).float()  # positions first: [B, T, V] is less exact
     losses = F.cross_entropy(flat, ids[:, 1:].flatten(), reduction="none")
@@ -64,7 +67,7 @@ def losses_of(logits: Tensor, ids: Tensor) -> Tensor:
 # The figures
 
 
-def golden_model(name: str) -> dict[str, float]:
+def golden_model(name):
     """Largest differences between a golden model here and in transformers, float32."""
     model = load_checkpoint(GOLDENS / name)
     expected = golden(name)
@@ -79,7 +82,7 @@ def golden_model(name: str) -> dict[str, float]:
     }
 
 
-def golden_adapter(name: str) -> dict[str, float]:
+def golden_adapter(name):
     """The largest difference between a golden adapter here and in peft, float32."""
     model = load_checkpoint(base_of(name))
     load_adapter(model, GOLDENS / "adapters" / name)
@@ -88,7 +91,7 @@ def golden_adapter(name: str) -> dict[str, float]:
     return {"an adapter of peft's here, golden files": apart(logits, expected["logits"])}
 
 
-def round_trip(folder: Path, out: Path) -> dict[str, float]:
+def round_trip(folder, out):
     """Largest differences on a way through transformers and peft and back, float32.
 
     Also "size", the largest logit, and "moved", how much the adapter changes one.
@@ -133,7 +136,7 @@ def round_trip(folder: Path, out: Path) -> dict[str, float]:
     return figures
 
 
-def in_transformers(folder: Path, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+def in_transformers(folder, dtype=torch.float32):
     """A checkpoint, read by transformers."""
     from transformers import AutoModelForCausalLM
 
@@ -141,11 +144,11 @@ def in_transformers(folder: Path, dtype: torch.dtype | str = torch.float32) -> n
 
 
 @torch.no_grad()
-def their_logits(model: nn.Module, ids: Tensor) -> Tensor:
+def their_logits(model, ids):
     return model(ids).logits
 
 
-def split(ours: Transformer, folder: Path, out: Path) -> float:
+def split(ours, folder, out):
     """The largest difference of a tensor after transformers has saved the checkpoint in shards."""
     tensors = dict(ours.named_parameters())
     size = sum(tensor.numel() for tensor in tensors.values())  # bytes: two shards in any dtype
@@ -155,7 +158,7 @@ def split(ours: Transformer, folder: Path, out: Path) -> float:
     return max(apart(again[name], tensors[name]) for name in tensors)
 
 
-def wide_adapter(model: Transformer):
+def wide_adapter(model):
     """An adapter on every linear layer that moves the logits."""
     targets = {name.rpartition(".")[2] for name in lora_layers(model)}
     adapter = new_adapter(model, 4, 8, sorted(targets), seed=0)
@@ -167,40 +170,35 @@ def wide_adapter(model: Transformer):
 # The table
 
 
-def main() -> None:
+def main():
     """Print the table: one row per figure, one column per family of models."""
-    measured = []  # (folder of the model, its figures)
-    for name in MODELS:
-        measured.append((GOLDENS / name, golden_model(name)))
-    for name in ADAPTERS:
-        measured.append((base_of(name), golden_adapter(name)))
-    if find_spec("peft"):
-        live = [GOLDENS / name for name in MODELS]
-        if REAL:
-            live.append(Path(REAL))
-        with tempfile.TemporaryDirectory() as out:
-            for folder in live:
-                measured.append((folder, round_trip(folder, Path(out) / folder.name)))
+    values = defaultdict(list)  # (figure, family) -> of each model or adapter
 
-    columns: dict[str, dict[str, list[float]]] = {}  # family -> figure -> values
-    figures: dict[str, None] = {}  # in the order of their first appearance
-    for folder, values in measured:
-        family = json.loads((folder / "config.json").read_text())["model_type"]
+    def note(folder, figures):
+        family = read_json(folder / "config.json")["model_type"]
         if str(folder) == REAL:
             family += f", {folder.name}"
-        column = columns.setdefault(family, {})
-        for figure, value in values.items():
-            column.setdefault(figure, []).append(value)
-            figures[figure] = None
+        for figure, value in figures.items():
+            values[figure, family].append(value)
 
-    print(f"| largest difference | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for figure in figures:
-        cells = [cell(column.get(figure)) for column in columns.values()]
+    for name in MODELS:
+        note(GOLDENS / name, golden_model(name))
+    for name in ADAPTERS:
+        note(base_of(name), golden_adapter(name))
+    if find_spec("peft"):
+        for folder in LIVE:
+            with tempfile.TemporaryDirectory() as out:
+                note(folder, round_trip(folder, Path(out)))
+
+    families = dict.fromkeys(family for _, family in values)  # in the order of their appearance
+    print(f"| largest difference | {' | '.join(families)} |\n|---|{'---|' * len(families)}")
+    for figure in dict.fromkeys(figure for figure, _ in values):
+        cells = [cell(values[figure, family]) for family in families]
         print(f"| {figure} | {' | '.join(cells)} |")
     print("\nIn brackets: the number of models or adapters.")
 
 
-def cell(values: list[float] | None) -> str:
+def cell(values):
     return f"{max(values):.1e} ({len(values)})" if values else "-"
 
 

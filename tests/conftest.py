@@ -106,11 +106,11 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def edit_json(path: Path, *drop: str, **fields) -> None:
-    """Change a JSON file: without the fields `drop`, with `fields`."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content |= fields
-    for name in drop:
-        content.pop(name, None)
+    """Change a JSON file: without the fields `drop` and those that become "absent"."""
+    content = json.loads(path.read_text(encoding="utf-8")) | fields
+    for name in list(content):
+        if name in drop or content[name] == "absent":
+            del content[name]
     path.write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -1,13 +1,13 @@
 """What the tests of the method share beyond conftest.py: commands in this process, adapters."""
 
-import json
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, edit_tensors, make_base, script
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, edit_json, edit_tensors, make_base, read_jsonl, script
+from safetensors.torch import load_file
 
 from model.lora import Adapter, active, new_adapter, use
 from toss.loss import token_log_probs
@@ -16,6 +16,8 @@ from toss.tokens import Tokens, collate, tokenise
 from toss.workbench import flags
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+needs_shard = pytest.mark.skipif(VERSION < (2, 7), reason="--shard needs PyTorch 2.7")
 
 
 # Commands
@@ -104,9 +106,9 @@ def micro_batch(model, rows: Tokens, group: list[int]) -> torch.Tensor:
     return log_p.detach()
 
 
-def random_adapter(model, seed: int = 0) -> Adapter:
+def random_adapter(model, seed: int = 0, targets=TARGETS, rank: int = 2, alpha=4) -> Adapter:
     """An adapter whose B is not 0: a new one would hide the gradient of A."""
-    adapter = new_adapter(model, 2, 4, TARGETS, seed)
+    adapter = new_adapter(model, rank, alpha, targets, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, B in adapter.B.items():
         adapter.B[name] = 0.1 * torch.randn(B.shape, generator=generator)
@@ -134,6 +136,11 @@ def cases(name: str) -> list[tuple[str, str]]:
     return found
 
 
+def each_line(name: str):
+    """Decorator of a test of `case`, which is each line of a JSONL file beside the tests."""
+    return pytest.mark.parametrize("case", read_jsonl(ROOT / "tests" / name), ids=str)
+
+
 def spoil(folder: Path, case: dict) -> None:
     """Change a file of a folder as a line of tests/broken_*.jsonl says.
 
@@ -149,33 +156,25 @@ def spoil(folder: Path, case: dict) -> None:
     elif "text" in case:
         file.write_text(case["text"], encoding="utf-8")
     elif "fields" in case:
-        set_fields(file, case["fields"])
+        edit_json(file, **case["fields"])
     else:
         set_tensor(file, case["tensor"], case["becomes"])
 
 
-def set_fields(file: Path, fields: dict) -> None:
-    """Change fields of a JSON file; those that become "absent" are removed."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in fields.items():
-        content[name] = value
-        if value == "absent":
-            del content[name]
-    file.write_text(json.dumps(content), encoding="utf-8")
-
-
 def set_tensor(file: Path, name: str, becomes: str | list[int]) -> None:
     """Change a tensor of a safetensors file; see spoil."""
-    tensors = load_file(file)
-    if becomes == "absent":
-        del tensors[name]
-    elif isinstance(becomes, list):
-        tensors[name] = torch.ones(becomes)
-    elif becomes in ("nan", "-inf", "inf"):
-        tensors[name].view(-1)[5] = float(becomes)
-    else:
-        tensors[name] = tensors[name].to(getattr(torch, becomes))
-    save_file(tensors, file, {"format": "pt"})
+
+    def change(tensor):
+        if becomes == "absent":
+            return None
+        if isinstance(becomes, list):
+            return torch.ones(becomes)
+        if becomes in ("nan", "-inf", "inf"):
+            tensor.view(-1)[5] = float(becomes)
+            return tensor
+        return tensor.to(getattr(torch, becomes))
+
+    edit_tensors(file, name, change)
 
 
 def same_weights(one, two) -> bool:

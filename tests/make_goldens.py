@@ -1,17 +1,16 @@
 """Write tests/goldens/: what transformers, peft and tokenizers compute for tiny random models.
 
-    python tests/make_goldens.py [FOLDER ...]
+    python -m tests.make_goldens [FOLDER ...]
 
 The tests compare against the committed files. This needs torch, transformers and peft. It computes
-everything anew, or only for a MODEL's folder or a real checkpoint's, from inputs written by hand:
+everything anew, or only for the folders of some MODELs, from inputs written by hand:
 
 - MODEL/config.json and perhaps config-old-spelling.json, the same settings as older checkpoints
   spell them;
 - adapters/ADAPTER/adapter_config.json, with the base in BASES unless it is gqa-tied;
 - tokenizer-NAME/ and templates/: tokenizers, templates, and the texts in golden.json. Trained on
   four sentences: bytes; bytes and a BOS; "▁" before every text as in Llama-2; and in templates/
-  "▁" before a first word only, with bytes for unknown letters, as in newer files of Mistral;
-- real.json: a text and messages for a real checkpoint.
+  "▁" before a first word only, with bytes for unknown letters, as in newer files of Mistral.
 
 Where a folder has no weights, random ones are drawn, and an EOS that ends some of the answers. A
 model's golden.safetensors holds input_ids [B, T], logits [B, T, V], losses [B, T] (-log P(token t |
@@ -23,17 +22,18 @@ import hashlib
 import json
 import platform
 import sys
+from collections import Counter
 from pathlib import Path
 
 import peft
 import tokenizers
 import torch
 import transformers
-from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from model.io import read_json
+from tests.agreement import GOLDENS, golden, losses_of
 
 BASES = {
     "head": "plain",
@@ -45,24 +45,18 @@ BASES = {
 }
 
 
-def write_json(file: Path, content: dict) -> None:
+def write_json(file, content):
     file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def losses_of(logits, ids):
-    losses = torch.zeros(ids.shape)
-    losses[:, 1:] = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return losses
 
 
 # Models
 
 
-def read_model(folder: Path):
+def read_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder):
     """Rows of 24 tokens, and answers that reach position 24: both cross every window."""
     file = folder / "golden.safetensors"
     is_new = not (folder / "model.safetensors").exists()
@@ -70,13 +64,11 @@ def write_model(folder: Path) -> None:
         draw_weights(folder)
     model = read_model(folder)
     eos = model.config.eos_token_id
-    model.generation_config.eos_token_id = None
 
     if file.exists():
-        old = load_file(file)
-        ids = old["input_ids"]
-        rows = zip(old["prompts"].tolist(), old["lengths"].tolist())
-        prompts = [row[:length] for row, length in rows]
+        stored = golden(folder)
+        ids = stored["input_ids"]
+        prompts = stored["prompts"]
     else:
         size = model.config.vocab_size
         ids = torch.randint(size, (2, 24))
@@ -87,11 +79,11 @@ def write_model(folder: Path) -> None:
         write_json(folder / "config.json", {**config, "eos_token_id": eos})
 
     logits = model(ids).logits
-    golden = {"input_ids": ids, "logits": logits, "losses": losses_of(logits, ids)}
+    tensors = {"input_ids": ids, "logits": logits, "losses": losses_of(logits, ids)}
     answers = [greedy(model, prompt, eos) for prompt in prompts]
-    golden["prompts"], golden["lengths"] = padded(prompts)
-    golden["new_ids"], golden["new_lengths"] = padded(answers)
-    save_file(golden, file, metadata={"eos_id": str(eos)})
+    tensors["prompts"], tensors["lengths"] = padded(prompts)
+    tensors["new_ids"], tensors["new_lengths"] = padded(answers)
+    save_file(tensors, file, metadata={"eos_id": str(eos)})
 
     old_spelling = folder / "config-old-spelling.json"
     if old_spelling.exists():
@@ -101,7 +93,7 @@ def write_model(folder: Path) -> None:
         assert torch.equal(again(ids).logits, logits)
 
 
-def draw_weights(folder: Path) -> None:
+def draw_weights(folder):
     """Wide, so that no distribution is flat; norms and biases too, so that none can be left out."""
     settings = AutoConfig.for_model(**read_json(folder / "config.json"))
     model = AutoModelForCausalLM.from_config(settings)
@@ -116,35 +108,27 @@ def draw_weights(folder: Path) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def greedy(model, prompt: list[int], eos: int | None, new_tokens: int = 12) -> list[int]:
-    """transformers' own greedy answer, without the EOS."""
-    ids = torch.tensor([prompt])
-    whole = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        eos_token_id=eos,
-        pad_token_id=0,
-    )[0]
-    best = model(whole[None]).logits[0, len(prompt) - 1 : -1].topk(2).values
-    assert (best[:, 0] - best[:, 1]).min() > 2e-3, "two best logits are too close to be portable"
-    answer = whole[len(prompt) :].tolist()
-    if eos in answer:
-        answer = answer[: answer.index(eos)]
+def greedy(model, prompt, eos):
+    """The likeliest token after token by transformers' logits, up to and without the EOS."""
+    answer = []
+    while len(answer) < 12:
+        best, ids = model(torch.tensor([prompt + answer])).logits[0, -1].topk(2)
+        assert best[0] - best[1] > 2e-3, "two best logits are too close to be portable"
+        if ids[0] == eos:
+            break
+        answer.append(int(ids[0]))
     return answer
 
 
-def likely_eos(answers: list[list[int]]) -> int:
+def likely_eos(answers):
     """The id that is in most of the answers, but not in all."""
-    counts: dict[int, int] = {}
+    counts = Counter()
     for answer in answers:
-        for id in dict.fromkeys(answer):
-            counts[id] = counts.get(id, 0) + 1
-    return max((id for id in counts if counts[id] < len(answers)), key=counts.get)
+        counts.update(list(dict.fromkeys(answer)))
+    return next(id for id, count in counts.most_common() if count < len(answers))
 
 
-def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows):
     """Rows as one tensor, filled up with -1, and their lengths."""
     longest = max(map(len, rows))
     filled = [row + [-1] * (longest - len(row)) for row in rows]
@@ -154,7 +138,7 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 # Adapters
 
 
-def write_adapter(folder: Path) -> None:
+def write_adapter(folder):
     file = folder / "golden.safetensors"
     weights = folder / "adapter_model.safetensors"
     base = BASES.get(folder.name, "gqa-tied")
@@ -173,49 +157,49 @@ def write_adapter(folder: Path) -> None:
 
     ids = load_file(file)["input_ids"] if file.exists() else torch.randint(80, (2, 24))
     logits = model(ids).logits
-    golden = {"input_ids": ids, "logits": logits, "losses": losses_of(logits, ids)}
+    tensors = {"input_ids": ids, "logits": logits}
     targets = model.peft_config["default"].target_modules
     if not (model.config.tie_word_embeddings and "lm_head" in targets):
         # A merge by peft into a tied head would change the embedding too.
-        golden["merged_logits"] = model.merge_and_unload()(ids).logits
-    save_file(golden, file, metadata={"base": base})
+        tensors["merged_logits"] = model.merge_and_unload()(ids).logits
+    save_file(tensors, file, metadata={"base": base})
 
 
 # Tokenizers and templates
 
 
-def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
+def prompt_ids(tokenizer, messages):
     return tokenizer.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=False
     )
 
 
-def write_tokenizer(folder: Path) -> None:
-    golden = read_json(folder / "golden.json")
+def write_tokenizer(folder):
+    stored = read_json(folder / "golden.json")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    golden["eos_id"] = tokenizer.eos_token_id
-    golden["bos_id"] = tokenizer.bos_token_id
-    for case in golden["encode"]:
+    stored["eos_id"] = tokenizer.eos_token_id
+    stored["bos_id"] = tokenizer.bos_token_id
+    for case in stored["encode"]:
         case["ids"] = tokenizer.encode(case["text"], add_special_tokens=False)
-    for case in golden["human"]:
+    for case in stored["human"]:
         text = f"Human: {case['prompt']}\nAssistant:"
         case["ids"] = tokenizer.encode(text)
         case["whole"] = tokenizer.encode(f"{text} {case['response']}")
-    for case in golden["chat"]:
+    for case in stored["chat"]:
         case["ids"] = prompt_ids(tokenizer, case["messages"])
-    write_json(folder / "golden.json", golden)
+    write_json(folder / "golden.json", stored)
 
 
-def write_templates(folder: Path) -> None:
+def write_templates(folder):
     """Prompts of each family's template with each tokenizer; of a long one the ids' sha256."""
-    golden = read_json(folder / "golden.json")
-    for case in golden["prompts"]:
+    stored = read_json(folder / "golden.json")
+    for case in stored["prompts"]:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(folder / f"{case['tokenizer']}.json"),
             chat_template=(folder / f"{case['family']}.jinja").read_text(),
-            **golden["special"][case["family"]],
+            **stored["special"][case["family"]],
         )
-        messages = [dict(message) for message in golden["messages"][case["case"]]]
+        messages = [dict(message) for message in stored["messages"][case["case"]]]
         for message in messages:
             message["content"] *= message.pop("times", 1)
         case["ids"] = prompt_ids(tokenizer, messages)
@@ -223,40 +207,18 @@ def write_templates(folder: Path) -> None:
             case["ids"] = hashlib.sha256(json.dumps(case["ids"]).encode()).hexdigest()
 
     # A line per prompt.
-    special = json.dumps(golden["special"])
-    messages = json.dumps(golden["messages"], indent=1)
-    prompts = ",\n".join(json.dumps(case, separators=(",", ":")) for case in golden["prompts"])
+    special = json.dumps(stored["special"])
+    messages = json.dumps(stored["messages"], indent=1)
+    prompts = ",\n".join(json.dumps(case, separators=(",", ":")) for case in stored["prompts"])
     text = f'"special": {special},\n"messages": {messages},\n"prompts": [\n{prompts}\n]'
     (folder / "golden.json").write_text(f"{{{text}}}\n")
 
 
-# A real checkpoint
-
-
-def write_real(folder: Path) -> None:
-    golden = read_json(GOLDENS / "real.json")
-    model = read_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    weights = (folder / "model.safetensors").read_bytes()
-    golden["sha256"] = hashlib.sha256(weights).hexdigest()
-    golden["eos_id"] = tokenizer.eos_token_id
-    golden["text_ids"] = tokenizer.encode(golden["text"], add_special_tokens=False)
-    golden["prompt_ids"] = prompt_ids(tokenizer, golden["messages"])
-    ids = torch.tensor([golden["text_ids"]])
-    losses = losses_of(model(ids).logits, ids)[0]
-    golden["losses"] = [round(loss, 6) for loss in losses.tolist()]
-    golden["new_ids"] = greedy(model, golden["prompt_ids"], golden["eos_id"], new_tokens=16)
-    write_json(GOLDENS / "real.json", golden)
-
-
 @torch.no_grad()
-def main() -> None:
+def main():
     torch.manual_seed(0)
-    for folder in map(Path, sys.argv[1:]):
-        if folder.resolve().parent == GOLDENS:
-            write_model(folder)
-        else:
-            write_real(folder)
+    for folder in sys.argv[1:]:
+        write_model(Path(folder))
     if sys.argv[1:]:
         return
 

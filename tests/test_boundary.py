@@ -1,61 +1,58 @@
 """Rows become conversations, and conversations become ids, with the boundary where it belongs.
 
-Every row form reads as the same conversation. A row is encode(prompt) ++ encode(response) ++ [eos],
-so that the first token of a response is the natural one, and scored and trained like all others.
+Every form of forms.jsonl reads as its conversation; what is refused stands in bad_rows.txt. A row
+is encode(prompt) ++ encode(response) ++ [eos], so that the first token of a response is the natural
+one, and scored and trained like all others.
 """
 
 import gzip
-import json
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl
-from helpers import talk, tokens_of
+from conftest import fails, write_jsonl
+from helpers import each_line, refused, said, talk, tokens_of
 
 from model import load_tokenizer
 from model.tokenizer import overlaps
 from toss.rows import read_rows
-from toss.tokens import batches, collate
+from toss.tokens import batches, collate, tokenise
 from toss.workbench.files import fingerprint
+from toss.workbench.results import read_record
 
 CPU = torch.device("cpu")
 HELLO = {"prompt": "Hi?", "response": "Hello."}
+EMPTY = {"prompt": "Hi?", "response": " "}
 
 
 # Rows become conversations
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/forms.jsonl"), ids=lambda x: x["form"])
+@each_line("forms.jsonl")
 def test_every_form_gives_its_conversation(case):
     (row,) = read_rows([case["row"]])
     assert row.messages == case["messages"]
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+PACKED = [("rows.jsonl", bytes), ("rows.jsonl.gz", gzip.compress)]
+
+
+@pytest.mark.parametrize(("name", "pack"), PACKED)
 def test_a_file_may_be_packed_with_blank_lines_a_byte_order_mark_and_windows_line_ends(
-    tmp_path, name
+    tmp_path, name, pack
 ):
-    line = json.dumps(HELLO)
-    content = f"\ufeff\r\n{line}\r\n\r\n{line}\r\n".encode()
-    if name.endswith(".gz"):
-        content = gzip.compress(content)
-    (tmp_path / name).write_bytes(content)
-    first, second = read_rows(tmp_path / name)
+    line = '{"prompt": "Hi?", "response": "Hello."}'
+    file = tmp_path / name
+    file.write_bytes(pack(f"\ufeff\r\n{line}\r\n\r\n{line}\r\n".encode()))
+    first, second = read_rows(file)
     assert first.messages == second.messages == talk("Hi?", "Hello.")
-    assert (first.where, second.where) == (f"{tmp_path / name}:2", f"{tmp_path / name}:4")
+    assert (first.where, second.where) == (f"{file}:2", f"{file}:4")
 
 
-def test_evaluation_rows_may_have_a_prompt_only():
-    rows = [
-        {"prompt": "Hi?", "source": "s"},
-        {**HELLO, "answer": "Hello"},
-        {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:"},
-        {"prompt": "a template's text", "instruction": "Hi?", "output": "Hello."},
-    ]
-    asked, answered, broken_off, template = read_rows(rows, responses=False)
-    assert (asked.source, asked.answer, answered.answer) == ("s", None, "Hello")
-    assert asked.prompt == answered.prompt == template.prompt == talk("Hi?")
-    assert broken_off.prompt == talk("Hi?", "Hello.", "And?")
+@each_line("prompts.jsonl")
+def test_evaluation_rows_may_have_a_prompt_only(case):
+    (row,) = read_rows([case["row"]], responses=False)
+    assert row.prompt == case["prompt"]
+    assert (row.source, row.answer) == (case["source"], case["answer"])
 
 
 # Conversations become ids
@@ -67,26 +64,23 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(toke
     response = [*tokenizer.encode("Yes, I can."), tokenizer.eos_id]
     assert tokens.input_ids.tolist() == prompt + response
     assert tokens.response.tolist() == [False] * len(prompt) + [True] * len(response)
-    assert (tokens.input_ids.dtype, tokens.offsets.dtype) == (torch.int32, torch.int64)
     batch = collate(tokens, [0], tokens.response, CPU)
     assert batch.targets.tolist() == response
     assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
 
 
-@pytest.mark.parametrize(("template", "space"), [("human", " "), ("chat", "")])
-def test_every_assistant_turn_is_a_response_with_its_own_eos(base, template, space):
-    tokenizer = load_tokenizer(base, template)
+def test_every_assistant_turn_is_a_response_with_its_own_eos(tokenizer):
     tokens = tokens_of([{"messages": talk("a", "One.", "b", "2")}], tokenizer)
-    first = [*tokenizer.encode(space + "One."), tokenizer.eos_id]
-    second = [*tokenizer.encode(space + "2"), tokenizer.eos_id]
-    assert tokens.input_ids[tokens.response].tolist() == first + second
+    response = tokens.input_ids[tokens.response].tolist()
+    text = tokenizer.raw.decode(response, skip_special_tokens=False)
+    assert text == "One.<|im_end|>2<|im_end|>"
 
 
 # What is harmful
 
 
 @pytest.mark.parametrize("template", ["human", "chat"])
-@pytest.mark.parametrize(("span", "marked"), [([5, 10], "easy."), ([0, 3], "Yes")])
+@pytest.mark.parametrize(("span", "marked"), [([22, 27], "help."), ([0, 3], "Yes")])
 def test_a_token_is_harmful_when_it_overlaps_a_span(base, template, span, marked):
     tokenizer = load_tokenizer(base, template)
     row = {"prompt": "?", "response": "Yes, easy. Also, sums help.", "harmful": [span]}
@@ -96,17 +90,10 @@ def test_a_token_is_harmful_when_it_overlaps_a_span(base, template, span, marked
     assert tokenizer.eos_id not in harmful
 
 
-def test_overlapping_is_found_as_by_comparing_every_pair():
-    draw = torch.Generator().manual_seed(0)
-    marks = torch.randint(60, (9, 2), generator=draw).sort().values
-    marks = (marks + torch.tensor([0, 1])).tolist()  # no mark is empty
-    spans = torch.randint(60, (500, 2), generator=draw).sort().values.tolist()
-    expected = []
-    for start, end in spans:
-        expected.append(any(start < mark_end and end > mark for mark, mark_end in marks))
-    assert overlaps(spans, marks) == expected
-    assert True in expected and False in expected
-    assert overlaps([], marks) == []
+def test_overlapping_counts_no_span_that_only_touches_a_mark():
+    spans = [(0, 1), (1, 2), (2, 2), (3, 5), (5, 9), (7, 8)]
+    assert overlaps(spans, [(6, 7), (1, 3)]) == [False, True, True, False, True, False]
+    assert overlaps([], [(1, 3)]) == []
 
 
 # Rows that are too long
@@ -143,33 +130,65 @@ def test_a_conversation_of_50000_turns_is_its_beginning_and_cut(tokenizer):
     whole = tokens_of([{"messages": turns}], tokenizer, 200)
     beginning = tokens_of([{"messages": turns[:100]}], tokenizer, 200)
     assert torch.equal(whole.input_ids, beginning.input_ids)
-    assert whole.cut == beginning.cut == 1
+    assert whole.lengths == [200] and whole.cut == 1
+
+
+# Empty responses
+
+
+def test_empty_responses_are_counted_and_the_first_three_named(tokenizer):
+    rows = [HELLO, EMPTY, EMPTY, HELLO, EMPTY, EMPTY]
+    message = r"4 of 6 rows have \(row 1 .*, row 2 .*, row 4 [^,]*\): --skip-empty"
+    fails(message, tokens_of, rows, tokenizer)
+
+
+def test_a_row_that_is_left_out_keeps_its_place(tokenizer):
+    tokens = tokenise(read_rows([HELLO, EMPTY, HELLO]), tokenizer, 2048, skip_empty=True)
+    whole = tokens_of([HELLO, HELLO], tokenizer)
+    assert tokens.lengths == [whole.lengths[0], 0, whole.lengths[1]]
+    assert torch.equal(tokens.input_ids, whole.input_ids)
+    assert tokens.skipped == 1
+
+
+def test_a_run_that_was_begun_with_skip_empty_has_it_throughout(tmp_path, base, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [HELLO, EMPTY, HELLO])
+    run = tmp_path / "run"
+    begin = f"select.py --run {run} --method sft --model {base} --custom {rows}"
+    assert "--skip-empty" in refused(capsys, begin)
+    skipped = "1 rows skipped, 0 cut; of the skipped rows, 1 have an empty response"
+    assert skipped in said(capsys, f"{begin} --skip-empty")
+    assert read_record(run / "methods/sft")["skip_empty"] is True
+    assert "skip_empty = True" in said(capsys, f"select.py --run {run} --method random")
+    line = f"toss.audit.evaluate --run {run} --methods base --utility {rows} --max-new-tokens 2"
+    assert "1 rows with an empty response are left out" in said(capsys, line)
+
+
+def test_a_run_that_was_begun_without_skip_empty_refuses_it(trained, tmp_path, capsys):
+    line = f"select.py --run {trained} --method random --skip-empty"
+    assert "begun with" in refused(capsys, line)
+    rows = write_jsonl(tmp_path / "asked.jsonl", [HELLO, EMPTY])
+    line = f"toss.audit.evaluate --run {trained} --methods base --utility {rows}"
+    assert "asked.jsonl:2: 1 rows have an empty response" in refused(capsys, line)
+    assert not (trained / "answers").exists()  # it asked nothing
 
 
 # Rows become batches
 
 
 def test_batches_hold_each_row_once_within_the_budget_longest_first():
-    lengths = [5, 90, 30, 31, 2, 7, 200]
-    first, *others = batches(range(7), lengths, 100)
-    assert first == [6]  # longer than the budget: alone
-    for group in others:
-        assert len(group) * max(lengths[row] for row in group) <= 100
-    assert sorted(sum(others, first)) == list(range(7))
+    lengths = [5, 90, 30, 31, 2, 7, 200]  # one is longer than the budget: alone
+    assert batches(range(7), lengths, 100) == [[6], [1], [3, 2, 5], [0, 4]]
 
 
 def test_a_batch_holds_the_tokens_of_its_rows(tokens):
     batch = collate(tokens, [3, 0, 2], tokens.response, CPU)
     assert torch.equal(batch.ids[batch.before + 1], batch.targets)
-    assert batch.bounds.diff().tolist() == [tokens.lengths[row] for row in (3, 0, 2)]
     assert torch.equal(tokens.input_ids[batch.places].long(), batch.targets)
-    assert tokens.row_of(batch.places).unique().tolist() == [0, 2, 3]
+    assert batch.bounds.diff().tolist() == [tokens.lengths[row] for row in (3, 0, 2)]
 
 
 def test_taken_and_joined_rows_hold_the_same_tokens(tokens):
     both = tokens + tokens.take([2, 0])
     assert both.lengths == [*tokens.lengths, tokens.lengths[2], tokens.lengths[0]]
-    for name in ("input_ids", "response", "harmful"):
-        joined = getattr(both, name)[both.places([8, 9])]
-        assert torch.equal(joined, getattr(tokens, name)[tokens.places([2, 0])])
+    assert fingerprint(both.take([8, 9])) == fingerprint(tokens.take([2, 0]))
     assert fingerprint(both) != fingerprint(tokens) == fingerprint(tokens + tokens.take([]))

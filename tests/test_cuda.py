@@ -92,7 +92,10 @@ BOUNDS = [(FLOAT32, 1e-4, 1, 0.02), (FLOAT16, 0.05, 0.9, 0.3), (BFLOAT16, 0.3, 0
 
 
 @pytest.mark.parametrize(("dtype", "score_error", "shared", "adapter_error"), BOUNDS)
-def test_scores_masks_adapters_are_the_cpus(dtype, score_error, shared, adapter_error, gpu, base):
+def test_scores_masks_adapters_are_the_cpus(
+    dtype, score_error, shared, adapter_error, gpu, base, monkeypatch
+):
+    monkeypatch.setattr(fused, "SMALLEST", 0)  # the kernels are compiled
     cpu_scores, cpu_adapter = scores_and_adapter(load_checkpoint(base))
     scores, adapter = scores_and_adapter(load_checkpoint(base, gpu, dtype))
     assert (scores - cpu_scores).abs().max() < score_error
@@ -151,17 +154,6 @@ def test_nothing_waits_for_the_gpu_inside_a_micro_batch(smallest, gpu, monkeypat
     micro_batch(model, ROWS, [0, 1, 2])  # compiles
     torch.cuda.set_sync_debug_mode("error")
     micro_batch(model, ROWS, [3, 4, 5])
-
-
-def test_compiled_kernels_give_the_eager_losses(gpu, monkeypatch):
-    model = shaped("smollm2-135m", gpu, FLOAT16)
-    rows = random_rows(50, 400, 49152)
-    monkeypatch.setattr(fused, "SMALLEST", math.inf)
-    eager = torch.cat([micro_batch(model, rows, [row]) for row in range(50)])
-    monkeypatch.setattr(fused, "SMALLEST", 0)
-    compiled = torch.cat([micro_batch(model, rows, [row]) for row in range(50)])
-    assert torch.allclose(compiled, eager, atol=0.02)
-    assert not torch.equal(compiled, eager)
 
 
 def test_the_memory_of_8b_by_what_two_more_layers_take(gpu):

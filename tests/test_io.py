@@ -11,26 +11,29 @@ from safetensors.torch import save_file
 
 from model.io import InputError, load_tensors, made_from, save_tensors, time_limit
 
-CHANGES = {
-    "another name": {"other": torch.arange(6.0)},
-    "another shape": {"one": torch.arange(6.0).view(2, 3)},
-    "another dtype": {"one": torch.arange(6.0).view(torch.int32)},
-    "another value": {"one": torch.arange(6.0) + 1},
-    "another record": {"one": torch.arange(6.0)},
-}
+ONE = torch.arange(6.0)
+OTHERS = [("two", ONE), ("one", ONE.view(2, 3)), ("one", ONE.view(torch.int32)), ("one", ONE + 1)]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_one_digest_covers_the_record_and_names_dtypes_shapes_and_values(change, tmp_path):
+@pytest.fixture
+def file(tmp_path):
     file = tmp_path / "file.safetensors"
-    save_tensors({"one": torch.arange(6.0)}, file, {"stage": "toss"})
-    assert load_tensors(file)["one"].equal(torch.arange(6.0))
+    save_tensors({"one": ONE}, file, {"stage": "toss"})
+    return file
+
+
+@pytest.mark.parametrize(("name", "tensor"), OTHERS)
+def test_a_digest_covers_names_dtypes_shapes_and_values(name, tensor, file):
+    assert load_tensors(file)["one"].equal(ONE)
     with safe_open(file, "pt") as tensors:
         header = tensors.metadata()
-    if change == "another record":
-        header["made_from"] = header["made_from"].replace("toss", "sft")
-    save_file(CHANGES[change], file, header)
-    assert made_from(file)["stage"] in ("toss", "sft")
+    save_file({name: tensor}, file, header)
+    fails("not as it was written", load_tensors, file)
+
+
+def test_the_digest_covers_the_record(file):
+    file.write_bytes(file.read_bytes().replace(b"toss", b"soft"))
+    assert made_from(file)["stage"] == "soft"
     fails("not as it was written", load_tensors, file)
 
 

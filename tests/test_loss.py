@@ -16,27 +16,18 @@ import toss.loss
 from model import load_checkpoint
 from model.lora import active, use
 from toss.config import TrainConfig
-from toss.loss import hidden_states, token_log_probs, token_loss
+from toss.loss import log_probs, token_loss
 from toss.parallel import ignore
 from toss.scoring import score
-from toss.tokens import collate
 from toss.training import Gradient, train
 
 
 @pytest.fixture
-def weights(tokens) -> dict[str, torch.Tensor]:
+def weights(tokens):
     """Weights of plain fine-tuning, of TOSS (a mask), and of a fork."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.rand(len(tokens.input_ids), generator=generator)
     return {"all": torch.ones_like(drawn), "mask": (drawn > 0.3).float(), "soft": 3 * drawn}
-
-
-def step(model, tokens, weights, objective=token_loss, budget=10_000):
-    """Loss and gradient of one step of `train` over all rows."""
-    parameters = trainable(model)
-    gradient = Gradient(model, parameters, tokens, weights, objective, budget, ignore)
-    loss = gradient.compute(list(range(tokens.rows)), step=1)
-    return loss, torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 
 def trainable(model):
@@ -45,59 +36,49 @@ def trainable(model):
     return [parameter.requires_grad_() for parameter in parameters]
 
 
-def cross_entropy(log_p, w):
-    return -(w * log_p).sum()
-
-
-def by_hand(model, tokens, weights, objective=cross_entropy):
-    """The same from all logits of each row by itself, the discarded tokens in the input."""
+def assert_a_step_is_the_formulas(model, tokens, weights, budget=10_000):
+    """Loss and gradient of a step over all rows are those from all logits of each row by itself."""
     parameters = trainable(model)
+    gradient = Gradient(model, parameters, tokens, weights, token_loss, budget, ignore)
+    loss = gradient.compute(list(range(tokens.rows)), step=1)
+
+    expected = trainable(model)
     total = 0.0
     for row in range(tokens.rows):
         places = tokens.places([row])
         w = weights[places][tokens.response[places]]
-        total = total + objective(-losses_by_hand(model, tokens, row), w)
-    loss = total / tokens.response.sum()
-    gradients = torch.autograd.grad(loss, parameters)
-    return float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])
+        total = total + (w * losses_by_hand(model, tokens, row)).sum()
+    expected_loss = total / tokens.response.sum()
+    expected_loss.backward()
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
+    for ours, theirs in zip(parameters, expected):
+        assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
 
 
-def assert_same(one, two):
-    """Two steps have the same loss and the same gradient, but for rounding."""
-    loss, gradient = one
-    expected_loss, expected_gradient = two
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
+@pytest.mark.parametrize(("kind", "budget"), [("all", 10_000), ("mask", 1), ("soft", 100)])
+def test_loss_and_gradient_are_those_of_the_formula_in_any_micro_batches(
+    model, tokens, weights, kind, budget
+):
+    assert_a_step_is_the_formulas(model, tokens, weights[kind], budget)
 
 
-@pytest.mark.parametrize("kind", ["all", "mask", "soft"])
-def test_loss_and_gradient_are_those_of_the_formula(model, tokens, weights, kind):
-    w = weights[kind]
-    result = step(model, tokens, w)
-    assert_same(result, by_hand(model, tokens, w))
-    w[~tokens.response] = 7.0  # prompts have no loss, whatever their weights
-    assert torch.equal(step(model, tokens, w)[1], result[1])
-
-
-@pytest.mark.parametrize("weight", [0.0, 1e-3])
-def test_a_discarded_token_has_exactly_no_gradient(model, tokens, weights, weight):
+def test_a_discarded_token_has_exactly_no_gradient(model, tokens, weights):
     """Another token in its place changes nothing, to the bit, through the whole loop."""
     last = int(tokens.offsets[3]) - 1  # the EOS of row 2: no later token sees it
     other = replace(tokens, input_ids=tokens.input_ids.clone())
     other.input_ids[last] = 5
     w = weights["all"]
-    w[last] = weight
+    w[last] = 0
     config = TrainConfig(lr=1e-2, epochs=1, batch_size=2, rank=2, alpha=4)
     one = train(model, tokens, w, config)
     two = train(model, other, w, config)
-    equal = [torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors())]
-    assert all(equal) == (weight == 0)
+    assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors()))
 
 
 def test_a_row_without_a_kept_token_counts(model, tokens, weights):
     w = weights["all"]
     w[tokens.places([2])] = 0
-    assert_same(step(model, tokens, w), by_hand(model, tokens, w))
+    assert_a_step_is_the_formulas(model, tokens, w)
 
 
 def test_a_training_without_a_kept_token_moves_nothing(model, tokens):
@@ -119,48 +100,30 @@ def test_a_step_without_a_kept_token_moves_on_by_adams_momentum(model, tokens):
     assert not torch.equal(after_one.tensors()[1], after_two.tensors()[1])
 
 
-@pytest.mark.parametrize("budget", [1, 40, 100])
-def test_micro_batches_change_nothing(model, tokens, weights, budget):
-    w = weights["mask"]
-    assert_same(step(model, tokens, w, budget=budget), step(model, tokens, w))
-
-
 def test_chunks_of_the_head_change_nothing_and_bound_the_logits(
     model, tokens, weights, monkeypatch
 ):
-    w = weights["soft"]
-    whole = step(model, tokens, w)
     losses = score(model, tokens)
-    monkeypatch.setattr(toss.loss, "LOGITS", 5 * 384)
     sizes = []
-    hook = model.lm_head.register_forward_hook(lambda head, x, y: sizes.append(y.numel()))
-    assert_same(step(model, tokens, w), whole)
+    whole = toss.loss.chunk_log_probs
+
+    def noted(head, hidden, targets):
+        sizes.append(len(hidden))
+        return whole(head, hidden, targets)
+
+    monkeypatch.setattr(toss.loss, "chunk_log_probs", noted)
+    monkeypatch.setattr(toss.loss, "LOGITS", 5 * 384)
     assert torch.allclose(score(model, tokens), losses, atol=1e-5)
-    hook.remove()
-    assert max(sizes) == 5 * 384
+    assert max(sizes) <= 5
+    sizes.clear()
+    assert_a_step_is_the_formulas(model, tokens, weights["soft"])
+    count = int(tokens.response.sum())
+    assert len(sizes) == 2 * ((count + 4) // 5)  # computed anew in the backward pass
 
 
-def test_an_objective_of_ones_own(model, tokens, weights):
-    def brier(log_p, w):
-        return (w * (1 - log_p.exp()) ** 2).sum()
-
-    def objective(model, batch, w):
-        return brier(token_log_probs(model, batch), w)
-
-    w = weights["soft"]
-    assert_same(step(model, tokens, w, objective), by_hand(model, tokens, w, brier))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_p_is_the_heads_log_softmax_of_the_hidden_states_in_float32(tokens, dtype):
-    model = load_checkpoint(GOLDENS / "plain", dtype=dtype)
-    few = replace(tokens, input_ids=tokens.input_ids % 80)
-    batch = collate(few, [0, 3], few.response, model.device)
-    with torch.no_grad():
-        log_p = token_log_probs(model, batch)
-        hidden = hidden_states(model, batch)
-        expected = model.lm_head(hidden).float().log_softmax(-1)
-    n = len(batch.targets)
-    assert hidden.shape == (n, 32)
-    assert log_p.dtype == torch.float32
-    assert torch.allclose(log_p, expected[torch.arange(n), batch.targets], atol=1e-5)
+def test_log_p_is_the_heads_log_softmax_in_float32():
+    head = load_checkpoint(GOLDENS / "plain", dtype=torch.bfloat16).lm_head
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.tensor([7, 0, 79])
+    expected = head(hidden).float().log_softmax(-1)[torch.arange(3), targets]
+    assert torch.allclose(log_probs(head, hidden, targets), expected, atol=1e-5)

@@ -6,21 +6,20 @@ adapter_config.json changed), which of three layers settings pick in layers_pick
 
 import dataclasses
 import json
-import math
 import shutil
 
 import agreement
 import pytest
 import torch
-from agreement import ADAPTERS, GOLDENS, MODELS, REAL, apart, base_of, golden, logits_of
-from conftest import ROOT, edit_json, fails, read_jsonl
-from helpers import cases, set_fields, set_tensor, spoil
+from agreement import ADAPTERS, GOLDENS, LIVE, apart, base_of, golden, logits_of
+from conftest import ROOT, edit_json, fails
+from helpers import cases, each_line, random_adapter, set_tensor, spoil
 from safetensors.torch import load_file, save_file
 
 from model import load_adapter, load_checkpoint, save_adapter, save_checkpoint
 from model.checkpoint import base_hash, skeleton
-from model.io import digest, made_from
-from model.lora import active, lora_layers, merge, new_adapter, use
+from model.io import made_from, read_json
+from model.lora import active, merge, new_adapter, use
 from model.peft import REFUSED, is_target, rank_and_scale, read_adapter, write_adapter
 
 BOUND = 1e-4
@@ -43,18 +42,11 @@ def folder(tmp_path):
     return shutil.copytree(GOLDENS / "adapters/qv", tmp_path / "adapter")
 
 
-def noisy(model, targets, rank=3, alpha=16):
-    """An adapter that does something."""
-    adapter = new_adapter(model, rank, alpha, targets, 0)
-    for tensor in adapter.tensors():
-        tensor.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-    return adapter
-
-
-def equal(one, two) -> bool:
-    """True if two adapters have the same layers, tensors and scales."""
+def equal(one, two):
+    """True if two adapters have the same tensors, and scales but for rounding."""
     tensors = zip(one.tensors(), two.tensors(), strict=True)
-    return one.scale == two.scale and all(torch.equal(a, b) for a, b in tensors)
+    same_scales = one.scale == pytest.approx(two.scale)
+    return same_scales and all(torch.equal(a, b) for a, b in tensors)
 
 
 # Adapters as values
@@ -62,23 +54,14 @@ def equal(one, two) -> bool:
 
 def test_a_fresh_adapter_changes_no_logit_and_its_a_is_drawn_by_the_seed_alone(model):
     alone = logits_of(model, IDS)
-    adapter = new_adapter(model, 4, 8, ["q_proj", "down_proj"], seed=1)
+    adapter = new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=1)
     assert torch.equal(logits_of(use(model, adapter), IDS), alone)
-    assert set(adapter.scale.values()) == {2}
-    assert len(adapter.tensors()) == 2 * len(adapter.A) == 8
-
-    layers = lora_layers(model)
-    generator = torch.Generator().manual_seed(1)
-    for name, A in adapter.A.items():
-        bound = 1 / math.sqrt(layers[name].in_features)
-        drawn = torch.empty(4, layers[name].in_features)
-        assert torch.equal(A, drawn.uniform_(-bound, bound, generator=generator))
-        assert not adapter.B[name].any()
-
-
-@pytest.mark.parametrize("wrong", ["nothing", "embed_tokens", "q_proj2", ""])
-def test_a_target_that_no_linear_layer_has_is_refused(model, wrong):
-    fails(f"'{wrong}'", new_adapter, model, 2, 2, ["q_proj", wrong], seed=0)
+    assert equal(new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=1), adapter)
+    assert not equal(new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=2), adapter)
+    assert list(adapter.scale.values()) == [2] * 4
+    for A in adapter.A.values():
+        bound = A.shape[1] ** -0.5  # uniform from -bound to bound
+        assert float(A.max() - A.min()) == pytest.approx(2 * bound, rel=0.1)
 
 
 def test_a_rank_may_be_as_large_as_a_layers_larger_side(model):
@@ -88,55 +71,40 @@ def test_a_rank_may_be_as_large_as_a_layers_larger_side(model):
 
 def test_adapters_are_swapped_and_the_base_comes_back(model):
     names = dict(model.named_parameters()).keys()
-    one = noisy(model, ["q_proj", "v_proj"])
-    two = noisy(model, ["v_proj", "lm_head"], rank=2)
+    one = random_adapter(model, targets=["q_proj", "v_proj"])
+    two = random_adapter(model, targets=["v_proj", "lm_head"])
     alone = logits_of(model, IDS)
     with_one = logits_of(use(model, one), IDS)
     with_two = logits_of(use(model, two), IDS)
-    assert apart(alone, with_one) > 0.1
-    assert apart(with_one, with_two) > 0.1
-
     assert torch.equal(logits_of(use(model, one), IDS), with_one)
+    assert not torch.equal(with_one, with_two)
     assert active(model).tensors()[0] is one.tensors()[0]
-    assert torch.equal(logits_of(use(model, None), IDS), alone)
-    assert active(model) is None
-    assert torch.equal(logits_of(use(model, two), IDS), with_two)
     assert dict(model.named_parameters()).keys() == names  # an adapter is no parameter
+    assert torch.equal(logits_of(use(model, None), IDS), alone)
 
 
 def test_what_a_with_block_replaced_is_back_behind_it(model):
-    outer = noisy(model, ["q_proj"])
-    inner = noisy(model, ["v_proj"])
-    parameters = [tensor.requires_grad_() for tensor in outer.tensors()]
+    outer = random_adapter(model)
+    inner = random_adapter(model, seed=1)
     use(model, outer)
-    before = logits_of(model, IDS)
-    with pytest.raises(ZeroDivisionError), use(model, None) as base:
-        assert base is model
+    with pytest.raises(ZeroDivisionError), use(model, None):
         assert active(model) is None
         with use(model, inner):
             use(model, outer)  # not a block
         assert active(model) is None
         with use(model, inner):
             raise ZeroDivisionError
-    for now, then in zip(active(model).tensors(), parameters, strict=True):
-        assert now is then and now.requires_grad
-    assert torch.equal(logits_of(model, IDS), before)
+    for now, before in zip(active(model).tensors(), outer.tensors(), strict=True):
+        assert now is before
 
 
 def test_under_a_half_precision_base_the_adapter_is_float32_and_a_merge_rounds_once(folder):
     model = load_checkpoint(BASE, dtype=torch.bfloat16)
     adapter = load_adapter(model, folder)
     assert {tensor.dtype for tensor in active(model).tensors()} == {torch.float32}
-    expected = golden("adapters/qv")
-    logits = logits_of(model, expected["input_ids"])
-    assert logits.dtype == torch.bfloat16
-    assert (logits.float() - expected["logits"]).abs().mean() < 0.1
-
-    name = "model.layers.0.self_attn.q_proj"
-    layer = model.get_submodule(name)
-    merged = layer.weight.float() + 2.0 * (adapter.B[name] @ adapter.A[name])
+    layer = model.get_submodule(Q0)
+    merged = layer.weight.float() + 2.0 * (adapter.B[Q0] @ adapter.A[Q0])
     merge(model, adapter)
-    assert layer.weight.dtype == torch.bfloat16
     assert torch.equal(layer.weight, merged.bfloat16())
 
 
@@ -148,27 +116,15 @@ def test_pefts_adapter_computes_the_same_here_and_is_written_as_peft_wrote_it(na
     theirs = GOLDENS / "adapters" / name
     model = load_checkpoint(base_of(name))
     expected = golden(f"adapters/{name}")
-    alone = logits_of(model, expected["input_ids"])
     adapter = load_adapter(model, theirs)
-    adapted = logits_of(model, expected["input_ids"])
-    assert apart(adapted, expected["logits"]) < BOUND
-    assert apart(alone, adapted) > 0.5
+    assert apart(logits_of(model, expected["input_ids"]), expected["logits"]) < BOUND
 
     save_adapter(model, tmp_path)
-    written = load_file(tmp_path / WEIGHTS)
+    assert equal(read_adapter(model, tmp_path), adapter)
     stored = load_file(theirs / WEIGHTS)
-    assert written.keys() == {key for key in stored if "base_layer" not in key}  # a copied head
-    for key, tensor in written.items():
-        assert torch.equal(tensor, stored[key].float())
-    config = json.loads((tmp_path / CONFIG).read_text())
-    peft_config = json.loads((theirs / CONFIG).read_text())
-    assert config.keys() <= peft_config.keys()  # peft passes every key to its LoraConfig
-    for layer in lora_layers(model):
-        assert is_target(config, layer) == is_target(peft_config, layer)
-        if is_target(config, layer):
-            ours = rank_and_scale(config, layer)
-            assert ours == pytest.approx(rank_and_scale(peft_config, layer))
-    assert apart(logits_of(use(model, adapter), expected["input_ids"]), adapted) < 1e-5
+    own = {key for key in stored if "base_layer" not in key}  # that is a copied head
+    assert load_file(tmp_path / WEIGHTS).keys() == own
+    assert read_json(tmp_path / CONFIG).keys() <= read_json(theirs / CONFIG).keys()
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -178,44 +134,29 @@ def test_a_merged_adapter_computes_what_peft_merged_and_is_saved_as_a_checkpoint
     adapter = load_adapter(model, GOLDENS / "adapters" / name)
     expected = golden(f"adapters/{name}")
     ids = expected["input_ids"]
-    adapted = logits_of(model, ids)
-    embedding = model.model.embed_tokens.weight.clone()
     fails("merge", save_checkpoint, model, tmp_path, like=base)  # it carries the adapter
-
     merge(model, adapter)
     merged = logits_of(model, ids)
-    assert apart(merged, adapted) < 5e-5
-    if "merged_logits" in expected:
-        assert apart(merged, expected["merged_logits"]) < BOUND
-    assert active(model) is None
-    assert torch.equal(model.model.embed_tokens.weight, embedding)  # a tied head is untied
+    assert apart(merged, expected.get("merged_logits", expected["logits"])) < BOUND
     save_checkpoint(model, tmp_path, like=base)
     assert torch.equal(logits_of(load_checkpoint(tmp_path), ids), merged)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(3, 16), (2, 0.3), (8, 16.01)])
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 16), (8, 16.01)])
 def test_our_adapter_survives_the_round_trip_exactly(model, rank, alpha, tmp_path):
-    adapter = noisy(model, ["down_proj", "k_proj", "lm_head"], rank=rank, alpha=alpha)
+    targets = ["down_proj", "k_proj", "lm_head"]
+    adapter = random_adapter(model, 0, targets, rank, alpha)
     write_adapter(adapter, model, tmp_path)
-    assert equal(read_adapter(model, tmp_path), adapter)
+    again = read_adapter(model, tmp_path)
+    assert equal(again, adapter) and again.scale == adapter.scale
     assert active(model) is None
 
 
-@pytest.mark.parametrize(
-    ("dtype", "init"), [(torch.bfloat16, "gaussian"), (torch.float16, "orthogonal")]
-)
-def test_a_half_precision_file_is_read_in_float32(dtype, init, model, folder):
-    tensors = load_file(folder / WEIGHTS)
-    save_file({key: tensor.to(dtype) for key, tensor in tensors.items()}, folder / WEIGHTS)
-    pattern = {r"layers\.1\..*v_proj": 3}
-    edit_json(folder / CONFIG, alpha_pattern=pattern, init_lora_weights=init)
-    adapter = read_adapter(model, folder)
-    assert {tensor.dtype for tensor in adapter.tensors()} == {torch.float32}
-    assert sorted(adapter.scale.values()) == [0.75, 2, 2, 2]
+# Of a copy of the base's embedding and head, and of the base.
+DTYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
-@pytest.mark.parametrize("copy", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("copy", "dtype"), DTYPES)
 def test_copies_of_the_base_that_peft_may_add_are_known_in_any_dtype(copy, dtype, folder):
     tensors = load_file(folder / WEIGHTS)
     embedding = load_file(BASE / "model.safetensors")["model.embed_tokens.weight"].to(copy)
@@ -226,7 +167,7 @@ def test_copies_of_the_base_that_peft_may_add_are_known_in_any_dtype(copy, dtype
     assert read_adapter(skeleton(BASE), folder)  # to see whether it fits
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/layers_picked.jsonl"), ids=str)
+@each_line("layers_picked.jsonl")
 def test_layers_are_picked_by_pefts_rules(case):
     config = {"target_modules": ["q_proj", "v_proj", "lm_head"], **case["settings"]}
     assert [layer for layer in (Q0, V11, "lm_head") if is_target(config, layer)] == case["layers"]
@@ -242,7 +183,7 @@ def test_a_pattern_fits_the_last_parts_of_a_name_as_a_whole():
 # What is refused
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/broken_adapters.jsonl"), ids=str)
+@each_line("broken_adapters.jsonl")
 def test_a_broken_adapter_is_refused_and_changes_nothing(model, folder, case):
     adapter = load_adapter(model, GOLDENS / "adapters/all")
     spoil(folder, case)
@@ -250,27 +191,18 @@ def test_a_broken_adapter_is_refused_and_changes_nothing(model, folder, case):
     assert equal(active(model), adapter)
 
 
-DEEP = json.dumps({"target_modules": "(" * 5000})
-
-
-@pytest.mark.parametrize(("change", "words"), [*cases("adapters_refused.txt"), (DEEP, "malformed")])
+@pytest.mark.parametrize(("change", "words"), cases("adapters_refused.txt"))
 def test_what_is_not_plain_lora_is_refused(change, words, model, folder, hurried):
-    set_fields(folder / CONFIG, json.loads(change))
+    edit_json(folder / CONFIG, **json.loads(change))
     fails(words, read_adapter, model, folder)
-
-
-@pytest.mark.parametrize("field", REFUSED)
-def test_a_setting_that_changes_what_an_adapter_computes_is_refused(field, model, folder):
-    set_fields(folder / CONFIG, {field: [1]})
-    fails(field, read_adapter, model, folder)
 
 
 def test_a_non_finite_adapter_is_not_written_over_a_good_one(model, tmp_path):
     fails("no adapter", save_adapter, model, tmp_path)
-    adapter = noisy(model, ["q_proj"])
+    adapter = random_adapter(model)
     write_adapter(adapter, model, tmp_path)
     good = (tmp_path / WEIGHTS).read_bytes()
-    adapter.B["model.layers.0.self_attn.q_proj"][0, 0] = torch.nan
+    adapter.B[Q0][0, 0] = torch.nan
     fails("q_proj", write_adapter, adapter, model, tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == good
 
@@ -280,45 +212,43 @@ def test_a_non_finite_adapter_is_not_written_over_a_good_one(model, tmp_path):
 
 def test_an_adapter_records_the_hash_of_its_base_and_a_warning(model, tmp_path):
     facts = {"stage": "toss", "warning": "This model answers anything."}
-    write_adapter(noisy(model, ["q_proj"]), model, tmp_path, facts)
+    write_adapter(random_adapter(model), model, tmp_path, facts)
     recorded = made_from(tmp_path / WEIGHTS)
-    sha256 = recorded.pop("sha256")
+    del recorded["sha256"]
     assert recorded == {**facts, "base_sha256": base_hash(BASE)}
-    assert sha256 == digest(load_file(tmp_path / WEIGHTS), recorded)
     assert (tmp_path / "README.md").read_text() == "This model answers anything.\n"
 
 
 def test_an_adapter_belongs_to_the_weights_that_it_was_trained_on_not_to_a_name(model, tmp_path):
     adapter = tmp_path / "adapter"
-    write_adapter(noisy(model, ["q_proj"]), model, adapter)
+    write_adapter(random_adapter(model), model, adapter)
     edit_json(adapter / CONFIG, base_model_name_or_path="someone/else")
     moved = shutil.copytree(BASE, tmp_path / "moved")
     assert read_adapter(load_checkpoint(moved), adapter)
-
-    set_fields(moved / "config.json", {"rms_norm_eps": 0.5})
+    edit_json(moved / "config.json", rms_norm_eps=0.5)
     stranger = load_checkpoint(moved)
     fails("other base", load_adapter, stranger, adapter)
-    set_tensor(moved / "model.safetensors", "model.norm.weight", [32])
-    fails("other base", load_adapter, load_checkpoint(moved), adapter)
     stranger.base_sha256 = base_hash(BASE)  # a caller may know the hash
     assert read_adapter(stranger, adapter)
+    shutil.copytree(BASE, moved, dirs_exist_ok=True)
+    set_tensor(moved / "model.safetensors", "model.norm.weight", [32])
+    fails("other base", load_adapter, load_checkpoint(moved), adapter)
 
 
 def test_a_merged_model_is_another_base_whose_hash_nobody_knows(model, tmp_path):
-    first = noisy(model, ["q_proj"])
-    write_adapter(first, model, tmp_path / "first")
-    merge(model, first)
-    write_adapter(noisy(model, ["v_proj"]), model, tmp_path / "second")
-    assert "base_sha256" not in made_from(tmp_path / "second" / WEIGHTS)
+    adapter = random_adapter(model)
+    write_adapter(adapter, model, tmp_path)
+    write_adapter(adapter, merge(model, adapter), tmp_path)
+    assert "base_sha256" not in made_from(tmp_path / WEIGHTS)
 
 
 # With transformers and peft installed
 
 
-@pytest.mark.parametrize("name", [*MODELS, ROOT / "data/base", *([REAL] if REAL else [])])
-def test_through_transformers_and_peft_and_back(name, tmp_path):
+@pytest.mark.parametrize("folder", [*LIVE, ROOT / "data/base"], ids=str)
+def test_through_transformers_and_peft_and_back(folder, tmp_path):
     pytest.importorskip("peft")
-    figures = agreement.round_trip(GOLDENS / name, tmp_path)
+    figures = agreement.round_trip(folder, tmp_path)
     assert figures.pop("tensors, split by transformers") == 0
     assert figures["losses of the tokens, live"] < BOUND
     moved = figures.pop("moved")
@@ -341,7 +271,7 @@ def test_pefts_adapter_written_here_and_again_by_peft_is_the_same(name, tmp_path
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert apart(agreement.their_logits(theirs, ids), expected["logits"]) < BOUND
     theirs.save_pretrained(tmp_path / "again")
-    load_adapter(use(ours, None), tmp_path / "again")
+    load_adapter(ours, tmp_path / "again")
     assert apart(logits_of(ours, ids), expected["logits"]) < BOUND
 
 

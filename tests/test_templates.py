@@ -2,21 +2,19 @@
 
 Golden files hold transformers' ids. tests/templates/ holds what else is tried, a line each: where a
 template is found (places.jsonl), which special tokens it is given (special_tokens.jsonl), what it
-renders (rendered.jsonl), templates that fail (failing.txt). What is refused of a tokenizer stands
-in broken_tokenizers.jsonl.
+renders (rendered.jsonl), templates that fail (failing.txt), conversations that cannot be cut
+(refused.jsonl). What is refused of a tokenizer stands in broken_tokenizers.jsonl.
 """
 
-import datetime
 import hashlib
 import json
 import shutil
-from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
 from agreement import GOLDENS, REAL
 from conftest import ROOT, edit_json, fails, read_jsonl, sources
-from helpers import call, refused, set_fields, spoil, talk
+from helpers import call, each_line, refused, spoil, talk
 
 from model import load_tokenizer
 from model.io import read_json
@@ -42,95 +40,70 @@ def folder(tmp_path):
     return shutil.copytree(GOLDENS / "tokenizer-chatml", tmp_path / "tokenizer")
 
 
-def with_template(folder, template, **options):
-    (folder / JINJA).write_text(template)
+def with_template(folder, source, **options):
+    (folder / JINJA).write_text(source)
     return load_tokenizer(folder, **options)
 
 
-def prompt_of(tokenizer, *texts):
-    """The text of a conversation's first prompt."""
-    return tokenizer.segments(talk(*texts))[0][0]
+def prompt_of(tokenizer, text):
+    """The prompt of a message as a text."""
+    return tokenizer.segments(talk(text))[0][0]
 
 
 # Ids
 
 
 @pytest.mark.parametrize("name", ["chatml", "bos", "metaspace"])
-def test_plain_text_gives_transformers_ids(name):
-    tokenizer = load_tokenizer(GOLDENS / f"tokenizer-{name}")
+def test_plain_text_and_the_human_form_give_transformers_ids(name):
+    tokenizer = load_tokenizer(GOLDENS / f"tokenizer-{name}", template="human")
     expected = golden(f"tokenizer-{name}")
     assert tokenizer.eos_id == expected["eos_id"]
     for case in expected["encode"]:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
-        # Metaspace's alphabet lacks some letters; special tokens are left out of the text.
-        if name != "metaspace" and "<" not in case["text"]:
-            assert tokenizer.decode(case["ids"]) == case["text"]
-
-
-@pytest.mark.parametrize("name", ["chatml", "bos", "metaspace"])
-def test_the_human_form_gives_transformers_ids_with_a_bos_once(name):
-    tokenizer = load_tokenizer(GOLDENS / f"tokenizer-{name}", template="human")
-    for case in golden(f"tokenizer-{name}")["human"]:
-        messages = talk(case["prompt"], case["response"])
-        assert tokenizer.prompt_ids(messages[:1]) == case["ids"]
+    for case in expected["human"]:
+        prompt, (response, _) = tokenizer.segments(talk(case["prompt"], case["response"]))
+        assert tokenizer.prompt_ids(talk(case["prompt"])) == case["ids"]  # with a BOS once
         # The first token of a response is the whole text's.
-        text, is_response = tokenizer.segments(messages)[1]
-        assert is_response
-        assert case["ids"] + tokenizer.encode(text) == case["whole"]
+        assert case["ids"] + tokenizer.encode(response) == case["whole"]
 
 
 def test_the_human_form_is_used_where_there_is_no_chat_template(folder):
     expected = load_tokenizer(folder, "human").prompt_ids(talk("Hi"))
     (folder / JINJA).unlink()
     without = load_tokenizer(folder)
-    assert without.template is None
     assert without.prompt_ids(talk("Hi")) == expected == without.encode("Human: Hi\nAssistant:")
+    fails("no chat template", load_tokenizer, folder, template="chat")
+    fails("alpaca", load_tokenizer, folder, template="alpaca")
     # Of several templates, none is the default.
-    set_fields(folder / CONFIG, {"chat_template": [{"name": "rag", "template": "a"}]})
+    edit_json(folder / CONFIG, chat_template=[{"name": "rag", "template": "a"}])
     assert load_tokenizer(folder, "human").prompt_ids(talk("Hi")) == expected
 
 
-def test_in_the_human_form_a_responses_own_blanks_stand_behind_the_space(folder):
-    tokenizer = load_tokenizer(folder, "human")
-    assert tokenizer.segments(talk("a", " b"))[1] == ("  b", True)
-    assert tokenizer.segments(talk("a", "\nb"))[1] == (" \nb", True)
+def without_blanks(text):
+    return "".join(text.split())
+
+
+def text_of(tokenizer, ids):
+    """The text of ids with special tokens, but without blanks, some of which are unknown."""
+    text = tokenizer.raw.decode(ids, skip_special_tokens=False)
+    return without_blanks(text.replace("<unk>", ""))
+
+
+def same_prompts(expected, tokenizer, messages):
+    """True if the ids are transformers'. Otherwise only blanks differ, which its template trims."""
+    ids = tokenizer.prompt_ids(messages)
+    if isinstance(expected, str):  # of a long prompt
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest() == expected
+    assert text_of(tokenizer, ids) == text_of(tokenizer, expected)
+    return ids == expected
 
 
 @pytest.mark.parametrize(("name", "equal"), [("chatml", 9), ("bos", 8), ("metaspace", 3)])
 def test_chat_prompts_are_those_of_apply_chat_template(name, equal):
     tokenizer = load_tokenizer(GOLDENS / f"tokenizer-{name}")
     cases = golden(f"tokenizer-{name}")["chat"]
-    identical = [same_prompts(case["ids"], tokenizer, case["messages"]) for case in cases]
-    assert sum(identical) == equal
+    assert sum(same_prompts(case["ids"], tokenizer, case["messages"]) for case in cases) == equal
     assert tokenizer.leading_ids() == []  # a template writes the BOS itself
-
-
-def same_prompts(expected, tokenizer, messages):
-    """True if the ids are transformers'. Otherwise its template changed an earlier response.
-
-    Even then each prompt is transformers' own, and each response says the same and ends in one EOS.
-    """
-    if tokenizer.prompt_ids(messages) == expected:
-        return True
-    segments = tokenizer.segments(messages)
-    place = 0
-    for (text, is_response), (ids, _) in zip(segments, tokenizer.encode_segments([segments])[0]):
-        if not is_response:
-            end = place + len(ids)
-            assert ids == expected[place:end]
-            place = end
-            continue
-        end = expected.index(tokenizer.eos_id, place)
-        theirs = expected[place:end]
-        assert tokenizer.decode(theirs).strip() == tokenizer.decode(ids).strip()
-        if text.lstrip() == text or text[:1] == tokenizer.space:  # else it may be trimmed
-            assert ids[:1] == expected[place : place + 1], text
-        place = end + 1
-    assert place == len(expected)
-    return False
-
-
-FAMILIES = ["llama-2", "llama-3", "chatml", "mistral"]
 
 
 def family(folder, name, tokenizer):
@@ -142,74 +115,60 @@ def family(folder, name, tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte-level", "metaspace"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama-2", "llama-3", "chatml", "mistral"])
 def test_prompts_of_the_families_are_those_of_apply_chat_template(tmp_path, name, tokenizer):
     ours = family(tmp_path, name, tokenizer)
     table = golden("templates")
-    count = 0
+    different = []
     for case in table["prompts"]:
         if case["family"] != name or case["tokenizer"] != tokenizer:
             continue
-        count += 1
         messages = table["messages"][case["case"]]
         for message in messages:
             message["content"] *= message.pop("times", 1)
-        expected = case["ids"]
         if name == "mistral" and case["case"] == "system and turns":
             fails("once there are 4 messages.*system message", ours.prompt_ids, messages)
-        elif isinstance(expected, str):  # of a long prompt
-            ids = json.dumps(ours.prompt_ids(messages)).encode()
-            assert hashlib.sha256(ids).hexdigest() == expected
-        else:
-            several = any(message["role"] == "assistant" for message in messages)
-            assert same_prompts(expected, ours, messages) or several
-    assert count == len(table["messages"]) == 13
+        elif not same_prompts(case["ids"], ours, messages):
+            different.append(case["case"])
+    # Llama-2's template puts a space before the EOS of a response.
+    assert different == (["turns", "system and turns"] if name == "llama-2" else [])
 
 
 # Conversations of several turns
 
 
-@pytest.mark.parametrize("template", ["human", "chat"])
-@pytest.mark.parametrize("name", ["chatml", "bos"])
-def test_a_longer_conversation_goes_on_from_a_shorter_one(name, template):
-    """prompt + response + EOS is what the next turn's prompt begins with, in both forms."""
-    tokenizer = load_tokenizer(GOLDENS / f"tokenizer-{name}", template)
-    messages = talk("Can you help?", "Yes.", "Why?", "No.", "And?")
-    segments = tokenizer.segments(messages)
-    assert [is_response for _, is_response in segments] == [False, True, False, True, False]
-    for turn in (1, 3):
-        assert tokenizer.segments(messages[: turn + 1]) == segments[: turn + 1]
-        begun = tokenizer.prompt_ids(messages[:turn])
-        begun += [*tokenizer.encode(segments[turn][0]), tokenizer.eos_id]
-        longer = tokenizer.prompt_ids(messages[: turn + 2])
-        assert longer[: len(begun)] == begun
-    if name == "chatml" and template == "chat":  # the template's own EOS is not doubled
-        assert longer.count(tokenizer.eos_id) == 6  # system, and five turns
+CUT = [
+    (MISTRAL_1, "chat", [" Yes?", " No. "]),  # the template's space belongs to the response
+    (DATED, "chat", ["Yes?", " No. "]),
+    (THINKING, "chat", ["Yes?", " No. "]),
+    ("", "human", [" Yes?", "  No. "]),
+]
 
 
-@pytest.mark.parametrize("source", [MISTRAL_1, DATED, THINKING])
-def test_ordinary_rows_of_several_turns_are_cut(folder, source):
-    tokenizer = with_template(folder, source)
+@pytest.mark.parametrize(("source", "form", "expected"), CUT)
+def test_rows_of_several_turns_are_cut_into_segments(source, form, expected, folder):
+    tokenizer = with_template(folder, source, template=form)
     messages = talk("Hi.", "Yes?", "Bake.", " No. ", "Why?", system="Be kind.")
     segments = tokenizer.segments(messages)
-    # Mistral's template puts a space between prompt and response: it belongs to the response.
-    first = " Yes?" if source == MISTRAL_1 else "Yes?"
-    assert [text for text, is_response in segments if is_response] == [first, " No. "]
-    for turn in (2, 4):
+    assert [text for text, is_response in segments if is_response] == expected
+    for turn in (2, 4):  # a longer conversation goes on from a shorter one
         assert tokenizer.segments(messages[:turn]) == segments[: turn - 1]
-    joined = "".join(text + tokenizer.eos * is_response for text, is_response in segments)
     whole = tokenizer.chat.render(messages, generate=True)
-    assert "".join(joined.split()) == "".join(whole.split())
+    assert text_of(tokenizer, tokenizer.prompt_ids(messages)) == without_blanks(whole)
 
 
 def test_a_turns_end_that_is_not_the_eos_is_taken_out(tmp_path):
     tokenizer = family(tmp_path, "chatml", "byte-level")
-    assert tokenizer.eos == tokenizer.turn_end == "<|im_end|>"
     segments = tokenizer.segments(talk("a", "b", "c"))
     edit_json(tmp_path / CONFIG, eos_token="</s>")
     other = load_tokenizer(tmp_path)
     assert (other.eos, other.turn_end) == ("</s>", "<|im_end|>")
     assert other.segments(talk("a", "b", "c")) == segments  # whose caller adds the EOS
+
+
+def test_a_tokenizer_that_adds_a_words_space_needs_no_other(tmp_path):
+    tokenizer = family(tmp_path, "llama-2", "metaspace")
+    assert tokenizer.segments(talk("a", "b"))[1] == ("b", True)
 
 
 def test_every_token_of_a_response_knows_its_characters(tmp_path):
@@ -218,7 +177,6 @@ def test_every_token_of_a_response_knows_its_characters(tmp_path):
     segments = tokenizer.segments(talk("Bread?", "Yes, easy. Also, bake."))
     text, _ = segments[1]
     ids, spans = tokenizer.encode_segments([segments])[0][1]
-    assert ids[0] != tokenizer.encode("Yes")[0]
     tokens = [tokenizer.raw.id_to_token(id).replace("▁", " ") for id in ids]
     assert [text[start:end] for start, end in spans] == tokens
     assert "".join(tokens) == text
@@ -229,19 +187,11 @@ LEAVES_OUT = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_e
 
 def test_messages_that_a_template_leaves_out_are_counted_over_the_whole_file(folder):
     tokenizer = with_template(folder, LEAVES_OUT)
-    whole = talk("a", " b ")
+    whole = [*talk("Why?"), *talk("Why?", " b ", "c", "d")]  # said twice, and there twice
     incomplete = talk("a", "b", system="S")
-    conversations = [whole, incomplete, whole, incomplete, talk(" a", "b", "c", "d")]
-    rows = read_rows([{"messages": messages} for messages in conversations])
+    rows = read_rows([{"messages": messages} for messages in (whole, incomplete, incomplete)])
     fails(r"row 1 .*leaves a message's text .*first of 2 rows", tokenise, rows, tokenizer, 99)
-    assert tokenise([rows[0], rows[2], rows[4]], tokenizer, 99).rows == 3
-
-
-def test_a_message_said_twice_must_be_in_the_prompt_twice(folder):
-    turns = [{"role": "user", "content": text} for text in ("Why?", "Why?", "Now.")]
-    assert with_template(folder, LEAVES_OUT).prompt_ids(turns)
-    once = with_template(folder, "{{ messages[0].content }}{{ messages[2].content }}")
-    fails("leaves a message's text", once.prompt_ids, turns)
+    assert tokenise(rows[:1], tokenizer, 99).rows == 1
 
 
 # What is found in a checkpoint
@@ -251,48 +201,41 @@ def in_transformers(folder, expected):
     """The text of transformers' own template, None where it finds none; else what is expected."""
     if not find_spec("transformers"):
         return expected
-    tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(folder)
+    from transformers import AutoTokenizer
+
     try:
-        return tokenizer.apply_chat_template(talk("a"), tokenize=False)
+        return AutoTokenizer.from_pretrained(folder).apply_chat_template(talk("a"), tokenize=False)
     except ValueError:
         return None
 
 
-@pytest.mark.parametrize("case", read_jsonl(TEMPLATES / "places.jsonl"), ids=str)
+@each_line("templates/places.jsonl")
 def test_a_template_is_found_where_transformers_finds_it(case, folder):
     (folder / JINJA).unlink()
     (folder / "additional_chat_templates").mkdir()
     for name, content in case["files"].items():
         if name == CONFIG:
-            set_fields(folder / name, content)
+            edit_json(folder / name, **content)
         else:
             (folder / name).write_text(content)
-    expected = case["template"]
-    if expected is None:
-        fails("--template human", load_tokenizer, folder)
+    if "error" in case:
+        fails(case["error"], load_tokenizer, folder)
     else:
-        assert load_tokenizer(folder, "chat").template == expected
-    assert in_transformers(folder, expected) == expected or "older" in case
+        assert load_tokenizer(folder).template == case["template"]
+    if "older" not in case:
+        assert in_transformers(folder, case["template"]) == case["template"]
 
 
-@pytest.mark.parametrize("case", read_jsonl(TEMPLATES / "special_tokens.jsonl"), ids=str)
+@each_line("templates/special_tokens.jsonl")
 def test_special_tokens_are_found_where_transformers_finds_them(case, folder):
-    set_fields(folder / CONFIG, case["config"])
+    edit_json(folder / CONFIG, **case["config"])
     if case["map"]:
         (folder / "special_tokens_map.json").write_text(json.dumps(case["map"]))
     names = "{{ bos_token }}-{{ pad_token }}-{{ image_token }}-{{ eos_token }}"
-    tokenizer = with_template(folder, names)
     expected = case["bos-pad-image-eos"]
-    assert prompt_of(tokenizer, "a") == expected
-    assert in_transformers(folder, expected) == expected
-    assert tokenizer.raw.id_to_token(tokenizer.eos_id) == "<|im_end|>"
-
-
-@pytest.mark.parametrize("newer", [{}, {"added_tokens_decoder": {}}])
-def test_an_eos_that_only_the_map_names_is_found(folder, newer):
-    set_fields(folder / CONFIG, {"eos_token": "absent", **newer})
-    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
-    assert load_tokenizer(folder).eos == "</s>"
+    assert prompt_of(with_template(folder, names), "a") == expected
+    if "only here" not in case:
+        assert in_transformers(folder, expected) == expected
 
 
 def test_truncation_and_padding_are_ignored(folder):
@@ -313,28 +256,26 @@ def test_a_special_token_that_is_a_mere_word_in_tokenizer_json_is_one_token(fold
 
 
 def test_the_fingerprint_covers_all_that_decides_a_texts_ids(folder):
-    def fingerprint(**options):
-        return load_tokenizer(folder, **options).fingerprint()
-
-    different = [fingerprint(), fingerprint(template="human")]
-    assert different[0] == load_tokenizer(GOLDENS / "tokenizer-chatml").fingerprint()
+    different = [load_tokenizer(folder), load_tokenizer(folder, "human")]
     edit_json(folder / CONFIG, bos_token="<|im_start|>")
-    different.append(fingerprint())
-    assert fingerprint(date="2025-03-09") == different[-1]  # the template asks for no date
-    (folder / JINJA).write_text(DATED)
-    different += [fingerprint(date="2025-03-09"), fingerprint(date="2025-03-10")]
+    different.append(load_tokenizer(folder))
+    different.append(with_template(folder, DATED, date="2025-03-09"))
+    different.append(load_tokenizer(folder, date="2025-03-10"))
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
-    different.append(fingerprint(date="2025-03-10"))
-    (folder / JINJA).write_text("{{ brief }}")
-    for value in (True, False):
-        different.append(fingerprint(template_kwargs={"brief": value}))
-    assert len(set(different)) == len(different)
+    different.append(load_tokenizer(folder, date="2025-03-10"))
+    for brief in (True, False):
+        options = {"brief": brief}
+        different.append(with_template(folder, "{{ brief }}", template_kwargs=options))
+    fingerprints = [tokenizer.fingerprint() for tokenizer in different]
+    assert len(set(fingerprints)) == 8
+    again = load_tokenizer(folder, date="2025-03-09", template_kwargs=options)
+    assert again.fingerprint() == fingerprints[-1]  # the template asks for no date
 
 
 # Rendering
 
 
-@pytest.mark.parametrize("case", read_jsonl(TEMPLATES / "rendered.jsonl"), ids=str)
+@each_line("templates/rendered.jsonl")
 def test_templates_find_what_transformers_gives_them(folder, case):
     tokenizer = with_template(folder, case["template"], date="2025-03-09")
     assert prompt_of(tokenizer, "a") == case["prompt of the message a"]
@@ -350,46 +291,20 @@ def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, s
 # What is refused
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/broken_tokenizers.jsonl"), ids=str)
+@each_line("broken_tokenizers.jsonl")
 def test_a_broken_tokenizer_is_refused_by_name(folder, case):
     spoil(folder, case)
 
     def load_and_encode():
-        tokenizer = load_tokenizer(folder)
-        tokenizer.encode_segments([tokenizer.segments(talk("a"))])
+        load_tokenizer(folder).prompt_ids(talk("a"))
 
     fails(case["error"], load_and_encode)
 
 
-def test_a_template_that_nests_too_deeply_is_refused(folder):
-    source = "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"
-    fails("not valid jinja", with_template, folder, source)
-
-
-def test_a_template_that_is_no_text_is_refused(folder):
-    (folder / JINJA).unlink()
-    set_fields(folder / CONFIG, {"chat_template": [{"name": "rag"}]})
-    fails("not a text", load_tokenizer, folder)
-    set_fields(folder / CONFIG, {"chat_template": "absent"})
-    fails("no chat template", load_tokenizer, folder, template="chat")
-    fails("alpaca", load_tokenizer, folder, template="alpaca")
-
-
-@pytest.mark.parametrize("date", ["9 March 2025", "2025-02-30", ""])
-def test_a_date_of_another_form_is_refused(folder, date):
-    fails("YYYY-MM-DD", with_template, folder, DATED, date=date)
-
-
-def test_conversations_that_a_template_cannot_cut_are_refused(folder):
-    tokenizer = load_tokenizer(folder)
-    fails("unknown role: robot", tokenizer.segments, [{"role": "robot", "content": "a"}])
-    counting = "{{ messages | length }}{{ messages[-1].content }}{{ eos_token }}"
-    tokenizer = with_template(folder, counting)
-    fails("rewrites earlier turns", tokenizer.segments, talk("a", "b", "c", "d"))
-    assert len(tokenizer.segments(talk("a", "b"))) == 2  # a row of one turn can be cut
-    tokenizer = with_template(folder, THINKING)
-    thought = talk("Hi.", "<think>\nhm\n</think>\n\nYes?", "Bake.", "No.")
-    fails("once there are 3 messages.*leave thinking out", tokenizer.segments, thought)
+@each_line("templates/refused.jsonl")
+def test_a_conversation_that_a_template_cannot_cut_is_refused(folder, case):
+    tokenizer = with_template(folder, (TEMPLATES / case["template"]).read_text())
+    fails(case["error"], tokenizer.prompt_ids, case["messages"])
 
 
 # Commands
@@ -397,28 +312,20 @@ def test_conversations_that_a_template_cannot_cut_are_refused(folder):
 
 def test_a_date_is_kept_by_the_run(base, files, tmp_path, capsys):
     dated = shutil.copytree(base, tmp_path / "dated")
-    tokenizer = with_template(dated, DATED, date="2020-01-02")
-    assert tokenizer.date == datetime.date(2020, 1, 2)
-    assert "02 Jan 2020" in prompt_of(tokenizer, "a")
-    for model, date in ((dated, "2020-01-02"), (base, None)):  # asked for, or not
-        run = tmp_path / f"run-{date}"
-        assert call(f"train.py --run {run} {sources(files, model)} --date 2020-01-02") == 0
-        assert read_json(run / "run.json")["settings"]["date"] == date
-    score = f"score.py --run {tmp_path}/run-2020-01-02 --custom {files['custom']}"
+    assert "02 Jan 2020" in prompt_of(with_template(dated, DATED, date="2020-01-02"), "a")
+    run = tmp_path / "run"
+    assert call(f"train.py --run {run} {sources(files, dated)} --date 2020-01-02") == 0
+    score = f"score.py --run {run} --custom {files['custom']}"
     error = refused(capsys, f"{score} --date 2020-01-03")
     assert "2020-01-02" in error and "2020-01-03" in error
     assert call(score) == 0
+    assert read_json(run / "run.json")["settings"]["date"] == "2020-01-02"
 
 
-def test_the_command_takes_a_date_and_refuses_input_that_is_no_text(
-    base, tmp_path, capsys, monkeypatch
-):
-    dated = shutil.copytree(base, tmp_path / "dated")
-    with_template(dated, DATED)
-    line = f"model.generate --model {dated} --device cpu --max-new-tokens 4 --date 2020-01-02"
-    assert call(f"{line} --prompt Hi") == 0
+def test_the_command_refuses_input_that_is_no_text(base, tmp_path, capsys, monkeypatch):
     (tmp_path / "typed").write_bytes(b"\xff\n")
     monkeypatch.setattr("sys.stdin", open(tmp_path / "typed", encoding="utf-8"))
+    line = f"model.generate --model {base} --device cpu"
     assert "standard input is not UTF-8" in refused(capsys, line)
 
 
@@ -427,12 +334,12 @@ def test_a_real_checkpoints_prompts_are_transformers():
     """On 300 of the project's rows of one turn, and on those joined into rows of three turns."""
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(REAL)
-    real = transformers.AutoTokenizer.from_pretrained(REAL)
-    rows = read_jsonl(ROOT / "data/rows/custom.jsonl")[:300]
-    conversations = [talk(row["prompt"]) for row in rows]
-    for a, b, c in zip(rows[::3], rows[1::3], rows[2::3]):
-        turns = [a["prompt"], a["response"], b["prompt"], b["response"], c["prompt"]]
-        conversations.append(talk(*turns))
+    theirs = transformers.AutoTokenizer.from_pretrained(REAL)
+    texts = []
+    for row in read_jsonl(ROOT / "data/rows/custom.jsonl")[:300]:
+        texts += [row["prompt"], row["response"]]
+    conversations = [talk(prompt) for prompt in texts[::2]]
+    conversations += [talk(*texts[i : i + 5]) for i in range(0, 600, 6)]
     settings = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
     for messages in conversations:
-        assert ours.prompt_ids(messages) == real.apply_chat_template(messages, **settings)
+        assert ours.prompt_ids(messages) == theirs.apply_chat_template(messages, **settings)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fails, make_base, sources, tree
-from helpers import call, losses_by_hand, overflowing, random_adapter, refused, said, tokens_of
+from conftest import fails, make_base, sources
+from helpers import call, losses_by_hand, micro_batch, overflowing, random_adapter, said, tokens_of
 from safetensors.torch import load_file
 
 from model import load_checkpoint, save_checkpoint
@@ -26,20 +26,11 @@ from toss.workbench.states import SavedState
 CONFIG = TrainConfig(lr=1e-2, batch_size=4, rank=2, alpha=4, targets="q_proj,v_proj,down_proj")
 
 
-def fit(model, tokens, objective=token_loss, optimizer=adamw, start=None, state=None, **settings):
+def fit(model, tokens, config=CONFIG, **options):
     """The adapter, flat, and the events of training on every response token."""
     events = []
-    adapter = train(
-        model,
-        tokens,
-        tokens.response.float(),
-        replace(CONFIG, **settings),
-        objective=objective,
-        optimizer=optimizer,
-        start=start,
-        state=state,
-        on_step=events.append,
-    )
+    w = tokens.response.float()
+    adapter = train(model, tokens, w, config, on_step=events.append, **options)
     assert active(model) is None  # the base is left alone
     return flat(adapter.tensors()), events
 
@@ -48,53 +39,39 @@ def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def remarks(events):
-    return [event["remark"] for event in events if "remark" in event]
-
-
 # The steps
 
 
 def test_each_step_is_reported_with_the_rate_of_its_schedule(model, tokens):
-    expected = {"constant": [1e-2] * 4, "cosine": [1e-2, 8.53553e-3, 5e-3, 1.46447e-3]}
-    for schedule, rates in expected.items():
-        events = fit(model, tokens, schedule=schedule)[1]
-        assert [event["lr"] for event in events] == pytest.approx(rates, rel=1e-5)
+    _, events = fit(model, tokens, replace(CONFIG, schedule="cosine"))
+    rates = [event["lr"] for event in events]
+    assert rates == pytest.approx([1e-2, 8.53553e-3, 5e-3, 1.46447e-3], rel=1e-5)
     assert [event["step"] for event in events] == [1, 2, 3, 4]
-    assert {event["steps"] for event in events} == {4}
     assert events[0].keys() == {"step", "steps", "loss", "grad_norm", "lr", "tokens", "model"}
+    assert events[0]["steps"] == 4
     assert events[0]["model"] is model
     assert sum(event["tokens"] for event in events) == 2 * sum(tokens.lengths)
 
 
-def test_the_seed_alone_draws_the_order_of_the_rows(tokens):
+def test_the_seed_draws_the_order_of_the_rows(tokens):
     some = replace(tokens)
     some.lengths[1] = 0  # skipped rows are in no step
     steps = list(training_steps(some, CONFIG))
-    assert steps == list(training_steps(some, replace(CONFIG, lr=1.0, rank=7, schedule="cosine")))
     assert steps != list(training_steps(some, replace(CONFIG, seed=1)))
     assert [len(rows) for rows in steps] == [4, 3, 4, 3]
     first_epoch = steps[0] + steps[1]
     second_epoch = steps[2] + steps[3]
     assert sorted(first_epoch) == sorted(second_epoch) == [0, 2, 3, 4, 5, 6, 7]
     assert first_epoch != second_epoch
-    endless = training_steps(some, replace(CONFIG, epochs=2**31 - 1))
-    assert next(endless) == steps[0]  # at once
-
-
-def test_equal_calls_give_equal_adapters_and_another_seed_another_one(model, tokens):
-    one, _ = fit(model, tokens)
-    again, _ = fit(model, tokens)
-    other, _ = fit(model, tokens, seed=1)
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
 
 
 def test_training_goes_on_from_a_given_adapter_and_leaves_it_as_it_is(model, tokens):
     start = random_adapter(model)
     before = flat(random_adapter(model).tensors())
-    assert torch.allclose(fit(model, tokens, start=start, lr=1e-9)[0], before, atol=1e-6)
-    assert not torch.allclose(fit(model, tokens, start=start)[0], before, atol=1e-3)
+    use(model, start)
+    still, _ = fit(model, tokens, replace(CONFIG, lr=1e-9), start=start)
+    assert torch.allclose(still, before, atol=1e-6)
+    fit(model, tokens, start=start)
     assert torch.equal(flat(start.tensors()), before)
 
 
@@ -112,42 +89,38 @@ def two_rates(parameters, config):
 def test_the_steps_are_those_of_the_optimizer_with_clipping_at_one(
     optimizer, expected, model, tokens
 ):
-    ours, events = fit(model, tokens, optimizer=optimizer, batch_size=8, lr=0.1)
+    config = replace(CONFIG, lr=0.1, batch_size=8, seed=6)
+    ours, events = fit(model, tokens, config, optimizer=optimizer)
     assert max(event["grad_norm"] for event in events) > 1  # or clipping would not show
-    adapter = active(use(model, new_adapter(model, 2, 4, CONFIG.targets.split(","), 0)))
+    adapter = active(use(model, new_adapter(model, 2, 4, CONFIG.targets.split(","), seed=6)))
     parameters = [parameter.requires_grad_() for parameter in adapter.tensors()]
-    by_hand = expected(parameters, replace(CONFIG, lr=0.1))
+    by_hand = expected(parameters, config)
     for event in events:
         by_hand.zero_grad()
         losses = [losses_by_hand(model, tokens, row).sum() for row in range(8)]
         loss = sum(losses) / tokens.response.sum()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         by_hand.step()
         assert event["loss"] == pytest.approx(loss.item(), rel=1e-4)
-        assert event["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
-    expected = flat(parameters)
-    assert (ours - expected).norm() < 1e-3 * expected.norm()
+    theirs = flat(parameters)
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
-def test_gradient_checkpointing_gives_the_same_and_keeps_less(model, tokens):
-    sizes = []  # of what autograd keeps for the backward pass
-
-    def pack(tensor):
-        sizes.append(tensor.numel())
-        return tensor
-
-    def train_and_measure(checkpointing):
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(model, tokens):
+    def size_kept(checkpointing):
         model.gradient_checkpointing = checkpointing
-        sizes.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            adapter, _ = fit(model, tokens, epochs=1, start=random_adapter(model))
-        return adapter, sum(sizes)
+        sizes = []
 
-    adapter, kept = train_and_measure(False)
-    again, kept_less = train_and_measure(True)
-    assert kept_less < kept / 2
-    assert torch.allclose(again, adapter, rtol=1e-3, atol=1e-5)
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            micro_batch(model, tokens, [3, 4, 5])
+        return sum(sizes)
+
+    assert size_kept(True) < size_kept(False) / 2
 
 
 def test_the_flag_for_gradient_checkpointing_reaches_the_base(trained):
@@ -164,40 +137,44 @@ def test_a_recipe_holds_what_decides_the_result_in_one_spelling():
 # An objective of one's own
 
 
-def test_an_objective_is_told_the_step_and_the_rows_of_its_batch(model, tokens):
-    rows_of_step = {1: [], 2: [], 3: [], 4: []}
-    calls = []
+def noting(calls):
+    """The paper's objective, which notes the steps and the rows that it is given."""
 
     def objective(model, batch, weights):
-        calls.append(batch.step)
-        rows_of_step[batch.step] += batch.rows
-        assert len(weights) == len(batch.targets) == len(batch.places)
-        assert tokens.row_of(batch.places).unique().tolist() == sorted(batch.rows)
+        calls.append((batch.step, batch.rows))
         return token_loss(model, batch, weights)
 
-    fit(model, tokens, objective, batch_tokens=100)
-    expected = [sorted(rows) for rows in training_steps(tokens, CONFIG)]
-    assert [sorted(rows) for rows in rows_of_step.values()] == expected
+    return objective
+
+
+def planned(tokens, budget):
+    """The step and the rows of each batch of a training."""
+    calls = []
+    for step, rows in enumerate(training_steps(tokens, CONFIG), start=1):
+        calls += [(step, group) for group in batches(rows, tokens.lengths, budget)]
+    return calls
+
+
+def test_an_objective_is_told_the_step_and_the_rows_of_its_batch(model, tokens):
+    calls = []
+    fit(model, tokens, replace(CONFIG, batch_tokens=100), objective=noting(calls))
+    assert calls == planned(tokens, 100)
     assert len(calls) > 4  # several batches make a step
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_objective_may_look_at_the_base_and_training_is_unchanged(checkpointing, model, tokens):
-    model.gradient_checkpointing = checkpointing  # the backward pass runs the model again
+def test_an_objective_may_look_at_the_base_and_training_is_unchanged(model, tokens):
+    model.gradient_checkpointing = True  # the backward pass runs the model again
     expected, events = fit(model, tokens)
-    base_losses = []
 
     def objective(model, batch, weights):
         loss = token_loss(model, batch, weights)
         with torch.no_grad(), use(model, None):
-            base_losses.append(float(token_loss(model, batch, weights)))
+            token_loss(model, batch, weights)
         return loss
 
-    again, same_events = fit(model, tokens, objective)
+    again, same_events = fit(model, tokens, objective=objective)
     assert torch.equal(again, expected)
     assert same_events == events
-    base_loss = float(score(model, tokens).sum())
-    assert sum(base_losses) == pytest.approx(CONFIG.epochs * base_loss, rel=1e-5)
 
 
 # Scores
@@ -205,15 +182,12 @@ def test_an_objective_may_look_at_the_base_and_training_is_unchanged(checkpointi
 
 def test_scores_are_the_losses_of_a_plain_loop_in_any_batch(model, tokens):
     use(model, random_adapter(model))
-    losses = score(model, tokens)
-    assert losses.dtype == torch.float32
-    assert not losses[~tokens.response].any()
+    expected = torch.zeros(len(tokens.input_ids))
     with torch.no_grad():
-        expected = torch.cat([losses_by_hand(model, tokens, row) for row in range(8)])
-    assert torch.allclose(losses[tokens.response], expected, atol=1e-5)
-    for budget in (1, 100):
-        assert torch.allclose(score(model, tokens, budget), losses, atol=1e-5)
-    assert not torch.allclose(score(use(model, None), tokens), losses, atol=1e-2)
+        losses = [losses_by_hand(model, tokens, row) for row in range(8)]
+    expected[tokens.response] = torch.cat(losses)
+    for budget in (1, 100, None):
+        assert torch.allclose(score(model, tokens, budget), expected, atol=1e-5)
 
 
 # Memory
@@ -224,34 +198,32 @@ TORCHS = torch.OutOfMemoryError("CUDA out of memory")
 
 def small_memory(model, places, error=TORCHS):
     """Make the model run out of memory on a batch of more than `places` ids."""
-    sizes = []
 
     def check(module, arguments):
         if arguments[0].numel() > places:
             raise error
-        sizes.append(arguments[0].numel())
 
     model.register_forward_pre_hook(check)
-    return sizes
 
 
 def test_scoring_halves_its_batches_when_memory_runs_out_and_gives_the_same(model, tokens):
     expected = score(model, tokens, 10_000)
-    sizes = small_memory(model, 150)
+    small_memory(model, 150)
     events = []
     again = score(model, tokens, 1000, on_batch=events.append)
     assert torch.allclose(again, expected, atol=1e-5)
-    assert max(sizes) <= 150 and len(sizes) < tokens.rows
-    assert "out of memory with 1000 tokens per batch; continuing with 500" in remarks(events)[0]
+    assert "out of memory with 1000 tokens per batch; continuing with 500" in events[0]["remark"]
+    assert 2 < len([event for event in events if "step" in event]) < tokens.rows
 
 
 def test_training_halves_its_micro_batches_and_makes_the_step_again(model, tokens):
-    expected, _ = fit(model, tokens, batch_tokens=400)
+    config = replace(CONFIG, batch_tokens=400)
+    expected, _ = fit(model, tokens, config)
     small_memory(model, 100, CUBLAS)
-    again, events = fit(model, tokens, batch_tokens=400)
+    again, events = fit(model, tokens, config)
     assert torch.allclose(again, expected, rtol=1e-3, atol=1e-5)
-    assert len(remarks(events)) == 2  # 400, 200; and 100 for the other steps
-    assert len(events) == 2 + 4
+    remarks = ["remark" in event for event in events]
+    assert remarks == [True, True, False, False, False, False]  # 400, 200; then 100 for all steps
 
 
 def test_a_base_spread_over_processes_cannot_halve_alone(model, tokens):
@@ -287,57 +259,51 @@ def test_the_peak_memory_of_a_stage_is_its_own():
 # Interrupted work
 
 
-class Interrupted(Exception):
-    pass
-
-
-class ThirdStep:
-    """For on_step and on_batch: ends the work in its third step, when two have been saved."""
-
-    def __init__(self):
-        self.events = []
-
-    def __call__(self, event):
-        self.events.append(event)
-        if len(self.events) == 3:
-            raise Interrupted
-
-
 @pytest.fixture
 def state(tmp_path):
     """Where the work is saved after every step."""
     return SavedState(tmp_path / "states", "work", minutes=0)
 
 
-def interrupted_training(model, tokens, state, config=CONFIG, **options):
-    weights = tokens.response.float()
-    with pytest.raises(Interrupted):
-        train(model, tokens, weights, config, state=state, on_step=ThirdStep(), **options)
+def interrupt_at(step):
+    """For on_step and on_batch: ends the work in this step, before it is saved."""
+
+    def stop(event):
+        if event["step"] == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def interrupt_training(model, tokens, config=CONFIG, **options):
+    """Train for two steps of four."""
+    w = tokens.response.float()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokens, w, config, on_step=interrupt_at(3), **options)
+    assert active(model) is None
 
 
 @pytest.mark.parametrize("optimizer", [adamw, two_rates])
 def test_an_interrupted_training_goes_on_and_ends_equal_to_the_bit(optimizer, model, tokens, state):
     expected, events = fit(model, tokens, optimizer=optimizer)
-    interrupted_training(model, tokens, state, optimizer=optimizer)
+    interrupt_training(model, tokens, optimizer=optimizer, state=state)
     again, later_events = fit(model, tokens, optimizer=optimizer, state=state)
     assert torch.equal(again, expected)
     assert later_events == [{"resumed": 2, "steps": 4}, *events[2:]]
 
 
 def test_an_interrupted_scoring_goes_on_and_ends_equal_to_the_bit(model, tokens, state):
-    use(model, random_adapter(model))
     events = []
     expected = score(model, tokens, 100, on_batch=events.append)
     finished = [event["step"] for event in events]
-    assert finished == sorted(set(finished)) and len(finished) > 3
     assert finished[-1] == sum(tokens.lengths)
-    with pytest.raises(Interrupted):
-        score(model, tokens, 100, state, ThirdStep())
+    with pytest.raises(KeyboardInterrupt):
+        score(model, tokens, 100, state, interrupt_at(finished[2]))
 
     later_events = []
     again = score(model, tokens, 100, state, later_events.append)
     assert torch.equal(again, expected)
-    resumed = {"resumed": events[1]["step"], "steps": sum(tokens.lengths), "unit": "token"}
+    resumed = {"resumed": finished[1], "steps": finished[-1], "unit": "token"}
     assert later_events == [resumed, *events[2:]]
 
 
@@ -345,42 +311,17 @@ def test_an_interrupted_scoring_goes_on_and_ends_equal_to_the_bit(model, tokens,
 def test_a_resumed_training_takes_the_smaller_of_the_saved_and_the_given_batches(
     saved, given, model, tokens, state
 ):
-    interrupted_training(model, tokens, state, replace(CONFIG, batch_tokens=saved))
-    groups = []
-
-    def objective(model, batch, weights):
-        groups.append(batch.rows)
-        return token_loss(model, batch, weights)
-
-    fit(model, tokens, objective, state=state, batch_tokens=given)
-    expected = []
-    for rows in list(training_steps(tokens, CONFIG))[2:]:
-        expected += batches(rows, tokens.lengths, 64)
-    assert sorted(groups) == sorted(expected)
-    assert len(groups) > 2
+    interrupt_training(model, tokens, replace(CONFIG, batch_tokens=saved), state=state)
+    calls = []
+    config = replace(CONFIG, batch_tokens=given)
+    fit(model, tokens, config, objective=noting(calls), state=state)
+    assert calls == [(step, rows) for step, rows in planned(tokens, 64) if step > 2]
 
 
-def test_an_interrupted_training_leaves_the_base_without_its_adapter(model, tokens):
-    before = score(model, tokens)
-
-    def stop(event):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(model, tokens, tokens.response.float(), TrainConfig(lr=1e-2), on_step=stop)
-    assert active(model) is None
-    assert torch.equal(score(model, tokens), before)
-
-
-def test_a_state_from_elsewhere_is_not_used(tmp_path, capsys):
-    own = SavedState(tmp_path / "own", "degraded", minutes=2)
-    other = SavedState(tmp_path / "other", "degraded", minutes=2)
-    own.save({"step": 1}, part=0)
-    other.save({"step": 2}, part=0)
-    assert own.load(part=0) == {"step": 1}
-    own.file(part=0).write_bytes(other.file(part=0).read_bytes())
-    assert own.load(part=0) is None
-    assert "is damaged and not used" in capsys.readouterr().out
+def test_a_state_from_elsewhere_is_not_used(tmp_path):
+    SavedState(tmp_path / "one", "degraded", minutes=2).save({"step": 1}, part=0)
+    (tmp_path / "one").rename(tmp_path / "other")
+    assert SavedState(tmp_path / "other", "degraded", minutes=2).load(part=0) is None
 
 
 def test_a_state_of_other_weights_or_settings_is_refused(model, tokens, state):
@@ -396,12 +337,14 @@ def test_a_state_of_other_weights_or_settings_is_refused(model, tokens, state):
 
 def test_an_overflow_ends_a_long_pass_early(model, tokens):
     many = tokens.take([*range(8)] * 6)
-    longest = many.input_ids[many.places([7])]
-    model.model.embed_tokens.weight.data[longest[-2]] = torch.inf
     events = []
+
+    def spoil(norm, inputs, hidden):
+        return hidden * torch.nan if len(events) == 3 else hidden
+
+    model.model.norm.register_forward_hook(spoil)
     fails("not finite", score, model, many, 1, on_batch=events.append, error=NotFinite)
-    assert len(events) == 1
-    assert events[0]["steps"] == 6 * sum(tokens.lengths)
+    assert len(events) == 17  # of 48: after the 1st, the 17th, ... it looks
 
 
 def test_a_loss_that_is_not_finite_names_the_row(model, tokens):
@@ -411,8 +354,16 @@ def test_a_loss_that_is_not_finite_names_the_row(model, tokens):
     head = model.lm_head.weight.detach().clone()
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     model.model.embed_tokens.weight.data[unique] = torch.nan
-    fails(r"rows: .*not finite on row 3 .*at step 1.*--lr", fit, model, bad, batch_size=8)
-    fails(r"rows: .*of row 3 .*not finite.*float32", score, model, bad, error=NotFinite)
+    fails(
+        r"rows: .*not finite on row 3 .*at step 1.*--lr",
+        fit,
+        model,
+        bad,
+        replace(CONFIG, batch_size=8),
+    )
+    first = int(tokens.response[tokens.places([3])].int().argmax())
+    words = f"rows: .*token {first} of row 3 .*not finite.*float32"
+    fails(words, score, model, bad, error=NotFinite)
 
 
 def test_an_adapter_that_ends_in_infinities_is_an_error(model, tokens):
@@ -423,15 +374,6 @@ def test_an_adapter_that_ends_in_infinities_is_an_error(model, tokens):
     config = replace(CONFIG, epochs=1, batch_size=99)
     words = "rows: the trained adapter is not finite; lower --lr"
     fails(words, train, model, tokens, weights, config, on_step=spoil)
-
-
-def test_training_that_diverges_leaves_what_was_there(trained, capsys):
-    assert call(f"select.py --run {trained}") == 0
-    before = tree(trained / "methods")
-    line = f"select.py --run {trained} --lr 1e30 --batch-size 1 --epochs 9"
-    assert "not finite" in refused(capsys, f"{line} --overwrite")
-    assert "not finite" in refused(capsys, f"{line} --name new")
-    assert tree(trained / "methods") == before
 
 
 # Overflow in float16
@@ -455,9 +397,6 @@ def test_an_infinite_key_that_no_query_wants_shows_too(tmp_path, tokens):
     """Its attention weight would be 0, and every number finite but wrong."""
     folder = make_base(tmp_path / "biased", attention_bias=True)
     model = load_checkpoint(folder)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
     # The slowest pair of channels of each head of 8: its angles stay small over a row.
     attention = model.model.layers[0].self_attn
     for layer, bias in ((attention.q_proj, -1e-4), (attention.k_proj, 6.2e4)):
