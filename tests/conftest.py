@@ -99,10 +99,12 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """The content of every file below a folder, by its relative path."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that is below a folder, by relative path: the content of files, None for folders."""
+    content = {}
+    for path in sorted(folder.rglob("*")):
+        content[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return content
 
 
 def edit_json(path: Path, *drop: str, **fields) -> None:
@@ -229,6 +231,26 @@ def trained(tmp_path, trained_once, files) -> Path:
     text = (run / "run.json").read_text()
     (run / "run.json").write_text(text.replace(str(trained_once), str(tmp_path)))
     return run
+
+
+@pytest.fixture
+def place(trained, tmp_path, base) -> Path:
+    """The folder of the run, with a base of its own."""
+    own = shutil.copytree(base, tmp_path / "base")
+    text = (trained / "run.json").read_text()
+    (trained / "run.json").write_text(text.replace(str(base), str(own)))
+    return tmp_path
+
+
+@pytest.fixture
+def theirs(trained, tmp_path) -> Path:
+    """A run that holds nothing but references as an outsider would publish them."""
+    for role in ("degraded", "utility"):
+        folder = Path(shutil.copytree(trained / role, tmp_path / "theirs" / role))
+        (folder / "record.json").unlink()
+        weights = folder / "adapter_model.safetensors"
+        save_file(load_file(weights), weights, {"format": "pt"})
+    return tmp_path / "theirs"
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
 """What the tests of the method share beyond conftest.py: commands in this process, adapters."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, edit_tensors, make_base, script
+from conftest import ROOT, edit_tensors, make_base, script, tree
 from safetensors.torch import load_file, save_file
 
 from model.lora import Adapter, active, new_adapter, use
@@ -38,10 +39,10 @@ def call(line: str, fast: bool = True) -> int:
     return status
 
 
-def said(capsys, line: str) -> str:
+def said(capsys, line: str, fast: bool = True) -> str:
     """Run a command that must succeed; what it printed, stdout only."""
     capsys.readouterr()
-    status = call(line)
+    status = call(line, fast)
     captured = capsys.readouterr()
     assert status == 0, captured.err
     assert not captured.err
@@ -57,6 +58,8 @@ def refused(capsys, line: str, fast: bool = True) -> str:
     assert status == (2 if by_the_parser else 1), line
     assert error.startswith("error: ")
     assert error.count("\n") == 1, error
+    assert "\x1b" not in error
+    assert len(error) < 1100
     return error
 
 
@@ -126,12 +129,37 @@ def overflowing(folder: Path, layer: str) -> Path:
 
 def cases(name: str) -> list[tuple[str, str]]:
     """The lines "change -> what the error says" of a text file beside the tests."""
-    found = []
+    return [case for lines in paragraphs(name).values() for case in lines]
+
+
+def paragraphs(name: str) -> dict[str, list[tuple[str, str]]]:
+    """The same by paragraph; the line before the cases of each is its title."""
+    title = ""
+    found = {}
     for line in (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines():
         change, arrow, words = line.rpartition(" -> ")
         if arrow:
-            found.append((change, words))
+            found.setdefault(title, []).append((change, words))
+        elif line:
+            title = line
     return found
+
+
+def session(cases: list[tuple[str, str]], folder: Path, capsys) -> None:
+    """Run commands in a folder, and compare what each prints; see tests/sessions.txt."""
+    words = {"tmp": folder, "goldens": ROOT / "tests/goldens"}
+    for name in ("run", "theirs", "base"):
+        words[name] = folder / name
+    for name in ("harmful", "utility", "custom"):
+        words[name] = folder / f"{name}.jsonl"
+    for line, expected in cases:
+        before = tree(folder)
+        is_error = expected.startswith("error:")
+        run = refused if is_error else said
+        output = run(capsys, line.format(**words), fast=False)
+        assert re.search(expected, output, re.DOTALL), (line, output)
+        if is_error or "skipped" in expected:
+            assert tree(folder) == before, line
 
 
 def spoil(folder: Path, case: dict) -> None:
