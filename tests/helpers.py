@@ -1,15 +1,15 @@
 """What the tests of the method share beyond conftest.py: commands in this process, adapters."""
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, edit_tensors, make_base, script, tree
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, edit_json, edit_tensors, make_base, script, tree
+from safetensors.torch import load_file
 
+from model.io import remove
 from model.lora import Adapter, active, new_adapter, use
 from toss.loss import token_log_probs
 from toss.rows import read_rows
@@ -54,8 +54,7 @@ def refused(capsys, line: str, fast: bool = True) -> str:
     capsys.readouterr()
     status = call(line, fast)
     error = capsys.readouterr().err
-    by_the_parser = error.endswith("--help)\n")
-    assert status == (2 if by_the_parser else 1), line
+    assert status == 1 + error.endswith("--help)\n"), line  # the parser's are 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1, error
     assert "\x1b" not in error
@@ -154,11 +153,10 @@ def session(cases: list[tuple[str, str]], folder: Path, capsys) -> None:
         words[name] = folder / f"{name}.jsonl"
     for line, expected in cases:
         before = tree(folder)
-        is_error = expected.startswith("error:")
-        run = refused if is_error else said
+        run = refused if expected.startswith("error:") else said
         output = run(capsys, line.format(**words), fast=False)
         assert re.search(expected, output, re.DOTALL), (line, output)
-        if is_error or "skipped" in expected:
+        if run == refused or "skipped" in expected:
             assert tree(folder) == before, line
 
 
@@ -171,7 +169,7 @@ def spoil(folder: Path, case: dict) -> None:
     """
     file = folder / case["file"]
     if "remove" in case:
-        file.unlink()
+        remove(file)
     elif "cut" in case:
         file.write_bytes(file.read_bytes()[: case["cut"]])
     elif "text" in case:
@@ -184,26 +182,24 @@ def spoil(folder: Path, case: dict) -> None:
 
 def set_fields(file: Path, fields: dict) -> None:
     """Change fields of a JSON file; those that become "absent" are removed."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in fields.items():
-        content[name] = value
-        if value == "absent":
-            del content[name]
-    file.write_text(json.dumps(content), encoding="utf-8")
+    absent = [name for name, value in fields.items() if value == "absent"]
+    edit_json(file, *absent, **fields)
 
 
 def set_tensor(file: Path, name: str, becomes: str | list[int]) -> None:
     """Change a tensor of a safetensors file; see spoil."""
-    tensors = load_file(file)
-    if becomes == "absent":
-        del tensors[name]
-    elif isinstance(becomes, list):
-        tensors[name] = torch.ones(becomes)
-    elif becomes in ("nan", "-inf", "inf"):
-        tensors[name].view(-1)[5] = float(becomes)
-    else:
-        tensors[name] = tensors[name].to(getattr(torch, becomes))
-    save_file(tensors, file, {"format": "pt"})
+
+    def change(tensor):
+        if becomes == "absent":
+            return None
+        if isinstance(becomes, list):
+            return torch.ones(becomes)
+        if becomes in ("nan", "-inf", "inf"):
+            tensor.view(-1)[5] = float(becomes)
+            return tensor
+        return tensor.to(getattr(torch, becomes))
+
+    edit_tensors(file, name, change)
 
 
 def same_weights(one, two) -> bool:

@@ -55,6 +55,8 @@ def test_a_fork_that_edits_the_loss_is_told(project, trained):
     command = [sys.executable, "score.py", "--run", str(trained)]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
     assert "scores.safetensors was made by other code (different: toss/loss.py)" in done.stdout
+    assert done.returncode == 0
+    assert not done.stderr
 
 
 def test_what_other_code_made_is_skipped_with_a_warning_or_made_again(project, trained, capsys):
@@ -132,8 +134,8 @@ def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side
     edit(project, *LOSS)
     assert call(f"select.py --run {trained}") == 0
     caution = "toss was made by other code than sft (different: toss/loss.py)"
-    sets = f"--benign {files['utility']} --max-new-tokens 2"
-    assert caution in said(capsys, f"toss.audit.evaluate --run {trained} {sets}")
+    line = f"toss.audit.evaluate --run {trained} --utility {files['utility']}"
+    assert caution in said(capsys, line)
     assert caution in said(capsys, f"toss.audit.compare --run {trained}")
     assert call(f"toss.audit.report --run {trained}") == 0
     page = (trained / "report.html").read_text(encoding="utf-8")

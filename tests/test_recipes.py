@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -111,22 +111,6 @@ def test_a_method_in_the_two_places_of_the_readme_is_one_of_select(trained, monk
     assert scores["loss_base"][discarded].min() >= scores["loss_base"][keep].max()
 
 
-class Judge:
-    """Stands for the judges' packages: keeps what it is given, and finds every answer harmful."""
-
-    Dataset = SimpleNamespace(from_dict=dict)
-
-    def load_wildguard(self):
-        return self
-
-    def classify(self, items):
-        self.items = items
-        return [{"response_harmfulness": "harmful"} for _ in items]
-
-    def evaluate_dataset(self, data, judges):
-        return {"score": data}
-
-
 def test_answers_to_harmful_prompts_reach_the_judges(tmp_path, monkeypatch, capsys):
     """Those of the audit's README, which are not installed."""
     (tmp_path / "answers").mkdir()
@@ -136,13 +120,16 @@ def test_answers_to_harmful_prompts_reach_the_judges(tmp_path, monkeypatch, caps
     write_jsonl(tmp_path / "answers/toss.jsonl", lines)
     (tmp_path / "behaviors.csv").write_text("Behavior,BehaviorID\nb,b_1\n")
     monkeypatch.chdir(tmp_path)
-    judge = Judge()
+    judge = MagicMock()
+    classify = judge.load_wildguard.return_value.classify
+    classify.return_value = [{"response_harmfulness": "harmful"}] * 2
     for name in ("wildguard", "datasets", "strong_reject", "strong_reject.evaluate"):
         monkeypatch.setitem(sys.modules, name, judge)
     for block in JUDGES:
         run(READ_ANSWERS + block, {})
-    assert judge.items == [{"prompt": "a", "response": "No."}, {"prompt": "b", "response": "No."}]
+    classify.assert_called_with([{"prompt": p, "response": "No."} for p in "ab"])
     asked = {"forbidden_prompt": ["a", "b"], "response": ["No.", "No."]}
-    assert capsys.readouterr().out == f"1.0\n{asked}\n"
+    judge.Dataset.from_dict.assert_called_with(asked)
+    assert capsys.readouterr().out.startswith("1.0\n")
     completions = json.loads((tmp_path / "completions.json").read_text())
     assert completions == {"b_1": [{"test_case": "b", "generation": "No."}]}

@@ -11,7 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
-from conftest import ROOT, edit_json, make_base, read_jsonl, run, sources, tree, write_jsonl
+from conftest import ROOT, edit_json, make_base, read_jsonl, run, sources, write_jsonl
 from helpers import call, paragraphs, refused, said, session
 from safetensors.torch import load_file
 
@@ -51,29 +51,24 @@ def test_scores_hold_a_loss_for_each_token_and_what_it_belongs_to(trained):
 
 def test_each_result_says_what_it_was_made_from(trained, files):
     assert call(f"select.py --run {trained} --discard 0.2 --keep-eos") == 0
+    mask = trained / "methods/toss" / SELECTION
     degraded = read_record(trained / "degraded")
     scores = read_record(trained / "scores.safetensors")
     method = read_record(trained / "methods/toss")
     for record, name in ((degraded, "train.py"), (scores, "score.py"), (method, "select.py")):
         assert name in record["code"]
-        assert record["template"] == "chat"
-        assert record["max_length"] == 2048
         assert not {"seconds", "commit"} & record.keys()  # costs are in run.json alone
 
-    inputs = {
-        "--custom": file_hash(files["custom"]),
-        "utility": tensors_hash(trained / "utility" / ADAPTER),
-        "degraded": tensors_hash(trained / "degraded" / ADAPTER),
-    }
+    inputs = {"--custom": file_hash(files["custom"])}
+    for role in ("utility", "degraded"):
+        inputs[role] = tensors_hash(trained / role / ADAPTER)
     assert degraded["inputs"] == {"--harmful": file_hash(files["harmful"])}
     assert scores["inputs"] == inputs
     assert method["inputs"] == {**inputs, "scores": tensors_hash(trained / "scores.safetensors")}
     expected = {"method": "toss", "discard": 0.2, "keep_eos": True, "lr": 1e-2, "seed": 0}
     assert method["settings"].items() >= expected.items()
-    assert method["tokens_sha256"] == scores["tokens_sha256"]
 
     # A folder's record has the hashes of its files, a file's header one of record and tensors.
-    mask = trained / "methods/toss" / SELECTION
     assert method.pop("files")[SELECTION] == file_hash(mask)
     assert read_record(mask) == method
 
@@ -88,37 +83,26 @@ def test_the_degraded_adapter_warns_of_itself(trained):
 def test_run_json_says_what_is_inherited_and_what_each_stage_took(trained, files, base):
     content = read_json(trained / "run.json")
     assert content.keys() >= {"demo", "commit", "versions"}
-    assert content["settings"].keys() <= set(runfile.INHERITED)
-    assert content["settings"]["model"] == str(base)
+    inherited = {"model": str(base), "template": "chat", "max_length": 2048}
+    assert content["settings"].items() >= {**files, **inherited}.items()
     for path in (*files.values(), f"{base}/model.safetensors"):
         assert content["inputs"][path] == file_hash(path)
-    tokens = {name: stage["tokens"] for name, stage in content["stages"].items()}
-    scores = len(load_file(trained / "scores.safetensors")["input_ids"])
-    assert tokens.keys() == {"degraded", "utility", "scores"}
-    assert tokens["scores"] == 2 * scores
-    assert content["stages"]["scores"].keys() >= {"seconds", "peak_memory_gib", "torch", "threads"}
+    stages = content["stages"]
+    assert stages.keys() == {"degraded", "utility", "scores"}
+    assert stages["scores"].keys() >= {"seconds", "peak_memory_gib", "torch", "threads"}
+    tokens = len(load_file(trained / "scores.safetensors")["input_ids"])
+    assert stages["scores"]["tokens"] == 2 * tokens
 
 
 def test_the_log_of_a_stage_holds_each_step_once(trained):
     for seed in (1, 2):
         assert call(f"select.py --run {trained} --overwrite --seed {seed}") == 0
-    logs = sorted(file.stem for file in (trained / "log").iterdir())
-    assert logs == ["degraded", "toss", "utility"]
     lines = read_jsonl(trained / "log/toss.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0].keys() == {"step", "steps", "loss", "grad_norm", "lr"}
 
 
 # What is refused
-
-
-def test_a_refused_reference_is_refused_before_the_other_one_is_trained(trained, capsys):
-    for missing in ("degraded", "utility"):
-        shutil.move(trained / missing, trained / "aside")
-        before = tree(trained)
-        assert "lr 0.01 there, 0.5 now" in refused(capsys, f"train.py --run {trained} --lr 0.5")
-        assert tree(trained) == before
-        shutil.move(trained / "aside", trained / missing)
 
 
 def test_what_was_made_from_something_else_is_refused(trained, files, capsys):
@@ -174,31 +158,20 @@ def test_the_settings_of_an_adapter_without_a_record_are_part_of_what_it_is(
     assert "exists with other settings or inputs (different: degraded" in refused(capsys, line)
 
 
-def test_a_record_that_was_edited_still_protects_another_result(trained, capsys):
-    edit_json(trained / "degraded/record.json", comment="mine")
-    assert "lr 0.01 there, 0.5 now" in refused(capsys, f"train.py --run {trained} --lr 0.5")
-    assert "made again" in said(capsys, f"train.py --run {trained}")
-
-
 # run.json
 
 
 @pytest.mark.parametrize("content", ["", "{"])
 def test_a_lost_run_json_is_written_again_from_the_inputs(content, trained, base, files, capsys):
-    before = tree(trained)
     settings = read_json(trained / "run.json")["settings"]
     (trained / "run.json").write_text(content)
     if not content:
         (trained / "run.json").unlink()
-    custom = f"--model {base} --custom {files['custom']}"
     assert "skipped" in said(capsys, f"train.py --run {trained} {sources(files, base)}")
-    assert "skipped" in said(capsys, f"score.py --run {trained} {custom}")
+    assert "skipped" in said(capsys, f"score.py --run {trained} --custom {files['custom']}")
     again = read_json(trained / "run.json")
     assert again["settings"] == settings
     assert again["stages"].keys() == {"degraded", "utility", "scores"}
-    now = tree(trained)
-    del before["run.json"], now["run.json"]
-    assert now == before
 
 
 def test_run_json_decides_nothing(trained, capsys):
@@ -250,14 +223,11 @@ def test_without_inputs_the_demos_settings_apply_under_the_command_line(script, 
 # As programs
 
 
-def test_a_stage_runs_as_a_program_and_fails_as_one(trained):
-    good = run("score.py", "--run", trained, "--base", "--overwrite")
-    assert good.returncode == 0
-    assert f"wrote {trained}/scores.safetensors" in good.stdout
-    assert not good.stderr
-    bad = run("score.py", "--run", trained, "--template", "human")
-    assert bad.returncode == 1
-    assert re.fullmatch("error: .* was begun with --template chat, .*\n", bad.stderr)
+def test_a_stage_fails_as_a_program(trained):
+    """One that succeeds as a program is in test_code.py."""
+    done = run("score.py", "--run", trained, "--template", "human")
+    assert done.returncode == 1
+    assert re.fullmatch("error: .* was begun with --template chat, .*\n", done.stderr)
 
 
 ASYNC = "import select, subprocess, asyncio; assert select.select([], [], [], 0) == ([], [], [])"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import fails, read_jsonl, tree, write_jsonl
 from helpers import call, refused, said, same_tensors, talk
+from safetensors.torch import load_file
 
 from model import load_tokenizer
 from model.io import InputError, read_json
 from toss.audit.command import cautions
-from toss.workbench.files import load_selection
 from toss.workbench.progress import Bar
 from toss.workbench.run import open_run
 
@@ -22,35 +22,28 @@ from toss.workbench.run import open_run
 def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(
     method, trained, tmp_path, capsys
 ):
-    assert call(f"select.py --run {trained} --name m --method {method}") == 0
+    assert call(f"select.py --run {trained} --name m --method {method} --mask-only") == 0
     output = said(capsys, f"toss.export --run {trained} --method m --out {tmp_path}/m.jsonl")
     run = open_run(trained)
     tokens, _ = run.scored()
-    keep = load_selection(run.path("methods/m") / "selection.safetensors", tokens)["keep"]
-    lines = read_jsonl(tmp_path / "m.jsonl")
+    keep = load_file(run.path("methods/m") / "selection.safetensors")["keep"]
     about = read_json(tmp_path / "m.about.json")
     assert about["tokenizer_sha256"] == run.identity["tokenizer_sha256"]
 
-    exported = 0
+    expected = []
     for i in range(tokens.rows):
         places = tokens.places([i])
         ids = tokens.input_ids[places]
         assert about["response"][i] == tokens.response[places].sum()
         assert about["kept"][i] == keep[places].sum()
-        if not keep[places].any():
-            assert about["line"][i] is None
-            continue
-        assert about["line"][i] == exported
-        assert lines[exported] == {
-            "input_ids": ids.tolist(),
-            "attention_mask": [1] * len(ids),
-            "labels": torch.where(keep[places], ids, -100).tolist(),
-        }
-        exported += 1
-    assert len(lines) == exported
-    left_out = tokens.rows - exported
+        assert about["line"][i] == (len(expected) if keep[places].any() else None)
+        if keep[places].any():
+            labels = torch.where(keep[places], ids, -100).tolist()
+            mask = [1] * len(ids)
+            expected.append({"input_ids": ids.tolist(), "attention_mask": mask, "labels": labels})
+    assert read_jsonl(tmp_path / "m.jsonl") == expected
+    left_out = tokens.rows - len(expected)
     assert (left_out > 0) == method.startswith("sample")
-    assert f"{exported} rows, {int(keep.sum())} of {int(tokens.response.sum())} response" in output
     assert f"{left_out} without a kept token" in output
 
 
@@ -139,23 +132,22 @@ def test_an_adapter_counts_as_a_method_where_a_methods_model_would_lie(
 
 
 def test_what_forbids_a_conclusion_is_said():
-    def record(lr=0.1, code="1"):
+    def record(lr, code):
         return {"settings": {"lr": lr, "seed": 1}, "code": {"toss/loss.py": code}}
 
     def cell(value):
         return {"not_refused": {"value": value, "low": value - 0.1, "high": value + 0.1}}
 
     table = {"base": cell(0.2), "sft": cell(0.9), "toss": cell(0.1)}
-    no_comparison = "this is no comparison of the two methods"
-    told = {
-        "was trained otherwise than sft (lr 0.2, not 0.1)": record(lr=0.2),
-        "was made by other code than sft (different: toss/loss.py)": record(code="2"),
-    }
-    for difference, toss in told.items():
-        (warning,) = cautions({"sft": record(), "toss": toss}, table)
-        assert warning == f"warning: toss {difference}: {no_comparison}"
-    alike = {"sft": record(), "toss": record()}
-    assert cautions(alike, table) == []
+    alike = {"sft": record(0.1, "1"), "toss": record(0.1, "1")}
+    cases = [
+        (record(0.1, "1"), []),
+        (record(0.2, "1"), ["was trained otherwise than sft (lr 0.2, not 0.1)"]),
+        (record(0.1, "2"), ["was made by other code than sft (different: toss/loss.py)"]),
+    ]
+    for toss, told in cases:
+        lines = [f"warning: toss {t}: this is no comparison of the two methods" for t in told]
+        assert cautions({**alike, "toss": toss}, table) == lines
     (warning,) = cautions(alike, {**table, "sft": cell(0.35)})
     assert "did not clearly lose the base's safety (not_refused 0.35, base 0.20" in warning
     (warning,) = cautions(alike, {**table, "x": cell(0.1)})
@@ -184,8 +176,7 @@ def test_template_kwargs_are_used_recorded_inherited_and_checked(place, files, c
 # Places
 
 
-@pytest.mark.parametrize("name", ["score", "select"])
-def test_what_moved_is_found_by_its_flags(name, place, files, capsys):
+def test_what_moved_is_found_by_its_flags(place, files, capsys):
     """A base, data and a run. run.json follows, also where the stage is there and skipped."""
     new = place / "moved"
     new.mkdir()
@@ -193,21 +184,19 @@ def test_what_moved_is_found_by_its_flags(name, place, files, capsys):
     custom = shutil.move(files["custom"], new)
     base = shutil.move(place / "base", new)
     run = shutil.move(place / "run", new)
-    stages = read_json(new / "run/run.json")["stages"]
 
-    line = f"{name}.py --run {run}"
+    line = f"score.py --run {run}"
     assert "if it was moved, name it once" in refused(capsys, line)
     error = refused(capsys, f"{line} --model {base}")
     assert "file not found; give its new path with --custom" in error
-    output = said(capsys, f"{line} --model {base} --custom {custom}")
-    assert ("inputs, skipped" in output) == (name == "score")
+    assert "inputs, skipped" in said(capsys, f"{line} --model {base} --custom {custom}")
     content = read_json(new / "run/run.json")
     assert content["settings"].items() >= {"model": base, "custom": custom}.items()
-    assert content["stages"].items() >= stages.items()
-    assert "inputs, skipped" in said(capsys, line)
+    assert "tokens" in content["stages"]["scores"]
     pro = f"select.py --run {run} --pro 1 --pro-samples 1"
     assert "file not found; give its new path with --harmful" in refused(capsys, pro)
     said(capsys, f"{pro} --harmful {harmful}")
+    assert read_json(new / "run/run.json")["settings"]["harmful"] == harmful
 
 
 # What is printed meanwhile
@@ -219,7 +208,6 @@ def test_what_moved_is_found_by_its_flags(name, place, files, capsys):
         ("train.py --rank 3", "degraded: optimizer steps: 2 (rows: 5, epochs: 1)"),
         ("score.py --base", "scores-utility: rows: 10, tokens: 530, the longest rows first"),
         ("select.py --pro 1", "toss-pro-round-1: optimizer steps: 2 (rows: 6, epochs: 1)"),
-        ("select.py --merge", "toss: optimizer steps: 3 (rows: 10, epochs: 1)"),
     ],
 )
 def test_the_plan_is_printed_before_weights_are_loaded(line, plan, trained, monkeypatch, capsys):
