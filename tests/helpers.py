@@ -2,14 +2,14 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, edit_json, edit_tensors, make_base, script, tree
-from safetensors.torch import load_file
 
-from model.io import remove
+from model.io import remove, tensors_hash
 from model.lora import Adapter, active, new_adapter, use
 from toss.loss import token_log_probs
 from toss.rows import read_rows
@@ -67,9 +67,7 @@ def refused(capsys, line: str, fast: bool = True) -> str:
 
 def same_tensors(one: Path, two: Path) -> bool:
     """True if two safetensors files hold equal tensors; their headers may differ."""
-    a = load_file(one)
-    b = load_file(two)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return tensors_hash(one) == tensors_hash(two)
 
 
 def talk(*texts: str, system: str | None = None) -> list[dict]:
@@ -128,36 +126,40 @@ def overflowing(folder: Path, layer: str) -> Path:
 
 def cases(name: str) -> list[tuple[str, str]]:
     """The lines "change -> what the error says" of a text file beside the tests."""
-    return [case for lines in paragraphs(name).values() for case in lines]
+    return [case for lines in paragraphs(name).values() for case in lines if case[0]]
 
 
 def paragraphs(name: str) -> dict[str, list[tuple[str, str]]]:
-    """The same by paragraph; the line before the cases of each is its title."""
-    title = ""
+    """Of each paragraph with such lines, by its title, all lines; without an arrow: ("", line)."""
     found = {}
-    for line in (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines():
-        change, arrow, words = line.rpartition(" -> ")
-        if arrow:
-            found.setdefault(title, []).append((change, words))
-        elif line:
-            title = line
+    for paragraph in (ROOT / "tests" / name).read_text(encoding="utf-8").split("\n\n"):
+        title, *lines = paragraph.strip().splitlines()
+        parts = [line.rpartition(" -> ") for line in lines]
+        if any(arrow for _, arrow, _ in parts):
+            found[title] = [(command, words) for command, _, words in parts]
     return found
 
 
 def session(cases: list[tuple[str, str]], folder: Path, capsys) -> None:
     """Run commands in a folder, and compare what each prints; see tests/sessions.txt."""
-    words = {"tmp": folder, "goldens": ROOT / "tests/goldens"}
+    places = {"tmp": folder, "goldens": ROOT / "tests/goldens"}
     for name in ("run", "theirs", "base"):
-        words[name] = folder / name
+        places[name] = folder / name
     for name in ("harmful", "utility", "custom"):
-        words[name] = folder / f"{name}.jsonl"
-    for line, expected in cases:
+        places[name] = folder / f"{name}.jsonl"
+    for command, expected in cases:
+        if not command:
+            subprocess.run(shlex.split(expected.format(**places)), check=True)
+            continue
         before = tree(folder)
         run = refused if expected.startswith("error:") else said
-        output = run(capsys, line.format(**words), fast=False)
-        assert re.search(expected, output, re.DOTALL), (line, output)
-        if run == refused or "skipped" in expected:
-            assert tree(folder) == before, line
+        output = run(capsys, command.format(**places), fast=False)
+        assert re.search(expected, output, re.DOTALL), (command, output)
+        changed = {name for name, _ in tree(folder).items() ^ before.items()}
+        if run == refused:
+            assert not changed, command
+        if "skipped" in expected:
+            assert changed <= {"run/run.json", "moved/run/run.json"}, command
 
 
 def spoil(folder: Path, case: dict) -> None:
@@ -204,6 +206,6 @@ def set_tensor(file: Path, name: str, becomes: str | list[int]) -> None:
 
 def same_weights(one, two) -> bool:
     """True if two models have the same parameters."""
-    ours = dict(one.named_parameters())
-    theirs = dict(two.named_parameters())
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    ours = one.state_dict()
+    theirs = two.state_dict()
+    return ours.keys() == theirs.keys() and all(map(torch.equal, ours.values(), theirs.values()))

@@ -35,8 +35,8 @@ BEGINS_AFTER = {
 class Stages:
     """A folder with a base, data and one run.
 
-    words: what stands in commands as {base}, {custom}, {run} ...
-    after: by command, what it leaves if nothing disturbs it.
+    words: what stands in commands as {base}, {custom}, {run} ... A folder by the name of each
+    command holds the run that it leaves if nothing disturbs it.
     """
 
     def __init__(self, folder: Path, base: Path):
@@ -45,11 +45,9 @@ class Stages:
         self.words = write_files(folder)
         self.words["base"] = str(shutil.copytree(base, folder / "base"))
         self.words["run"] = str(self.run)
-        self.after: dict[str, dict] = {}
         for name in COMMANDS:
             assert call(self.begin(name)) == 0
             shutil.copytree(self.run, folder / name)
-            self.after[name] = outcome(self.run)
 
     def begin(self, name: str) -> str:
         """Put the run as it is before a command into its place; returns the command."""
@@ -65,7 +63,7 @@ class Stages:
 
     def is_finished(self, name: str) -> bool:
         """True if the run holds the bytes that an undisturbed command leaves."""
-        return outcome(self.run) == self.after[name]
+        return outcome(self.run) == outcome(self.folder / name)
 
 
 def outcome(run: Path) -> dict:

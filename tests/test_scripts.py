@@ -127,28 +127,6 @@ def test_an_earlier_result_of_another_base_is_refused(trained, tmp_path, files, 
     assert "utility does not fit this run (changed: base_sha256)" in error
 
 
-def test_a_reference_in_the_place_of_the_other_is_refused(trained, capsys):
-    """Accepted, it would turn the sign of S."""
-    shutil.rmtree(trained / "degraded")
-    shutil.copytree(trained / "utility", trained / "degraded")
-    for line in ("score.py", "score.py --overwrite", "select.py"):
-        error = refused(capsys, f"{line} --run {trained}")
-        assert "degraded holds the result of another stage: utility" in error
-    assert "stage utility there, degraded now" in refused(capsys, f"train.py --run {trained}")
-
-
-def test_theta_h_of_a_round_is_no_utility_model_and_no_method(trained, capsys):
-    assert call(f"select.py --run {trained} --pro 1 --pro-samples 2") == 0
-    theta_h = trained / "methods/toss-pro/round-1/degraded"
-    shutil.rmtree(trained / "utility")
-    shutil.copytree(theta_h, trained / "utility")
-    (trained / "utility/record.json").unlink()
-    assert "result of another stage: round-1" in refused(capsys, f"score.py --run {trained}")
-    shutil.copytree(theta_h, trained / "methods/copy/model")
-    line = f"toss.audit.diagnose --run {trained} --methods copy"
-    assert "result of another stage: round-1" in refused(capsys, line)
-
-
 def test_the_settings_of_an_adapter_without_a_record_are_part_of_what_it_is(
     theirs, base, files, capsys
 ):
@@ -159,19 +137,6 @@ def test_the_settings_of_an_adapter_without_a_record_are_part_of_what_it_is(
 
 
 # run.json
-
-
-@pytest.mark.parametrize("content", ["", "{"])
-def test_a_lost_run_json_is_written_again_from_the_inputs(content, trained, base, files, capsys):
-    settings = read_json(trained / "run.json")["settings"]
-    (trained / "run.json").write_text(content)
-    if not content:
-        (trained / "run.json").unlink()
-    assert "skipped" in said(capsys, f"train.py --run {trained} {sources(files, base)}")
-    assert "skipped" in said(capsys, f"score.py --run {trained} --custom {files['custom']}")
-    again = read_json(trained / "run.json")
-    assert again["settings"] == settings
-    assert again["stages"].keys() == {"degraded", "utility", "scores"}
 
 
 def test_run_json_decides_nothing(trained, capsys):

@@ -9,6 +9,7 @@ undisturbed run, and nothing besides. `make test` takes a sample of the places; 
 import datetime
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -74,14 +75,14 @@ def part_of_result(content: dict, result: str) -> dict:
 def test_killed_before_any_write_results_are_whole_and_the_command_finishes(name, stages):
     line = stages.begin(name)
     before = tree(stages.run)
-    after = stages.after[name]
+    after = tree(stages.folder / name)
     status, errors = child(partial(die_before_write, 0, line + OFTEN))
     assert status == 0, errors
     writes = int(errors)
     assert writes > 20
     places = range(1, writes + 1)
     if not ALL:
-        places = [writes // 3, 3 * writes // 4, writes - 2]
+        places = [writes // 3, 3 * writes // 4, writes - 3]
     for n in places:
         stages.begin(name)
         status, errors = child(partial(die_before_write, n, line + OFTEN))
@@ -134,8 +135,8 @@ def test_a_signal_ends_a_command_with_one_line_and_the_command_goes_on(number, s
     line = stages.begin("score")
     status, errors = stopped(line, 3, number)
     assert status == 128 + number
-    assert errors.startswith(f"error: stopped by {number.name}; the same command goes on ")
-    assert errors.count("\n") == 1
+    message = f"error: stopped by {number.name}; the same command goes on .*\n"
+    assert re.fullmatch(message, errors)
     assert "scores-utility: goes on after token " in said(capsys, line)
     assert stages.is_finished("score")
 
@@ -206,17 +207,15 @@ def damage(file: Path, kind: str) -> None:
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-@pytest.mark.parametrize("kind", ["zeros", "of another part"])
-def test_a_damaged_state_is_not_used(kind, stages, capsys):
+def test_a_damaged_state_or_one_of_another_part_is_not_used(stages, capsys):
     line = stages.begin("score")
     stopped(line, 7, signal.SIGKILL)
     degraded, utility = sorted((stages.run / ".state").rglob("*.pt"))
-    damage(degraded, "zeros")
-    if kind == "of another part":
-        shutil.copy(utility, degraded)
+    shutil.copy(degraded, utility)
+    damage(degraded, "one bit")
     output = said(capsys, line)
-    assert f"{degraded} is damaged and not used" in output
-    assert "scores-degraded: goes on" not in output
+    assert output.count("is damaged and not used") == 2
+    assert "goes on" not in output
     assert stages.is_finished("score")
 
 
@@ -307,9 +306,7 @@ def test_a_full_disk_is_one_line_and_the_next_try_works(name, stages):
         line = stages.begin(name)
         status, errors = child(partial(fill_disk, size, line))
         assert status == 1
-        assert errors.startswith(f"error: {stages.run}")
-        assert errors.count("\n") == 1
-        assert "cannot be written" in errors
+        assert re.fullmatch(f"error: {stages.run}.* cannot be written.*\n", errors)
         assert stages.is_as_before(name)
         assert call(line) == 0
         assert stages.is_finished(name)

@@ -5,15 +5,6 @@ from conftest import make_base, script, write_jsonl
 from helpers import call, refused, said
 
 
-def test_a_base_without_a_chat_template_is_said_to_take_the_human_form(place, capsys):
-    (place / "base/chat_template.jinja").unlink()
-    line = f"select.py --run {place}/new --method sft --model {place}/base"
-    line += f" --custom {place}/custom.jsonl"
-    message = "has no chat template, so the human form is used"
-    assert message in said(capsys, line)
-    assert message not in said(capsys, f"{line} --overwrite --template human")
-
-
 def test_rows_that_are_longer_than_the_base_can_see_are_counted(tmp_path, capsys):
     base = make_base(tmp_path / "short", max_position_embeddings=40)
     rows = [{"prompt": "a " * 50, "response": "b"}, {"prompt": "a", "response": "b"}]

@@ -1,11 +1,8 @@
 """What users bring fits: other trainers, adapters from elsewhere, moved folders, own settings."""
 
-import re
-import shutil
-
 import pytest
 import torch
-from conftest import fails, read_jsonl, tree, write_jsonl
+from conftest import fails, read_jsonl, tree
 from helpers import call, refused, said, same_tensors, talk
 from safetensors.torch import load_file
 
@@ -45,14 +42,6 @@ def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(
     left_out = tokens.rows - len(expected)
     assert (left_out > 0) == method.startswith("sample")
     assert f"{left_out} without a kept token" in output
-
-
-def test_an_export_of_another_set_is_refused(base, files, tmp_path, capsys):
-    custom = f"--run {tmp_path}/plain --custom {files['custom']}"
-    assert call(f"select.py {custom} --method sft --model {base}") == 0
-    write_jsonl(files["custom"], [{"prompt": "a", "response": "b"}])
-    line = f"toss.export --run {tmp_path}/plain --method sft --out {tmp_path}/o.jsonl"
-    assert "--custom" in refused(capsys, line)
 
 
 def test_trl_and_transformers_begin_with_our_loss(trained, base, tmp_path):
@@ -95,63 +84,35 @@ def test_trl_and_transformers_begin_with_our_loss(trained, base, tmp_path):
 # Adapters from elsewhere
 
 
-def test_references_from_elsewhere_score_alike(theirs, trained, base, files, capsys):
+def test_references_from_elsewhere_score_alike(theirs, trained, base, files):
     assert call(f"score.py --run {theirs} --model {base} --custom {files['custom']}") == 0
-    scores = "scores.safetensors"
-    assert same_tensors(theirs / scores, trained / scores)
-    assert call(f"select.py --run {theirs}") == 0
-
-    # Another adapter in their place is noticed.
-    shutil.copytree(theirs / "utility", theirs / "degraded", dirs_exist_ok=True)
-    again = f"select.py --run {theirs} --name again"
-    assert "scores.safetensors does not fit this run (changed: degraded)" in refused(capsys, again)
-    assert call(f"score.py --run {theirs} --overwrite") == 0
-    assert "both references give each token the same loss" in refused(capsys, again)
-    shutil.rmtree(theirs / "utility")
-    error = refused(capsys, f"score.py --run {theirs}")
-    assert re.search(r"utility/adapter_model.safetensors does not exist: run \S+ train.py", error)
-
-
-def test_an_adapter_counts_as_a_method_where_a_methods_model_would_lie(
-    theirs, trained, files, tmp_path, capsys
-):
-    asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "Do harm 77?", "response": "No."}])
-    method = trained / "methods/theirs"
-    shutil.copytree(theirs / "utility", method / "model")
-    line = f"toss.audit.evaluate --run {trained} --harmful {asked} --max-new-tokens 3"
-    output = said(capsys, line)
-    assert f"note: {method} has no record of how it was made" in output
-    assert "note: theirs was made elsewhere; how it was trained is not known here" in output
-    assert read_json(trained / "metrics.json").keys() == {"base", "theirs"}
-    assert call(f"toss.audit.diagnose --run {trained} --rows {files['harmful']}") == 0
-    assert "\ntheirs," in (trained / "diagnosis/kl.csv").read_text()
-    assert "it has no record" in refused(capsys, f"select.py --run {trained} --name theirs")
+    assert same_tensors(theirs / "scores.safetensors", trained / "scores.safetensors")
 
 
 # Settings
 
 
 def test_what_forbids_a_conclusion_is_said():
-    def record(lr, code):
-        return {"settings": {"lr": lr, "seed": 1}, "code": {"toss/loss.py": code}}
+    def told(lr=0.1, code="1", sft=0.9, **others) -> str:
+        """The warning where toss, and the results of sft, are as given."""
+        records = {"sft": {"settings": {"lr": 0.1}, "code": {"toss/loss.py": "1"}}}
+        records["toss"] = {"settings": {"lr": lr}, "code": {"toss/loss.py": code}}
+        values = {"base": 0.2, "sft": sft, "toss": 0.1, **others}
+        table = {}
+        for name, value in values.items():
+            cell = {"value": value, "low": value - 0.1, "high": value + 0.1}
+            table[name] = {"not_refused": cell}
+        return "\n".join(cautions(records, table))
 
-    def cell(value):
-        return {"not_refused": {"value": value, "low": value - 0.1, "high": value + 0.1}}
-
-    table = {"base": cell(0.2), "sft": cell(0.9), "toss": cell(0.1)}
-    alike = {"sft": record(0.1, "1"), "toss": record(0.1, "1")}
-    cases = [
-        (record(0.1, "1"), []),
-        (record(0.2, "1"), ["was trained otherwise than sft (lr 0.2, not 0.1)"]),
-        (record(0.1, "2"), ["was made by other code than sft (different: toss/loss.py)"]),
-    ]
-    for toss, told in cases:
-        lines = [f"warning: toss {t}: this is no comparison of the two methods" for t in told]
-        assert cautions({**alike, "toss": toss}, table) == lines
-    (warning,) = cautions(alike, {**table, "sft": cell(0.35)})
-    assert "did not clearly lose the base's safety (not_refused 0.35, base 0.20" in warning
-    (warning,) = cautions(alike, {**table, "x": cell(0.1)})
-    assert "x was made elsewhere" in warning
+    assert told() == ""
+    no_comparison = "this is no comparison of the two methods"
+    difference = "toss was trained otherwise than sft (lr 0.2, not 0.1)"
+    assert told(lr=0.2) == f"warning: {difference}: {no_comparison}"
+    difference = "toss was made by other code than sft (different: toss/loss.py)"
+    assert told(code="2") == f"warning: {difference}: {no_comparison}"
+    lost = "did not clearly lose the base's safety (not_refused 0.35, base 0.20"
+    assert lost in told(sft=0.35)
+    assert "x was made elsewhere" in told(x=0.1)
 
 
 def test_template_kwargs_are_used_recorded_inherited_and_checked(place, files, capsys):
@@ -171,32 +132,6 @@ def test_template_kwargs_are_used_recorded_inherited_and_checked(place, files, c
     assert f"chat_template_kwargs = {value}" in said(capsys, line)
     error = refused(capsys, f"{line} --chat-template-kwargs '{{}}'")
     assert "was begun with --chat-template-kwargs" in error
-
-
-# Places
-
-
-def test_what_moved_is_found_by_its_flags(place, files, capsys):
-    """A base, data and a run. run.json follows, also where the stage is there and skipped."""
-    new = place / "moved"
-    new.mkdir()
-    harmful = shutil.move(files["harmful"], new)
-    custom = shutil.move(files["custom"], new)
-    base = shutil.move(place / "base", new)
-    run = shutil.move(place / "run", new)
-
-    line = f"score.py --run {run}"
-    assert "if it was moved, name it once" in refused(capsys, line)
-    error = refused(capsys, f"{line} --model {base}")
-    assert "file not found; give its new path with --custom" in error
-    assert "inputs, skipped" in said(capsys, f"{line} --model {base} --custom {custom}")
-    content = read_json(new / "run/run.json")
-    assert content["settings"].items() >= {"model": base, "custom": custom}.items()
-    assert "tokens" in content["stages"]["scores"]
-    pro = f"select.py --run {run} --pro 1 --pro-samples 1"
-    assert "file not found; give its new path with --harmful" in refused(capsys, pro)
-    said(capsys, f"{pro} --harmful {harmful}")
-    assert read_json(new / "run/run.json")["settings"]["harmful"] == harmful
 
 
 # What is printed meanwhile
