@@ -82,7 +82,7 @@ def test_killed_before_any_write_results_are_whole_and_the_command_finishes(name
     assert writes > 20
     places = range(1, writes + 1)
     if not ALL:
-        places = [writes // 3, 3 * writes // 4, writes - 3]
+        places = [writes // 3, 3 * writes // 4, writes - 5]
     for n in places:
         stages.begin(name)
         status, errors = child(partial(die_before_write, n, line + OFTEN))
@@ -144,20 +144,18 @@ def test_a_signal_ends_a_command_with_one_line_and_the_command_goes_on(number, s
 def test_states_are_saved_by_time_and_at_the_end_of_each_part(stages, monkeypatch):
     """With steps of 50 seconds and --save-every 2: after every third step, and after the last."""
     steps = []
-    saves = []
+    saves = {}
     save = SavedState.save
 
     def noted(state, values, part):
-        saves.append((state.name, len(steps)))
+        saves.setdefault(state.name, []).append(len(steps))
         save(state, values, part)
 
     monkeypatch.setattr(states, "time", SimpleNamespace(monotonic=lambda: 50 * len(steps)))
     monkeypatch.setattr(SavedState, "save", noted)
     on_each_step(monkeypatch, steps.append)
     assert call(stages.begin("train") + " --epochs 5") == 0
-    expected = [("degraded-float32", step) for step in (3, 6, 9, 10)]
-    expected += [("utility-float32", step) for step in (13, 16, 19, 20)]
-    assert saves == expected
+    assert saves == {"degraded-float32": [3, 6, 9, 10], "utility-float32": [13, 16, 19, 20]}
 
 
 def test_seconds_of_interrupted_work_add_up(tmp_path, monkeypatch):
