@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
-from conftest import edit_json, tree
+from conftest import edit_json, sources, tree
 from helpers import call, refused, said
 from safetensors.torch import load_file
 from stages import child, on_step
@@ -111,10 +111,10 @@ def test_a_mask_that_changes_before_it_is_read_leaves_no_state(stages, monkeypat
 
 @pytest.mark.parametrize("reader", ["toss.workbench.base.read_rows", "toss.rows.read_rows"])
 def test_rows_that_change_while_they_are_read_end_the_command(
-    reader, trained, files, monkeypatch, capsys
+    reader, trained, base, files, monkeypatch, capsys
 ):
     rows = Path(shutil.copy(files["harmful"], trained.with_name("rows.jsonl")))
-    line = f"score.py --run {trained} --overwrite --custom {rows}"
+    line = f"train.py --run {trained} --overwrite {sources({**files, 'harmful': rows}, base)}"
     if reader == "toss.rows.read_rows":
         line = f"toss.audit.evaluate --run {trained} --harmful {rows} --methods base"
     before = tree(trained)
