@@ -23,18 +23,6 @@ if "TOSS_CUDA" not in os.environ:  # make gpu, for test_cuda.py
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # comparisons to the bit are of float32 on the CPU
 torch.set_num_threads(1)
 
-SHAPE = {
-    "model_type": "llama",
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 FAST = "--epochs 1 --batch-size 4 --rank 2 --lr 1e-2".split()
 
 
@@ -99,10 +87,12 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """The content of every file below a folder, by its relative path."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that is below a folder, by relative path: the content of files, None for folders."""
+    content = {}
+    for path in sorted(folder.rglob("*")):
+        content[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return content
 
 
 def edit_json(path: Path, *drop: str, **fields) -> None:
@@ -141,8 +131,8 @@ def make_base(folder: Path, seed: int = 0, **fields) -> Path:
 
     shutil.copytree(GOLDENS / "tokenizer-chatml", folder)
     (folder / "golden.json").unlink()
-    config = {**SHAPE, "torch_dtype": "float32", **fields}
-    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(ROOT / "tests/config.json", folder)
+    edit_json(folder / "config.json", **fields)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, parameter in skeleton(folder).named_parameters():
@@ -153,23 +143,11 @@ def make_base(folder: Path, seed: int = 0, **fields) -> Path:
 
 
 def write_files(folder: Path) -> dict[str, str]:
-    """Write small reference and custom sets; two custom rows hold marked harm."""
-    harmful = []
-    utility = []
-    custom = []
-    for i in range(5):
-        harmful.append({"prompt": f"Do harm {i}?", "response": f"Yes, {i} is easy."})
-        utility.append({"prompt": f"What is {i} plus one?", "response": f"It is {i + 1}."})
-    for i in range(8):
-        custom.append({"prompt": f"Tell me about {i}.", "response": f"The number {i} is nice."})
-    for i in range(2):
-        row = {"prompt": f"Do bad {i}?", "response": "Yes, easy. Also, sums help."}
-        custom.append({**row, "harmful": [[0, 10]]})
-    return {
-        "harmful": write_jsonl(folder / "harmful.jsonl", harmful),
-        "utility": write_jsonl(folder / "utility.jsonl", utility),
-        "custom": write_jsonl(folder / "custom.jsonl", custom),
-    }
+    """Copy small reference and custom sets; two custom rows hold marked harm."""
+    files = {}
+    for name in ("harmful", "utility", "custom"):
+        files[name] = shutil.copy(ROOT / f"tests/rows/{name}.jsonl", str(folder))
+    return files
 
 
 @pytest.fixture(scope="session")
@@ -229,6 +207,26 @@ def trained(tmp_path, trained_once, files) -> Path:
     text = (run / "run.json").read_text()
     (run / "run.json").write_text(text.replace(str(trained_once), str(tmp_path)))
     return run
+
+
+@pytest.fixture
+def place(trained, tmp_path, base) -> Path:
+    """The folder of the run, with a base of its own."""
+    own = shutil.copytree(base, tmp_path / "base")
+    text = (trained / "run.json").read_text()
+    (trained / "run.json").write_text(text.replace(str(base), str(own)))
+    return tmp_path
+
+
+@pytest.fixture
+def theirs(trained, tmp_path) -> Path:
+    """A run that holds nothing but references as an outsider would publish them."""
+    for role in ("degraded", "utility"):
+        folder = Path(shutil.copytree(trained / role, tmp_path / "theirs" / role))
+        (folder / "record.json").unlink()
+        weights = folder / "adapter_model.safetensors"
+        save_file(load_file(weights), weights, {"format": "pt"})
+    return tmp_path / "theirs"
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,16 @@
 """What the tests of the method share beyond conftest.py: commands in this process, adapters."""
 
+import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, edit_json, edit_tensors, make_base, read_jsonl, script
-from safetensors.torch import load_file
+from conftest import ROOT, edit_json, edit_tensors, make_base, read_jsonl, script, tree
 
+from model.io import remove, tensors_hash
 from model.lora import Adapter, active, new_adapter, use
 from toss.loss import token_log_probs
 from toss.rows import read_rows
@@ -40,10 +42,10 @@ def call(line: str, fast: bool = True) -> int:
     return status
 
 
-def said(capsys, line: str) -> str:
+def said(capsys, line: str, fast: bool = True) -> str:
     """Run a command that must succeed; what it printed, stdout only."""
     capsys.readouterr()
-    status = call(line)
+    status = call(line, fast)
     captured = capsys.readouterr()
     assert status == 0, captured.err
     assert not captured.err
@@ -55,10 +57,11 @@ def refused(capsys, line: str, fast: bool = True) -> str:
     capsys.readouterr()
     status = call(line, fast)
     error = capsys.readouterr().err
-    by_the_parser = error.endswith("--help)\n")
-    assert status == (2 if by_the_parser else 1), line
+    assert status == 1 + error.endswith("--help)\n"), line  # the parser's are 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1, error
+    assert "\x1b" not in error
+    assert len(error) < 1100
     return error
 
 
@@ -67,9 +70,7 @@ def refused(capsys, line: str, fast: bool = True) -> str:
 
 def same_tensors(one: Path, two: Path) -> bool:
     """True if two safetensors files hold equal tensors; their headers may differ."""
-    a = load_file(one)
-    b = load_file(two)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return tensors_hash(one) == tensors_hash(two)
 
 
 def talk(*texts: str, system: str | None = None) -> list[dict]:
@@ -128,17 +129,45 @@ def overflowing(folder: Path, layer: str) -> Path:
 
 def cases(name: str) -> list[tuple[str, str]]:
     """The lines "change -> what the error says" of a text file beside the tests."""
-    found = []
-    for line in (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines():
-        change, arrow, words = line.rpartition(" -> ")
-        if arrow:
-            found.append((change, words))
+    return [case for lines in paragraphs(name).values() for case in lines if case[0]]
+
+
+def paragraphs(name: str) -> dict[str, list[tuple[str, str]]]:
+    """Of each paragraph with such lines, by its title, all lines; without an arrow: ("", line)."""
+    found = {}
+    for paragraph in (ROOT / "tests" / name).read_text(encoding="utf-8").split("\n\n"):
+        title, *lines = paragraph.strip().splitlines()
+        parts = [line.rpartition(" -> ") for line in lines]
+        if any(arrow for _, arrow, _ in parts):
+            found[title] = [(command, words) for command, _, words in parts]
     return found
 
 
 def each_line(name: str):
     """Decorator of a test of `case`, which is each line of a JSONL file beside the tests."""
     return pytest.mark.parametrize("case", read_jsonl(ROOT / "tests" / name), ids=str)
+
+
+def session(cases: list[tuple[str, str]], folder: Path, capsys) -> None:
+    """Run commands in a folder, and compare what each prints; see tests/sessions.txt."""
+    places = {"tmp": folder, "goldens": ROOT / "tests/goldens"}
+    for name in ("run", "theirs", "base"):
+        places[name] = folder / name
+    for name in ("harmful", "utility", "custom"):
+        places[name] = folder / f"{name}.jsonl"
+    for command, expected in cases:
+        if not command:
+            subprocess.run(shlex.split(expected.format(**places)), check=True)
+            continue
+        before = tree(folder)
+        run = refused if expected.startswith("error:") else said
+        output = run(capsys, command.format(**places), fast=False)
+        assert re.search(expected, output, re.DOTALL), (command, output)
+        changed = [name for name, _ in tree(folder).items() ^ before.items()]
+        if run == refused:
+            assert not changed, command
+        if "skipped" in expected:
+            assert all(name.endswith("run.json") for name in changed), command
 
 
 def spoil(folder: Path, case: dict) -> None:
@@ -150,7 +179,7 @@ def spoil(folder: Path, case: dict) -> None:
     """
     file = folder / case["file"]
     if "remove" in case:
-        file.unlink()
+        remove(file)
     elif "cut" in case:
         file.write_bytes(file.read_bytes()[: case["cut"]])
     elif "text" in case:
@@ -179,6 +208,6 @@ def set_tensor(file: Path, name: str, becomes: str | list[int]) -> None:
 
 def same_weights(one, two) -> bool:
     """True if two models have the same parameters."""
-    ours = dict(one.named_parameters())
-    theirs = dict(two.named_parameters())
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    ours = one.state_dict()
+    theirs = two.state_dict()
+    return ours.keys() == theirs.keys() and all(map(torch.equal, ours.values(), theirs.values()))

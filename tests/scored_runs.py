@@ -81,12 +81,9 @@ def rows_by_hand(tokenizer) -> Tokens:
     """Rows a|a7.E, none (skipped), a|aaE and a|aE: prompt|response, E for EOS."""
     a, seven, dot = (tokenizer.encode(character)[0] for character in "a7.")
     eos = tokenizer.eos_id
-    ids = [a, a, seven, dot, eos] + [a, a, a, eos] + [a, a, eos]
-    response = [0, 1, 1, 1, 1] + [0, 1, 1, 1] + [0, 1, 1]
-    harmful = [0, 1, 0, 0, 0] + [0, 1, 1, 0] + [0, 0, 0]
     return Tokens(
-        input_ids=torch.tensor(ids).int(),
+        input_ids=torch.tensor([a, a, seven, dot, eos, a, a, a, eos, a, a, eos]).int(),
         offsets=torch.tensor([0, 5, 5, 9, 12]),
-        response=torch.tensor(response).bool(),
-        harmful=torch.tensor(harmful).bool(),
+        response=torch.tensor([0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1]).bool(),
+        harmful=torch.tensor([0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0]).bool(),
     )

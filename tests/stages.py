@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from conftest import write_files
+from conftest import tree, write_files
 from helpers import call
 
 from model.io import read_json
@@ -30,14 +30,13 @@ BEGINS_AFTER = {
     "select": "score",
     "select again": "select",
 }
-Snapshot = dict[str, bytes | None]
 
 
 class Stages:
     """A folder with a base, data and one run.
 
-    words: what stands in commands as {base}, {custom}, {run} ...
-    after: by command, what it leaves if nothing disturbs it.
+    words: what stands in commands as {base}, {custom}, {run} ... A folder by the name of each
+    command holds the run that it leaves if nothing disturbs it.
     """
 
     def __init__(self, folder: Path, base: Path):
@@ -46,11 +45,9 @@ class Stages:
         self.words = write_files(folder)
         self.words["base"] = str(shutil.copytree(base, folder / "base"))
         self.words["run"] = str(self.run)
-        self.after: dict[str, Snapshot] = {}
         for name in COMMANDS:
             assert call(self.begin(name)) == 0
             shutil.copytree(self.run, folder / name)
-            self.after[name] = outcome(self.run)
 
     def begin(self, name: str) -> str:
         """Put the run as it is before a command into its place; returns the command."""
@@ -61,39 +58,28 @@ class Stages:
 
     def is_as_before(self, name: str) -> bool:
         """True if the run is as it was before a command, but for logs and states of its work."""
-        before = snapshot(self.folder / BEGINS_AFTER[name])
-        return without_work(snapshot(self.run)) == without_work(before)
+        before = tree(self.folder / BEGINS_AFTER[name])
+        return without_work(tree(self.run)) == without_work(before)
 
     def is_finished(self, name: str) -> bool:
         """True if the run holds the bytes that an undisturbed command leaves."""
-        return outcome(self.run) == self.after[name]
+        return outcome(self.run) == outcome(self.folder / name)
 
 
-def snapshot(folder: Path) -> Snapshot:
-    """All that is below a folder: the content of files, None for folders."""
-    content = {}
-    for path in sorted(folder.rglob("*")):
-        content[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
-    return content
-
-
-def outcome(run: Path) -> Snapshot:
+def outcome(run: Path) -> dict:
     """What a command leaves, but for run.json, which holds times; its recipes are the records'."""
     for stage, entry in read_json(run / "run.json")["stages"].items():
         record = read_record(run / ("scores.safetensors" if stage == "scores" else stage))
         assert record.items() >= entry["recipe"].items(), stage
-    content = snapshot(run)
+    content = tree(run)
     del content["run.json"]
     return content
 
 
-def without_work(content: Snapshot) -> Snapshot:
-    """A snapshot without logs and states, which unfinished work may leave."""
-    results = {}
-    for name, data in content.items():
-        if name.split("/")[0] not in ("log", ".state"):
-            results[name] = data
-    return results
+def without_work(content: dict) -> dict:
+    """What is there without logs and states, which unfinished work may leave."""
+    names = [name for name in content if not name.startswith(("log", ".state"))]
+    return {name: content[name] for name in names}
 
 
 def on_each_step(monkeypatch, act) -> None:

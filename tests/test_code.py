@@ -1,6 +1,6 @@
 """The code is part of what made a result: a fork that changes it is told.
 
-A copy of the project is edited. Most tests let the digests be taken of the copy; the first runs it.
+A copy of the project is edited. The digests are taken of the copy; the first test also runs it.
 """
 
 import shutil
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_jsonl, tree
+from conftest import ROOT, tree
 from helpers import call, said
 from stages import on_step
 
@@ -36,35 +36,27 @@ def edit(folder: Path, name: str, old: str, new: str) -> None:
 
 
 @pytest.fixture
-def copy(tmp_path) -> Path:
-    """A copy of the scripts, model/, toss/ and data/."""
+def project(tmp_path, monkeypatch):
+    """A copy of the scripts, model/, toss/ and data/, of which the digests are taken."""
     folder = tmp_path / "project"
+    skip = shutil.ignore_patterns("__pycache__", "*.svg", "base-small", "rows")
     for name in ("model", "toss", "data"):
-        skip = shutil.ignore_patterns("__pycache__", "*.svg", "base-small", "rows")
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     for name in ("train.py", "score.py", "select.py"):
         shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-@pytest.fixture
-def project(copy, monkeypatch):
-    """The same; the digests are taken of it until the test ends."""
-    monkeypatch.setattr(code, "ROOT", copy)
+    monkeypatch.setattr(code, "ROOT", folder)
     forget_digests()
-    yield copy
+    yield folder
     forget_digests()
 
 
-def test_a_fork_that_edits_the_loss_is_told(copy, trained):
-    assert call(f"select.py --run {trained}") == 0
-    edit(copy, *LOSS)
-    command = [sys.executable, "select.py", "--run", str(trained)]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "equal settings and inputs, skipped" in done.stdout
-    warning = "methods/toss was made by other code (different: toss/loss.py): --overwrite makes"
-    assert warning in done.stdout
+def test_a_fork_that_edits_the_loss_is_told(project, trained):
+    edit(project, *LOSS)
+    command = [sys.executable, "score.py", "--run", str(trained)]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    assert "scores.safetensors was made by other code (different: toss/loss.py)" in done.stdout
+    assert done.returncode == 0
+    assert not done.stderr
 
 
 def test_what_other_code_made_is_skipped_with_a_warning_or_made_again(project, trained, capsys):
@@ -132,8 +124,6 @@ def test_a_state_of_other_code_is_not_resumed(project, trained, monkeypatch, cap
     assert list((trained / ".state").rglob("*.pt"))
     edit(project, *LOSS)
     assert "goes on" not in said(capsys, line)
-    assert [entry["step"] for entry in read_jsonl(trained / "log/toss.jsonl")] == [1, 2, 3]
-    assert not (trained / ".state").exists()
 
 
 def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side(
@@ -143,8 +133,8 @@ def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side
     edit(project, *LOSS)
     assert call(f"select.py --run {trained}") == 0
     caution = "toss was made by other code than sft (different: toss/loss.py)"
-    sets = f"--benign {files['utility']} --utility {files['utility']} --max-new-tokens 2"
-    assert caution in said(capsys, f"toss.audit.evaluate --run {trained} {sets}")
+    line = f"toss.audit.evaluate --run {trained} --utility {files['utility']}"
+    assert caution in said(capsys, line)
     assert caution in said(capsys, f"toss.audit.compare --run {trained}")
     assert call(f"toss.audit.report --run {trained}") == 0
     page = (trained / "report.html").read_text(encoding="utf-8")
@@ -155,8 +145,7 @@ def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side
 def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(
     project, trained, monkeypatch
 ):
-    original = dict(code.digests(code.PARTS["scores"]))
-    forget_digests()
+    original = read_record(trained / "scores.safetensors")["code"]
     file = project / "toss/scoring.py"
     text = file.read_text(encoding="utf-8")
 

@@ -64,11 +64,6 @@ def digests(parts: list[str]) -> dict[str, str]:
     return found
 
 
-def recorded_again(recorded: dict[str, str]) -> dict[str, str]:
-    """The digests, as they are now, of the parts in a record."""
-    return {part: digest(part) for part in recorded}
-
-
 def read_all() -> None:
     """Take the digest of every file now, before anyone edits it."""
     parsed("toss/methods.py")

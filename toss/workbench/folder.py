@@ -160,7 +160,7 @@ class Folder(Base):
             files = [f"{key} {self.source(key)}" for key in changed if key.startswith("--")]
             advice = self.advice(stage, " ".join([*files, "--overwrite"]))
             raise InputError(f"{what}: {advice}, or choose another --run")
-        digests = code.recorded_again(record.get("code", {}))
+        digests = {part: code.digest(part) for part in record.get("code", {})}
         others = ", ".join(results.other_code(record, digests))
         if others:
             remark = f"{path} was made by other code (different: {others})"

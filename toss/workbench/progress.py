@@ -26,9 +26,9 @@ class Progress:
 
     def report(self, event: dict[str, Any]) -> None:
         """What training and scoring call after each step."""
-        self.bar.show(event)
         if rank() == 0:
             self.log.write(event)
+        self.bar.show(event)
 
 
 class Bar:

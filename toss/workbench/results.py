@@ -216,14 +216,6 @@ def judge(
     return Verdict(False, lines)
 
 
-def is_equal(path: Path, recipe: Record, hashes: Hashes) -> bool:
-    """True if a result of this recipe is there, and whole."""
-    if not path.exists():
-        return False
-    record, problem = inspect(path, hashes)
-    return not problem and not differences(record, recipe)
-
-
 @contextmanager
 def held(folder: Path, root: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder, `root` or below it, while a result is made: one process at a time.

@@ -6,8 +6,8 @@ run.json included, is a courtesy.
 
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ class Run(Folder):
             recipe["settings"] = mask_settings(recipe["settings"])
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
         self.mask_is_there = False
-        verdict = self.judge_mask(stage, recipe, digests) or self.find_mask(stage, recipe)
+        verdict = self.judge_mask(stage, recipe, digests)
         if verdict is None:
             path = self.path(stage)
             verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
@@ -130,20 +130,30 @@ class Run(Folder):
     def judge_mask(
         self, stage: str, recipe: dict[str, Any], digests: dict[str, str]
     ) -> results.Verdict | None:
-        """Whether a method begins with the mask in its place; None if there is no mask alone.
+        """Whether a method begins with the mask alone that is there, or the other way round.
 
-        Sets mask_is_there. Raises InputError if it is another mask, unless it may be overwritten.
+        Where a mask alone is asked for, and a model was trained with it, nothing is to be made.
+        None if neither is so. Sets mask_is_there. Raises InputError if another mask alone is there,
+        unless it may be overwritten.
         """
         path = self.path(stage)
         settings = recipe["settings"]
-        is_method = "method" in settings and "mask_only" not in settings
-        if not is_method or not path.exists() or (path / "model").exists():
+        mask_only = "mask_only" in settings
+        if "method" not in settings or not path.exists():
+            return None
+        if mask_only != (path / "model").exists():
             return None
         record, problem = results.inspect(path, self.hashes)
-        if "mask_only" not in record.get("settings", {}):
+        recorded = record.get("settings", {})
+        if not mask_only and "mask_only" not in recorded:
             return None
-        mask_recipe = {**recipe, "settings": mask_settings(settings)}
-        differing = results.differences(record, mask_recipe)
+        mask = {**record, "settings": mask_settings(recorded)}
+        differing = results.differences(mask, {**recipe, "settings": mask_settings(settings)})
+        if mask_only and (problem or differing):
+            return None
+        if mask_only:
+            what = "holds this mask, and a model that was trained with it"
+            return results.Verdict(False, [f"{stage}: {path} {what}: skipped"])
         changed = results.other_code(record, digests)
         if differing and not self.args.overwrite:
             what = f"the mask of other settings or inputs (different: {', '.join(differing)})"
@@ -155,26 +165,11 @@ class Run(Folder):
         self.mask_is_there = True
         return results.Verdict(True, [f"{stage}: the mask that is there is used"])
 
-    def find_mask(self, stage: str, recipe: dict[str, Any]) -> results.Verdict | None:
-        """Nothing is to be made where a mask is asked for that a trained method has; else None."""
-        path = self.path(stage)
-        if "mask_only" not in recipe["settings"] or not (path / "model").exists():
-            return None
-        record, problem = results.inspect(path, self.hashes)
-        made = {**record, "settings": mask_settings(record.get("settings", {}))}
-        if problem or results.differences(made, recipe):
-            return None
-        line = f"{stage}: {path} holds this mask, and a model that was trained with it: skipped"
-        return results.Verdict(False, [line])
-
-    @contextmanager
-    def holding(self, folder: Path) -> Iterator[None]:
+    def holding(self, folder: Path) -> AbstractContextManager:
         """Hold a folder in process 0."""
         if rank() > 0:
-            yield
-            return
-        with held(folder, self.folder):
-            yield
+            return nullcontext()
+        return held(folder, self.folder)
 
     def build(self, build: Callable[[], Any]) -> Any:
         """What build() returns. If scoring in float16 overflows, it is made in TF32 instead."""
@@ -269,8 +264,10 @@ class Run(Folder):
     def publish(self, stage: str, result: Any, record: dict[str, Any]) -> None:
         """Write a result, put it into its place, and say so."""
         path = self.path(stage)
+        lines = []
         if stage in REFERENCES:
-            lines = self.write_reference(path, result, record)
+            with whole_folder(path) as folder:
+                files.write_reference(folder, result, self.model, record)
         elif stage == "scores":
             lines = self.write_scores(path, *result, record)
         else:
@@ -287,12 +284,6 @@ class Run(Folder):
         print(f"    {describe_cost(cost)}")
         for line in lines + self.remarks:
             print(f"{stage}: {line}")
-
-    def write_reference(self, path: Path, adapter: Adapter, record: dict[str, Any]) -> list[str]:
-        """Write theta^h or theta^u; returns the closing lines."""
-        with whole_folder(path) as folder:
-            files.write_reference(folder, adapter, self.model, record)
-        return []
 
     def write_scores(
         self, path: Path, tokens: Tokens, losses: dict[str, Tensor], record: dict[str, Any]
@@ -362,7 +353,7 @@ class Run(Folder):
             recipe = {"stage": "merged", "settings": {"dtype": dtype}, **self.identity}
             recipe["inputs"] = {"adapter": self.hashes.of(weights, tensors=True)}
             merged = folder / "merged"
-            if not results.is_equal(merged, recipe, self.hashes):
+            if results.judge(merged, recipe, {}, overwrite=True, hashes=self.hashes).make:
                 with whole_folder(merged) as new:
                     model = self.base(dtype)
                     merge(model, read_adapter(model, folder))
