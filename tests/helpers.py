@@ -133,13 +133,19 @@ def cases(name: str) -> list[tuple[str, str]]:
 
 
 def paragraphs(name: str) -> dict[str, list[tuple[str, str]]]:
-    """Of each paragraph with such lines, by its title, all lines; without an arrow: ("", line)."""
+    """Of each paragraph with such lines, by its first line, all; without an arrow: ("", line).
+
+    A first line without an arrow is the paragraph's title and no case.
+    """
     found = {}
     for paragraph in (ROOT / "tests" / name).read_text(encoding="utf-8").split("\n\n"):
-        title, *lines = paragraph.strip().splitlines()
+        lines = paragraph.strip().splitlines()
         parts = [line.rpartition(" -> ") for line in lines]
-        if any(arrow for _, arrow, _ in parts):
-            found[title] = [(command, words) for command, _, words in parts]
+        if not any(arrow for _, arrow, _ in parts):
+            continue
+        if not parts[0][1]:
+            parts = parts[1:]
+        found[lines[0]] = [(command, words) for command, _, words in parts]
     return found
 
 
