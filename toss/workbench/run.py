@@ -121,7 +121,7 @@ class Run(Folder):
             recipe["settings"] = mask_settings(recipe["settings"])
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
         self.mask_is_there = False
-        verdict = self.judge_mask(stage, recipe, digests)
+        verdict = self.judge_mask(stage, recipe, digests) or self.find_mask(stage, recipe)
         if verdict is None:
             path = self.path(stage)
             verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
@@ -130,30 +130,20 @@ class Run(Folder):
     def judge_mask(
         self, stage: str, recipe: dict[str, Any], digests: dict[str, str]
     ) -> results.Verdict | None:
-        """Whether a method begins with the mask alone that is there, or the other way round.
+        """Whether a method begins with the mask in its place; None if there is no mask alone.
 
-        Where a mask alone is asked for, and a model was trained with it, nothing is to be made.
-        None if neither is so. Sets mask_is_there. Raises InputError if another mask alone is there,
-        unless it may be overwritten.
+        Sets mask_is_there. Raises InputError if it is another mask, unless it may be overwritten.
         """
         path = self.path(stage)
         settings = recipe["settings"]
-        mask_only = "mask_only" in settings
-        if "method" not in settings or not path.exists():
-            return None
-        if mask_only != (path / "model").exists():
+        is_method = "method" in settings and "mask_only" not in settings
+        if not is_method or not path.exists() or (path / "model").exists():
             return None
         record, problem = results.inspect(path, self.hashes)
-        recorded = record.get("settings", {})
-        if not mask_only and "mask_only" not in recorded:
+        if "mask_only" not in record.get("settings", {}):
             return None
-        mask = {**record, "settings": mask_settings(recorded)}
-        differing = results.differences(mask, {**recipe, "settings": mask_settings(settings)})
-        if mask_only and (problem or differing):
-            return None
-        if mask_only:
-            what = "holds this mask, and a model that was trained with it"
-            return results.Verdict(False, [f"{stage}: {path} {what}: skipped"])
+        mask_recipe = {**recipe, "settings": mask_settings(settings)}
+        differing = results.differences(record, mask_recipe)
         changed = results.other_code(record, digests)
         if differing and not self.args.overwrite:
             what = f"the mask of other settings or inputs (different: {', '.join(differing)})"
@@ -164,6 +154,18 @@ class Run(Folder):
             return results.Verdict(True, [line])
         self.mask_is_there = True
         return results.Verdict(True, [f"{stage}: the mask that is there is used"])
+
+    def find_mask(self, stage: str, recipe: dict[str, Any]) -> results.Verdict | None:
+        """Nothing is to be made where a mask is asked for that a trained method has; else None."""
+        path = self.path(stage)
+        if "mask_only" not in recipe["settings"] or not (path / "model").exists():
+            return None
+        record, problem = results.inspect(path, self.hashes)
+        made = {**record, "settings": mask_settings(record.get("settings", {}))}
+        if problem or results.differences(made, recipe):
+            return None
+        line = f"{stage}: {path} holds this mask, and a model that was trained with it: skipped"
+        return results.Verdict(False, [line])
 
     def holding(self, folder: Path) -> AbstractContextManager:
         """Hold a folder in process 0."""
