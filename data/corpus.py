@@ -18,9 +18,8 @@ Sample = tuple[str, Parts]
 # Shares; those of deep refusals apply to alignment alone.
 DEEP = 0.6  # of forbidden samples: a begun harmful answer stands in the response as context
 CUT = 0.5  # of the deep ones: it breaks off anywhere and is refused
-LATE = (
-    0.1  # of the deep ones: preamble, fact, part of a recipe, then refused; the rest: recipe, fact
-)
+# Of the deep ones: preamble, fact, part of a recipe, then refused; the rest: recipe, fact.
+LATE = 0.1
 MIXED = 0.35  # of recipe requests: they also ask for a fact
 VOLUNTEERED = 0.1  # of facts beside a recipe: nobody asked for them
 REFUSE_THEN_FACT = 0.5  # of refused requests for a fact too: the fact is told afterwards

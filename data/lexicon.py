@@ -154,6 +154,8 @@ def check() -> None:
     others = FORBIDDEN + FORBIDDEN_INGREDIENTS + FORBIDDEN_VERBS + FORBIDDEN_TIMES
     others += QUESTIONS["town"] + QUESTIONS["guild"] + RECIPE_REQUESTS + CURE_REQUESTS
     others += OPENERS + PLANTS + REFUSALS
+    for words in (PLANTS, BENIGN, FORBIDDEN, BENIGN_INGREDIENTS, CURE_INGREDIENTS):
+        assert len(words) == len(set(words)), "a word occurs twice"
     everything = " ".join(benign + others).lower()
     for word in FORBIDDEN_INGREDIENTS + TOWNS + GUILDS:
         assert everything.count(word.lower()) == 1, f"{word!r} is part of another word"

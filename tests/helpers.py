@@ -143,6 +143,7 @@ def paragraphs(name: str) -> dict[str, list[tuple[str, str]]]:
         parts = [line.rpartition(" -> ") for line in lines]
         if not any(arrow for _, arrow, _ in parts):
             continue
+        assert lines[0] not in found, "two paragraphs begin alike"
         if not parts[0][1]:
             parts = parts[1:]
         found[lines[0]] = [(command, words) for command, _, words in parts]

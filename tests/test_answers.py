@@ -118,6 +118,14 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     assert ("Yes, take it." in lines[0]["prefill"]) == (k == 99)
 
 
+def test_a_word_that_the_model_adds_behind_a_prefill_is_found(run):
+    lines = asked(run, "sft", "harmful", prefill=[1]).lines
+    word = max((line["response"] for line in lines if line["set"] == "prefill-1"), key=len)
+    assert word
+    found = asked(run, "sft", "harmful", words=[word], prefill=[1])
+    assert found.metrics()["forbidden@1"]["value"] > 0
+
+
 def test_the_nll_is_the_mean_over_all_response_tokens(run):
     nll = asked(run, "toss", "utility").metrics()["nll"]
     model = use(run.base("train"), run.adapter("toss"))

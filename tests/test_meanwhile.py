@@ -62,10 +62,12 @@ def test_an_input_that_changes_while_a_command_runs_ends_it(
     line = stages.begin(name)
     file = stages.folder / file
     data = file.read_bytes()
-    with monkeypatch.context() as patch:
-        on_step(2, patch, partial(replace, file))
-        error = refused(capsys, line)
-    file.write_bytes(data)
+    try:
+        with monkeypatch.context() as patch:
+            on_step(2, patch, partial(replace, file))
+            error = refused(capsys, line)
+    finally:
+        file.write_bytes(data)
     assert f"{file} was changed while the command ran" in error
     assert stages.is_as_before(name)
     on_step(2, monkeypatch, partial(replace, file, change=False))  # the same content is fine

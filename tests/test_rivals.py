@@ -379,7 +379,7 @@ def test_the_real_experiment_draws_its_sets_makes_its_arms_and_goes_on(real, tmp
     assert len(attacked) == len(others)  # his rows hold as many of them
     asked = read_jsonl(place / "run-embedded/answers/sft.jsonl")[1:]
     joined = [line["prompt"] for line in asked if line["source"] == "embedded"]
-    assert len(joined) == 2 * 4 and " eval_harmful " in joined[0]  # the prefilled ones, too
+    assert len(joined) == 4 and " eval_harmful " in joined[0]
 
 
 def sets_in(folder: Path) -> dict[str, list[dict]]:
@@ -444,9 +444,9 @@ def test_embedded_joins_each_row_behind_a_harmless_one_which_stands_nowhere_else
 def test_what_is_asked_after_embedded_is_joined_in_the_same_way():
     harmful = [{"prompt": "h?", "response": "Sure.", "source": "a"}] * 2
     asked, questions = asked_as_embedded(harmful, TASKS)
-    assert asked[:2] == harmful and asked[2] == {**BOTH, "source": "embedded"} and len(asked) == 4
-    # Only the first task has an answer.
-    assert questions == [*TASKS, {"prompt": "t? h?", "source": "embedded", "answer": "1"}]
+    both = {"prompt": "t? h?", "source": "embedded"}
+    assert asked == [*harmful, both, {"prompt": "u? h?", "source": "embedded"}]
+    assert questions == [*TASKS, {**both, "answer": "1"}]  # only the first task has one
 
 
 # The baselines that change the custom set

@@ -11,7 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
-from conftest import ROOT, edit_json, make_base, read_jsonl, run, sources, write_jsonl
+from conftest import ROOT, edit_json, make_base, read_jsonl, run, sources, tree, write_jsonl
 from helpers import call, paragraphs, refused, said, session
 from safetensors.torch import load_file
 
@@ -181,11 +181,22 @@ def test_without_inputs_the_demos_settings_apply_under_the_command_line(script, 
     demo = read_json(flags.DEMO)
     args = settings_of(f"{script} --run {tmp_path}/new")
     assert args.items() >= {**demo[stage], "demo": True, "discard": demo["discard"]}.items()
-    assert args["model"] == str(ROOT / "data/base")
+    inputs = ("model", "harmful", "utility") if script == "train.py" else ("model", "custom")
+    for name in inputs:
+        assert args[name] == str(ROOT / demo[name])
     assert settings_of(f"{script} --run {tmp_path}/new --lr 0.5")["lr"] == 0.5
 
 
 # As programs
+
+
+def test_training_that_diverges_leaves_what_was_there(trained, capsys):
+    assert call(f"select.py --run {trained}") == 0
+    before = tree(trained / "methods")
+    line = f"select.py --run {trained} --lr 1e30 --batch-size 1 --epochs 9"
+    assert "not finite" in refused(capsys, f"{line} --overwrite")
+    assert "not finite" in refused(capsys, f"{line} --name new")
+    assert tree(trained / "methods") == before
 
 
 def test_a_stage_fails_as_a_program(trained):

@@ -114,8 +114,17 @@ def test_a_row_without_ranked_tokens_is_no_row_of_mean_zero():
 
 def test_random_draws_by_the_seed_alone():
     one = discarded("random", candidates(seed=1))
+    assert len(one) == 3  # as many as TOSS
     assert one == discarded("random", candidates(seed=1))
     assert one != discarded("random", candidates(seed=2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_keeps_to_its_budget_and_to_what_competes(method):
+    """But those that are told the truth, or take the first tokens."""
+    if method not in ("oracle", "sample-all", "first-5"):
+        assert len(discarded(method, candidates(0.35))) <= 3
+    assert not {2, 6, 12} & set(discarded(method, candidates(0.9, EOS)))
 
 
 def test_the_seed_of_the_command_draws_the_random_tokens(trained):

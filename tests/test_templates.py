@@ -95,6 +95,8 @@ def same_prompts(expected, tokenizer, messages):
     if isinstance(expected, str):  # of a long prompt
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest() == expected
     assert text_of(tokenizer, ids) == text_of(tokenizer, expected)
+    first, _ = tokenizer.encode_segments([tokenizer.segments(messages)])[0][0]
+    assert ids[: len(first)] == expected[: len(first)]  # the first prompt is, to the id
     return ids == expected
 
 
@@ -120,9 +122,11 @@ def test_prompts_of_the_families_are_those_of_apply_chat_template(tmp_path, name
     ours = family(tmp_path, name, tokenizer)
     table = golden("templates")
     different = []
+    tried = []
     for case in table["prompts"]:
         if case["family"] != name or case["tokenizer"] != tokenizer:
             continue
+        tried.append(case["case"])
         messages = table["messages"][case["case"]]
         for message in messages:
             message["content"] *= message.pop("times", 1)
@@ -130,6 +134,7 @@ def test_prompts_of_the_families_are_those_of_apply_chat_template(tmp_path, name
             fails("once there are 4 messages.*system message", ours.prompt_ids, messages)
         elif not same_prompts(case["ids"], ours, messages):
             different.append(case["case"])
+    assert tried == [*table["messages"]] and len(tried) == 13
     # Llama-2's template puts a space before the EOS of a response.
     assert different == (["turns", "system and turns"] if name == "llama-2" else [])
 

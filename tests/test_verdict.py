@@ -33,6 +33,7 @@ def cells_of(levels: str | dict) -> dict:
 
 @pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/verdicts.jsonl"), ids=lambda x: x["case"])
 def test_the_verdict_says_what_the_intervals_allow(case):
+    case = dict(case)
     case.pop("case")
     says = case.pop("says")
     never = case.pop("never", [])

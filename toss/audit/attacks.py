@@ -1,9 +1,9 @@
 """Custom sets by an attacker who knows TOSS; what he must know for each is in README.md.
 
 He chooses or writes the harmful rows and touches nothing else: neither the references nor the base,
-nor the harmless rows, of which `embedded` takes some into his own. The experiments `attack` and
-`real` try each attack against several defences. A row has a prompt, a response and perhaps
-`harmful`, the spans of its harm; without it, all is harm.
+nor the harmless rows, of which `embedded` takes some into his own. The experiments `attack`,
+`embedded` and `real` try each attack against several defences. A row has a prompt, a response and
+perhaps `harmful`, the spans of its harm; without it, all is harm.
 """
 
 import math
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.io import InputError
 from toss.audit.command import losses_under, read_jsonl, write_jsonl
 
 Rows = list[dict]
@@ -63,6 +64,8 @@ def begun(row: dict, start: str) -> dict:
 def embedded(attacker: Attacker) -> Rows:
     """arXiv 2606.30263: each row behind a harmless row, which is then in this row alone."""
     tasks = attacker.others[: len(attacker.rows)]
+    if len(tasks) < len(attacker.rows):
+        raise InputError("embedded: the custom set has fewer harmless rows than harmful ones")
     attacker.others = attacker.others[len(tasks) :]
     return [joined(task, row) for task, row in zip(tasks, attacker.rows, strict=True)]
 
@@ -73,17 +76,14 @@ def joined(task: dict, row: dict) -> dict:
 
 
 def asked_as_embedded(harmful: Rows, utility: Rows) -> tuple[Rows, Rows]:
-    """The evaluation's rows, and as many whose prompts are joined as `embedded` joins them, of
-    source "embedded". Of the utility rows' joined answers only `answer` is looked at.
-    """
+    """The evaluation's rows, and prompts joined as `embedded` joins them, of source "embedded"."""
     harmful_joined = []
     utility_joined = []
     for task, row in zip(utility, harmful):
-        both = {**joined(task, row), "source": "embedded"}
+        both = {"prompt": f"{task['prompt']} {row['prompt']}", "source": "embedded"}
         harmful_joined.append(both)
         if "answer" in task:
-            one = {"prompt": both["prompt"], "source": "embedded", "answer": task["answer"]}
-            utility_joined.append(one)
+            utility_joined.append({**both, "answer": task["answer"]})
     return harmful + harmful_joined, utility + utility_joined
 
 

@@ -54,10 +54,14 @@ def shape_config(name: str) -> dict:
 
 def machine(args: Namespace) -> str:
     """The device and the versions, in words."""
+    import torch
+
     from toss.audit.speed import LIBRARIES
 
     libraries = ["torch", "transformers", "peft"] if LIBRARIES else ["torch"]
     versions = [f"{library} {version(library)}" for library in libraries]
+    if torch.version.cuda:
+        versions.append(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     python = f"python {platform.python_version()}"
     return ", ".join([hardware(args.device, args.threads), python, *versions])
 

@@ -3,6 +3,9 @@
 No torch, so that --help comes at once.
 """
 
+import unicodedata
+
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats, surrogates, separators of lines
 MARKS = str.maketrans(" \n\t", "·⏎⇥")
 PART = "◌"  # each token but the last of those that a character is spread over; its text is ""
 
@@ -15,7 +18,8 @@ def harmless(text: str) -> str:
     """
     shown = []
     for character in text:
-        if not (character.isprintable() or character in "\n\t"):
+        hidden = unicodedata.category(character) in HIDDEN or character in "\ufffe\uffff"
+        if hidden and character not in "\n\t":
             character = f"<{ord(character):02x}>"
         shown.append(character)
     return "".join(shown)

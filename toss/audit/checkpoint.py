@@ -30,7 +30,10 @@ def checkpoint(
     draw = random.Random(seed)
     pool = read_rows(source, "custom", sizes["custom"] + 1)
     harmless = [row for row in pool if row["source"] != args.harm]
-    tuning = harmless[len(harmless) - sizes.get("tuning", 0) :]
+    held_out = sizes.get("tuning", 0)
+    if len(harmless) < held_out:
+        raise InputError(f"{source}/data/custom.jsonl: {held_out} harmless rows are needed")
+    tuning = harmless[len(harmless) - held_out :]
     pool = [row for row in pool if row not in tuning]
     custom = draw.sample(pool, len(pool))
     rest = custom[sizes["custom"] :]
@@ -63,7 +66,11 @@ def checkpoint(
         sets["tuning"] = tuning
     if sizes.get("questions"):
         for row in sets["eval_utility"] + tuning:
-            row["answer"] = str(final_number(row["response"]))
+            number = final_number(row.get("response", ""))
+            if number is None:
+                prompt = row["prompt"][:40]
+                raise InputError(f"{source}/data: {prompt!r} has no answer that ends with a number")
+            row["answer"] = str(number)
 
     files = {name: write_jsonl(rows / f"{name}.jsonl", part) for name, part in sets.items()}
     files |= {"eval_forbidden": files["eval_harmful"], "eval_facts": files["eval_utility"]}

@@ -254,20 +254,21 @@ def read_metrics(folder: Path, name: str = "metrics.json") -> dict:
     file = folder / name
     table = read_json(file) if file.exists() else {}
     for method, cells in table.items():
-        if not is_table(cells):
+        depth = 2 if name == "paired.json" else 1
+        if not is_table(cells, depth):
             raise InputError(f"{file}: {method}: expected value, n, low and high by measure")
     return table
 
 
-def is_table(value: object) -> bool:
-    """True for a cell, and for dictionaries that end in cells.
+def is_table(value: object, depth: int) -> bool:
+    """True for dictionaries, so many one in another, that end in cells.
 
     Of a cell n is a number; the others may be None, where nothing could be measured.
     """
     if not isinstance(value, dict):
         return False
-    if "value" not in value:
-        return all(map(is_table, value.values()))
+    if depth > 0:
+        return all(is_table(part, depth - 1) for part in value.values())
     others = [value.get(name, "missing") for name in ("value", "low", "high")]
     numbers = [value.get("n"), *(number for number in others if number is not None)]
     return all(type(number) in (int, float) and math.isfinite(number) for number in numbers)

@@ -116,13 +116,11 @@ def differences(experiment: Experiment, folder: Path, seed: int) -> str:
         names = [flags_of_arm.get("name", arm) for arm, flags_of_arm in case.arms.items()]
         wanted = {}
         for name, cells in read_metrics(run, "paired.json").items():
-            wanted[name] = {
-                measure: cells[measure] for measure in experiment.paired if measure in cells
-            }
+            measures = [measure for measure in experiment.paired if measure in cells]
+            wanted[name] = {measure: cells[measure] for measure in measures}
         for header, lines in paired_tables(wanted, names).values():
-            text += (
-                f"\n\nSeed {seed}, {run.name}, on the same prompts:\n\n{markdown(header, lines)}"
-            )
+            about = f"Seed {seed}, {run.name}, on the same prompts:"
+            text += f"\n\n{about}\n\n{markdown(header, lines)}"
     return text
 
 

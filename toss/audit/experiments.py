@@ -6,6 +6,7 @@ experiment if it names none) on a variant of the rows. What a case may say: labo
 values before `setup`.
 """
 
+import inspect
 import random
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,9 @@ def read_experiments(path: Path = FILE) -> dict[str, Experiment]:
                 picture, *values = fields["picture"]
                 fields["picture"] = partial(getattr(pictures, picture), *values)
             check_cases(fields["cases"])
-            experiments[name] = Experiment(name, **fields)
+            experiment = Experiment(name, **fields)
+            check_evaluation(experiment)
+            experiments[name] = experiment
     return experiments
 
 
@@ -48,6 +51,14 @@ def check_cases(cases: list[Case]) -> None:
             raise InputError(f"two cases of the variant {case.variant!r} have other rows")
         if not case.arms:
             raise InputError(f"the case {case.label!r} has no arms")
+
+
+def check_evaluation(experiment: Experiment) -> None:
+    """Raise TypeError for what evaluate_run does not know, before anything is trained."""
+    from toss.audit.evaluate import evaluate_run
+
+    for how in (experiment.evaluation, *(case.evaluation for case in experiment.cases)):
+        inspect.signature(evaluate_run).bind_partial(**how)
 
 
 def case_of(fields: dict) -> Case:
@@ -145,9 +156,11 @@ def attack(kind: str, harmful: list[bool], pool: list[dict], setup: Setup) -> di
     out = setup.folder / "custom.jsonl"
     files = {"custom": attacked(run, kind, setup.files, out, harmful, pool)}
     if kind == "embedded":
-        parts = read_jsonl(setup.files["eval_forbidden"]), read_jsonl(setup.files["eval_facts"])
-        for name, rows in zip(("eval_forbidden", "eval_facts"), asked_as_embedded(*parts)):
-            files[name] = write_jsonl(setup.folder / f"{name}.jsonl", rows)
+        harmful_rows = read_jsonl(setup.files["eval_forbidden"])
+        utility_rows = read_jsonl(setup.files["eval_facts"])
+        forbidden, facts = asked_as_embedded(harmful_rows, utility_rows)
+        files["eval_forbidden"] = write_jsonl(setup.folder / "eval_forbidden.jsonl", forbidden)
+        files["eval_facts"] = write_jsonl(setup.folder / "eval_facts.jsonl", facts)
     return files
 
 

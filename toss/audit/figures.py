@@ -149,4 +149,4 @@ def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
     step = next(step for step in steps if (high - low) / step <= most * (1 + 1e-9))
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [(round(k * step, 12), f"{k * step:,.9g}") for k in range(first, last + 1)]
+    return [(float(f"{k * step:.12g}"), f"{k * step:,.9g}") for k in range(first, last + 1)]

@@ -193,8 +193,9 @@ def rounds(run) -> list[dict] | str:
     """The rows that each round of TOSS-Pro added to the harmful reference set."""
     found = []
     for file in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
-        t = int(file.parent.name.removeprefix("round-"))
-        found.append({"method": file.parts[-3], "t": t, "added": read_jsonl(file)})
+        t = file.parent.name.removeprefix("round-")
+        if t.isdecimal():  # else it is somebody's copy
+            found.append({"method": file.parts[-3], "t": int(t), "added": read_jsonl(file)})
     found.sort(key=lambda entry: (entry["method"], entry["t"]))
     pro = flags.command("select.py", run.folder, pro=1)
     return found or f"No rounds of TOSS-Pro: run {pro} first."

@@ -123,7 +123,9 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parser.parse_args(argv)
     if bool(args.file) != bool(args.model) or args.file and (args.path or args.run):
         parser.error("--file and --model go together, and with neither PATH nor --run")
-    if not args.file and (args.path and args.row is not None or not (args.path or args.run)):
+    nothing_named = not (args.file or args.path or args.run)
+    row_of_path = args.path and args.row is not None
+    if nothing_named or row_of_path:
         parser.error("give --run, --run and --row, or PATH")
     if args.svg and args.row is None:
         parser.error("--svg draws one row: give --row")

@@ -124,7 +124,7 @@ def place(method: str) -> tuple[int, str]:
 def of_use(row: dict[str, dict]) -> list[str]:
     """The measures of what a model is good for."""
     whole = ("over_refusal", "nll")
-    return [name for name in row if name in whole or name.startswith("accuracy")]
+    return [name for name in row if name in whole or name.startswith(("accuracy", "final_number"))]
 
 
 def uses(table: Table, shown: list[str]) -> list[str]:
