@@ -102,9 +102,13 @@ def test_an_experiment_of_ones_own_is_a_few_lines_of_data(little, tmp_path, monk
     names = [line.partition(":")[0] for line in page.splitlines()[2:7]]
     assert names == ["- command", "- commit", "- seeds", "- hardware", "- minutes"]
     assert "- seeds: 3; mean [least, most]" in page and "0 of 4 models were there" in page
-    labels = [line.replace("|", "").split()[:-1] for line in page.splitlines() if "%" in line]
-    rows = [" ".join(words).partition(" 0.")[0] for words in labels]
-    assert rows == ["12 % sft", "12 % toss, d =", "0 % sft", "0 % toss, d ="]
+    rows = []
+    for row in page.splitlines():
+        if "%" in row:
+            variant, arm = row.split("|")[1:3]
+            rows.append((variant.strip(), arm.strip()))
+    arms = ("sft", "toss, d = 0.05")
+    assert rows == [("12 %", arms[0]), ("12 %", arms[1]), ("0 %", arms[0]), ("0 %", arms[1])]
     lines = (tmp_path / "mine.csv").read_text().splitlines()
     assert lines[0] == "seed,variant,arm,measure,value"
     assert '3,12 %,"toss, d = 0.05",discard,0.05' in lines and "3,0 %,sft,discard,0.0" in lines
