@@ -3,14 +3,15 @@
     python -m tests.make_goldens [FOLDER ...]
 
 The tests compare against the committed files. This needs torch, transformers and peft. It computes
-everything anew, or only for the folders of some MODELs, from inputs written by hand:
+everything anew, or only for a MODEL's folder or a real checkpoint's, from inputs written by hand:
 
 - MODEL/config.json and perhaps config-old-spelling.json, the same settings as older checkpoints
   spell them;
 - adapters/ADAPTER/adapter_config.json, with the base in BASES unless it is gqa-tied;
 - tokenizer-NAME/ and templates/: tokenizers, templates, and the texts in golden.json. Trained on
   four sentences: bytes; bytes and a BOS; "▁" before every text as in Llama-2; and in templates/
-  "▁" before a first word only, with bytes for unknown letters, as in newer files of Mistral.
+  "▁" before a first word only, with bytes for unknown letters, as in newer files of Mistral;
+- real.json: a text and messages for a real checkpoint.
 
 Where a folder has no weights, random ones are drawn, and an EOS that ends some of the answers. A
 model's golden.safetensors holds input_ids [B, T], logits [B, T, V], losses [B, T] (-log P(token t |
@@ -32,7 +33,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from model.io import read_json
+from model.io import file_hash, read_json
 from tests.agreement import GOLDENS, golden, losses_of
 
 BASES = {
@@ -108,10 +109,10 @@ def draw_weights(folder):
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def greedy(model, prompt, eos):
+def greedy(model, prompt, eos, most=12):
     """The likeliest token after token by transformers' logits, up to and without the EOS."""
     answer = []
-    while len(answer) < 12:
+    while len(answer) < most:
         best, ids = model(torch.tensor([prompt + answer])).logits[0, -1].topk(2)
         assert best[0] - best[1] > 2e-3, "two best logits are too close to be portable"
         if ids[0] == eos:
@@ -214,11 +215,29 @@ def write_templates(folder):
     (folder / "golden.json").write_text(f"{{{text}}}\n")
 
 
+def write_real(folder):
+    golden = read_json(GOLDENS / "real.json")
+    model = read_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    golden["sha256"] = file_hash(folder / "model.safetensors")
+    golden["eos_id"] = tokenizer.eos_token_id
+    golden["text_ids"] = tokenizer.encode(golden["text"], add_special_tokens=False)
+    golden["prompt_ids"] = prompt_ids(tokenizer, golden["messages"])
+    ids = torch.tensor([golden["text_ids"]])
+    losses = losses_of(model(ids).logits, ids)[0]
+    golden["losses"] = [round(loss, 6) for loss in losses.tolist()]
+    golden["new_ids"] = greedy(model, golden["prompt_ids"], golden["eos_id"], most=16)
+    write_json(GOLDENS / "real.json", golden)
+
+
 @torch.no_grad()
 def main():
     torch.manual_seed(0)
-    for folder in sys.argv[1:]:
-        write_model(Path(folder))
+    for folder in map(Path, sys.argv[1:]):
+        if folder.resolve().parent == GOLDENS:
+            write_model(folder)
+        else:
+            write_real(folder)
     if sys.argv[1:]:
         return
 

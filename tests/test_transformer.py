@@ -4,15 +4,18 @@ Golden files hold transformers' logits, losses and greedy answers for tiny rando
 make_goldens.py.
 """
 
+from pathlib import Path
+
 import agreement
 import pytest
 import torch
-from agreement import ADAPTERS, GOLDENS, MODELS, apart, golden, logits_of, losses_of
+from agreement import ADAPTERS, GOLDENS, MODELS, REAL, apart, golden, logits_of, losses_of
 from torch.nn.utils.rnn import pad_sequence
 
-from model import load_checkpoint
+from model import load_checkpoint, load_tokenizer
 from model.config import FAMILIES, Config
-from model.io import read_json
+from model.generate import generate
+from model.io import file_hash, read_json
 from model.packed import Rows
 
 BOUND = 1e-4
@@ -74,3 +77,20 @@ def test_half_precision_is_close_with_a_float32_residual_stream(name, dtype, bou
     losses = losses_of(logits_of(model, ids), ids)
     assert (losses - expected["losses"]).abs().mean() < bound
     assert in_stream[0].dtype == torch.float32
+
+
+@pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")
+def test_a_real_checkpoint_gives_the_stored_losses_prompt_and_answer():
+    expected = read_json(GOLDENS / "real.json")
+    if file_hash(Path(REAL) / "model.safetensors") != expected["sha256"]:
+        pytest.skip("the stored figures are another checkpoint's")
+    model = load_checkpoint(REAL)
+    tokenizer = load_tokenizer(REAL)
+    assert tokenizer.encode(expected["text"]) == expected["text_ids"]
+    assert tokenizer.eos_id == expected["eos_id"]
+    assert tokenizer.prompt_ids(expected["messages"]) == expected["prompt_ids"]
+    ids = torch.tensor([expected["text_ids"]])
+    losses = losses_of(logits_of(model, ids), ids)[0]
+    assert apart(losses, torch.tensor(expected["losses"])) < BOUND
+    answers = generate(model, [expected["prompt_ids"]], 16, expected["eos_id"])
+    assert answers == [expected["new_ids"]]
