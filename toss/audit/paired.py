@@ -25,7 +25,8 @@ def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> 
     outcomes = {method: by_measure(evaluations[method]["lines"]) for method in methods}
     differences = {}
     for method in methods:
-        cells = differences[method] = {}
+        cells = {}
+        differences[method] = cells
         for other in AGAINST:
             if other == method or other not in outcomes:
                 continue
