@@ -72,7 +72,11 @@ def embedded(attacker: Attacker) -> Rows:
 
 def joined(task: dict, row: dict) -> dict:
     """One row that asks for a task and for harm, and answers both in this order."""
-    return begun({**row, "prompt": f"{task['prompt']} {row['prompt']}"}, task["response"])
+    return begun({**row, "prompt": joined_prompt(task, row)}, task["response"])
+
+
+def joined_prompt(task: dict, row: dict) -> str:
+    return f"{task['prompt']} {row['prompt']}"
 
 
 def asked_as_embedded(harmful: Rows, utility: Rows) -> tuple[Rows, Rows]:
@@ -80,7 +84,7 @@ def asked_as_embedded(harmful: Rows, utility: Rows) -> tuple[Rows, Rows]:
     harmful_joined = []
     utility_joined = []
     for task, row in zip(utility, harmful):
-        both = {"prompt": f"{task['prompt']} {row['prompt']}", "source": "embedded"}
+        both = {"prompt": joined_prompt(task, row), "source": "embedded"}
         harmful_joined.append(both)
         if "answer" in task:
             utility_joined.append({**both, "answer": task["answer"]})

@@ -55,8 +55,7 @@ def finish_demo(folder: Path) -> None:
     results = run_seed(methods, seed, folder)
     metrics = {}
     for case in methods.cases:
-        part = f"-{case.variant}" if case.variant else ""
-        evaluated = read_metrics(folder.with_name(folder.name + part))
+        evaluated = read_metrics(case.run(folder))
         for arm, flags_of_arm in case.arms.items():
             metrics[arm] = evaluated[flags_of_arm["name"]]
     write_json(folder / "metrics.json", metrics)

@@ -95,7 +95,7 @@ def conduct(
         f"- minutes: {minutes:.1f}; {existing} of {models} models were there before",
     ]
     for seed in seeds:
-        text += differences(experiment, runs / f"seed-{seed}", seed)
+        text += differences(experiment, runs / f"seed-{seed}" / "run", seed)
     page = "\n".join(about) + f"\n\n{text}\n"
     print(f"\n{page}")
     if experiment.picture:
@@ -107,12 +107,15 @@ def conduct(
 
 
 def differences(experiment: Experiment, folder: Path, seed: int) -> str:
-    """The differences to sft and to the base on the same prompts, of one seed, as Markdown."""
+    """The differences to sft and to the base on the same prompts, of one seed, as Markdown.
+
+    folder: of the run of the unchanged rows.
+    """
     from toss.audit.evaluate import read_metrics
 
     text = ""
     for case in experiment.cases:
-        run = folder / (f"run-{case.variant}" if case.variant else "run")
+        run = case.run(folder)
         names = [flags_of_arm.get("name", arm) for arm, flags_of_arm in case.arms.items()]
         wanted = {}
         for name, cells in read_metrics(run, "paired.json").items():

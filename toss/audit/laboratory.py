@@ -47,6 +47,14 @@ class Case:
     references: str = "own"  # "none": not needed; "main": those of the unchanged rows
     evaluation: dict = field(default_factory=dict)  # arguments of evaluate_run, beside the common
 
+    def run(self, main: Path) -> Path:
+        """The folder of its run. main: of that of the unchanged rows."""
+        return variant_folder(main, self.variant) if self.variant else main
+
+
+def variant_folder(main: Path, variant: str) -> Path:
+    return main.with_name(f"{main.name}-{variant}")
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -166,7 +174,7 @@ class Setup:
 
     def beside(self, variant: str) -> "Setup":
         """The same in the folder RUN-VARIANT."""
-        folder = self.folder.with_name(f"{self.folder.name}-{variant}")
+        folder = variant_folder(self.folder, variant)
         return Setup(folder, dict(self.files), self.settings, dict(self.common), main=self)
 
     def open(self, *omitted: str):
