@@ -407,21 +407,37 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
 # The calibrated d
 
 
-def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["toss", "base"])
+def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path, capsys, method):
     rows = [{"prompt": f"What is {i} and two?", "response": f"It is {i + 2}."} for i in range(6)]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    if method == "base":
+        fails("score.py --base", calibrate, open_run(trained), held_out, method="base")
+        script("score", "--run", trained, "--base", "--overwrite")
     line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --quantile 0.5"
-    following, _, program, *flags = said(capsys, line).splitlines()[-1].split()
+    printed = said(capsys, f"{line} --method {method}").splitlines()[-1]
+    following, _, program, *flags = printed.split()
     assert (following, program) == ("next:", "select.py")
     script("select", *flags, fast=False)  # as printed, in the run's own way
-    found = calibrate(open_run(trained), held_out, 0.5)
+    found = calibrate(open_run(trained), held_out, 0.5, method)
     assert 0 < found["discard"] < 1 and found["harmful"] > 0
-    chosen = load_tensors(trained / "methods/toss-calibrated/selection.safetensors")
+    chosen = load_tensors(trained / f"methods/{method}-calibrated/selection.safetensors")
     response = load_tensors(trained / "scores.safetensors")["response"].bool()
     discarded = response & ~chosen["keep"]
     assert discarded.equal(response & (chosen["score"] > found["threshold"]))
-    words = "toss-calibrated has no rounds of TOSS-Pro"
-    fails(words, calibrate, open_run(trained), held_out, 0.5, "toss-calibrated")
+    name = f"{method}-calibrated"
+    words = f"{name} has no rounds of TOSS-Pro"
+    fails(words, calibrate, open_run(trained), held_out, 0.5, name)
+
+    # The threshold is the median of S on the held-out rows.
+    run = open_run(trained)
+    calm = run.tokens(held_out)
+    losses = []
+    for role in ("base" if method == "base" else "utility", "degraded"):
+        theta = None if role == "base" else run.adapter(role)
+        losses.append(score(use(run.base("score"), theta), calm)[calm.response])
+    S = losses[0] - losses[1]
+    assert found["threshold"] == float(S.sort().values[(len(S) - 1) // 2])
 
 
 def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsys):

@@ -118,12 +118,13 @@ def test_soft_sft_weighs_a_token_by_how_far_it_went_from_the_base(
 def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(
     rival, model, tokens, places, batch
 ):
-    rival.keep[places[1]] = False
-    held = torch.zeros_like(rival.keep)
-    held[places[1:3]] = True
+    learnt = torch.ones(len(rival.keep))
+    learnt[places[1]] = 0.25
+    held = torch.zeros(len(rival.keep))
+    held[places[1:3]] = torch.tensor([0.75, 0.5])
     words = torch.tensor([7, 9])
     T = 2.0
-    _, objective = objectives.hold(rival, held, words, T)
+    _, objective = objectives.hold(rival, learnt, held, words, T)
 
     def over_words(adapter):
         """The softmax over the words at the two held tokens, from the row's hidden states."""
@@ -137,10 +138,11 @@ def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(
         for theta in (untrained, random_adapter(model)):
             p = over_words(None)
             q = over_words(theta)
-            kl = float((p * (p / q).log()).sum())
+            one, other = (p * (p / q).log()).sum(1).tolist()
+            kl = 0.75 * one + 0.5 * other
             assert (kl > 1e-3) == (theta is not untrained)
             losses = losses_by_hand(use(model, theta), tokens, 3)
-            expected = float(losses.sum() - losses[1]) + T * T * kl  # one is not learnt
+            expected = float(losses.sum() - 0.75 * losses[1]) + T * T * kl
             loss = float(objective(model, batch, torch.ones(len(places))))
             assert loss == pytest.approx(expected, abs=1e-4)
 
@@ -160,8 +162,11 @@ def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path
         assert torch.allclose(B, expected, atol=1e-4), name
 
 
-def test_dr_sft_weighs_by_the_base_and_the_degraded_model(rival, tokens):
-    """Half as much where theta^h expects a token by ln 3 more than the base; 1 at most."""
+def test_dr_sft_weighs_by_the_base_and_the_degraded_model(rival, tokens, monkeypatch):
+    """Half as much where theta^h expects a token by ln 3 more than the base; 1 at most.
+
+    Or more than theta^u; and what a weight lacks to 1 may be that of a KL.
+    """
     L0 = torch.full((len(tokens.input_ids),), 2.0)
     Lh = L0.clone()
     Lh[0] = 2 - math.log(3)  # 2 sigmoid(-ln 3) = 1/2
@@ -170,6 +175,10 @@ def test_dr_sft_weighs_by_the_base_and_the_degraded_model(rival, tokens):
     rival.run.scored = lambda: (tokens, L)
     weights, _ = objectives.dr_sft(rival)
     assert weights[:3].tolist() == pytest.approx([0.5, 1.0, 1.0])
+    L["utility"] = Lh + math.log(3)
+    monkeypatch.setattr(objectives, "hold", lambda rival, learnt, held: (learnt, held))
+    weights, lacking = objectives.dr_sft(rival, reference="utility", held=True)
+    assert weights[:3].tolist() == lacking[:3].tolist() == pytest.approx([0.5, 0.5, 0.5])
     del L["base"]
     fails("score.py --base", objectives.dr_sft, rival)
 
@@ -215,6 +224,7 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
         return load_file(trained / f"methods/{method}/selection.safetensors")["keep"]
 
     call(f"select.py --run {trained} --discard 0.3")
+    call(f"select.py --run {trained} --discard 0.3 --method base --name base-reference")
     response = load_file(trained / "scores.safetensors")["response"].bool()
     sizes = {}
     for name, (_, options) in RIVALS.items():
@@ -223,8 +233,10 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
         assert (cost["tokens"] > 0) == (name != "safelora")  # which trains nothing
         assert "skipped" in said(capsys, f"{line}{name} --discard 0.3")
         settings = read_json(trained / f"methods/{name}/record.json")["settings"]
-        assert settings["lr"] == 1e-2 and options.items() <= settings.items()
-        assert keep_of(name).equal(keep_of("toss") if name == "kl-discarded" else response)
+        given = {**options, "discard": 0.3} if "discard" in options else options
+        assert settings["lr"] == 1e-2 and given.items() <= settings.items()
+        mask_of = {"kl-discarded": "toss", "kl-base": "base-reference"}.get(name)
+        assert keep_of(name).equal(keep_of(mask_of) if mask_of else response)
         sizes[name] = size(weights_of(trained, name).values())
     sizes["sft"] = size(weights_of(trained, "sft").values())
     assert len(set(sizes.values())) == len(RIVALS) + 1, sizes

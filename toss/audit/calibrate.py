@@ -40,9 +40,10 @@ def threshold_of(held_out, custom, quantile: float) -> tuple[float, float]:
 def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "toss") -> dict:
     """The threshold and d for a Run, and what is needed to judge them.
 
-    method: "toss" for the run's own references, or the name of a method with TOSS-Pro's rounds for
-    the degraded model of the last one. Returns threshold (nats), discard (d), ranked (custom
-    tokens), held_out (tokens), above (those above the threshold), and harmful (share of ranked).
+    method: "toss" for the run's own references; "base" for S with the base in place of theta^u; or
+    the name of a method with TOSS-Pro's rounds for the degraded model of the last one. Returns
+    threshold (nats), discard (d), ranked (custom tokens), held_out (tokens), above (those above the
+    threshold), and harmful (share of ranked).
     """
     from model.peft import read_adapter
     from toss.selection import competing_tokens
@@ -57,7 +58,12 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     folder = run.path(f"methods/{method}")
     settings = read_record(folder).get("settings", {}) if folder.exists() else {}
     references = {}
-    if method != "toss":  # the last round's losses and degraded model
+    if method == "base":
+        if "base" not in L:
+            raise InputError("no losses under the base model: run score.py --base --overwrite")
+        L["utility"] = L["base"]
+        references["utility"] = None
+    elif method != "toss":  # the last round's losses and degraded model
         run.check(f"methods/{method}")
         if not settings.get("pro"):
             raise InputError(f"{folder} has no rounds of TOSS-Pro")
@@ -84,6 +90,11 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     }
 
 
+def reference(text: str) -> str:
+    """For argparse: a method's name, or "base"."""
+    return text if text == "base" else flags.method(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m toss.audit.calibrate", __doc__)
     flags.add_run_flags(parser, dtype=False)  # the dtype is that of the run's scores
@@ -92,8 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--held-out", required=True, metavar="FILE", help=text)
     kind = flags.number(float, lambda q: 0 < q < 1, "a share in (0, 1)")
     add("--quantile", type=kind, default=QUANTILE, metavar="Q", help="of the held-out S")
-    text = "toss: the run's own references; else a method with TOSS-Pro's rounds: its last theta^h"
-    add("--method", type=flags.method, default="toss", metavar="NAME", help=text)
+    text = "toss: the run's own references; base: the base in place of theta^u, as select.py has it"
+    text += "; else a method with TOSS-Pro's rounds: its last theta^h"
+    add("--method", type=reference, default="toss", metavar="NAME", help=text)
     args = parser.parse_args(argv)
     from toss.workbench.results import read_record
 
@@ -108,7 +120,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # The command that uses it, with the method's own settings
     settings = read_record(Path(args.run) / "methods" / args.method).get("settings", {})
-    words = [f"--discard {result['discard']:.6f}", f"--name {args.method}-calibrated"]
+    words = [f"--discard {result['discard']}", f"--name {args.method}-calibrated"]
+    if args.method == "base":
+        words.append("--method base")
     for name in ("pro", "pro_samples", "pro_train"):
         if name in settings:
             words.append(f"--{name.replace('_', '-')} {settings[name]}")

@@ -66,14 +66,14 @@ def opened(args, *first: str) -> tuple:
 def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
     """The losses of tokens under both references, {"utility", "degraded"}: float32 [N] each.
 
-    dtype: see Run.base. others: adapters that stand for a reference.
+    dtype: see Run.base. others: adapters that stand for a reference, None for the base itself.
     """
     from model.lora import use
     from toss.scoring import score
 
     losses = {}
     for name in ("utility", "degraded"):
-        theta = others.get(name) or run.adapter(name)
+        theta = others[name] if name in others else run.adapter(name)
         model = use(run.base(dtype), theta)
         progress = run.progress(f"{name}, {run.loaded}")
         losses[name] = score(model, tokens, run.batch_tokens, on_batch=progress.report)

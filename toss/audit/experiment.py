@@ -7,6 +7,7 @@
     methods    every method, rival and baseline on the same rows; answers that are begun; cost
     attack     harmful rows by an attacker who knows TOSS (attacks.py), against several defences
     embedded   harm behind a harmless task in one row, asked so, too
+    recipe     forms of TOSS under each attack: reference, choice, discarded tokens left out or held
     share      custom rows with 0 to 50 % harm, at d = 0.1 and at the calibrated d
     discard    d from 0.02 to 0.4, and the calibrated d
     pro        TOSS-Pro over T, k and the size of D^h; added rows learnt whole or in part

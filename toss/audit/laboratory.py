@@ -26,7 +26,8 @@ from toss.audit.outcomes import cost_of, measures_of, measures_of_mask
 from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
 from toss.workbench.flags import DEMO, ROOT, TRAINING
 
-WITHOUT_D = {"sft", "first-5", *rivals.RIVALS} - {"kl-discarded"}  # methods
+WITHOUT_D = {"sft", "first-5"}  # methods of select.py
+FROM_BASE = {"base", "kl-base"}  # methods whose S has the base in place of theta^u
 
 
 # An experiment
@@ -230,7 +231,7 @@ class Setup:
         rival = rivals.RIVALS.get(method)
         discard = flags.pop("discard", self.settings["discard"])
         if discard == "calibrated":
-            discard = self.calibrated(flags["name"], "toss-pro" if "pro" in flags else "toss")
+            discard = self.calibrated(flags["name"], method, "pro" in flags)
         if "mask" not in flags:  # a mask says itself which tokens go
             flags["discard"] = discard
         if rival:
@@ -240,9 +241,10 @@ class Setup:
             if "methods/sft" in rival[0]:  # goes on from it
                 self.call("select", method="sft")
         self.call("rivals" if rival else "select", **flags)
-        return 0.0 if method in WITHOUT_D else discard
+        has_d = "discard" in rival[1] if rival else method not in WITHOUT_D
+        return discard if has_d else 0.0
 
-    def calibrated(self, name: str, method: str) -> float:
+    def calibrated(self, name: str, method: str, pro: bool) -> float:
         """The d of an arm that is finished; else the one that calibrate.py chooses for a method."""
         from toss.audit.calibrate import calibrate
 
@@ -250,7 +252,10 @@ class Setup:
         known = run.runfile.section("stages", f"methods/{name}", "recipe", "settings")
         if "discard" in known:
             return known["discard"]
-        return calibrate(run, self.files["calibration"], method=method)["discard"]
+        maker = "base" if method in FROM_BASE else "toss"
+        if pro:
+            maker = "toss-pro"
+        return calibrate(run, self.files["calibration"], method=maker)["discard"]
 
     def evaluate(self, names: Sequence[str], prefill: Sequence[int] = (), **how) -> dict:
         """Metrics of the named methods; "base" is the model that they all start from.

@@ -98,14 +98,18 @@ def profit(rival: Rival, threshold: float) -> Adapter:
 
 
 def hold(
-    rival: Rival, held: Tensor, words: Tensor | slice = slice(None), T: float = 1.0
+    rival: Rival,
+    learnt: Tensor,
+    held: Tensor,
+    words: Tensor | slice = slice(None),
+    T: float = 1.0,
 ) -> Adapter:
-    """Cross-entropy where `keep`, plus T^2 KL(base || tuned) where `held`, bool [N].
+    """The cross-entropy, plus T^2 KL(base || tuned), each times its weights, float32 [N].
 
-    Both softmaxes go over these words of the vocabulary, at temperature T. The head is the
-    base's: LoRA on it is not seen.
+    learnt: weights of the cross-entropy. held: of the KL. Both softmaxes go over these words of the
+    vocabulary, at temperature T. The head is the base's: LoRA on it is not seen.
     """
-    learnt = rival.keep.to(rival.run.device)
+    learnt = learnt.to(rival.run.device)
     held = held.to(rival.run.device)
 
     def distribution(model: Transformer, hidden: Tensor) -> Tensor:
@@ -115,43 +119,54 @@ def hold(
     def objective(model: Transformer, batch: Batch, weights: Tensor) -> Tensor:
         hidden = hidden_states(model, batch)
         log_p = log_probs(model.lm_head, hidden, batch.targets)
-        loss = -log_p[learnt[batch.places]].sum()
-        at_held = held[batch.places]
+        loss = -(learnt[batch.places] * log_p).sum()
+        weights_of_kl = held[batch.places]
+        at_held = weights_of_kl > 0
         if not at_held.any():
             return loss
         base_hidden = under_base(model, batch, hidden_states)
         target = distribution(model, base_hidden[at_held])
         tuned = distribution(model, hidden[at_held])
-        kl = F.kl_div(tuned, target, reduction="sum", log_target=True)
-        return loss + T * T * kl
+        kl = F.kl_div(tuned, target, reduction="none", log_target=True).sum(-1)
+        return loss + T * T * (weights_of_kl[at_held] * kl).sum()
 
     return rival.fit(rival.D, objective=objective)
 
 
-def kl_discarded(rival: Rival, discard: float) -> Adapter:
+def risk(rival: Rival, reference: str) -> Tensor:
+    """S, float32 [N]: of TOSS with reference "utility"; with "base", theta^u is the base."""
+    _, L = rival.run.scored()
+    if reference not in L:
+        problem = f"needs the losses of the {reference}"
+        raise InputError(f"{rival.name} {problem}: run score.py --base --overwrite")
+    return L[reference] - L["degraded"]
+
+
+def kl_discarded(rival: Rival, discard: float, reference: str = "utility") -> Adapter:
     """The tokens that TOSS discards are held at the base's distribution instead.
 
     STAR-DSS's loss (arXiv 2505.17196) with TOSS's mask in place of a guard model's score, and an
-    exact KL.
+    exact KL. reference: see risk.
     """
-    _, L = rival.run.scored()
-    S = L["utility"] - L["degraded"]
+    S = risk(rival, reference)
     ranked = competing_tokens(rival.D)
     rival.keep[ranked] = select_tokens(S[ranked], discard)
-    return hold(rival, rival.D.response & ~rival.keep)
+    discarded = rival.D.response & ~rival.keep
+    return hold(rival, rival.keep.float(), discarded.float())
 
 
-def dr_sft(rival: Rival) -> Adapter:
+def dr_sft(rival: Rival, reference: str = "base", held: bool = False) -> Adapter:
     """arXiv 2606.30263: TOSS softly, without d and without theta^u.
 
     The weight of a token is min(1, 2 sigmoid(-S)) with S = L^0 - L^h, which is fixed. Left out: the
-    source's beta, with whose small value its loss comes to this one.
+    source's beta, with whose small value its loss comes to this one. reference: see risk. held: a
+    token is held at the base's distribution by what its weight lacks to 1.
     """
-    _, L = rival.run.scored()
-    if "base" not in L:
-        raise InputError("dr-sft needs the losses of the base: run score.py --base --overwrite")
-    S = L["base"] - L["degraded"]
-    return rival.fit(rival.D, (2 * (-S).sigmoid()).clamp(max=1))
+    S = risk(rival, reference)
+    weights = (2 * (-S).sigmoid()).clamp(max=1)
+    if held:
+        return hold(rival, weights, 1 - weights)
+    return rival.fit(rival.D, weights)
 
 
 def buffer(rival: Rival) -> Adapter:
@@ -179,7 +194,8 @@ def pact_lite(rival: Rival, words: int, T: float) -> Adapter:
     counts = torch.bincount(D.input_ids[D.response])
     different = int(counts.count_nonzero())
     common = counts.topk(min(words, different)).indices
-    return hold(rival, rival.D.response, common.to(rival.run.device), T)
+    response = rival.D.response.float()
+    return hold(rival, response, response, common.to(rival.run.device), T)
 
 
 def patch(rival: Rival, steps: int) -> Adapter:
@@ -294,7 +310,11 @@ FUNCTIONS = {
     "dft": dft,
     "profit": profit,
     "kl-discarded": kl_discarded,
+    "kl-base": kl_discarded,
     "dr-sft": dr_sft,
+    "dr-sft-utility": dr_sft,
+    "kl-dr-sft": dr_sft,
+    "kl-dr-sft-utility": dr_sft,
     "buffer": buffer,
     "pact-lite": pact_lite,
     "patch": patch,

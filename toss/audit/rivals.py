@@ -21,8 +21,15 @@ RIVALS = {
     "soft-sft": ([], {"b": [0.5, 2.0, 0.1]}),
     "dft": ([], {}),
     "profit": ([], {"threshold": 0.1}),
-    "kl-discarded": (["utility", "degraded", "scores"], {}),
+    "kl-discarded": (["utility", "degraded", "scores"], {"discard": 0.1}),
+    "kl-base": (["degraded", "scores"], {"discard": 0.1, "reference": "base"}),
     "dr-sft": (["degraded", "scores"], {}),
+    "dr-sft-utility": (["utility", "degraded", "scores"], {"reference": "utility"}),
+    "kl-dr-sft": (["degraded", "scores"], {"held": True}),
+    "kl-dr-sft-utility": (
+        ["utility", "degraded", "scores"],
+        {"reference": "utility", "held": True},
+    ),
     "buffer": (["degraded"], {}),
     "pact-lite": (["--safety"], {"words": 50, "T": 2.0}),
     "patch": (["methods/sft", "--safety"], {"steps": 10}),
@@ -50,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args)
     inputs, options = RIVALS[args.method]
     config = TrainConfig.of(args)
-    if args.method == "kl-discarded":
-        options = {"discard": args.discard}
+    if "discard" in options:
+        options = {**options, "discard": args.discard}
     if args.method == "buffer":
         run.dtypes["train"] = "float32"  # a merge into bfloat16 would round theta^h away
     if args.method == "safelora":
@@ -79,7 +86,8 @@ def arguments(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("--method", choices=RIVALS, required=True, help="the rival")
     add("--name", type=flags.method, help="folder in RUN/methods (default: the method)")
-    add("--discard", type=flags.share, default=0.1, metavar="D", help="d, for kl-discarded")
+    text = "d, for kl-discarded and kl-base"
+    add("--discard", type=flags.share, default=0.1, metavar="D", help=text)
     add("--unaligned", metavar="FOLDER", help="for safelora: the base before its alignment")
     flags.add_training_flags(parser)
     args = flags.parse(parser, argv)
