@@ -11,10 +11,11 @@ import random
 from functools import partial
 from pathlib import Path
 
-from model.io import InputError, as_input_error, read_json
+from model.io import as_input_error, read_json
 from toss.audit import pictures
 from toss.audit.attacks import asked_as_embedded, attacked
 from toss.audit.baselines import dsir, safeinstr
+from toss.audit.checkpoint import SETS
 from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.laboratory import Case, Experiment, Setup
 from toss.workbench.flags import ROOT
@@ -33,6 +34,7 @@ def read_experiments(path: Path = FILE) -> dict[str, Experiment]:
                 picture, *values = fields["picture"]
                 fields["picture"] = partial(getattr(pictures, picture), *values)
             check_cases(fields["cases"])
+            check_rows(fields.get("rows", {}))
             experiment = Experiment(name, **fields)
             check_evaluation(experiment)
             experiments[name] = experiment
@@ -40,17 +42,24 @@ def read_experiments(path: Path = FILE) -> dict[str, Experiment]:
 
 
 def check_cases(cases: list[Case]) -> None:
-    """Raise InputError where a case says what would not be done."""
+    """Raise ValueError where a case says what would not be done."""
     first: dict[str, Case] = {}  # by variant; those behind it are on its rows
     for case in cases:
         of_rows = case.draw or case.change
         if case.variant == "" and (of_rows or case.references == "main"):
-            raise InputError('a case with "draw", "change" or "references" needs a "variant"')
+            raise ValueError('a case with "draw", "change" or "references" needs a "variant"')
         earlier = first.setdefault(case.variant, case)
         if of_rows and earlier is not case and rows_of(earlier) != rows_of(case):
-            raise InputError(f"two cases of the variant {case.variant!r} have other rows")
+            raise ValueError(f"two cases of the variant {case.variant!r} have other rows")
         if not case.arms:
-            raise InputError(f"the case {case.label!r} has no arms")
+            raise ValueError(f"the case {case.label!r} has no arms")
+
+
+def check_rows(rows: dict) -> None:
+    """Raise ValueError for an experiment on a checkpoint that lacks the size of a set."""
+    missing = [name for name in SETS if name not in rows]
+    if rows and missing:
+        raise ValueError(f'its "rows" do not say how many {", ".join(missing)} are drawn')
 
 
 def check_evaluation(experiment: Experiment) -> None:
