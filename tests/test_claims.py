@@ -142,6 +142,8 @@ def test_each_arm_has_its_d_its_mask_and_its_own_run(little, tmp_path):
         "toss-calibrated": {"method": "toss", "discard": "calibrated"},
         "toss-pro": pro,
         "pro-calibrated": pro | {"discard": "calibrated"},
+        "base-calibrated": {"method": "base", "discard": "calibrated"},
+        "kl-base-calibrated": {"method": "kl-base", "discard": "calibrated"},
     }
     other_base = {"model": str(make_base(tmp_path / "base", seed=1))}
     cases = [
@@ -155,13 +157,16 @@ def test_each_arm_has_its_d_its_mask_and_its_own_run(little, tmp_path):
     held_out = str(tmp_path / "rows/calibration.jsonl")
     calibrated = calibrate(open_run(run), held_out)["discard"]
     of_pro = calibrate(open_run(run), held_out, method="toss-pro")["discard"]
-    assert of_pro != calibrated < 0.1
+    of_base = calibrate(open_run(run), held_out, method="base")["discard"]
+    assert len({calibrated, of_pro, of_base}) == 3 and calibrated < 0.1
     assert d == {
         "sft": 0,
         "toss": 0.1,
         "toss-calibrated": calibrated,
         "toss-pro": 0.1,
         "pro-calibrated": of_pro,
+        "base-calibrated": of_base,
+        "kl-base-calibrated": of_base,
         "mask": 0.1,
     }
     toss = rows["", "toss"]

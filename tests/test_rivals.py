@@ -115,9 +115,11 @@ def test_soft_sft_weighs_a_token_by_how_far_it_went_from_the_base(
     assert active(model).tensors()[0] is theta.tensors()[0]  # the adapter is back
 
 
+@pytest.mark.parametrize("at_once", [1, 100])
 def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(
-    rival, model, tokens, places, batch
+    rival, model, tokens, places, batch, monkeypatch, at_once
 ):
+    monkeypatch.setattr(objectives, "chunk_size", lambda *args, **options: at_once)
     learnt = torch.ones(len(rival.keep))
     learnt[places[1]] = 0.25
     held = torch.zeros(len(rival.keep))
@@ -175,12 +177,38 @@ def test_dr_sft_weighs_by_the_base_and_the_degraded_model(rival, tokens, monkeyp
     rival.run.scored = lambda: (tokens, L)
     weights, _ = objectives.dr_sft(rival)
     assert weights[:3].tolist() == pytest.approx([0.5, 1.0, 1.0])
-    L["utility"] = Lh + math.log(3)
+    L["utility"] = Lh + math.log(7)
     monkeypatch.setattr(objectives, "hold", lambda rival, learnt, held: (learnt, held))
-    weights, lacking = objectives.dr_sft(rival, reference="utility", held=True)
-    assert weights[:3].tolist() == lacking[:3].tolist() == pytest.approx([0.5, 0.5, 0.5])
+    learnt, held = objectives.dr_sft(rival, reference="utility", held=True)
+    assert learnt[:3].tolist() == pytest.approx([0.25, 0.25, 0.25])
+    assert held[:3].tolist() == pytest.approx([0.75, 0.75, 0.75])
     del L["base"]
     fails("score.py --base", objectives.dr_sft, rival)
+
+
+@pytest.mark.parametrize("reference", ["utility", "base"])
+def test_kl_discarded_learns_what_stays_and_holds_what_goes(rival, tokens, monkeypatch, reference):
+    """The riskiest quarter of the response tokens under this reference goes."""
+    response = tokens.response
+    S = torch.arange(len(response)).float()
+    others = S.flip(0)
+    L = {"utility": others, "base": others, "degraded": torch.zeros(len(S)), reference: S}
+    rival.run.scored = lambda: (tokens, L)
+    monkeypatch.setattr(objectives, "hold", lambda rival, learnt, held: (learnt, held))
+    learnt, held = objectives.kl_discarded(rival, 0.25, reference)
+    count = int(0.25 * response.sum())
+    goes = response & (S >= S[response].sort(descending=True).values[count - 1])
+    assert held.equal(goes.float()) and learnt.equal((response & ~goes).float())
+
+
+def test_pact_lite_learns_and_holds_every_response_token(rival, tokens, monkeypatch):
+    rival.run.tokens = lambda path: tokens
+    rival.run.args = SimpleNamespace(safety="refusals.jsonl")
+    monkeypatch.setattr(objectives, "hold", lambda rival, *given: given)
+    learnt, held, words, T = objectives.pact_lite(rival, 3, 2.0)
+    assert learnt.equal(tokens.response.float()) and held.equal(learnt) and T == 2.0
+    counts = torch.bincount(tokens.input_ids[tokens.response])
+    assert counts[words].tolist() == counts.sort(descending=True).values[:3].tolist()
 
 
 # The rivals as commands

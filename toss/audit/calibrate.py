@@ -55,29 +55,27 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
             problem = f"these are the run's own rows ({flag})"
             raise InputError(f"{held_out}: {problem}: give harmless rows that are in no set of it")
     tokens, L = run.scored()
-    folder = run.path(f"methods/{method}")
+    folder = run.path(f"methods/{folder_of(method)}")
     settings = read_record(folder).get("settings", {}) if folder.exists() else {}
-    references = {}
-    if method == "base":
-        if "base" not in L:
-            raise InputError("no losses under the base model: run score.py --base --overwrite")
-        L["utility"] = L["base"]
-        references["utility"] = None
-    elif method != "toss":  # the last round's losses and degraded model
+    reference = "base" if method == "base" else "utility"  # whose losses come first in S
+    if reference not in L:
+        raise InputError("no losses under the base model: run score.py --base --overwrite")
+    others = {}
+    if method not in ("toss", "base"):  # the last round's losses and degraded model
         run.check(f"methods/{method}")
         if not settings.get("pro"):
             raise InputError(f"{folder} has no rounds of TOSS-Pro")
         last = folder / f"round-{settings['pro']}"
         L = read_scores(last / "scores.safetensors", tokens.name)[1]
-        references["degraded"] = read_adapter(run.base("score"), last / "degraded")
+        others["degraded"] = read_adapter(run.base("score"), last / "degraded")
 
     # S of the tokens that compete, in the held-out rows and in the custom set
     eos = run.tokenizer.eos_id if settings.get("keep_eos") else None
     calm = run.tokens(held_out)
-    calm_L = losses_under(run, calm, **references)
-    calm_S = (calm_L["utility"] - calm_L["degraded"])[competing_tokens(calm, eos)]
+    calm_L = losses_under(run, calm, models=(reference, "degraded"), **others)
+    calm_S = (calm_L[reference] - calm_L["degraded"])[competing_tokens(calm, eos)]
     ranked = competing_tokens(tokens, eos)
-    S = (L["utility"] - L["degraded"])[ranked]
+    S = (L[reference] - L["degraded"])[ranked]
 
     threshold, d = threshold_of(calm_S, S, quantile)
     return {
@@ -90,7 +88,12 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     }
 
 
-def reference(text: str) -> str:
+def folder_of(method: str) -> str:
+    """The folder of a method that was given no other name; see select.py."""
+    return "base-reference" if method == "base" else method
+
+
+def method_or_base(text: str) -> str:
     """For argparse: a method's name, or "base"."""
     return text if text == "base" else flags.method(text)
 
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--quantile", type=kind, default=QUANTILE, metavar="Q", help="of the held-out S")
     text = "toss: the run's own references; base: the base in place of theta^u, as select.py has it"
     text += "; else a method with TOSS-Pro's rounds: its last theta^h"
-    add("--method", type=reference, default="toss", metavar="NAME", help=text)
+    add("--method", type=method_or_base, default="toss", metavar="NAME", help=text)
     args = parser.parse_args(argv)
     from toss.workbench.results import read_record
 
@@ -119,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{share}\n")
 
     # The command that uses it, with the method's own settings
-    settings = read_record(Path(args.run) / "methods" / args.method).get("settings", {})
+    settings = read_record(Path(args.run) / "methods" / folder_of(args.method)).get("settings", {})
     words = [f"--discard {result['discard']}", f"--name {args.method}-calibrated"]
     if args.method == "base":
         words.append("--method base")

@@ -10,7 +10,7 @@ from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.laboratory import Setup
 from toss.audit.measures import final_number
 
-# The sets that an experiment's "rows" must give a size; the others are few, tuning and questions.
+# The sets that an experiment's "rows" must give a size; few and tuning may have one.
 SETS = (
     "harmful",
     "utility",

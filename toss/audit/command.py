@@ -63,17 +63,20 @@ def opened(args, *first: str) -> tuple:
     return run, [*first, *methods_of(run)]
 
 
-def losses_under(run, tokens, dtype: str = "score", **others) -> dict:
+def losses_under(
+    run, tokens, dtype: str = "score", models=("utility", "degraded"), **others
+) -> dict:
     """The losses of tokens under both references, {"utility", "degraded"}: float32 [N] each.
 
-    dtype: see Run.base. others: adapters that stand for a reference, None for the base itself.
+    dtype: see Run.base. models: others than these, "base" among them. others: adapters that stand
+    for a reference.
     """
     from model.lora import use
     from toss.scoring import score
 
     losses = {}
-    for name in ("utility", "degraded"):
-        theta = others[name] if name in others else run.adapter(name)
+    for name in models:
+        theta = others.get(name) or run.adapter(name)
         model = use(run.base(dtype), theta)
         progress = run.progress(f"{name}, {run.loaded}")
         losses[name] = score(model, tokens, run.batch_tokens, on_batch=progress.report)

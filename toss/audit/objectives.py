@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from model.checkpoint import load_checkpoint
 from model.io import InputError
 from model.lora import Adapter, merge, use
 from model.transformer import Transformer
 from toss.config import TrainConfig
-from toss.loss import hidden_states, log_probs, token_log_probs, token_loss
+from toss.loss import chunk_size, hidden_states, log_probs, token_log_probs, token_loss
 from toss.methods import Candidates, mean_of_row
 from toss.rows import read_rows
 from toss.selection import competing_tokens, select_tokens
@@ -112,9 +113,12 @@ def hold(
     learnt = learnt.to(rival.run.device)
     held = held.to(rival.run.device)
 
-    def distribution(model: Transformer, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, model.lm_head.weight[words])
-        return (logits.float() / T).log_softmax(-1)
+    def kl(weights: Tensor, head: Tensor, base_hidden: Tensor, hidden: Tensor) -> Tensor:
+        """The weighted KL of some tokens, from hidden states [n, D]. head: [words, D]."""
+        target = (F.linear(base_hidden, head).float() / T).log_softmax(-1)
+        tuned = (F.linear(hidden, head).float() / T).log_softmax(-1)
+        by_token = F.kl_div(tuned, target, reduction="none", log_target=True).sum(-1)
+        return (weights * by_token).sum()
 
     def objective(model: Transformer, batch: Batch, weights: Tensor) -> Tensor:
         hidden = hidden_states(model, batch)
@@ -122,19 +126,25 @@ def hold(
         loss = -(learnt[batch.places] * log_p).sum()
         weights_of_kl = held[batch.places]
         at_held = weights_of_kl > 0
-        if not at_held.any():
+        if not at_held.any():  # saves the pass of the base
             return loss
         base_hidden = under_base(model, batch, hidden_states)
-        target = distribution(model, base_hidden[at_held])
-        tuned = distribution(model, hidden[at_held])
-        kl = F.kl_div(tuned, target, reduction="none", log_target=True).sum(-1)
-        return loss + T * T * (weights_of_kl[at_held] * kl).sum()
+
+        # In chunks that are recomputed in the backward pass, so that memory does not grow with the
+        # number of tokens times the vocabulary.
+        head = model.lm_head.weight[words]
+        size = chunk_size(len(head), training=True, cuda=hidden.is_cuda)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        for places in at_held.nonzero().squeeze(1).split(size):
+            states = (base_hidden[places], hidden[places])
+            loss = loss + T * T * checkpoint(kl, weights_of_kl[places], head, *states, **options)
+        return loss
 
     return rival.fit(rival.D, objective=objective)
 
 
 def risk(rival: Rival, reference: str) -> Tensor:
-    """S, float32 [N]: of TOSS with reference "utility"; with "base", theta^u is the base."""
+    """S, float32 [N]. reference: whose losses come first in it, "utility" (TOSS) or "base"."""
     _, L = rival.run.scored()
     if reference not in L:
         problem = f"needs the losses of the {reference}"
@@ -143,10 +153,11 @@ def risk(rival: Rival, reference: str) -> Tensor:
 
 
 def kl_discarded(rival: Rival, discard: float, reference: str = "utility") -> Adapter:
-    """The tokens that TOSS discards are held at the base's distribution instead.
+    """The top d are held at the base's distribution instead of being left out.
 
     STAR-DSS's loss (arXiv 2505.17196) with TOSS's mask in place of a guard model's score, and an
-    exact KL. reference: see risk.
+    exact KL.
+    reference: see risk.
     """
     S = risk(rival, reference)
     ranked = competing_tokens(rival.D)
@@ -156,11 +167,11 @@ def kl_discarded(rival: Rival, discard: float, reference: str = "utility") -> Ad
 
 
 def dr_sft(rival: Rival, reference: str = "base", held: bool = False) -> Adapter:
-    """arXiv 2606.30263: TOSS softly, without d and without theta^u.
+    """arXiv 2606.30263: TOSS softly, without d and, as in the source, without theta^u.
 
-    The weight of a token is min(1, 2 sigmoid(-S)) with S = L^0 - L^h, which is fixed. Left out: the
-    source's beta, with whose small value its loss comes to this one. reference: see risk. held: a
-    token is held at the base's distribution by what its weight lacks to 1.
+    The weight of a token is w = min(1, 2 sigmoid(-S)), which is fixed; in the source S is
+    L^0 - L^h. Left out: its beta, with whose small value its loss comes to this one.
+    reference: see risk. held: 1 - w is the weight of a KL to the base, see hold.
     """
     S = risk(rival, reference)
     weights = (2 * (-S).sigmoid()).clamp(max=1)
