@@ -15,12 +15,21 @@ from model.io import as_input_error, read_json
 from toss.audit import pictures
 from toss.audit.attacks import asked_as_embedded, attacked
 from toss.audit.baselines import dsir, safeinstr
-from toss.audit.checkpoint import SETS
 from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.laboratory import Case, Experiment, Setup
 from toss.workbench.flags import ROOT
 
 FILE = Path(__file__).with_suffix(".json")
+# The sets that an experiment's "rows" must give a size; few and tuning may have one.
+SETS = (
+    "harmful",
+    "utility",
+    "custom",
+    "calibration",
+    "eval_harmful",
+    "eval_benign",
+    "eval_utility",
+)
 
 
 def read_experiments(path: Path = FILE) -> dict[str, Experiment]:
