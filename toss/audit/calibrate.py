@@ -46,6 +46,7 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     threshold), and harmful (share of ranked).
     """
     from model.peft import read_adapter
+    from toss.methods import Candidates
     from toss.selection import competing_tokens
     from toss.workbench.files import read_scores
     from toss.workbench.results import read_record
@@ -58,8 +59,6 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     folder = run.path(f"methods/{folder_of(method)}")
     settings = read_record(folder).get("settings", {}) if folder.exists() else {}
     reference = "base" if method == "base" else "utility"  # whose losses come first in S
-    if reference not in L:
-        raise InputError("no losses under the base model: run score.py --base --overwrite")
     others = {}
     if method not in ("toss", "base"):  # the last round's losses and degraded model
         run.check(f"methods/{method}")
@@ -71,11 +70,12 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
 
     # S of the tokens that compete, in the held-out rows and in the custom set
     eos = run.tokenizer.eos_id if settings.get("keep_eos") else None
+    ranked = competing_tokens(tokens, eos)
+    candidates = Candidates(tokens, L, ranked, d=0.0)
+    S = candidates.loss(reference) - candidates.loss("degraded")
     calm = run.tokens(held_out)
     calm_L = losses_under(run, calm, models=(reference, "degraded"), **others)
     calm_S = (calm_L[reference] - calm_L["degraded"])[competing_tokens(calm, eos)]
-    ranked = competing_tokens(tokens, eos)
-    S = (L[reference] - L["degraded"])[ranked]
 
     threshold, d = threshold_of(calm_S, S, quantile)
     return {
