@@ -123,7 +123,7 @@ def test_every_arm_is_a_method_that_there_is_and_has_a_folder_of_its_own(name):
     folders = []
     for case in EXPERIMENTS[name].cases:
         for arm, how in case.arms.items():
-            assert how.get("method", arm) in ("base", "mask", *config.METHODS, *RIVALS)
+            assert how.get("method", how["name"]) in ("base", "mask", *config.METHODS, *RIVALS)
             folders.append((case.variant, how["name"]))
     assert len(set(folders)) == len(folders)
 
@@ -149,11 +149,12 @@ def test_each_arm_has_its_d_its_mask_and_its_own_run(little, tmp_path):
     cases = [
         Case(plain | others),
         Case(plain, "other", "other", change=lambda setup: other_base),
-        Case({"mask": {"mask": ""}}, "other", "other"),
+        Case({"mask": {"mask": ""}, "base, other": {"name": "base"}}, "other", "other"),
     ]
     run = tmp_path / "run"
     rows = numbers_of(little(Experiment("mine", "Mine", cases)), run)
-    d = {arm: row["discard"] for (_, arm), row in rows.items()}
+    d = {arm: row["discard"] for (_, arm), row in rows.items() if "discard" in row}
+    assert ("other", "base, other") in rows  # measured, and not fine-tuned: it has no d
     held_out = str(tmp_path / "rows/calibration.jsonl")
     calibrated = calibrate(open_run(run), held_out)["discard"]
     of_pro = calibrate(open_run(run), held_out, method="toss-pro")["discard"]

@@ -133,17 +133,17 @@ def run_case(case: Case, seed: int, setups: dict[str, "Setup"], evaluation: dict
     if case.references != "none":
         setup.prepare(from_main=case.references == "main")
 
+    names = {arm: flags.get("name", arm) for arm, flags in case.arms.items()}
     discards = {}
     for arm, flags in case.arms.items():
-        if arm == "base":
+        if names[arm] == "base":
             continue
-        flags = {"name": arm, **flags}
+        flags = {**flags, "name": names[arm]}
         if "mask" in flags:
             maker = setups[flags["mask"]].folder.absolute()
             flags["mask"] = maker / "methods/toss/selection.safetensors"
         discards[arm] = setup.finetune(**flags)
 
-    names = {arm: flags.get("name", arm) for arm, flags in case.arms.items()}
     metrics = setup.evaluate(list(names.values()), **evaluation)
     record = read_json(setup.folder / "run.json")
     results = []
