@@ -63,7 +63,8 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     if method not in ("toss", "base"):  # the last round's losses and degraded model
         run.check(f"methods/{method}")
         if not settings.get("pro"):
-            raise InputError(f"{folder} has no rounds of TOSS-Pro")
+            advice = "for a method without them, --method is toss or base"
+            raise InputError(f"{folder} has no rounds of TOSS-Pro: {advice}")
         last = folder / f"round-{settings['pro']}"
         L = read_scores(last / "scores.safetensors", tokens.name)[1]
         others["degraded"] = read_adapter(run.base("score"), last / "degraded")

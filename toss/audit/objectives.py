@@ -144,12 +144,15 @@ def hold(
 
 
 def risk(rival: Rival, reference: str) -> Tensor:
-    """S, float32 [N]. reference: whose losses come first in it, "utility" (TOSS) or "base"."""
+    """S, float32 [N], 0 where there is no response token.
+
+    reference: whose losses come first in it, "utility" (TOSS) or "base".
+    """
     _, L = rival.run.scored()
-    if reference not in L:
-        problem = f"needs the losses of the {reference}"
-        raise InputError(f"{rival.name} {problem}: run score.py --base --overwrite")
-    return L[reference] - L["degraded"]
+    c = Candidates(rival.D, L, competing_tokens(rival.D), d=0.0)
+    S = torch.zeros(len(rival.keep))
+    S[c.ranked] = c.loss(reference) - c.loss("degraded")
+    return S
 
 
 def kl_discarded(rival: Rival, discard: float, reference: str = "utility") -> Adapter:
