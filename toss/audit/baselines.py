@@ -120,7 +120,8 @@ def draw(weights: np.ndarray, count: int, seed: int) -> list[int]:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    waits = torch.empty(len(weights), dtype=torch.float64).exponential_(generator=generator)
+    uniform = torch.rand(len(weights), generator=generator, dtype=torch.float64)
+    waits = -(-uniform).log1p()  # torch 2.6 has other numbers in exponential_
     noisy = torch.from_numpy(weights) - waits.log()
     return sorted(noisy.topk(count).indices.tolist())
 
