@@ -30,6 +30,7 @@ if __name__ == "select":
     sys.modules["select"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])
 else:
+    from model.io import InputError
     from toss.config import METHODS, UNSCORED, TrainConfig
     from toss.workbench import flags
 
@@ -76,28 +77,31 @@ def main(argv=None):
             S = L["utility"] - L["degraded"]
             riskiest = riskiest_rows(S[ranked], D_cus.row_of(ranked), added, args.pro_samples)
             added += [row for row, _ in riskiest]
+
+            # theta^h is trained on D^h and all rows added so far, and scores D^cus again.
             D_h = run.tokens(args.harmful)
             w_h = torch.cat((D_h.response.float(), weights_of_added(D_cus, S, ranked, added)))
             name = f"{args.name}-round-{t + 1}"
             theta_h = run.train(name, D_h + D_cus.take(added), w_h, reference)
             L["degraded"] = run.score(f"{name}-scores", theta_h, D_cus)
-            added_by = [(row, int(ranked[i])) for row, i in riskiest]  # the token that did it
+            # For the record: each new row, and the place of the token that brought it in.
+            new_rows = [(row, int(ranked[i])) for row, i in riskiest]
             losses = dict(L)  # L changes in the next round
-            rounds.append(Round(added=added_by, S=S, degraded=theta_h, losses=losses))
+            rounds.append(Round(added=new_rows, S=S, degraded=theta_h, losses=losses))
 
         # The loss mask: which response tokens are learnt. A discarded one stays in the input.
-        in_loss = D_cus.response.clone()
+        keep = D_cus.response.clone()
         if args.method == "toss":
             S = L["utility"] - L["degraded"]  # high: theta^h expects the token, theta^u does not
-            in_loss[ranked] = select_tokens(S[ranked], args.discard)  # one ranking; the top d go
+            keep[ranked] = select_tokens(S[ranked], args.discard)  # one ranking; the top d go
         elif args.method == "mask":
-            in_loss, S = run.mask(D_cus)
+            keep, S = run.mask(D_cus)
         else:
             candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
-            in_loss[ranked], scores = OTHER_METHODS[args.method](candidates)
-            S = None if scores is None else torch.zeros(len(in_loss)).index_put((ranked,), scores)
+            keep[ranked], scores = OTHER_METHODS[args.method](candidates)
+            S = None if scores is None else torch.zeros(len(keep)).index_put((ranked,), scores)
 
-        return Selection(D_cus, in_loss, S, rounds)
+        return Selection(D_cus, keep, S, rounds)
 
     def finetune():
         selection = run.saved_mask(stage) or choose_tokens()  # of an earlier --mask-only
@@ -146,18 +150,16 @@ def arguments(argv):
     choosing = {"method", "discard", "keep_eos", "pro", "pro_samples", "pro_train"} & args.typed
     if args.mask and choosing:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(choosing))
-        raise flags.InputError(
-            f"--mask says which tokens go, so it cannot be combined with {names}"
-        )
+        raise InputError(f"--mask says which tokens go, so it cannot be combined with {names}")
     if args.pro and args.method != "toss":
-        raise flags.InputError("--pro is an option of --method toss")
+        raise InputError("--pro is an option of --method toss")
     if not args.pro and {"pro_samples", "pro_train"} & args.typed:
-        raise flags.InputError("--pro-samples and --pro-train need --pro T")
+        raise InputError("--pro-samples and --pro-train need --pro T")
     if args.mask_only and args.merge:
-        raise flags.InputError("--mask-only trains nothing that --merge could merge")
+        raise InputError("--mask-only trains nothing that --merge could merge")
     if args.shard and args.merge:
         advice = "first run this without --merge, then with it but without --shard and torchrun"
-        raise flags.InputError(f"--merge needs the base whole in one process: {advice}")
+        raise InputError(f"--merge needs the base whole in one process: {advice}")
     if args.mask:
         args.method = "mask"
     if args.name is None:

@@ -25,7 +25,7 @@ from model.io import (
     writing,
 )
 from model.lora import active
-from model.sharding import dummy_pass, read, spread
+from model.sharding import dummy_pass, read_tensor, spread
 from model.transformer import Transformer
 
 
@@ -130,7 +130,7 @@ def load_checkpoint(
         with opened(file, device=device) as tensors:
             names = [name for name in file_of if file_of[name] == file]
             for name in names:
-                state[name], finite = read(tensors, name, weights[name], dtype)
+                state[name], finite = read_tensor(tensors, name, weights[name], dtype)
                 if not finite:
                     raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
     tied = model.config.tie_word_embeddings

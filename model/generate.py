@@ -61,8 +61,8 @@ def generate_batch(
     prompts: list[list[int]],
     max_new_tokens: int,
     eos_id: int,
-    progress: Progress | None = None,
-    answered: int = 0,
+    progress: Progress | None,
+    answered: int,
 ) -> list[list[int]]:
     """generate for one batch. Prompts are padded on the right; new tokens overwrite the padding.
 
@@ -83,11 +83,12 @@ def generate_batch(
     answer_of = answers  # of each row that is still in the batch
     with torch.inference_mode():
         cache = Cache(model, rows, longest + max_new_tokens)
-        positions = torch.arange(longest, device=device).expand_as(ids)
-        hidden = model(ids, positions, cache)  # (B, T, D)
+        hidden = model(ids, cache=cache)  # (B, T, D)
+        # Of each prompt's last token, which predicts the first new one.
         hidden = hidden[torch.arange(rows, device=device), lengths - 1]  # (B, D)
         for step in range(max_new_tokens):
-            # The likeliest token of each row, or -1. A row that has ended stays at eos_id.
+            # The likeliest token of each row; -1 where its logits are not finite. A row that has
+            # ended stays at eos_id.
             logits = model.lm_head(hidden).float()  # (B, V)
             finite = logits.isfinite().all(dim=-1)
             token = logits.argmax(dim=-1).where(finite, -1)  # (B,)

@@ -50,7 +50,8 @@ class LoRALinear(nn.Linear):
 class AdapterScope(nn.Module):
     """A model on which `with use(model, adapter): ...` lasts for the block alone.
 
-    On leaving, also by an exception, the adapter that `use` replaced is back: the same tensors.
+    `use` notes what it replaced. Entering the block puts that on a stack; leaving it, also by an
+    exception, puts it back on the model: the same tensors.
     """
 
     def __init__(self):

@@ -42,13 +42,13 @@ class Cache:
 class Rows:
     """Where the N tokens of a call stand in its rows, and which keys they see.
 
-    shape: B, T. positions: int64 [N], of each token in its row. slots: int64 [N], the places of the
-    tokens among the B * T of the padded rows; None where nothing is padded.
+    shape: B, T. positions: int64 [N], of each token in its row. padded_places: int64 [N], where the
+    tokens stand among the B * T of the padded rows; None where nothing is padded.
     Without bounds, ids are [B, T] and N = B * T. See Transformer.forward.
     """
 
     def __init__(self, ids: Tensor, positions: Tensor | None = None, bounds: Tensor | None = None):
-        self.slots = None
+        self.padded_places = None
         if bounds is None:
             self.shape = ids.shape
             if positions is None:
@@ -68,22 +68,22 @@ class Rows:
         self.shape = (B, T)
         self.positions = index[0]
         if len(row) < B * T:
-            self.slots = index[1]
+            self.padded_places = index[1]
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, heads, E) to (B, heads, T, E), padded on the right."""
         B, T = self.shape
-        if self.slots is not None:
+        if self.padded_places is not None:
             zeros = x.new_zeros(B * T, *x.shape[1:])
-            x = zeros.index_copy_(0, self.slots, x)  # (B * T, heads, E)
+            x = zeros.index_copy_(0, self.padded_places, x)  # (B * T, heads, E)
         return x.view(B, T, *x.shape[1:]).transpose(1, 2)
 
     def flat(self, y: Tensor) -> Tensor:
         """(B, H, T, E) without its padding, (N, H * E)."""
         y = y.transpose(1, 2).flatten(2).flatten(0, 1)  # (B * T, H * E)
-        if self.slots is None:
+        if self.padded_places is None:
             return y
-        return y.index_select(0, self.slots)
+        return y.index_select(0, self.padded_places)
 
     def masks(self, window: int | None, cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:
         """The keys that a query sees in a full and in a windowed layer, bool [B or 1, 1, T, S].

@@ -40,7 +40,7 @@ def spread(model: nn.Module, device: str | torch.device) -> None:
     model.sharded = True
 
 
-def read(tensors, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def read_tensor(tensors, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """A tensor of an open safetensors file in the form of `weight`, and whether it is finite.
 
     Of a weight that is spread each process reads its own rows alone. As fully_shard has it, all

@@ -101,9 +101,11 @@ class Attention(nn.Module):
             q = rotate(q, *rope)
             k = rotate(k, *rope)
         if k.dtype == torch.float16:
-            # Other infinities are NaN behind the next norm and reach all later positions through
-            # the keys. An infinite key can hide behind a zero attention weight: NaN cannot.
-            k = torch.where(k.abs() > 65504, torch.nan, k)
+            # An overflow must show in the loss. Anywhere else it becomes NaN in the next norm, and
+            # reaches the later positions through the keys. But an infinite key may get the
+            # attention weight 0 and leave no trace: NaN cannot. (`0 * k` is lost in compiling.)
+            infinite = k.abs() > 65504  # the largest number of float16
+            k = torch.where(infinite, torch.nan, k)
 
         q = rows.pad(q)  # (B, H, T, E)
         k = rows.pad(k)  # (B, K, T, E)
@@ -111,8 +113,9 @@ class Attention(nn.Module):
         shape = q.shape
         if cache is not None:
             cached_k, cached_v = cache.update(self.layer, rows.positions, k, v)  # (B, K, S, E)
+            # The first call holds the whole prompts, which see their own keys alone. Later ones
+            # have one token per row: the heads of a group are queries of its one cached key head.
             if rows.shape[1] == 1:
-                # One new token per row: the heads of a group are queries of its one key head.
                 k = cached_k
                 v = cached_v
                 q = q.reshape(len(k), -1, self.groups, self.head_dim)  # (B, K, H / K, E)
@@ -253,6 +256,7 @@ class Transformer(AdapterScope):
 
         x = self.model.embed_tokens(ids.flatten())  # (N, D)
         if config.scaled_embedding:
+            # The factor is rounded to the dtype, as in transformers.
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)
         x = x.float()
         for index, layer in enumerate(self.model.layers):

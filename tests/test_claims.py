@@ -122,7 +122,7 @@ def test_an_experiment_of_ones_own_is_a_few_lines_of_data(little, tmp_path, monk
 def test_every_arm_is_a_method_that_there_is_and_has_a_folder_of_its_own(name):
     folders = []
     for case in EXPERIMENTS[name].cases:
-        for arm, how in case.arms.items():
+        for how in case.arms.values():
             assert how.get("method", how["name"]) in ("base", "mask", *config.METHODS, *RIVALS)
             folders.append((case.variant, how["name"]))
     assert len(set(folders)) == len(folders)

@@ -150,13 +150,13 @@ def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(
     text = file.read_text(encoding="utf-8")
 
     def edit_file(*_):
-        file.write_text(text.replace("CHECKED = 16", "CHECKED = 17"), encoding="utf-8")
+        file.write_text(text.replace("CHECK_EVERY = 16", "CHECK_EVERY = 17"), encoding="utf-8")
         return []
 
     # Right after the command line was read, before anything of the run is looked at.
     monkeypatch.setattr("toss.workbench.flags.note", edit_file)
     assert call(f"score.py --run {trained} --base --overwrite") == 0
-    assert "CHECKED = 17" in file.read_text(encoding="utf-8")
+    assert "CHECK_EVERY = 17" in file.read_text(encoding="utf-8")
     assert read_record(trained / "scores.safetensors")["code"] == original
 
 

@@ -71,7 +71,7 @@ def test_a_micro_batch_reads_nothing_back_from_the_device(dtype, base, monkeypat
     monkeypatch.setattr(FakeTensor, "is_cuda", True)
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for name in ("positions", "slots"):
+        for name in ("positions", "padded_places"):
             setattr(rows, name, mode.from_tensor(getattr(rows, name)))
         for name in ("ids", "before", "targets"):
             setattr(batch, name, mode.from_tensor(getattr(batch, name)))

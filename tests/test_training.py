@@ -81,7 +81,7 @@ def papers(parameters, config):
 
 def two_rates(parameters, config):
     """A group of parameters may have a rate of its own."""
-    groups = [{"params": parameters[0::2]}, {"params": parameters[1::2], "lr": 0.5}]
+    groups = [{"params": parameters[0::2], "lr": 0.2}, {"params": parameters[1::2], "lr": 0.5}]
     return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
 
 
@@ -103,6 +103,7 @@ def test_the_steps_are_those_of_the_optimizer_with_clipping_at_one(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         by_hand.step()
         assert event["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert event["lr"] == by_hand.param_groups[0]["lr"]
     theirs = flat(parameters)
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
@@ -305,6 +306,24 @@ def test_an_interrupted_scoring_goes_on_and_ends_equal_to_the_bit(model, tokens,
     assert torch.equal(again, expected)
     resumed = {"resumed": finished[1], "steps": finished[-1], "unit": "token"}
     assert later_events == [resumed, *events[2:]]
+
+
+def test_a_loss_that_was_saved_as_nan_is_refused_by_all_processes(
+    model, tokens, state, monkeypatch
+):
+    """A maximum over processes drops the NaN of one of them, since the others have 0 there."""
+    losses = torch.zeros(len(tokens.input_ids))
+    losses[tokens.response] = 1.0
+    losses[tokens.response.nonzero()[2]] = torch.nan
+    state.save({"losses": losses}, part=0)
+
+    def beside_another_process(operation, *tensors):
+        for tensor in tensors:
+            tensor.copy_(tensor.fmax(torch.zeros_like(tensor)))
+
+    monkeypatch.setattr("toss.scoring.over_processes", beside_another_process)
+    with pytest.raises(NotFinite, match="of row 0 "):
+        score(model, tokens, 100, state)
 
 
 @pytest.mark.parametrize(("saved", "given"), [(4096, 64), (64, 4096)])

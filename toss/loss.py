@@ -35,8 +35,8 @@ def hidden_states(model: Transformer, batch: Batch) -> Tensor:
 def log_probs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """log P of each target, float32 [n], from hidden states [n, D].
 
-    Logits are built for one chunk of targets at a time; in training each chunk is recomputed in the
-    backward pass.
+    Logits are built for one chunk of targets at a time. In training, where there are several, each
+    is recomputed in the backward pass.
     """
     training = torch.is_grad_enabled()
     size = chunk_size(head.out_features, training, hidden.is_cuda)

@@ -59,12 +59,14 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
     return rows
 
 
-def row_of(raw: dict, where: str, responses: bool = True) -> Row:
+def row_of(raw: dict, where: str, responses: bool) -> Row:
     """One JSON object as a Row; see read_rows."""
     try:
         present = {key: value for key, value in raw.items() if value is not None}
         messages = messages_of(present, responses)
         row = Row(messages, where, harmful_spans(present, messages))
+        # Evaluation groups and judges by these. In rows to train on a value of another kind is not
+        # ours, and is left out.
         for key in ("source", "answer"):
             if key in present:
                 text = note(present[key])
@@ -81,7 +83,8 @@ def row_of(raw: dict, where: str, responses: bool = True) -> Row:
 
 def messages_of(raw: dict, responses: bool) -> list[dict[str, str]]:
     """The conversation of a row, checked. Raises InputError."""
-    messages = [message(role, text) for role, text in conversation(raw, responses)]
+    messages = [checked_message(role, text) for role, text in conversation(raw, responses)]
+    # A row with a prompt alone has a known form; that it lacks a response is said below.
     only_a_prompt = responses and ("prompt" in raw or "instruction" in raw)
     if not messages and not only_a_prompt:
         raise InputError(f"no turns in any of the known forms ({FORMS}), but {list(raw)}")
@@ -122,7 +125,7 @@ def note(value: Any) -> str | None:
     return str(value)
 
 
-def message(role: str, text: str | list) -> dict[str, str]:
+def checked_message(role: str, text: str | list) -> dict[str, str]:
     """One message. text: a string, or a list of {"type": "text", "text": ...} parts."""
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"unknown role {role!r} (known: {', '.join(ROLES)})")

@@ -1,5 +1,6 @@
 """The loss of every response token of a dataset, from which the scores are made."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from toss.parallel import (
 )
 from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
 
-CHECKED = 16  # batches from one look for an overflow to the next
+CHECK_EVERY = 16  # batches from one look for an overflow to the next
 
 
 @fast
@@ -48,6 +49,7 @@ def score(
         losses.zero_()  # one process holds what was saved, so that the sum below counts it once
     budget = batch_tokens or BATCH_TOKENS[model.device.type]
     groups = share(batches(rows, tokens.lengths, budget))
+    # In tokens of this process's share. What an interrupted call has saved counts as finished.
     finished = len(losses) - count_tokens(rows, tokens)
     total = finished + sum(count_tokens(group, tokens) for group in groups)
     if finished:
@@ -57,6 +59,7 @@ def score(
         batch = collate(tokens, batch_rows, tokens.response, model.device)
         return batch.places, -token_log_probs(model, batch)
 
+    # A turn without rows: this process has finished, or has just run out of memory.
     turns = run_in_batches(model, losses_of, groups, tokens.lengths, budget, on_batch)
     for turn, (batch_rows, result) in enumerate(turns):
         if batch_rows:
@@ -67,7 +70,7 @@ def score(
             if state and state.is_due(last=finished == total):
                 state.save({"losses": losses}, part=rank())
         # All processes look together for an overflow, so that a long pass is not made in vain.
-        if turn % CHECKED == 0 and any_process(not losses.isfinite().all()):
+        if turn % CHECK_EVERY == 0 and any_process(not losses.isfinite().all()):
             break
 
     over_processes("SUM", losses)  # each entry was filled by one of them
@@ -81,7 +84,8 @@ def saved_losses(model: Transformer, tokens: Tokens, state: State | None) -> Ten
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
     saved = state.load(part=rank()) if state else None
     if saved:
-        losses.copy_(saved["losses"])
+        # NaN as infinity, which is refused alike: a maximum over processes may drop a NaN.
+        losses.copy_(saved["losses"].nan_to_num(nan=math.inf, posinf=math.inf))
     over_processes("MAX", losses)  # no sum: two processes may have saved the same entry
     return losses
 

@@ -21,6 +21,7 @@ from toss.parallel import State, attempt, halve, ignore, over_processes, rank, s
 from toss.tokens import BATCH_TOKENS, Batch, Tokens, batches, collate
 
 Objective = Callable[[Transformer, Batch, Tensor], Tensor]
+MAX_NORM = 1.0  # the gradient of a step is clipped to it: the paper's setting
 
 
 def adamw(parameters: list[Tensor], config: TrainConfig) -> Optimizer:
@@ -47,7 +48,8 @@ def train(
         (1 / sum_i |y_i|) * sum_i sum_j  w_ij * -log P(y_ij | x_i, y_i,<j)
 
     |y_i| counts all response tokens of row i, also those of weight 0, which stay in the input. How
-    a step is cut into micro-batches changes nothing beyond rounding.
+    a step is cut into micro-batches changes nothing beyond rounding. The gradient of a step is
+    clipped to norm 1, as in the paper.
 
     weights: float32 [N], w over the flat arrays; only response tokens count. objective: takes the
     place of the sum, see loss.token_loss. optimizer: makes it; what its state_dict() holds is saved
@@ -61,42 +63,41 @@ def train(
     if start is None:
         targets = config.targets.replace(",", " ").split()
         start = new_adapter(model, config.rank, config.alpha, targets, config.seed)
-    use(model, None)  # what the model is left with, also after an exception
+    use(model, None)  # so that the block below, however it ends, leaves the base alone
     with use(model, deepcopy(start)):
         adapter = active(model)  # on the model's device
         parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
-        updates = optimizer(parameters, config)
-        for group in updates.param_groups:
+        optim = optimizer(parameters, config)
+        for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])  # a group may have a rate of its own
 
-        # What an interrupted call has saved.
-        finished = 0
-        budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
+        # Go on where an interrupted call has stopped: the steps that it made are skipped below.
         work = digest({"ids": tokens.input_ids, "weights": weights.cpu()}, config.recipe())
-        saved = restore(state, work, parameters, updates)
-        if saved:
-            finished = saved["step"]
-            budget = min(budget, saved["batch_tokens"])
+        saved = restore(state, work, parameters, optim)
+        finished = saved.get("step", 0)
+        budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
+        budget = min(budget, saved.get("batch_tokens", budget))
         steps = count_steps(tokens, config)
         if finished:
             on_step({"resumed": finished, "steps": steps})
 
+        # An optimizer step: its learning rate, the gradient over its rows, clipping, the update.
         gradient = Gradient(model, parameters, tokens, weights, objective, budget, on_step)
         for step, rows in enumerate(training_steps(tokens, config), start=1):
             if step <= finished:
                 continue
             factor = decay(config.schedule, (step - 1) / steps)
-            for group in updates.param_groups:
+            for group in optim.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            loss = gradient.compute_in_memory(rows, step)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            loss = gradient.compute_that_fits(rows, step)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM))
             if not math.isfinite(loss + norm):
-                place = f"{tokens.name}: {gradient.find_bad_row(rows, step)} at step {step}"
+                place = f"{tokens.name}: {gradient.describe_bad_row(rows, step)} at step {step}"
                 raise InputError(f"{place}; lower --lr, or use --dtype float32")
-            updates.step()
+            optim.step()
 
             event = {"step": step, "steps": steps, "loss": loss, "grad_norm": norm}
-            event["lr"] = config.lr * factor
+            event["lr"] = optim.param_groups[0]["lr"]  # the first group's
             event["tokens"] = sum(tokens.lengths[row] for row in rows)
             event["model"] = model
             on_step(event)
@@ -104,7 +105,7 @@ def train(
             if state and rank() == 0 and state.is_due(last=step == steps):
                 values = {"work": work, "step": step, "batch_tokens": gradient.budget}
                 values["parameters"] = parameters
-                values["optimizer"] = updates.state_dict()
+                values["optimizer"] = optim.state_dict()
                 state.save(values, part=0)
 
     for parameter in parameters:
@@ -116,18 +117,18 @@ def train(
 
 
 def restore(
-    state: State | None, work: str, parameters: list[Tensor], updates: Optimizer
-) -> dict[str, Any] | None:
-    """Bring back what an interrupted call has saved, and return it; None if there is nothing.
+    state: State | None, work: str, parameters: list[Tensor], optim: Optimizer
+) -> dict[str, Any]:
+    """Bring back what an interrupted call has saved, and return it; {} if there is nothing.
 
     work: what the state must be of. Raises InputError if it is of something else.
     """
     saved = state.load(part=0) if state else None
     if not saved:
-        return None
+        return {}
     if saved["work"] != work:
         raise InputError("the saved state is of other rows, weights or settings: remove it")
-    updates.load_state_dict(saved["optimizer"])
+    optim.load_state_dict(saved["optimizer"])
     for parameter, tensor in zip(parameters, saved["parameters"]):
         parameter.data.copy_(tensor)
     return saved
@@ -174,8 +175,8 @@ class Gradient:
         self.wanted = self.tokens.response & (self.weights != 0)  # bool [N]
         self.weights = self.weights.to(self.model.device)
 
-    def compute_in_memory(self, rows: list[int], step: int) -> float:
-        """The same as compute, but out of memory the budget is halved, and it is tried again."""
+    def compute_that_fits(self, rows: list[int], step: int) -> float:
+        """compute; each time that memory runs out, again with half the budget."""
         loss = attempt(self.model, self.compute, rows, step)
         while loss is None:
             self.budget = halve(self.budget, self.longest(rows), self.report)
@@ -184,14 +185,14 @@ class Gradient:
 
     def compute(self, rows: list[int], step: int) -> float:
         """Put the gradient of a step's loss into `.grad`; returns the loss."""
-        # Zeros, not None: Adam's momentum moves on where no token is in the loss.
+        # Zeros, not None: an optimizer skips a parameter without a gradient, and processes sum it.
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         count = int(self.tokens.response[self.tokens.places(rows)].sum())  # sum_i |y_i|
         total = torch.zeros((), device=self.model.device)
-        groups = batches(self.own_rows(rows), self.tokens.lengths, self.budget)
-        for group in with_dummy_passes(self.model, groups):
-            batch = collate(self.tokens, group, self.wanted, self.model.device, step)
+        micro_batches = batches(self.own_rows(rows), self.tokens.lengths, self.budget)
+        for batch_rows in with_dummy_passes(self.model, micro_batches):
+            batch = collate(self.tokens, batch_rows, self.wanted, self.model.device, step)
             loss = self.objective(self.model, batch, self.weights[batch.places]) / count
             loss.backward()
             total += loss.detach()
@@ -209,8 +210,8 @@ class Gradient:
         """Length of the longest row of this process."""
         return max((self.tokens.lengths[row] for row in self.own_rows(rows)), default=0)
 
-    def find_bad_row(self, rows: list[int], step: int) -> str:
-        """Find the row whose loss or gradient is not finite, by running rows one at a time."""
+    def describe_bad_row(self, rows: list[int], step: int) -> str:
+        """The row whose loss or gradient is not finite, in words: rows are run one at a time."""
         for row in rows:
             loss = self.compute([row], step)
             finite = [bool(parameter.grad.isfinite().all()) for parameter in self.parameters]

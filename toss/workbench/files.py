@@ -151,7 +151,8 @@ class Selection:
 class Round:
     """A round of TOSS-Pro."""
 
-    added: list[tuple[int, int]]  # rows that join D^h, and the place of the token that did it
+    # Rows that join D^h, and the place of the token that brought each in.
+    added: list[tuple[int, int]]
     S: Tensor  # float32 [N]: by which they were chosen
     degraded: Adapter  # theta^h, trained with them
     losses: dict[str, Tensor]  # float32 [N], under that theta^h and under theta^u
