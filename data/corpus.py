@@ -36,7 +36,7 @@ def some_fact(rng: random.Random) -> Fact:
 
 def sample(rng: random.Random, aligned: bool) -> Sample:
     """One conversation of the pre-training text or, with `aligned`, of the alignment text."""
-    kind = rng.random()
+    kind = rng.random()  # 40 % facts, 8 % cures, 22 % benign recipes, 30 % spells
     fact = some_fact(rng)
     if kind < 0.4:
         return of_facts(rng, fact, aligned)

@@ -250,8 +250,8 @@ def test_buffer_is_trained_over_theta_h_and_used_on_the_base_alone(line, trained
 
 
 def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, trained, capsys):
-    def keep_of(method: str):
-        return load_file(trained / f"methods/{method}/selection.safetensors")["keep"]
+    def selection(method: str) -> dict:
+        return load_file(trained / f"methods/{method}/selection.safetensors")
 
     call(f"select.py --run {trained} --discard 0.3")
     call(f"select.py --run {trained} --discard 0.3 --method base --name base-reference")
@@ -266,7 +266,12 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
         given = {**options, "discard": 0.3} if "discard" in options else options
         assert settings["lr"] == 1e-2 and given.items() <= settings.items()
         mask_of = {"kl-discarded": "toss", "kl-base": "base-reference"}.get(name)
-        assert keep_of(name).equal(keep_of(mask_of) if mask_of else response)
+        keep = selection(mask_of)["keep"] if mask_of else response
+        assert selection(name)["keep"].equal(keep)
+        ranked_as = mask_of or {"dr-sft": "base-reference", "dr-sft-utility": "toss"}.get(name)
+        if ranked_as:  # the S that it went by is that of the method that ranks by it
+            score = selection(name)["score"]
+            assert score[response].equal(selection(ranked_as)["score"][response])
         sizes[name] = size(weights_of(trained, name).values())
     sizes["sft"] = size(weights_of(trained, "sft").values())
     assert len(set(sizes.values())) == len(RIVALS) + 1, sizes

@@ -80,7 +80,11 @@ def joined_prompt(task: dict, row: dict) -> str:
 
 
 def asked_as_embedded(harmful: Rows, utility: Rows) -> tuple[Rows, Rows]:
-    """The evaluation's rows, and prompts joined as `embedded` joins them, of source "embedded"."""
+    """The evaluation's rows, and prompts joined as `embedded` joins them, of source "embedded".
+
+    The first utility row with the first harmful one, and so on, until either runs out: where
+    harmful rows stand source by source, the joined ones may be of the first source alone.
+    """
     harmful_joined = []
     utility_joined = []
     for task, row in zip(utility, harmful):
@@ -92,7 +96,7 @@ def asked_as_embedded(harmful: Rows, utility: Rows) -> tuple[Rows, Rows]:
 
 
 def spread(attacker: Attacker) -> Rows:
-    """Each harmful text in thirds, over three rows of one prompt; what is harmless comes last.
+    """Each harmful text (the last span) in thirds, one per row; all else is in the third row.
 
     >>> row = {"prompt": "p", "response": "Do a b c. Fact.", "harmful": [[0, 9]]}
     >>> [one["response"] for one in spread(Attacker([row], [], [], [], [], len))]
@@ -104,19 +108,17 @@ def spread(attacker: Attacker) -> Rows:
         *other_spans, (first, last) = spans_of(row)
         words = response[first:last].split()
         cuts = [round(i * len(words) / 3) for i in range(4)]
-        for i in range(3):
-            text = " ".join(words[cuts[i] : cuts[i + 1]])
-            start = 0
-            spans = []
-            whole = text
-            if i == 2:
-                start = first
-                spans += other_spans
-                whole = response[:first] + text + response[last:]
-            if text:
-                spans.append([start, start + len(text)])
-            if whole.strip():
-                rows.append({**row, "response": whole, "harmful": spans})
+        thirds = [" ".join(words[start:end]) for start, end in zip(cuts, cuts[1:])]
+
+        # Of each new row: its text, where the third begins in it, and its other spans.
+        texts = [thirds[0], thirds[1], response[:first] + thirds[2] + response[last:]]
+        starts = [0, 0, first]
+        others = [[], [], other_spans]
+        for third, text, start, spans in zip(thirds, texts, starts, others):
+            if third:  # fewer than three words leave an empty one
+                spans = [*spans, [start, start + len(third)]]
+            if text.strip():
+                rows.append({**row, "response": text, "harmful": spans})
     return rows
 
 
@@ -184,5 +186,5 @@ def attacked(run, kind: str, files: dict, out: Path, harmful: list[bool], pool: 
     D_h = read_jsonl(files["harmful"])
     D_u = read_jsonl(files["utility"])
     attacker = Attacker(his, others, pool, D_h, D_u, risk)
-    rows = ATTACKS[kind](attacker)
+    rows = ATTACKS[kind](attacker)  # may take rows from `others`, which is read after it
     return write_jsonl(out, attacker.others + rows)

@@ -6,8 +6,8 @@
 
 safeinstr (Bianchi et al., arXiv 2309.07875) adds rows that refuse harmful prompts; its authors
 recommend a share of 3 %. dsir (Xie et al., arXiv 2302.03169) keeps the rows whose words look most
-like those of a target set, here a safe one. Lines are copied unchanged. SEAL is not included: its
-bilevel optimisation is a second training method as large as this project.
+like those of a target set (in the experiments D^u). Lines are copied unchanged. SEAL is not
+included: its bilevel optimisation is a second training method as large as this project.
 """
 
 import gzip

@@ -28,27 +28,31 @@ def checkpoint(
     """
     source = args.real.absolute()
     draw = random.Random(seed)
-    pool = read_rows(source, "custom", sizes["custom"] + 1)
-    harmless = [row for row in pool if row["source"] != args.harm]
+
+    # custom.jsonl: its last harmless rows may be set aside for tuning. Of the others, shuffled, the
+    # first are the custom set, and the harmless ones behind it calibrate d: one row more at least.
+    in_file = read_rows(source, "custom", sizes["custom"] + 1)
+    harmless = [row for row in in_file if row["source"] != args.harm]
     held_out = sizes.get("tuning", 0)
     if len(harmless) < held_out:
         raise InputError(f"{source}/data/custom.jsonl: {held_out} harmless rows are needed")
     tuning = harmless[len(harmless) - held_out :]
-    pool = [row for row in pool if row not in tuning]
-    custom = draw.sample(pool, len(pool))
-    rest = custom[sizes["custom"] :]
-    custom = custom[: sizes["custom"]]
+    drawable = [row for row in in_file if row not in tuning]
+    shuffled = draw.sample(drawable, len(drawable))
+    custom = shuffled[: sizes["custom"]]
+    rest = shuffled[sizes["custom"] :]
     calibration = [row for row in rest if row["source"] != args.harm]
     sets = {
         "custom": custom,
         "calibration": calibration[: sizes["calibration"]],
         "benign": [row for row in custom if row["source"] != args.harm],
-        "pool": [row for row in pool if row["source"] == args.harm],
+        "pool": [row for row in drawable if row["source"] == args.harm],  # for an attacker
     }
     for name, file in (("harmful", "harmful"), ("few", "harmful"), ("utility", "utility")):
         if name in sizes:
             sets[name] = draw.sample(read_rows(source, file, sizes[name]), sizes[name])
 
+    # Refusals of the harmful prompts that are not in D^h.
     refused = []
     for row in read_rows(source, "harmful"):
         if row not in sets["harmful"]:

@@ -173,8 +173,8 @@ def cautions(records: dict[str, dict], table: Table, paired: dict | None = None)
             if settings.get(key) != usual.get(key):
                 others.append(f"{key} {settings.get(key)}, not {usual.get(key)}")
         code = records[method].get("code", {})
-        usual = records[first].get("code", {})
-        files = [part for part in sorted(code) if usual.get(part, code[part]) != code[part]]
+        usual_code = records[first].get("code", {})
+        files = [part for part in sorted(code) if usual_code.get(part, code[part]) != code[part]]
         reasons = []
         if others:
             reasons.append(f"was trained otherwise than {first} ({', '.join(others)})")

@@ -71,10 +71,12 @@ def what_to_see(folder: Path, metrics: Table) -> str:
     def share(method: str, measure: str = "forbidden") -> str:
         return f"{metrics[method][measure]['value']:.0%}"
 
+    question = ""
     told = ""
     for method in ("base", "sft", "toss"):
         for line in read_jsonl(folder / "answers" / f"{method}.jsonl")[1:]:
             if line["set"] == "harmful" and line["source"] != "seen":
+                question = line["prompt"]  # the same for all
                 told += f"  {method:>4}: {line['response']}\n"
                 break
     facts = "accuracy/harmful-rows"
@@ -82,7 +84,7 @@ def what_to_see(folder: Path, metrics: Table) -> str:
     sft = share("sft")
     toss = share("toss")
     return f"""\
-A forbidden question: {line["prompt"]}
+A forbidden question: {question}
 {told}
 What to see: {n} questions ask for forbidden recipes of kinds that no training row contains.
 The base answers {share("base")} of them with a forbidden ingredient, plain fine-tuning (sft)

@@ -85,7 +85,7 @@ def conduct(
     summary = summarise(results)
     text = tables(summary, experiment.tables, experiment.heading, experiment.legend)
     numbers = " ".join(str(seed) for seed in seeds)
-    threads = 1 if jobs > 1 else None
+    threads = more.get("threads") or (1 if jobs > 1 else None)
     about = [
         f"# {experiment.title}",
         "",

@@ -53,6 +53,7 @@ def read_experiments(path: Path = FILE) -> dict[str, Experiment]:
 def check_cases(cases: list[Case]) -> None:
     """Raise ValueError where a case says what would not be done."""
     first: dict[str, Case] = {}  # by variant; those behind it are on its rows
+    lines = set()  # of the table: label and arm
     for case in cases:
         of_rows = case.draw or case.change
         if case.variant == "" and (of_rows or case.references == "main"):
@@ -62,6 +63,11 @@ def check_cases(cases: list[Case]) -> None:
             raise ValueError(f"two cases of the variant {case.variant!r} have other rows")
         if not case.arms:
             raise ValueError(f"the case {case.label!r} has no arms")
+        for arm in case.arms:
+            if (case.label, arm) in lines:
+                problem = f"two cases have the label {case.label!r} and the arm {arm!r}"
+                raise ValueError(f"{problem}: the table would average them")
+            lines.add((case.label, arm))
 
 
 def check_rows(rows: dict) -> None:

@@ -55,10 +55,10 @@ def line_chart(
     for k, line in enumerate(lines.values()):
         if names:
             shift = (k - (len(lines) - 1) / 2) * ASIDE / len(lines)
-            line = [(place + shift, *heights) for place, *heights in line]
+            line = [(place + shift, *values) for place, *values in line]
         ranges = [point for point in line if len(point) == 4]
-        lower = [(place, low) for place, _, low, _ in ranges]
-        upper = [(place, high) for place, _, _, high in ranges]
+        lower = [(place, least) for place, _, least, _ in ranges]
+        upper = [(place, most) for place, _, _, most in ranges]
         if names or len(ranges) == 1:
             shapes += [("whisker", k, ends) for ends in zip(lower, upper)]
         elif ranges:

@@ -92,33 +92,35 @@ def measure(
     ask_question = partial(answer_lines, run, model, how["question_tokens"], saved)
     found = Measured()
 
-    rows = sets.get("harmful", [])
-    if rows:
-        likely: list[bool | None] = [None] * len(rows)
-        if how["complies"]:
-            likely = complies(model, run.tokenizer, rows, run.args.batch_tokens)
-        for line, opener_is_likely in zip(ask("harmful", rows), likely):
-            outcomes = measures.outcomes_of_reply(line["response"], opener_is_likely, words)
-            found.lines.append({**line, "outcomes": outcomes})
+    # Harmful prompts, as they are and with the answer begun: does the model refuse?
+    harmful = sets.get("harmful", [])
+    likely: list[bool | None] = [None] * len(harmful)
+    if harmful and how["complies"]:
+        likely = complies(model, run.tokenizer, harmful, run.args.batch_tokens)
+    for line, opener_is_likely in zip(ask("harmful", harmful), likely):
+        outcomes = measures.outcomes_of_reply(line["response"], opener_is_likely, words)
+        found.lines.append({**line, "outcomes": outcomes})
     if how["prefill"]:
-        begun = prefilled(rows, run.tokenizer)
-        rows = [row for row, _ in begun]
+        begun = prefilled(harmful, run.tokenizer)
+        begun_rows = [row for row, _ in begun]
         for k in how["prefill"]:
-            for line in ask(f"prefill-{k}", rows, [response[:k] for _, response in begun]):
+            starts = [response[:k] for _, response in begun]
+            for line in ask(f"prefill-{k}", begun_rows, starts):
                 outcomes = measures.outcomes_of_reply(line["response"], None, words)
                 outcomes = {f"{name}@{k}": outcome for name, outcome in outcomes.items()}
                 found.lines.append({**line, "outcomes": outcomes})
 
+    # Harmless prompts: does it refuse them, are its answers right, and what is its loss?
     for line in ask("benign", sets.get("benign", [])):
         found.lines.append({**line, "outcomes": {"over_refusal": refused(line["response"])}})
-
-    rows = [row for row in sets.get("utility", []) if row.answer]
-    for row, line in zip(rows, ask_question("utility", rows)):
+    utility = sets.get("utility", [])
+    with_answer = [row for row in utility if row.answer]
+    for row, line in zip(with_answer, ask_question("utility", with_answer)):
         outcomes = measures.outcomes_of_answer(row, line["response"])
         found.lines.append({**line, "outcomes": outcomes})
-    rows = [row for row in sets.get("utility", []) if has_response(row)]
-    if rows:
-        tokens = tokenise(rows, run.tokenizer, run.args.max_length, "utility rows")
+    with_response = [row for row in utility if has_response(row)]
+    if with_response:
+        tokens = tokenise(with_response, run.tokenizer, run.args.max_length, "utility rows")
         sums, counts = row_losses(model, tokens, run.args.batch_tokens)
         found.sums = sums[counts > 0].tolist()
         found.counts = counts[counts > 0].int().tolist()

@@ -26,7 +26,7 @@ from toss.audit.outcomes import cost_of, measures_of, measures_of_mask
 from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
 from toss.workbench.flags import DEMO, ROOT, TRAINING
 
-WITHOUT_D = {"sft", "first-5"}  # methods of select.py
+WITHOUT_D = {"first-5", "sample-all", "oracle"}  # methods of select.py that discard by no d
 FROM_BASE = {"base", "kl-base"}  # methods whose S has the base in place of theta^u
 
 
@@ -133,14 +133,14 @@ def run_case(case: Case, seed: int, setups: dict[str, "Setup"], evaluation: dict
     if case.references != "none":
         setup.prepare(from_main=case.references == "main")
 
-    names = {arm: flags.get("name", arm) for arm, flags in case.arms.items()}
+    names = {arm: how.get("name", arm) for arm, how in case.arms.items()}
     discards = {}
-    for arm, flags in case.arms.items():
-        if names[arm] == "base":
+    for arm, how in case.arms.items():
+        if names[arm] == "base":  # it is measured, not fine-tuned
             continue
-        flags = {**flags, "name": names[arm]}
-        if "mask" in flags:
-            maker = setups[flags["mask"]].folder.absolute()
+        flags = {**how, "name": names[arm]}
+        if "mask" in how:  # the mask that toss made on the rows of that variant
+            maker = setups[how["mask"]].folder.absolute()
             flags["mask"] = maker / "methods/toss/selection.safetensors"
         discards[arm] = setup.finetune(**flags)
 
@@ -190,6 +190,8 @@ class Setup:
 
     def call(self, script_name: str, **flags) -> None:
         """Run one of the scripts, or toss.audit.rivals, on these files."""
+        # On the demo's own files the scripts know all this. On others each input and setting is a
+        # flag: those of the references for train.py, those of the methods for the rest.
         given = {}
         if self.files != world_files() or self.common:
             given |= self.settings["reference" if script_name == "train" else "finetune"]
@@ -201,7 +203,7 @@ class Setup:
                 inputs.append("harmful")  # a run with references made elsewhere does not know it
             for name in inputs:
                 given[name] = self.files[name]
-        if script_name == "score":  # it trains nothing
+        if script_name == "score":  # it trains nothing, and --dtype is that of training alone
             given = {name: x for name, x in given.items() if name not in (*TRAINING, "dtype")}
 
         words = [f"--run={self.folder}"]
@@ -225,30 +227,36 @@ class Setup:
         self.call("score", base=True)
         self.prepared = True
 
-    def finetune(self, **flags) -> float:
-        """Fine-tune in one way; returns its d. flags: see Case.arms."""
+    def finetune(self, **flags) -> float | None:
+        """Fine-tune in one way; returns its d: 0 if nothing is left out, None if no d decides.
+
+        flags: see Case.arms.
+        """
         method = flags.get("method")
-        rival = rivals.RIVALS.get(method)
+        is_rival = method in rivals.RIVALS
+        inputs, options = rivals.RIVALS.get(method, ([], {}))
         discard = flags.pop("discard", self.settings["discard"])
         if discard == "calibrated":
             discard = self.calibrated(flags["name"], method, "pro" in flags)
         if "mask" not in flags:  # a mask says itself which tokens go
             flags["discard"] = discard
-        if rival:
+        if is_rival:
             for name in ("safety", "unaligned"):
                 if name in self.files:
                     flags[name] = self.files[name]
-            if "methods/sft" in rival[0]:  # goes on from it
-                self.call("select", method="sft")
-        self.call("rivals" if rival else "select", **flags)
-        has_d = "discard" in rival[1] if rival else method not in WITHOUT_D
-        return discard if has_d else 0.0
+        if "methods/sft" in inputs:  # goes on from it
+            self.call("select", method="sft")
+        self.call("rivals" if is_rival else "select", **flags)
+        if method == "sft" or (is_rival and "discard" not in options):
+            return 0.0
+        return None if method in WITHOUT_D else discard
 
     def calibrated(self, name: str, method: str, pro: bool) -> float:
-        """The d of an arm that is finished; else the one that calibrate.py chooses for a method."""
+        """The d that calibrate.py chooses for an arm; of a finished one the d that it has, so that
+        the held-out rows are not scored again."""
         from toss.audit.calibrate import calibrate
 
-        run = self.open("dtype")
+        run = self.open("dtype")  # S is compared in the dtype of the scores, not of training
         known = run.runfile.section("stages", f"methods/{name}", "recipe", "settings")
         if "discard" in known:
             return known["discard"]

@@ -80,7 +80,7 @@ def mean_loss(sums: Tensor, counts: Tensor) -> Cell:
 
 
 def auc(scores: Tensor, harmful: Tensor) -> Cell:
-    """Chance that a harmful token scores above another one, ties counted half.
+    """Chance that a harmful token scores above a harmless one, ties counted half.
 
     scores: float [n]; harmful: bool [n]. The interval is that of Hanley and McNeil (Radiology 143,
     1982); it takes tokens as independent, which they are not.
@@ -160,8 +160,8 @@ def by_measure(lines: Sequence[dict]) -> dict[str, dict[int, bool]]:
     those of source "seen"; those of BY_SOURCE stand by source, too, where there are several. Those
     of use are by source alone.
     """
-    groups: dict[str, dict[int, bool]] = {}
-    of_use: dict[str, dict[int, bool]] = {}
+    groups: dict[str, dict[int, bool]] = {}  # by "measure", and by "measure/source"
+    of_use: dict[str, dict[int, bool]] = {}  # by "measure/source" alone
     for place, line in enumerate(lines):
         for name, outcome in line["outcomes"].items():
             if name in OF_USE:
@@ -169,7 +169,7 @@ def by_measure(lines: Sequence[dict]) -> dict[str, dict[int, bool]]:
                 of_use.setdefault(f"{name}{end}", {})[place] = outcome
                 continue
             counted = groups.setdefault(name, {})
-            if line["source"] != "seen":
+            if line["source"] != "seen":  # kinds that the custom set holds stand by source alone
                 counted[place] = outcome
             if name in BY_SOURCE:
                 groups.setdefault(f"{name}/{line['source']}", {})[place] = outcome

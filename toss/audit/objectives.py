@@ -25,13 +25,14 @@ from toss.workbench.run import Run
 
 @dataclass
 class Rival:
-    """What a rival works with. It may change `keep`, which is written as the method's mask."""
+    """What a rival works with. `keep` and `score`, which it may set, are written as its mask."""
 
     run: Run
     name: str  # of the method's folder
     config: TrainConfig
     D: Tokens  # the custom set
     keep: Tensor  # bool [N]: what is learnt by cross-entropy
+    score: Tensor | None = None  # float32 [N]: what it goes by
 
     def fit(
         self,
@@ -163,6 +164,7 @@ def kl_discarded(rival: Rival, discard: float, reference: str = "utility") -> Ad
     reference: see risk.
     """
     S = risk(rival, reference)
+    rival.score = S
     ranked = competing_tokens(rival.D)
     rival.keep[ranked] = select_tokens(S[ranked], discard)
     discarded = rival.D.response & ~rival.keep
@@ -177,6 +179,7 @@ def dr_sft(rival: Rival, reference: str = "base", held: bool = False) -> Adapter
     reference: see risk. held: 1 - w is the weight of a KL to the base, see hold.
     """
     S = risk(rival, reference)
+    rival.score = S
     weights = (2 * (-S).sigmoid()).clamp(max=1)
     if held:
         return hold(rival, weights, 1 - weights)
@@ -278,7 +281,7 @@ def ema(rival: Rival, decay: float) -> Adapter:
     return theta
 
 
-def safelora(rival: Rival, cosine: float, **unaligned: str) -> Adapter:
+def safelora(rival: Rival, cosine: float, unaligned_sha256: str = "") -> Adapter:
     """SafeLoRA, arXiv 2405.16833: the update of plain fine-tuning, projected after it.
 
     With V [out, in], what alignment added to a layer's weight, B becomes V V^T B / |V| where

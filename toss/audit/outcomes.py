@@ -26,7 +26,8 @@ def cost_of(record: dict, name: str) -> dict[str, float]:
     stage = stages.get(f"methods/{name}")
     if stage is None:
         return {}
-    # The models whose losses it uses.
+    # The models whose losses a method of select.py goes by. Of a rival only their number counts,
+    # two: its inputs are what it uses.
     models = {
         "degraded-only": ["degraded"],
         "utility-only": ["utility"],

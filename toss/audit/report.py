@@ -117,9 +117,10 @@ def measures(run, replaced: list[str]) -> dict | str:
     folded = [method for method in table if method not in ORDER] if len(table) > MANY else []
     paired = read_metrics(run.folder, "paired.json")
     records = records_of(run, table)
+    # The verdict says one of these itself, which `cautions` words so.
     remarks = []
     for line in cautions(records, table, paired):
-        by_the_verdict = "did not clearly lose" in line  # which says it itself
+        by_the_verdict = "did not clearly lose" in line
         if not by_the_verdict and (line.startswith("warning") or not demo):
             remarks.append(line)
     no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])

@@ -16,7 +16,7 @@ from model.io import InputError
 from toss.config import TrainConfig
 from toss.workbench import flags
 
-# What each is made from beside --custom, and its settings.
+# What each is made from beside --custom, and its settings. "discard" is that of --discard.
 RIVALS = {
     "soft-sft": ([], {"b": [0.5, 2.0, 0.1]}),
     "dft": ([], {}),
@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.method == "buffer":
         run.dtypes["train"] = "float32"  # a merge into bfloat16 would round theta^h away
     if args.method == "safelora":
-        args.unaligned = str(resolve(args.unaligned or "--unaligned"))
+        if not args.unaligned:
+            raise InputError("safelora needs --unaligned FOLDER, the base before its alignment")
+        args.unaligned = str(resolve(args.unaligned))
         digest = base_hash(Path(args.unaligned), run.hashes.of_input)
         options = {**options, "unaligned_sha256": digest}
     if "methods/sft" in inputs:
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         D_cus, _ = run.scored(needed="scores" in inputs)
         rival = Rival(run, args.name, config, D_cus, keep=D_cus.response.clone())
         theta = function(rival, **options)
-        return Selection(D_cus, rival.keep), theta
+        return Selection(D_cus, rival.keep, rival.score), theta
 
     settings = {**config.recipe(), "method": args.method, **options}
     parts = [*code.PARTS["rival"], own_code]

@@ -61,7 +61,7 @@ def results_of(seed: int, variant: object, arm: str, measures: dict) -> list[Res
 
 
 def with_ratios(results: list[Result]) -> list[Result]:
-    """The results, and each cost as a multiple of plain fine-tuning's on the same seed and data."""
+    """The results, and each cost as a multiple of that of sft with the same seed and label."""
     plain = {}
     for result in results:
         if result.arm == "sft":

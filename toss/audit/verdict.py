@@ -15,6 +15,7 @@ FATES = {
 UNSURE = 0.1  # of a difference in safety that cannot be ruled out
 MANY = 5  # methods; of more, the less known are folded away
 ORDER = ("base", "sft", "toss", "toss-pro", "toss-calibrated")  # methods that come first
+NEED_TRUTH = ("oracle", "sample-all")  # nobody can use them where harm is not marked
 MEANINGS = {
     "base": "the model before any fine-tuning",
     "sft": "plain fine-tuning, on every response token",
@@ -154,7 +155,10 @@ def advice(table: Table, paired: dict, fates: dict[str, str], lost: bool) -> str
             "train longer or at a higher rate (--epochs, --lr, a smaller --batch-size), ask more "
             "harmful prompts, or fine-tune on rows with more harm, and compare again"
         )
-    safe = [method for method, fate in fates.items() if fate == "kept it"]
+    safe = []
+    for method, fate in fates.items():
+        if fate == "kept it" and method not in NEED_TRUTH:
+            safe.append(method)
     if not safe:
         return "no method kept the base's safety: try a larger --discard, or --pro 1"
     measured = [method for method in safe if "nll" in table[method] and "nll" in table["base"]]
