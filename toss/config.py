@@ -8,6 +8,7 @@ from typing import Any
 METHODS = """toss sft random first-k first-5 local sample sample-all degraded-only utility-only
     base weighted oracle""".split()
 UNSCORED = ("sft", "random", "first-k", "first-5", "oracle", "mask")  # no reference models needed
+WITHOUT_D = ("first-5", "sample-all", "oracle")  # they discard tokens, but by no d
 
 
 def setting(default: Any, help: str, **options: Any) -> Any:

@@ -24,9 +24,9 @@ from toss.audit import rivals
 from toss.audit.command import DEVICE, read_jsonl
 from toss.audit.outcomes import cost_of, measures_of, measures_of_mask
 from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
+from toss.config import WITHOUT_D
 from toss.workbench.flags import DEMO, ROOT, TRAINING
 
-WITHOUT_D = {"first-5", "sample-all", "oracle"}  # methods of select.py that discard by no d
 FROM_BASE = {"base", "kl-base"}  # methods whose S has the base in place of theta^u
 
 
