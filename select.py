@@ -20,12 +20,12 @@ import sys
 if __name__ == "select":
     # Nothing of TOSS: skip this block. This file hides the standard library's `select` from every
     # program that runs in this folder: subprocess and asyncio import it. They get the real module,
-    # found on the rest of the path.
+    # found on the rest of the path, where no copy of this file is.
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
-    from os.path import dirname, realpath
+    from os.path import exists, join
 
-    _rest = [path for path in sys.path if realpath(path or ".") != dirname(realpath(__file__))]
+    _rest = [path for path in sys.path if not exists(join(path, "select.py"))]
     _spec = PathFinder.find_spec("select", _rest)
     sys.modules["select"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])

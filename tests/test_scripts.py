@@ -216,10 +216,16 @@ def test_select_py_does_not_hide_the_standard_library(words):
 
 
 def test_the_guard_finds_the_real_module_where_it_is_an_extension(tmp_path, monkeypatch):
-    """This interpreter may have `select` built in: a stand-in further down the path is found."""
-    (tmp_path / "select.py").write_text("real = True\n")
+    """This interpreter may have `select` built in: a stand-in further down the path is found, also
+    behind another copy of the project."""
+    copy = tmp_path / "copy"
+    stand_in = tmp_path / "lib/select/__init__.py"
+    copy.mkdir()
+    shutil.copy(ROOT / "select.py", copy)
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text("real = True\n")
     spec = spec_from_file_location("select", ROOT / "select.py")
-    monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT), str(copy), str(tmp_path / "lib"), *sys.path])
     monkeypatch.setitem(sys.modules, "select", module_from_spec(spec))
     spec.loader.exec_module(sys.modules["select"])
     assert sys.modules["select"].real
