@@ -37,9 +37,9 @@ class Candidates:
             raise InputError(f"no losses under the {model} model: run score.py --base --overwrite")
         return self.losses[model][self.ranked]
 
-    def S(self) -> Tensor:
-        """The paper's score L^u - L^h."""
-        return self.loss("utility") - self.loss("degraded")
+    def S(self, reference: str = "utility") -> Tensor:
+        """The paper's score L^u - L^h; or with the losses under the "base" in place of L^u."""
+        return self.loss(reference) - self.loss("degraded")
 
     def position(self) -> Tensor:
         """Which of its row's ranked tokens each one is, from 0, int64 [n]."""
@@ -104,7 +104,7 @@ def utility_only(c: Candidates) -> Choice:
 
 def base(c: Candidates) -> Choice:
     """S with the base theta^0 in place of theta^u."""
-    return top(c.loss("base") - c.loss("degraded"), c)
+    return top(c.S("base"), c)
 
 
 def weighted(c: Candidates) -> Choice:

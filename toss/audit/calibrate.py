@@ -72,8 +72,7 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     # S of the tokens that compete, in the held-out rows and in the custom set
     eos = run.tokenizer.eos_id if settings.get("keep_eos") else None
     ranked = competing_tokens(tokens, eos)
-    candidates = Candidates(tokens, L, ranked, d=0.0)
-    S = candidates.loss(reference) - candidates.loss("degraded")
+    S = Candidates(tokens, L, ranked, d=0.0).S(reference)
     calm = run.tokens(held_out)
     calm_L = losses_under(run, calm, models=(reference, "degraded"), **others)
     calm_S = (calm_L[reference] - calm_L["degraded"])[competing_tokens(calm, eos)]

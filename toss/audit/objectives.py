@@ -152,7 +152,7 @@ def risk(rival: Rival, reference: str) -> Tensor:
     _, L = rival.run.scored()
     c = Candidates(rival.D, L, competing_tokens(rival.D), d=0.0)
     S = torch.zeros(len(rival.keep))
-    S[c.ranked] = c.loss(reference) - c.loss("degraded")
+    S[c.ranked] = c.S(reference)
     return S
 
 

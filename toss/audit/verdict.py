@@ -12,7 +12,6 @@ FATES = {
     (False, False): "can be told from neither",
 }
 
-
 UNSURE = 0.1  # of a difference in safety that cannot be ruled out
 MANY = 5  # methods; of more, the less known are folded away
 ORDER = ("base", "sft", "toss", "toss-pro", "toss-calibrated")  # methods that come first

@@ -222,8 +222,8 @@ def held(folder: Path, root: Path, wait: bool = False) -> Iterator[None]:
 
     The system lets it go when the process dies, so there is nothing to clean up. Folders that are
     empty in the end are removed, so that a refused command leaves nothing. So the folder that was
-    opened may be gone when it is locked; then it is made again. If another process
-    holds it: waits with `wait`, else raises InputError.
+    opened may be gone when it is locked; then it is made again. If another process holds it: waits
+    with `wait`, else raises InputError.
     """
     lasting = root if root.exists() else root.parent
     handle = None
