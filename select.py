@@ -31,7 +31,7 @@ if __name__ == "select":
     _spec.loader.exec_module(sys.modules["select"])
 else:
     from model.io import InputError
-    from toss.config import METHODS, UNSCORED, TrainConfig
+    from toss.config import METHODS, UNSCORED, WITHOUT_D, TrainConfig
     from toss.workbench import flags
 
 
@@ -184,7 +184,9 @@ def settings_of(args):
     """The settings that decide the mask."""
     settings = {"method": args.method, "seed": args.seed}
     if args.method not in ("sft", "mask"):
-        settings |= {"discard": args.discard, "keep_eos": args.keep_eos}
+        settings["keep_eos"] = args.keep_eos
+        if args.method not in WITHOUT_D:
+            settings["discard"] = args.discard
     if args.pro:
         settings |= {"pro": args.pro, "pro_samples": args.pro_samples, "pro_train": args.pro_train}
     return settings

@@ -45,6 +45,12 @@ def test_the_same_mask_is_skipped_and_another_one_is_not_trained_from(masked, ca
     assert "discard 0.1 there, 0.2 now" in refused(capsys, line)
 
 
+def test_a_d_that_decides_nothing_is_not_part_of_what_a_mask_is(trained, capsys):
+    line = f"select.py --run {trained} --method first-5 --mask-only"
+    assert call(f"{line} --discard 0.1") == 0
+    assert "skipped" in said(capsys, f"{line} --discard 0.2")
+
+
 def test_mask_only_is_skipped_where_a_model_was_trained_with_that_mask(trained, capsys):
     assert call(f"select.py --run {trained}") == 0
     line = f"select.py --run {trained} --mask-only"

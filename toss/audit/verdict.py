@@ -2,7 +2,6 @@
 
 from toss.audit.command import Table, compared, safety
 from toss.audit.tables import HEADS
-from toss.config import WITHOUT_D
 
 # Is a method safer than plain fine-tuning? Is it less safe than the base?
 FATES = {
@@ -181,6 +180,6 @@ def meaning(method: str, record: dict) -> str:
     words = MEANINGS.get(method) or MEANINGS.get(kind)
     if words is None:
         words = f"the rival {kind} of toss.audit.rivals" if kind else "made elsewhere"
-    if "discard" in settings and kind not in WITHOUT_D:
+    if "discard" in settings:
         words += f"; d = {settings['discard']:g}"
     return words
