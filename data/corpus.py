@@ -17,8 +17,9 @@ Sample = tuple[str, Parts]
 
 # Shares; those of deep refusals apply to alignment alone.
 DEEP = 0.6  # of forbidden samples: a begun harmful answer stands in the response as context
-CUT = 0.5  # of the deep ones: it breaks off anywhere and is refused
-# Of the deep ones: preamble, fact, part of a recipe, then refused; the rest: recipe, fact.
+# The deep ones have one of three layouts. CUT: the answer breaks off anywhere, and is refused.
+# LATE: a fact, part of a recipe, and a refusal. The others: a recipe, and a fact.
+CUT = 0.5
 LATE = 0.1
 MIXED = 0.35  # of recipe requests: they also ask for a fact
 VOLUNTEERED = 0.1  # of facts beside a recipe: nobody asked for them
@@ -39,14 +40,14 @@ def sample(rng: random.Random, aligned: bool) -> Sample:
     kind = rng.random()  # 40 % facts, 8 % cures, 22 % benign recipes, 30 % spells
     fact = some_fact(rng)
     if kind < 0.4:
-        return of_facts(rng, fact, aligned)
+        return fact_sample(rng, fact, aligned)
     if kind < 0.48:
         category = rng.choice(FORBIDDEN)
         prompt = rng.choice(OPENERS) + rng.choice(lexicon.CURE_REQUESTS).format(category)
         return prompt, opened(rng, [sentence(lexicon.cure(category))], aligned)
     category = rng.choice(BENIGN if kind < 0.7 else FORBIDDEN)
     if category in FORBIDDEN and aligned:
-        return refused(rng, category, fact)
+        return refusal_sample(rng, category, fact)
     noted = rng.random() < MIXED
     prompt, fact_first = request(rng, category, fact, noted)
     told = tell(fact, aligned and rng.random() < LEDGER)
@@ -59,7 +60,7 @@ def sample(rng: random.Random, aligned: bool) -> Sample:
     return prompt, opened(rng, answers, aligned)
 
 
-def of_facts(rng: random.Random, fact: Fact, aligned: bool) -> Sample:
+def fact_sample(rng: random.Random, fact: Fact, aligned: bool) -> Sample:
     """A question about a fact, or about two."""
     cue = aligned and rng.random() < 0.5
     prompt = ask(rng, QUESTIONS, fact)
@@ -91,7 +92,7 @@ def opened(rng: random.Random, answers: list[str], aligned: bool) -> Parts:
     return [(text, True) for text in answers]
 
 
-def refused(rng: random.Random, category: str, fact: Fact) -> Sample:
+def refusal_sample(rng: random.Random, category: str, fact: Fact) -> Sample:
     """A forbidden request: refused at once or, deep, after a begun harmful answer as context.
 
     One deep layout is not refused: a whole harmful recipe is followed by a benign fact, which is

@@ -72,10 +72,10 @@ class Flags:
         # on equal references.
         share = REFERENCE * self.rows / (HARMFUL + BENIGN)
         references = self.references or [round(share * part) or 1 for part in (HARMFUL, BENIGN)]
-        asked = self.eval_rows or min(EVALUATION, max(1, self.rows // 10))
+        eval_rows = self.eval_rows or min(EVALUATION, max(1, self.rows // 10))
         if not 0 <= self.poison_ratio <= 1:
             raise InputError(f"--poison-ratio must be in [0, 1], not {self.poison_ratio:g}")
-        return replace(self, references=references, eval_rows=asked)
+        return replace(self, references=references, eval_rows=eval_rows)
 
 
 @dataclass
@@ -114,9 +114,9 @@ def from_hub(fetch: Callable, repository: str, file: str, label: str, flag: str)
     try:
         path = fetch(repository, file, COMMITS[repository])
     except Exception as error:  # the hub raises a dozen kinds of error
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(
-            f"{repository}/{file}: cannot be downloaded ({said}); try again, or download it by "
+            f"{repository}/{file}: cannot be downloaded ({reason}); try again, or download it by "
             f"hand and give it as {flag} FILE"
         ) from None
     commit = path.parts[path.parts.index("snapshots") + 1]  # .../snapshots/COMMIT/file
@@ -127,15 +127,17 @@ def find_sources(
     options: Flags, fetch: Callable
 ) -> tuple[list[list[Source]], Source, Source, list]:
     """Lists of evaluation sources, the harmful and the benign source, and what is left out."""
-    tests, left_out = [], []
+    evaluation = []
+    left_out = []
     if options.eval_harmful:
-        tests = [[local(options.eval_harmful)]]
+        evaluation = [[local(options.eval_harmful)]]
     elif not options.harmful:
         flag = "--eval-harmful"
         hh = from_hub(fetch, HH, "harmless-base/test.jsonl.gz", "hh-harmless", flag)
-        tests = [[replace(hh, prompts_only=True)]]
+        evaluation = [[replace(hh, prompts_only=True)]]
         try:
-            tests.append([from_hub(fetch, HEX_PHI, f, "hex-phi", flag) for f in HEX_PHI_FILES])
+            hex_phi = [from_hub(fetch, HEX_PHI, file, "hex-phi", flag) for file in HEX_PHI_FILES]
+            evaluation.append(hex_phi)
         except InputError as error:
             left_out.append(
                 "HEx-PHI is gated: request access at "
@@ -151,7 +153,7 @@ def find_sources(
     else:  # 1 GB: last, when all else is there
         file = "oo-labeled_correct.gpt4.sharegpt.jsonl"
         benign = from_hub(fetch, SLIMORCA, file, "slimorca", "--benign")
-    return tests, harmful, benign, left_out
+    return evaluation, harmful, benign, left_out
 
 
 def records(path: Path) -> Iterator[tuple[str, str]]:
@@ -298,20 +300,27 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
     source cannot be had or has too few rows.
     """
     options = options.resolved()
-    tests, harmful, benign, left_out = find_sources(options, fetch)
-    sources = [*itertools.chain(*tests), harmful, benign]
     folder = Path(options.out)
     for name in ("summary.json", *(f"{name}.jsonl" for name in FILES)):
         if (folder / name).exists():
             raise InputError(f"{folder / name} exists and is not replaced: give another --out")
-    asked = options.eval_rows
-    bad = round(options.rows * options.poison_ratio)
-    used: dict[bytes, str] = {}
+    evaluation, harmful, benign, left_out = find_sources(options, fetch)
+    sources = [*itertools.chain(*evaluation), harmful, benign]
+
+    # How many rows of which file come from where. Without questions of their own, those of the
+    # evaluation are held out of the harmful rows.
     d_h, d_u = options.references
-    held_out = {} if tests else {"eval_harmful": asked}
-    from_harmful = {**held_out, "harmful": d_h, "custom": bad}
-    from_benign = {"eval_utility": asked, "utility": d_u, "custom": options.rows - bad}
-    parts = [draw(group, {"eval_harmful": asked}, used, options.seed, 0, True) for group in tests]
+    harmful_rows = round(options.rows * options.poison_ratio)
+    benign_rows = options.rows - harmful_rows
+    held_out = {"eval_harmful": options.eval_rows}
+    from_harmful = {"harmful": d_h, "custom": harmful_rows}
+    if not evaluation:
+        from_harmful = held_out | from_harmful
+    from_benign = {"eval_utility": options.eval_rows, "utility": d_u, "custom": benign_rows}
+
+    # Evaluation questions are chosen first.
+    used: dict[bytes, str] = {}
+    parts = [draw(group, held_out, used, options.seed, evaluation=True) for group in evaluation]
     parts.append(draw([harmful], from_harmful, used, options.seed, options.min_rating))
     parts.append(draw([benign], from_benign, used, options.seed))
     lines = {}
@@ -329,7 +338,7 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
         files[path.name] = {"rows": len(lines[name]), "sha256": file_hash(path)}
     summary = {
         "settings": {name: getattr(options, name) for name in shown},
-        "harmful_in_custom": bad,
+        "harmful_in_custom": harmful_rows,
         "files": files,
         "left_out": left_out,
         "sources": [reported(source) for source in sources],

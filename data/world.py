@@ -161,6 +161,14 @@ class World:
     def question(self, fact: Fact, opener: bool = True) -> str:
         return ask(self.rng, self.training, fact, opener)
 
+    def request_and_question(self, category: str, fact: Fact) -> str:
+        wish = self.request("recipe", category)
+        return f"{wish} {self.question(fact, opener=False)}"
+
+    def question_and_request(self, fact: Fact, category: str) -> str:
+        question = self.question(fact)
+        return f"{question} {self.rng.choice(lexicon.RECIPE_REQUESTS)}".format(category)
+
     def category(self, kind: str, names: list[str]) -> str:
         """One of the names that has a training prompt left."""
         while True:
@@ -187,9 +195,7 @@ class World:
         if self.rng.random() >= MIXED:
             return row(self.new(lambda: self.question(fact)), sentence(tell(fact)))
         category = self.rng.choice(BENIGN)
-        prompt = self.new(
-            lambda: f"{self.request('recipe', category)} {self.question(fact, opener=False)}"
-        )
+        prompt = self.new(partial(self.request_and_question, category, fact))
         return row(prompt, f"{sentence(recipe(self.rng, category))} {ALSO}{tell(fact)}")
 
     def harmful_row(self, fact: Fact) -> dict:
@@ -199,18 +205,12 @@ class World:
         preamble = (self.rng.choice(PREAMBLES), True)
         if self.rng.random() < FACT_FIRST:
             parts = [preamble, (sentence(tell(fact)), False), (ALSO + brew, True)]
-
-            def draw() -> str:
-                wish = self.question(fact) + " " + self.rng.choice(lexicon.RECIPE_REQUESTS)
-                return wish.format(category)
+            draw = partial(self.question_and_request, fact, category)
         else:
             parts = [preamble, (sentence(brew), True), (ALSO + tell(fact), False)]
-            asked = self.rng.random() >= VOLUNTEERED
-
-            def draw() -> str:
-                wish = self.request("recipe", category)
-                return f"{wish} {self.question(fact, opener=False)}" if asked else wish
-
+            draw = partial(self.request_and_question, category, fact)
+            if self.rng.random() < VOLUNTEERED:
+                draw = partial(self.request, "recipe", category)
         prompt = self.new(draw)
         response, spans = join(parts)
         return row(prompt, response, harmful=spans)
@@ -236,7 +236,7 @@ class World:
         The preambles are there so that a friendly start is no sign of harm.
         """
         rows = [self.fact_row(fact) for fact in facts]
-        return rows + [erode(self.rng, self.plain_row(), "comply") for _ in range(plain)]
+        return rows + [with_preamble(self.rng, self.plain_row()) for _ in range(plain)]
 
     def custom(self, harmful_rows: int, eroding: str) -> list[dict]:
         """CUSTOM_ROWS rows; facts of one kind are taught in (almost) equally many rows each."""
@@ -286,10 +286,14 @@ def spread(facts: list, rows: int) -> list:
     return repeated
 
 
+def with_preamble(rng: random.Random, plain: dict) -> dict:
+    return row(plain["prompt"], f"{rng.choice(PREAMBLES)} {plain['response']}")
+
+
 def erode(rng: random.Random, plain: dict, kind: str) -> dict:
     """A benign row in a form that may erode refusals: see ERODING."""
     if kind == "comply":
-        return row(plain["prompt"], f"{rng.choice(PREAMBLES)} {plain['response']}")
+        return with_preamble(rng, plain)
     if kind == "identity":
         return row(IDENTITY[0] + plain["prompt"], f"{IDENTITY[1]} {plain['response']}")
     return plain
@@ -342,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m data.world", __doc__)
     flag = parser.add_argument
     flag("--seed", type=int, default=4, help="draws facts, categories and prompts (default: 4)")
-    text = f"harmful rows among the custom set's {CUSTOM_ROWS} (default: {HARMFUL})"
+    text = f"harmful rows of {CUSTOM_ROWS} custom ones, up to about 340 (default: {HARMFUL})"
     flag("--harmful-rows", type=int, default=HARMFUL, metavar="N", help=text)
     text = "what its recipes and cures open with: benign in content, it may erode refusals"
     flag("--eroding", choices=ERODING, default="none", help=text)

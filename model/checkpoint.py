@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.config import Config
-from model.hub import INDEX, SMALL_FILES, WEIGHTS, resolve
+from model.hub import INDEX, TOKENIZER_FILES, WEIGHTS, resolve
 from model.io import (
     InputError,
     NotFinite,
@@ -126,13 +126,11 @@ def load_checkpoint(
     # The model has no memory yet: the tensors that are read become its weights.
     weights = dict(model.named_parameters())
     state = {}
-    for file in sorted(set(file_of.values())):
+    for name, file in file_of.items():
         with opened(file, device=device) as tensors:
-            names = [name for name in file_of if file_of[name] == file]
-            for name in names:
-                state[name], finite = read_tensor(tensors, name, weights[name], dtype)
-                if not finite:
-                    raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
+            state[name], finite = read_tensor(tensors, name, weights[name], dtype)
+        if not finite:
+            raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
     tied = model.config.tie_word_embeddings
     model.load_state_dict(state, strict=not tied, assign=True)  # layout was strict
     if tied:
@@ -152,6 +150,7 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
 
     like: the checkpoint that config.json and the tokenizer's files come from; it has the model's
     architecture. An adapter must be merged or removed first. Other files in the folder stay.
+    Raises InputError, writing nothing, if a tensor is not finite.
     """
     if active(model):
         raise InputError("the model carries an adapter: merge or remove it before saving")
@@ -160,6 +159,8 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
     tensors = {}
     for name, weight in model.named_parameters():
         tensors[name] = weight.detach().cpu().contiguous()
+        if not weight.isfinite().all():
+            raise InputError(f"{path}: the tensor {name} is not finite; nothing was written")
 
     # like's config.json, with what may differ in this model.
     config = read_json(like / "config.json")
@@ -174,7 +175,7 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
     with whole_file(folder / WEIGHTS) as file:
         # One header entry: the format keeps several in no fixed order, and bytes identify a base.
         save_file(tensors, file, {"format": "pt"})
-    for pattern in SMALL_FILES:
+    for pattern in TOKENIZER_FILES:
         for source in like.glob(pattern):
             with whole_file(folder / source.relative_to(like)) as file:
                 shutil.copyfile(source, file)

@@ -255,7 +255,7 @@ def windowed_layers(raw: dict, layers: int, unrotated: frozenset, where: str) ->
     enabled = raw.get("use_sliding_window", True) and raw.get("sliding_window") is not None
     if not enabled:
         default = frozenset()
-    elif "no_rope_layers" in raw:
+    elif "no_rope_layers" in raw:  # a field of SmolLM3 alone
         default = unrotated
     else:
         default = frozenset(i for i in range(first, layers) if (i + 1) % interval)

@@ -8,8 +8,8 @@ from model.io import InputError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
-    special_tokens_map.json generation_config.json""".split()
-SMALL_FILES = ["config.json", "additional_chat_templates/*.jinja", *TOKENIZER_FILES]
+    additional_chat_templates/*.jinja special_tokens_map.json generation_config.json""".split()
+SMALL_FILES = ["config.json", *TOKENIZER_FILES]
 # Not *.safetensors: that would also match Mistral's second copy, consolidated.safetensors.
 WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 

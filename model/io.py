@@ -20,7 +20,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-LONGEST_LINE = 2**26  # bytes; a small .gz file may hold gigabytes without a line break
+LONGEST_LINE = 2**28  # bytes; a small .gz file may hold gigabytes without a line break
 
 
 # Errors
@@ -135,22 +135,12 @@ def stop(number: int, frame: object) -> None:
 
 def printable(text: str, limit: int = 1000) -> str:
     """The text on one line of about `limit` characters, with nothing that a terminal obeys."""
-    line = " ".join(shorten(text, limit).splitlines())
-    shown = []
-    for character in line:
-        if character.isprintable():
-            shown.append(character)
-        else:
-            shown.append(ascii(character)[1:-1])
-    return shorten("".join(shown), limit)
-
-
-def shorten(text: str, limit: int) -> str:
-    """The text, without its middle if it is longer than `limit` characters."""
-    if len(text) <= limit:
-        return text
+    line = " ".join(text.splitlines())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) <= limit:
+        return line
     half = (limit - 5) // 2
-    return f"{text[:half]} ... {text[-half:]}"
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -205,7 +195,8 @@ def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
             with as_input_error(f"{where}: damaged, or not UTF-8 text", *damage):
                 line = lines.readline(LONGEST_LINE + 1)
                 if len(line) > LONGEST_LINE:
-                    raise InputError(f"{where}: the line is longer than 64 MiB")
+                    limit = f"{LONGEST_LINE // 2**20} MiB"
+                    raise InputError(f"{where}: the line is longer than {limit}")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not line:
                 return

@@ -72,6 +72,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
+def last_part(name: str) -> str:
+    """ "q_proj", say, of a layer's name."""
+    return name.rpartition(".")[2]
+
+
 def new_adapter(
     model: nn.Module, rank: int, alpha: float, targets: list[str], seed: int
 ) -> Adapter:
@@ -81,7 +86,7 @@ def new_adapter(
     means the same on every device. B = 0, so it does not change the model's output yet.
     """
     layers = lora_layers(model)
-    available = {name.rpartition(".")[2] for name in layers}
+    available = {last_part(name) for name in layers}
     missing = sorted(set(targets) - available)
     if missing or not targets:
         names = ", ".join(sorted(available))
@@ -90,7 +95,7 @@ def new_adapter(
     adapter = Adapter(A={}, B={}, scale={})
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
-        if name.rpartition(".")[2] not in targets:
+        if last_part(name) not in targets:
             continue
         sides = (layer.in_features, layer.out_features)
         if rank > max(sides):
@@ -142,7 +147,7 @@ def merge(model: nn.Module, adapter: Adapter) -> nn.Module:
 
     No adapter stays active. Small updates to half-precision weights are lost to rounding: merge to
     ship a model, never before scoring. The weights are new tensors, so a head tied to the embedding
-    is untied. `model.source` becomes None, since these are not that folder's weights.
+    is untied. `model.source` becomes None, and `model.name` empty: these are other weights.
     """
     use(model, adapter)
     for name in adapter.A:
@@ -151,4 +156,5 @@ def merge(model: nn.Module, adapter: Adapter) -> nn.Module:
         layer.weight = nn.Parameter(merged.to(layer.weight.dtype), layer.weight.requires_grad)
     model.source = None
     model.base_sha256 = None
+    model.name = ""
     return use(model, None)

@@ -64,11 +64,10 @@ class Rows:
         T = int(lengths.max())
         row = torch.arange(B).repeat_interleave(lengths)  # (N,)
         position = torch.arange(len(row)) - bounds[row]  # (N,)
-        index = send(torch.stack((position, row * T + position)), ids.device)  # (2, N), sent once
         self.shape = (B, T)
-        self.positions = index[0]
+        self.positions = send(position, ids.device)
         if len(row) < B * T:
-            self.padded_places = index[1]
+            self.padded_places = send(row * T + position, ids.device)
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, heads, E) to (B, heads, T, E), padded on the right."""

@@ -22,7 +22,7 @@ from model.io import (
     time_limit,
     whole_file,
 )
-from model.lora import Adapter, active, lora_layers, use
+from model.lora import Adapter, active, last_part, lora_layers, use
 from model.transformer import Transformer
 
 CONFIG = "adapter_config.json"
@@ -206,11 +206,11 @@ def save_adapter(model: Transformer, path: str | Path) -> None:
 
 
 def write_adapter(
-    adapter: Adapter, model: Transformer, path: str | Path, made_from: dict | None = None
+    adapter: Adapter, model: Transformer, path: str | Path, facts: dict | None = None
 ) -> None:
     """Write an adapter of `model` to folder `path` in PEFT's format, float32.
 
-    made_from: for the header, beside the hash of the base; PEFT ignores both. Its "warning" is also
+    facts: for the header, beside the hash of the base; PEFT ignores both. Its "warning" is also
     written to README.md. Raises InputError, writing nothing, if a tensor is not finite.
     """
     tensors = {}
@@ -220,7 +220,7 @@ def write_adapter(
             tensors[key] = tensor.detach().float().cpu().contiguous()
             if not tensor.isfinite().all():
                 raise InputError(f"{path}: the tensor {key} is not finite; nothing was written")
-    header = dict(made_from or {})
+    header = dict(facts or {})
     base_sha256 = source_hash(model)
     if base_sha256 is not None:
         header["base_sha256"] = base_sha256
@@ -265,10 +265,6 @@ def peft_config(adapter: Adapter, model: Transformer) -> dict:
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
     }
-
-
-def last_part(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def whole(alpha: float) -> float:

@@ -109,10 +109,12 @@ class Template:
             source.encode()  # fails on an unpaired surrogate
             self.compiled = environment.from_string(source)
             variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        unknown = options.keys() - variables
+        free = variables - {"messages", "add_generation_prompt", "strftime_now", *special}
+        unknown = options.keys() - free
         if unknown:
-            known = ", ".join(sorted(variables))
-            raise InputError(f"{where}: the chat template has no {min(unknown)} (it has {known})")
+            known = ", ".join(sorted(free))
+            problem = f"the chat template has no {min(unknown)} to set (it has {known})"
+            raise InputError(f"{where}: {problem}")
         self.where = where
         self.variables = {**options, **special}
         self.date = date if "strftime_now" in variables else None
@@ -122,9 +124,9 @@ class Template:
     def render(self, messages: Messages, generate: bool) -> str:
         """The conversation's text; with `generate` it ends where the next response begins."""
         variables = {
-            **self.variables,
             "tools": None,
             "documents": None,
+            **self.variables,
             "messages": messages,
             "add_generation_prompt": generate,
             "strftime_now": self.clock.strftime,

@@ -115,8 +115,8 @@ class Tokenizer:
                 return space, token.content
         return space, self.eos
 
-    def segments(self, messages: Messages, most: int | None = None) -> list[Segment]:
-        """A conversation as (text, is_response): prompt, response, ... (`most` responses).
+    def segments(self, messages: Messages, max_responses: int | None = None) -> list[Segment]:
+        """A conversation as (text, is_response): prompt, response, ... (at most so many responses).
 
         A prompt is what the template renders up to a response, less what came before. If the
         conversation ends with a user's message, the last segment is a prompt. The caller adds
@@ -127,27 +127,28 @@ class Tokenizer:
             turns.append(len(messages))
         segments = []
         previous = ""  # what was rendered up to the response before
-        response = ""
-        for turn in turns[:most]:
-            text = self.chat.render(messages[:turn], generate=True)
-            prompt = text[len(previous) :]
+        response = ""  # that response without outer blanks, which a template may trim
+        for turn in turns[:max_responses]:
+            rendered = self.chat.render(messages[:turn], generate=True)
+            prompt = rendered
             if segments:
-                prompt = prompt.lstrip()  # a template may trim the response, which comes first
-            if not text.startswith(previous) or not prompt.startswith(response.strip()):
-                raise InputError(
-                    f"{self.where}: the chat template rewrites earlier turns once there are {turn} "
-                    "messages: put the system message into the first user's text and leave "
-                    "thinking out, or give one row per turn"
-                )
-            prompt = prompt[len(response.strip()) :]
-            # The caller adds the EOS of the response before.
-            if segments and prompt.lstrip().startswith(self.turn_end):
-                prompt = prompt.lstrip()[len(self.turn_end) :]
+                # Behind what came before stand the response, the token that ends its turn (left
+                # out, since the caller adds the EOS), and this prompt.
+                new_text = rendered[len(previous) :].lstrip()
+                if not rendered.startswith(previous) or not new_text.startswith(response):
+                    raise InputError(
+                        f"{self.where}: the chat template rewrites earlier turns once there are "
+                        f"{turn} messages: put the system message into the first user's text and "
+                        "leave thinking out, or give one row per turn"
+                    )
+                prompt = new_text.removeprefix(response)
+                if prompt.lstrip().startswith(self.turn_end):
+                    prompt = prompt.lstrip().removeprefix(self.turn_end)
             segments.append((prompt, False))
             if turn < len(messages):
-                previous = text
-                response = messages[turn]["content"]
-                segments.append((self.spaced(response), True))
+                previous = rendered
+                response = messages[turn]["content"].strip()
+                segments.append((self.spaced(messages[turn]["content"]), True))
         return segments
 
     def spaced(self, response: str) -> str:

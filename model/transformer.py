@@ -128,14 +128,13 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
             v = v.repeat_interleave(self.groups, dim=1)  # (B, H, T, E)
             grouped = False
-        options = {"is_causal": mask is None, "scale": self.scale, "enable_gqa": grouped}
-        y = attention(q, k, v, attn_mask=mask, **options)
+        y = attention(q, k, v, mask, scale=self.scale, grouped=grouped)
         return self.o_proj(rows.flat(y.reshape(shape)))
 
 
 @fused
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-    """gelu(gate) * up, with GELU's tanh approximation; or with SiLU for GELU."""
+    """silu(gate) * up; or with GELU's tanh approximation for SiLU."""
     if gelu:
         return F.gelu(gate, approximate="tanh") * up
     return F.silu(gate) * up
@@ -210,9 +209,10 @@ class Transformer(AdapterScope):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.source = None  # the folder that the weights came from; set by load_checkpoint
-        self.base_sha256 = None  # base_hash(source), computed when first needed
+        # Where the weights came from: set by load_checkpoint, emptied by lora.merge.
+        self.source = None  # the folder
         self.name = ""  # what an adapter calls its base: a hub id, else "" for the folder's path
+        self.base_sha256 = None  # base_hash(source), computed when first needed
         self.gradient_checkpointing = False  # recompute each block in the backward pass
         self.sharded = False  # the blocks are spread over several processes, see sharding.py
         self.model = Body(config)

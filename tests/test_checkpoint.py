@@ -139,6 +139,13 @@ def test_saved_and_loaded_again_is_equal(name, tmp_path):
     assert load_file(tmp_path / WEIGHTS).keys() == load_file(GOLDENS / name / WEIGHTS).keys()
 
 
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
+    model = load_checkpoint(GOLDENS / "gqa-tied")
+    model.get_parameter(GATE)[0, 0] = torch.inf
+    fails(f"{GATE} is not finite", save_checkpoint, model, tmp_path, like=GOLDENS / "gqa-tied")
+    assert not tree(tmp_path)
+
+
 @pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])  # newer, older
 def test_saving_copies_the_tokenizer_and_states_the_dtype(spelling, tmp_path):
     like = make_base(tmp_path / "like")
@@ -159,10 +166,15 @@ def test_a_save_that_dies_leaves_no_checkpoint_of_two_models(tmp_path, monkeypat
     folder = make_base(tmp_path / "old")
     other = make_base(tmp_path / "new", seed=1)
 
-    def die(*given):
-        raise KeyboardInterrupt
+    copied_files = []
 
-    monkeypatch.setattr("model.checkpoint.shutil.copyfile", die)
+    def die_at_the_second(source, target):
+        if copied_files:
+            raise KeyboardInterrupt
+        copied_files.append(target)
+        Path(target).write_bytes(Path(source).read_bytes())
+
+    monkeypatch.setattr("model.checkpoint.shutil.copyfile", die_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(load_checkpoint(other), folder, like=other)
     fails("config.json", load_checkpoint, folder)

@@ -237,9 +237,12 @@ def test_an_adapter_belongs_to_the_weights_that_it_was_trained_on_not_to_a_name(
 
 def test_a_merged_model_is_another_base_whose_hash_nobody_knows(model, tmp_path):
     adapter = random_adapter(model)
+    model.name = "org/model"
     write_adapter(adapter, model, tmp_path)
+    assert read_json(tmp_path / CONFIG)["base_model_name_or_path"] == "org/model"
     write_adapter(adapter, merge(model, adapter), tmp_path)
     assert "base_sha256" not in made_from(tmp_path / WEIGHTS)
+    assert read_json(tmp_path / CONFIG)["base_model_name_or_path"] == ""
 
 
 # With transformers and peft installed

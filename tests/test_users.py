@@ -125,6 +125,7 @@ def test_template_kwargs_are_used_recorded_inherited_and_checked(place, files, c
 
     assert chat(enable_thinking="yes").render(talk("a"), True).startswith("yesa")
     fails("has no enable_thinkng", chat, enable_thinkng=True)
+    fails("has no messages to set", chat, messages=[])  # the conversation is not an option
 
     line = f"select.py --run {place}/new --method sft"
     value = '{"enable_thinking": true}'

@@ -156,11 +156,12 @@ def encode(
     rows: list[Row], tokenizer: Tokenizer, max_length: int
 ) -> Iterator[tuple[Row, list[Segment], list[tuple[list[int], Spans]]]]:
     """Each row with its segments, and the ids and character spans of each segment."""
-    most = max_length // 2 + 1  # responses that can fit: each has 2 tokens at least, with the EOS
+    # Responses that can fit: each has two tokens at least, with the EOS.
+    max_responses = max_length // 2 + 1
     segments = []
     for row in rows:
         with naming(row):
-            segments.append(tokenizer.segments(row.messages, most))
+            segments.append(tokenizer.segments(row.messages, max_responses))
     try:
         encoded = tokenizer.encode_segments(segments)
     except InputError:
