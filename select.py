@@ -12,7 +12,7 @@ refines the degraded model over T rounds.
 
 SELECTION is a selection.safetensors of another run. Writes RUN/methods/NAME: the mask in
 selection.safetensors and the adapter in model/; NAME is the method, toss-pro with --pro, or --name.
-With --mask-only there is no adapter; the same command without it trains from that mask.
+With --mask-only there is no adapter; --mask with another --name trains from such a mask.
 """
 
 import sys
@@ -31,7 +31,7 @@ if __name__ == "select":
     _spec.loader.exec_module(sys.modules["select"])
 else:
     from model.io import InputError
-    from toss.config import METHODS, UNSCORED, WITHOUT_D, TrainConfig
+    from toss.config import METHOD_NAMES, UNSCORED, WITHOUT_D, TrainConfig
     from toss.workbench import flags
 
 
@@ -41,18 +41,16 @@ def main(argv=None):
 
     import torch  # after parsing: it takes a while
 
-    from toss.methods import METHODS as OTHER_METHODS
-    from toss.methods import Candidates
+    from toss.methods import METHODS, Candidates
     from toss.selection import competing_tokens, riskiest_rows, select_tokens
     from toss.workbench.files import Round, Selection
     from toss.workbench.run import Run
 
     run = Run(args)
-    stage = f"methods/{args.name}"
     config = TrainConfig.of(args)
     if args.pro and not args.pro_samples:  # the paper names no k: 6 % of the rows
         args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
-    reference = run.reference_config() if args.pro else None  # how theta^h was trained
+    reference_config = run.reference_config() if args.pro else None  # how theta^h was trained
 
     def weights_of_added(D_cus, S, ranked, rows):
         """What theta^h learns of the added rows: all response tokens, as in the paper.
@@ -82,7 +80,7 @@ def main(argv=None):
             D_h = run.tokens(args.harmful)
             w_h = torch.cat((D_h.response.float(), weights_of_added(D_cus, S, ranked, added)))
             name = f"{args.name}-round-{t + 1}"
-            theta_h = run.train(name, D_h + D_cus.take(added), w_h, reference)
+            theta_h = run.train(name, D_h + D_cus.take(added), w_h, reference_config)
             L["degraded"] = run.score(f"{name}-scores", theta_h, D_cus)
             # For the record: each new row, and the place of the token that brought it in.
             new_rows = [(row, int(ranked[i])) for row, i in riskiest]
@@ -98,27 +96,26 @@ def main(argv=None):
             keep, S = run.mask(D_cus)
         else:
             candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
-            keep[ranked], scores = OTHER_METHODS[args.method](candidates)
+            keep[ranked], scores = METHODS[args.method](candidates)
             S = None if scores is None else torch.zeros(len(keep)).index_put((ranked,), scores)
 
         return Selection(D_cus, keep, S, rounds)
 
     def finetune():
-        selection = run.saved_mask(stage) or choose_tokens()  # of an earlier --mask-only
+        selection = choose_tokens()
+        if args.mask_only:
+            return selection, None
         w = selection.keep.float()
         theta = run.train(args.name, selection.tokens, w, config)
         return selection, theta
 
-    def only_choose():
-        return choose_tokens(), None
-
-    mask_settings = settings_of(args)
+    settings = settings_of(args)
     if args.pro:
-        mask_settings["reference"] = reference.recipe()
-    if args.mask_only:
-        run.make(stage, only_choose, inputs_of(args), {**mask_settings, "mask_only": True})
-    else:
-        run.make(stage, finetune, inputs_of(args), {**config.recipe(), **mask_settings})
+        settings["reference"] = reference_config.recipe()
+    if not args.mask_only:
+        settings |= config.recipe()
+    stage = f"methods/{args.name}"
+    run.make(stage, finetune, inputs_of(args), settings)
     if args.merge:
         run.merge(stage)
     run.suggest_after(stage)
@@ -130,7 +127,7 @@ def arguments(argv):
         "select.py", __doc__, custom="custom set D^cus", harmful="D^h, for --pro"
     )
     add = parser.add_argument_group("selection").add_argument
-    add("--method", choices=METHODS, default="toss", help="which tokens to discard")
+    add("--method", choices=METHOD_NAMES, default="toss", help="which tokens to discard")
     add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")
     text = "folder in RUN/methods (default: the method, or toss-pro)"
     add("--name", type=flags.method, help=text)
@@ -181,8 +178,10 @@ def inputs_of(args):
 
 
 def settings_of(args):
-    """The settings that decide the mask."""
+    """The settings that decide the mask, and whether it is all that is made."""
     settings = {"method": args.method, "seed": args.seed}
+    if args.mask_only:
+        settings["mask_only"] = True
     if args.method not in ("sft", "mask"):
         settings["keep_eos"] = args.keep_eos
         if args.method not in WITHOUT_D:

@@ -45,7 +45,8 @@ def main(argv=None):
     run.look("utility", ["--utility"], settings)
     run.make("degraded", partial(train_reference, "degraded", D_h), ["--harmful"], settings)
     run.make("utility", partial(train_reference, "utility", D_u), ["--utility"], settings)
-    run.suggest("score.py", custom=args.custom or "CUSTOM.jsonl")
+    custom = {} if args.custom else {"custom": "CUSTOM.jsonl"}
+    run.suggest("score.py", **custom)
 
 
 if __name__ == "__main__":

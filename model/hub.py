@@ -68,16 +68,9 @@ def download(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def check_complete(folder: Path, name: str, weights: bool) -> None:
-    """InputError if the snapshot lacks a file that is needed; it says if there is a pickle."""
-    from huggingface_hub import HfApi
-
+    """InputError if the snapshot lacks a file that is needed."""
     if not (folder / "config.json").is_file():
-        missing = "no config.json"
-    elif weights and not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
-        missing = f"neither {WEIGHTS} nor its index"
-    else:
-        return
-    files = HfApi().list_repo_files(name, revision=folder.name)
-    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
-    pickle = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
-    raise InputError(f"{name}: the hub repository has {missing}{pickle}")
+        raise InputError(f"{name}: the hub repository has no config.json")
+    if weights and not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        missing = f"neither {WEIGHTS} nor its index (pickles are never read)"
+        raise InputError(f"{name}: the hub repository has {missing}")

@@ -123,7 +123,7 @@ def test_every_arm_is_a_method_that_there_is_and_has_a_folder_of_its_own(name):
     folders = []
     for case in EXPERIMENTS[name].cases:
         for how in case.arms.values():
-            assert how.get("method", how["name"]) in ("base", "mask", *config.METHODS, *RIVALS)
+            assert how.get("method", how["name"]) in ("base", "mask", *config.METHOD_NAMES, *RIVALS)
             folders.append((case.variant, how["name"]))
     assert len(set(folders)) == len(folders)
 

@@ -154,7 +154,7 @@ def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(
         return []
 
     # Right after the command line was read, before anything of the run is looked at.
-    monkeypatch.setattr("toss.workbench.flags.note", edit_file)
+    monkeypatch.setattr("toss.workbench.flags.described", edit_file)
     assert call(f"score.py --run {trained} --base --overwrite") == 0
     assert "CHECK_EVERY = 17" in file.read_text(encoding="utf-8")
     assert read_record(trained / "scores.safetensors")["code"] == original

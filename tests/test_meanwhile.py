@@ -218,9 +218,12 @@ def test_a_command_waits_while_another_one_writes_run_json_and_keeps_what_that_w
             time.sleep(0.05)
         command.join(timeout=0.5)
         assert command.is_alive()
-        edit_json(file, stages={**read_json(file)["stages"], "methods/other": {}})
+        stages = {**read_json(file)["stages"], "methods/other": {}}
+        inputs = {**read_json(file)["inputs"], "other.jsonl": "0"}
+        edit_json(file, stages=stages, inputs=inputs)
     command.join()
     assert {method, "methods/other", "scores"} <= read_json(file)["stages"].keys()
+    assert "other.jsonl" in read_json(file)["inputs"]
 
 
 def test_where_there_are_no_locks_a_warning_says_so(stages, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def nasty_once(tmp_path_factory, trained_once) -> Path:
     lines += [f"<img>,<script>,{j},5,0.5,0.1,-0.1" for j in (0, 1)]
     (folder / "diagnosis/kl.csv").write_text("\n".join(lines))
     write_record(folder / "diagnosis", run.recipe("diagnosis", ["methods/toss", "utility"], {}))
-    stages = run.record["stages"]
+    stages = run.runfile.content["stages"]
     del stages["utility"]["rows"]  # as if it had been made elsewhere
     edit_json(folder / "run.json", stages=stages, demo=True, commit=NASTY)
     return folder
@@ -332,7 +332,7 @@ def test_of_many_methods_the_less_known_are_folded(nasty):
 
 def test_a_page_needs_no_base_and_real_answers_are_not_on_it(nasty):
     """The base may be on another machine; what needs its tokenizer is left out with a line."""
-    settings = {**nasty.record["settings"], "model": "/gone"}
+    settings = {**nasty.runfile.content["settings"], "model": "/gone"}
     edit_json(nasty.folder / "run.json", settings=settings, demo=False)
     text, lacking, _ = report.page(open_run(nasty.folder))
     assert "Moonrot" not in text

@@ -102,7 +102,9 @@ def test_scores_from_anything_else_reach_select_by_a_mask(first, tmp_path, monke
 def test_a_method_in_the_two_places_of_the_readme_is_one_of_select(trained, monkeypatch):
     surprising = run(METHOD, vars(methods))["surprising"]  # as if it were pasted there
     monkeypatch.setitem(methods.METHODS, "surprising", surprising)
-    monkeypatch.setattr(script_module("select"), "METHODS", [*config.METHODS, "surprising"])
+    monkeypatch.setattr(
+        script_module("select"), "METHOD_NAMES", [*config.METHOD_NAMES, "surprising"]
+    )
     script("score", "--run", trained, "--base", "--overwrite")
     script("select", "--run", trained, "--method", "surprising", "--mask-only")
     scores = load_file(trained / "scores.safetensors")

@@ -137,7 +137,7 @@ def test_the_seed_of_the_command_draws_the_random_tokens(trained):
 
 
 def test_every_name_of_a_method_has_its_function():
-    assert {"toss", *METHODS} == set(config.METHODS)
+    assert {"toss", *METHODS} == set(config.METHOD_NAMES)
 
 
 @pytest.mark.parametrize("method", METHODS)

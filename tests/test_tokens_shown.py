@@ -183,7 +183,9 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     shutil.copy(small.path("scores"), tmp_path / "moved")
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     (copy / "methods/toss").rename(copy / "methods/mine")
-    edit_json(copy / "run.json", stages={"methods/mine": small.record["stages"]["degraded"]})
+    edit_json(
+        copy / "run.json", stages={"methods/mine": small.runfile.content["stages"]["degraded"]}
+    )
     other = make_base(tmp_path / "other", seed=1)
     model = load_checkpoint(other)
     save_adapter(use(model, random_adapter(model)), tmp_path / "alien")

@@ -169,6 +169,13 @@ def test_seconds_of_interrupted_work_add_up(tmp_path, monkeypatch):
         state.save({}, 0)
 
 
+def test_finished_work_forgets_its_own_states_alone(tmp_path):
+    for name in ("work", "work-b"):
+        SavedState(tmp_path, name, minutes=2).save({}, 0)
+    SavedState(tmp_path, "work", minutes=2).remove()
+    assert [file.name for file in tmp_path.iterdir()] == ["work-b-0.pt"]
+
+
 class Tomorrow(datetime.date):
     @classmethod
     def today(cls):

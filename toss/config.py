@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # The ways of choosing tokens: "toss" is in select.py, the others are in toss/methods.py.
-METHODS = """toss sft random first-k first-5 local sample sample-all degraded-only utility-only
+METHOD_NAMES = """toss sft random first-k first-5 local sample sample-all degraded-only utility-only
     base weighted oracle""".split()
 UNSCORED = ("sft", "random", "first-k", "first-5", "oracle", "mask")  # no reference models needed
 WITHOUT_D = ("first-5", "sample-all", "oracle")  # they discard tokens, but by no d

@@ -22,8 +22,8 @@ from toss.workbench import flags
 def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
     """Write OUT and the file beside it; returns what the latter holds.
 
-    Raises InputError if the method's mask is not over the run's custom set as it is now, or holds
-    other weights than 0 and 1.
+    Raises InputError if the method's mask is not over the run's custom set as it is now, or has
+    weights.
     """
     import torch
 
@@ -39,7 +39,10 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
 
     tokens, keep, fingerprint = loss_mask(run, method)
     labels = torch.where(keep, tokens.input_ids, -100)
-    kept, response, line_of_row = [], [], []
+    # Of each row of the custom set.
+    kept = []
+    response = []
+    line_of_row = []
     with whole_file(out) as new:
         with open(new, "w", encoding="utf-8") as file:
             lines = 0
@@ -96,7 +99,7 @@ def loss_mask(run, method: str) -> tuple:
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m toss.export", __doc__)
     add = parser.add_argument
-    add("--run", type=flags.folder, required=True, help="folder of the run")
+    add("--run", required=True, help="folder of the run")
     add("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
     add("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
     text = "also write `weights`, for trainers that weigh tokens (Tinker takes weights[1:])"

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from model.io import InputError, json_lines, whole_file
-from toss.workbench.flags import TRAINING
+from toss.workbench.flags import TRAINING_FLAGS
 
 DEVICE = ("device", "dtype", "threads", "batch_tokens", "shard")  # flags of a Run
 NUMBERS = ("seconds", "tokens", "rows", "peak_memory_gib", "threads")  # of a stage in run.json
@@ -169,7 +169,7 @@ def cautions(records: dict[str, dict], table: Table, paired: dict | None = None)
         settings = records[method]["settings"]
         usual = records[first]["settings"]
         others = []
-        for key in (*TRAINING, "dtype"):
+        for key in (*TRAINING_FLAGS, "dtype"):
             if settings.get(key) != usual.get(key):
                 others.append(f"{key} {settings.get(key)}, not {usual.get(key)}")
         code = records[method].get("code", {})

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         finish_demo(folder)
         return
     run = open_run(args.run)
-    if run.record.get("demo"):
+    if run.args.demo:
         finish_demo(args.run)
     else:
         show_as_evaluated(run)

@@ -294,7 +294,7 @@ def naturals(text: str) -> list[int]:
 def words_of(args, run) -> list[str]:
     """The forbidden words: those of --words; of the demo, its own."""
     if not args.words:
-        return read_json(flags.DEMO)["forbidden_words"] if run.record.get("demo") else []
+        return read_json(flags.DEMO)["forbidden_words"] if run.args.demo else []
     lines = [line.strip() for line in read_text(args.words).split("\n")]
     return [line for line in lines if line]
 

@@ -25,7 +25,7 @@ from toss.audit.command import DEVICE, read_jsonl
 from toss.audit.outcomes import cost_of, measures_of, measures_of_mask
 from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
 from toss.config import WITHOUT_D
-from toss.workbench.flags import DEMO, ROOT, TRAINING
+from toss.workbench.flags import DEMO, ROOT, TRAINING_FLAGS
 
 FROM_BASE = {"base", "kl-base"}  # methods whose S has the base in place of theta^u
 
@@ -204,7 +204,7 @@ class Setup:
             for name in inputs:
                 given[name] = self.files[name]
         if script_name == "score":  # it trains nothing, and --dtype is that of training alone
-            given = {name: x for name, x in given.items() if name not in (*TRAINING, "dtype")}
+            given = {name: x for name, x in given.items() if name not in (*TRAINING_FLAGS, "dtype")}
 
         words = [f"--run={self.folder}"]
         for name, value in (given | flags).items():

@@ -111,7 +111,7 @@ def measures(run, replaced: list[str]) -> dict | str:
     table = {name: metrics[name] for name in sorted(metrics, key=place) if name not in replaced}
     if not table:
         return f"No measures: {evaluate} first."
-    demo = run.record.get("demo", False)
+    demo = run.args.demo
     names = list(dict.fromkeys(name for row in table.values() for name in row))
     parts = [name for name in names if is_part(name, names)]
     folded = [method for method in table if method not in ORDER] if len(table) > MANY else []
@@ -139,7 +139,7 @@ def measures(run, replaced: list[str]) -> dict | str:
 
 def side_by_side(run, current: dict[str, dict]) -> dict | str:
     """A few prompts of the demo, with the answers of every model whose evaluation is current."""
-    if not run.record.get("demo"):
+    if not run.args.demo:
         folder = run.folder / "answers"
         return f"Answers of real models, some made unsafe on purpose, stay in {folder}."
     answers = {}  # by method, and by set, source and prompt

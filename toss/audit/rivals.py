@@ -103,7 +103,7 @@ def config_of_sft(run, args: Namespace) -> TrainConfig:
     """How methods/sft was trained, for a rival that goes on from it. Raises InputError if a flag
     says otherwise."""
     settings = run.check("methods/sft").get("settings", {})
-    for name in flags.TRAINING:
+    for name in flags.TRAINING_FLAGS:
         if name in args.typed and settings.get(name, getattr(args, name)) != getattr(args, name):
             what = f"made with another {name}"
             raise InputError(f"{args.method} goes on from methods/sft, {what}")

@@ -22,7 +22,7 @@ from toss.rows import Row, read_rows
 from toss.tokens import BATCH_TOKENS, Tokens, tokenise
 from toss.workbench.results import Hashes
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # the others are float32
+TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # the others are float32
 
 
 class Base:
@@ -108,7 +108,7 @@ class Base:
             self.model = None  # free the old one first
             self.loaded = dtype
             torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-            weights = DTYPES.get(dtype, torch.float32)
+            weights = TORCH_DTYPES.get(dtype, torch.float32)
             self.model = load_checkpoint(
                 self.checkpoint, self.device, weights, shard=self.args.shard
             )

@@ -12,26 +12,26 @@ from toss.workbench.results import text_hash
 from toss.workbench.runfile import ROOT
 
 # A part is a file, or FILE:NAME with what that uses of the same file. Files count with all that
-# they import of model/ and toss/, but for these, which compute nothing, ...
+# they import of model/ and toss/, but for these: they compute nothing.
 PLUMBING = ("model.io", "model.hub", "toss.methods", "toss.workbench")
-# ... and for what stands here by itself.
+# How checkpoints, adapters and rows are read; of the plumbing, json_lines alone counts.
 SHARED = ["model/checkpoint.py", "model/peft.py", "model/io.py:json_lines"]
-TRAINING = ["toss/training.py", "toss/config.py:TrainConfig", *SHARED]
-SCORING = ["toss/scoring.py", *SHARED]
+TRAINING_CODE = ["toss/training.py", "toss/config.py:TrainConfig", *SHARED]
+SCORING_CODE = ["toss/scoring.py", *SHARED]
 PARTS = {
-    "degraded": ["train.py", *TRAINING],
-    "utility": ["train.py", *TRAINING],
-    "scores": ["score.py", *SCORING],
-    "method": ["select.py", "toss/selection.py", *TRAINING],
-    "pro": ["select.py", "toss/selection.py", *TRAINING, *SCORING],
+    "degraded": ["train.py", *TRAINING_CODE],
+    "utility": ["train.py", *TRAINING_CODE],
+    "scores": ["score.py", *SCORING_CODE],
+    "method": ["select.py", "toss/selection.py", *TRAINING_CODE],
+    "pro": ["select.py", "toss/selection.py", *TRAINING_CODE, *SCORING_CODE],
     "rival": [
         "toss/selection.py",
         "toss/methods.py:Candidates",
         "toss/methods.py:mean_of_row",
-        *TRAINING,
-        *SCORING,
+        *TRAINING_CODE,
+        *SCORING_CODE,
     ],
-    "evaluation": ["model/generate.py", "data/refusals.py", *SCORING],
+    "evaluation": ["model/generate.py", "data/refusals.py", *SCORING_CODE],
 }
 # Of a syntax tree: what versions of Python differ in, or what says nothing.
 IGNORED = ("ctx", "kind", "type_comment", "type_params")

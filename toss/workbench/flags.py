@@ -7,7 +7,6 @@ references were trained, select.py as the first method, else as demo.json has it
 
 import argparse
 import json
-import math
 import os
 import re
 import shlex
@@ -26,7 +25,7 @@ from toss.workbench.launch import joined, leave
 from toss.workbench.runfile import FORM, INHERITED, INPUTS, ROOT, RunFile, read_run
 
 DEMO = ROOT / "data" / "demo.json"
-TRAINING = tuple(f.name for f in fields(TrainConfig) if f.metadata)
+TRAINING_FLAGS = tuple(f.name for f in fields(TrainConfig) if f.metadata)
 # What a command has where it has no such flag.
 DEFAULTS = {
     **dict.fromkeys((*INHERITED, "mask", "threads", "batch_tokens")),
@@ -129,11 +128,9 @@ def is_method(text: str) -> bool:
 
 count = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1 (below 2^31)")
 threads = number(int, lambda n: 1 <= n <= 1024, "a whole number from 1 to 1024")
-folder = number(str, bool, "the name of a folder")
 natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
-rate = number(float, lambda x: 0 < x < 1e37, "a number above 0 (below 1e37)")
-positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+positive = number(float, lambda x: 0 < x < 1e37, "a number above 0 (below 1e37)")
 method = number(str, is_method, f"a method's name ({METHOD_WORDS})")
 path = os.path.abspath
 
@@ -149,7 +146,7 @@ def script_parser(prog: str, doc: str, **inputs: str) -> Parser:
     )
     parser = Parser(prog, doc, epilog=epilog)
     add = parser.add_argument_group("run").add_argument
-    add("--run", type=folder, default="runs/demo", help="folder of the run")
+    add("--run", default="runs/demo", help="folder of the run")
     add_inherited_flags(parser, **inputs)
     add_device_flags(parser)
     add(
@@ -196,14 +193,14 @@ def add_device_flags(parser: Parser, dtype: bool = True) -> None:
 
 def add_run_flags(parser: Parser, dtype: bool = True) -> None:
     """What a command of the audit needs to open a run and run its models."""
-    parser.add_argument("--run", type=folder, required=True, help="folder of the run")
+    parser.add_argument("--run", required=True, help="folder of the run")
     add_device_flags(parser, dtype)
 
 
 def add_training_flags(parser: Parser) -> None:
     """One flag per field of TrainConfig, and --gradient-checkpointing."""
     add = parser.add_argument_group("training (defaults: the paper's; see below)").add_argument
-    types = {"alpha": positive, "lr": rate, "seed": natural}
+    types = {"alpha": positive, "lr": positive, "seed": natural}
     for f in fields(TrainConfig):
         if f.metadata:
             kind = types.get(f.name, count if f.type is int else f.type)
@@ -219,9 +216,10 @@ def add_training_flags(parser: Parser) -> None:
 def parse(parser: Parser, argv: list[str] | None = None, references: bool = False) -> Namespace:
     """The settings in force: the command line's, and for omitted flags see above.
 
-    references: the command begins runs, and trains as the references were trained. `notes` say
-    what comes from where. Raises InputError when a flag contradicts what the run was begun with, or
-    when inputs are missing.
+    references: the command begins runs, and trains as the references were trained. Beside the flags
+    the result has `typed`, those on the command line; `notes`, which say what comes from where;
+    `runfile`; `demo`; and `begun_anew`. Raises InputError when a flag contradicts what the run was
+    begun with, or when inputs are missing.
     """
     typed = parser.typed(argv)
     code.read_all()  # before the modules themselves are imported
@@ -232,15 +230,13 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
         need = "train.py needs --model, --harmful and --utility, or none for the embedded default"
         raise InputError(f"{need}; missing: {' and '.join(missing)}")
 
-    # With all its inputs and --overwrite, train.py begins the run anew.
+    # With all its inputs and --overwrite, train.py begins the run anew: nothing is inherited.
     begun_anew = references and bool(inputs) and "overwrite" in typed
     content = read_run(file, must_be_whole=not inputs)
-    if begun_anew:
-        content = {}
-    runfile = RunFile(file, content)
-    demo = not inputs and content.get("demo", True)
-    inherited = from_run(runfile, typed, demo)
-    source, settings = trained_before(runfile, references, demo)
+    known = RunFile(file, {} if begun_anew else content)
+    demo = not inputs and known.content.get("demo", True)
+    inherited = from_run(known, typed, demo)
+    source, settings = trained_before(known, references, demo)
 
     values = dict(DEFAULTS)
     if demo:
@@ -254,22 +250,23 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
             flag = f"--{name.replace('_', '-')} {inherited[name]}, not {typed[name]}"
             advice = "leave it out, or use another --run"
             raise InputError(f"{file.parent} was begun with {flag}: {advice}")
-    flags = {action.dest for action in parser._actions} - typed.keys()
+    omitted = {action.dest for action in parser._actions} - typed.keys()
     args.notes = []
     if inherited and not demo:
-        args.notes += note(f"from {file}", inherited, flags)
-    args.notes += note(f"training settings {source}", vars(args), flags.intersection(TRAINING))
+        args.notes += described(f"from {file}", inherited, omitted)
+    omitted &= set(TRAINING_FLAGS)
+    args.notes += described(f"training settings {source}", vars(args), omitted)
     if args.model is None:
         advice = f"give --model, or run {command('train.py', file.parent)}"
         raise InputError(f"{file.parent} has no base yet: {advice}")
-    args.runfile = runfile
-    args.demo = content.get("demo", demo)
+    args.runfile = RunFile(file, content)
+    args.demo = known.content.get("demo", demo)
     args.begun_anew = begun_anew
     args.typed = set(typed)
     return args
 
 
-def note(title: str, values: dict[str, Any], names: set[str]) -> list[str]:
+def described(title: str, values: dict[str, Any], names: set[str]) -> list[str]:
     """A line with the values of these names; none if there are none."""
     shown = [f"{name} = {value}" for name, value in values.items() if name in names]
     return [f"{title}: {', '.join(shown)}"] if shown else []
@@ -302,7 +299,7 @@ def trained_before(runfile: RunFile, references: bool, demo: bool) -> tuple[str,
         candidates += ["degraded", "utility"]
     for stage in candidates:
         recorded = runfile.section("stages", stage, "recipe", "settings")
-        settings = {name: recorded[name] for name in TRAINING if name in recorded}
+        settings = {name: recorded[name] for name in TRAINING_FLAGS if name in recorded}
         if settings and "mask_only" not in recorded:
             return f"as for {stage}", as_typed(runfile.file, settings)
     return f"in {DEMO.name}" if demo else "by default", {}

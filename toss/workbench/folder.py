@@ -1,6 +1,7 @@
 """A run directory as later stages find it: places, recipes, and the results of earlier stages."""
 
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,17 +15,15 @@ from model.checkpoint import base_hash
 from model.io import InputError, made_from
 from model.lora import Adapter
 from model.peft import CONFIG, WEIGHTS, read_adapter
-from toss.config import METHODS, TrainConfig
+from toss.config import METHOD_NAMES, TrainConfig
 from toss.parallel import rank
 from toss.tokens import Tokens
 from toss.workbench import code, results
 from toss.workbench.base import Base
 from toss.workbench.files import fingerprint, load_selection, read_scores
-from toss.workbench.flags import TRAINING, as_typed, command
+from toss.workbench.flags import TRAINING_FLAGS, as_typed, command
 from toss.workbench.results import Hashes, differences, read_record
-from toss.workbench.runfile import FORM, INPUTS, RunFile, as_listed
-
-REFERENCES = ("degraded", "utility")
+from toss.workbench.runfile import INHERITED, INPUTS, REFERENCES, RunFile, as_listed
 
 
 class Folder(Base):
@@ -35,11 +34,6 @@ class Folder(Base):
         self.runfile: RunFile = args.runfile
         super().__init__(args, Hashes(self.runfile.section("hashes")))
         self.printed: set[str] = set()
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What is in run.json."""
-        return self.runfile.content
 
     def print_once(self, text: str) -> None:
         """Print a text, but not again."""
@@ -134,7 +128,7 @@ class Folder(Base):
         """
         self.check_identity()
         path = self.path(stage)
-        source = self.source(stage) if not has_record(path) else path
+        source = path if has_record(path) else self.source(stage)
         if not source.exists():
             others = sorted(folder.name for folder in self.folder.glob("methods/[!.]*"))
             existing = f" (there are {', '.join(others)})" if "/" in stage and others else ""
@@ -157,8 +151,12 @@ class Folder(Base):
         changed += [key for key in identity if record.get(key) != identity[key]]
         if changed:
             what = f"{path} does not fit this run (changed: {', '.join(changed)})"
-            files = [f"{key} {self.source(key)}" for key in changed if key.startswith("--")]
-            advice = self.advice(stage, " ".join([*files, "--overwrite"]))
+            words = []
+            if stage not in REFERENCES:  # with some files train.py wants all
+                for key in changed:
+                    if key.startswith("--"):
+                        words += [key, str(self.source(key))]
+            advice = self.advice(stage, shlex.join([*words, "--overwrite"]))
             raise InputError(f"{what}: {advice}, or choose another --run")
         digests = {part: code.digest(part) for part in record.get("code", {})}
         others = ", ".join(results.other_code(record, digests))
@@ -171,7 +169,7 @@ class Folder(Base):
         """The same of a method, which must have a model, and not a mask alone."""
         self.check(stage, only)
         if not self.has_model(stage):
-            advice = "run the command that made it again, without --mask-only"
+            advice = "run the command that made it again, with --overwrite for --mask-only"
             raise InputError(f"{self.path(stage)} holds a mask, and no model: {advice}")
 
     def has_model(self, stage: str) -> bool:
@@ -204,7 +202,7 @@ class Folder(Base):
             program = "score.py"
         elif "/" in stage:
             settings = self.runfile.section("stages", stage, "recipe", "settings")
-            own = settings.get("method", "mask") in ("mask", *METHODS)
+            own = settings.get("method", "mask") in ("mask", *METHOD_NAMES)
             program = "select.py" if own else "-m toss.audit.rivals"
             flags = f", with the flags of {Path(stage).name}"
         return f"run {command(program, self.folder)} {word}{flags}"
@@ -231,7 +229,7 @@ class Folder(Base):
         first = record["settings"].get("dtype")
         if first != dtype:
             print(f"note: theta^h was trained in {first}, and is trained again in {dtype}")
-        settings = {name: record["settings"][name] for name in TRAINING}
+        settings = {name: record["settings"][name] for name in TRAINING_FLAGS}
         settings = as_typed(self.path("degraded") / results.RECORD, settings)
         return TrainConfig.of({**settings, "batch_tokens": self.args.batch_tokens})
 
@@ -276,32 +274,35 @@ class Folder(Base):
 
     # run.json
 
-    def note(self, recipe: dict[str, Any] | None = None, cost: dict | None = None) -> None:
+    def write_runfile(self, recipe: dict[str, Any] | None = None, cost: dict | None = None) -> None:
         """Write run.json: what later commands inherit, and what is reported of a stage."""
-        inputs = {**self.runfile.section("inputs"), **self.hashes.inputs}
-        facts = {"demo": self.args.demo, "inputs": inputs, "hashes": self.hashes.known}
-        settings = self.inherited(recipe)
-        self.runfile.update(settings, facts, recipe, cost or {}, self.args.begun_anew)
+        content = {
+            "demo": self.args.demo,
+            "settings": self.inherited(),
+            "inputs": self.hashes.inputs,
+            "hashes": self.hashes.known,
+        }
+        if recipe:
+            entry = {"recipe": as_listed(recipe), **(cost or {})}
+            content["stages"] = {recipe["stage"]: entry}
+        self.runfile.update(content, self.args.begun_anew)
 
-    def inherited(self, recipe: dict[str, Any] | None) -> dict[str, Any]:
-        """What later commands inherit: the prompt form; the inputs of a stage, and new ones."""
-        settings = {name: getattr(self.args, name) for name in ("revision", *FORM)}
-        known = self.runfile.section("settings")
+    def inherited(self) -> dict[str, Any]:
+        """What later commands inherit: the inputs that are known, and the prompt form."""
+        settings = {name: getattr(self.args, name) for name in INHERITED}
         for name in INPUTS:
-            value = getattr(self.args, name)
-            used = name == "model" or not recipe or f"--{name}" in recipe["inputs"]
-            if value is not None and (used or name not in known):
-                settings[name] = value
+            if settings[name] is None:
+                del settings[name]
         return settings
 
     def begin(self) -> None:
-        """Before a state is saved: it is of the inputs that its folder names, and run.json exists.
+        """Called before each save: stop if an input has changed; write run.json if there is none.
 
-        So an unfinished first stage can go on.
+        So the same command can go on from an unfinished first stage.
         """
         self.hashes.check_inputs()
         if rank() == 0 and not self.runfile.file.exists():
-            self.note()
+            self.write_runfile()
 
     def follow(self, recipe: dict[str, Any]) -> None:
         """Let run.json follow a skipped stage that it does not know, or whose input was moved."""
@@ -309,11 +310,11 @@ class Folder(Base):
             return
         entry = self.runfile.section("stages", recipe["stage"])
         cost = {name: value for name, value in entry.items() if name != "recipe"}
-        moved = not self.inherited(recipe).items() <= self.runfile.section("settings").items()
+        moved = not self.inherited().items() <= self.runfile.section("settings").items()
         if entry.get("recipe") != as_listed(recipe):
-            self.note(recipe)  # a process died before it wrote the cost
+            self.write_runfile(recipe)  # a process died before it wrote the cost
         elif moved:
-            self.note(recipe, cost)
+            self.write_runfile(recipe, cost)
 
     # What to do next
 

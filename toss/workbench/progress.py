@@ -14,7 +14,9 @@ from tqdm import tqdm
 from model.io import whole_file, writing
 from toss.parallel import rank
 
-FIRST_LINE, EVERY = 5, 30  # seconds until the first line without a terminal, and between two
+# Seconds until the first line without a terminal, and between two.
+FIRST_LINE = 5
+EVERY = 30
 
 
 class Progress:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -77,17 +78,29 @@ def differences(record: Record, recipe: Record) -> list[str]:
     wanted = flat(recipe)
     differing = []
     for key in {**recorded, **wanted}:
-        if recorded.get(key) != wanted.get(key):
-            old = str(recorded.get(key))[:16]
-            new = str(wanted.get(key))[:16]
-            differing.append(f"{key} {old} there, {new} now")
+        old = recorded.get(key)
+        new = wanted.get(key)
+        if old != new:
+            differing.append(f"{key} {shown(old)} there, {shown(new)} now")
     return differing
 
 
 def flat(recipe: Record) -> Record:
-    """A recipe with its settings and inputs one by one."""
-    parts = {key: value for key, value in recipe.items() if key not in ("settings", "inputs")}
-    return parts | (recipe.get("settings") or {}) | (recipe.get("inputs") or {})
+    """A recipe with its settings and inputs one by one, and "reference lr" and the like."""
+    entries = {}
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            prefix = "" if key in ("settings", "inputs") else f"{key} "
+            entries |= {f"{prefix}{name}": part for name, part in flat(value).items()}
+        else:
+            entries[key] = value
+    return entries
+
+
+def shown(value: object) -> str:
+    """A value of a recipe as text; of a hash the beginning."""
+    text = str(value)
+    return text[:16] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def other_code(record: Record, code: dict[str, str]) -> list[str]:
@@ -120,9 +133,10 @@ def inspect(path: Path, hashes: "Hashes") -> tuple[Record, str]:
     try:
         record = read_record(path)
     except InputError as error:
+        record = {}
         with suppress(InputError):
-            return read_json(path / RECORD) if path.is_dir() else made_from(path), str(error)
-        return {}, str(error)
+            record = read_json(path / RECORD) if path.is_dir() else made_from(path)
+        return record, str(error)
     return record, damage(path, record, hashes)
 
 

@@ -4,7 +4,6 @@ A result carries its own record, by which it is skipped, refused or made; see re
 run.json included, is a courtesy.
 """
 
-import shutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -33,10 +32,11 @@ from toss.tokens import Tokens
 from toss.training import count_steps, train
 from toss.workbench import code, files, results
 from toss.workbench.files import Round, Selection
-from toss.workbench.flags import TRAINING, Parser, add_run_flags, command, parse
-from toss.workbench.folder import REFERENCES, Folder
+from toss.workbench.flags import Parser, add_run_flags, command, parse
+from toss.workbench.folder import Folder
 from toss.workbench.progress import Cost, Progress, describe_cost
 from toss.workbench.results import held, read_record
+from toss.workbench.runfile import REFERENCES
 from toss.workbench.states import SavedState
 
 LEARNT_ROWS = 64  # at most, by which a reference is checked
@@ -49,7 +49,6 @@ class Run(Folder):
         super().__init__(args)
         # Of the stage at work.
         self.state_folder = self.folder
-        self.mask_is_there = False
         self.cost: Cost | None = None
         self.remarks: list[str] = []  # printed when it is done
 
@@ -117,55 +116,10 @@ class Run(Folder):
         self.check_identity()
         dtype = self.dtypes["score" if stage == "scores" else "train"]
         recipe = self.recipe(stage, inputs, {**settings, "dtype": dtype})
-        if "mask_only" in settings:
-            recipe["settings"] = mask_settings(recipe["settings"])
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
-        self.mask_is_there = False
-        verdict = self.judge_mask(stage, recipe, digests) or self.find_mask(stage, recipe)
-        if verdict is None:
-            path = self.path(stage)
-            verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
+        path = self.path(stage)
+        verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
         return recipe, digests, verdict
-
-    def judge_mask(
-        self, stage: str, recipe: dict[str, Any], digests: dict[str, str]
-    ) -> results.Verdict | None:
-        """Whether a method begins with the mask in its place; None if there is no mask alone.
-
-        Sets mask_is_there. Raises InputError if it is another mask, unless it may be overwritten.
-        """
-        path = self.path(stage)
-        settings = recipe["settings"]
-        is_method = "method" in settings and "mask_only" not in settings
-        if not is_method or not path.exists() or (path / "model").exists():
-            return None
-        record, problem = results.inspect(path, self.hashes)
-        if "mask_only" not in record.get("settings", {}):
-            return None
-        mask_recipe = {**recipe, "settings": mask_settings(settings)}
-        differing = results.differences(record, mask_recipe)
-        changed = results.other_code(record, digests)
-        if differing and not self.args.overwrite:
-            what = f"the mask of other settings or inputs (different: {', '.join(differing)})"
-            raise InputError(f"{path} holds {what}: give --overwrite, or another --name")
-        if differing or problem or changed:
-            reason = problem or ", ".join(differing or changed)
-            line = f"{stage}: the mask in {path} ({reason}) is made again"
-            return results.Verdict(True, [line])
-        self.mask_is_there = True
-        return results.Verdict(True, [f"{stage}: the mask that is there is used"])
-
-    def find_mask(self, stage: str, recipe: dict[str, Any]) -> results.Verdict | None:
-        """Nothing is to be made where a mask is asked for that a trained method has; else None."""
-        path = self.path(stage)
-        if "mask_only" not in recipe["settings"] or not (path / "model").exists():
-            return None
-        record, problem = results.inspect(path, self.hashes)
-        made = {**record, "settings": mask_settings(record.get("settings", {}))}
-        if problem or results.differences(made, recipe):
-            return None
-        line = f"{stage}: {path} holds this mask, and a model that was trained with it: skipped"
-        return results.Verdict(False, [line])
 
     def holding(self, folder: Path) -> AbstractContextManager:
         """Hold a folder in process 0."""
@@ -200,7 +154,7 @@ class Run(Folder):
         print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
         options |= {"state": self.state(name, "train"), "on_step": self.progress(name).report}
         adapter = train(self.base("train"), tokens, weights, config, **options)
-        self.count(options["state"], tokens, config.epochs)
+        self.add_cost(options["state"], tokens, config.epochs)
         return adapter
 
     def score(self, name: str, adapter: Adapter | str | None, tokens: Tokens) -> Tensor:
@@ -216,7 +170,7 @@ class Run(Folder):
         state = self.state(name, "score")
         model = use(self.base("score"), adapter)
         losses = score(model, tokens, self.args.batch_tokens, state, self.progress(name).report)
-        self.count(state, tokens)
+        self.add_cost(state, tokens)
         return losses
 
     def check_learnt(self, tokens: Tokens, adapter: Adapter) -> None:
@@ -247,19 +201,11 @@ class Run(Folder):
         name = f"{name}-{self.dtypes[purpose]}"
         return SavedState(self.state_folder, name, self.args.save_every, self.begin)
 
-    def count(self, state: SavedState, tokens: Tokens, passes: int = 1) -> None:
+    def add_cost(self, state: SavedState, tokens: Tokens, passes: int = 1) -> None:
         """Add a finished part to the cost of the stage at work; note facts about its rows."""
         self.cost.tokens += passes * len(tokens.input_ids)
         self.cost.earlier_seconds += state.earlier_seconds
         self.cost.facts = {name: getattr(tokens, name) for name in ("rows", "skipped", "cut")}
-
-    def saved_mask(self, stage: str) -> Selection | None:
-        """The mask that a call with --mask-only has left, if the stage at work begins with it."""
-        if not self.mask_is_there:
-            return None
-        tokens, _ = self.scored(needed=False)
-        selection = files.load_selection(self.path(stage) / "selection.safetensors", tokens)
-        return Selection(tokens, selection["keep"], selection.get("score"))
 
     # Writing a result
 
@@ -275,13 +221,7 @@ class Run(Folder):
         else:
             lines = self.write_method(path, *result, record)
         cost = self.cost.read()
-        if self.mask_is_there:  # choosing it is part of what the method costs
-            earlier = self.runfile.section("stages", stage)
-            for name in ("tokens", "seconds"):
-                cost[name] = round(cost[name] + earlier.get(name, 0), 2)
-            peaks = (cost["peak_memory_gib"], earlier.get("peak_memory_gib", 0))
-            cost["peak_memory_gib"] = max(peaks)
-        self.note(record, cost)
+        self.write_runfile(record, cost)
         print(f"{stage}: wrote {path}")
         print(f"    {describe_cost(cost)}")
         for line in lines + self.remarks:
@@ -316,9 +256,6 @@ class Run(Folder):
         with whole_folder(path) as folder:
             for t, pro_round in enumerate(selection.rounds, start=1):
                 self.write_round(folder / f"round-{t}", t, pro_round, tokens, record["code"])
-            if self.mask_is_there:
-                for round_folder in path.glob("round-*"):
-                    shutil.copytree(round_folder, folder / round_folder.name)
             files.write_method(folder, selection, adapter, self.model, {**record, **facts})
 
         lines = []
@@ -363,14 +300,6 @@ class Run(Folder):
                     save_checkpoint(model, new, self.checkpoint)
                     results.write_record(new, recipe)
         print(f"merged checkpoint: {merged}")
-
-
-def mask_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a method that decide its mask."""
-    mask = {name: settings[name] for name in settings if name not in TRAINING or name == "seed"}
-    if "pro" not in settings:  # nothing is trained or scored for it
-        mask.pop("dtype", None)
-    return {**mask, "mask_only": True}
 
 
 def open_run(folder: str | Path, **settings: Any) -> Run:

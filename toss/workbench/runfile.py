@@ -18,14 +18,10 @@ from toss.workbench.results import held
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMAT = 5
+REFERENCES = ("degraded", "utility")
 INPUTS = ("model", "harmful", "utility", "custom")
-FORM = (
-    "template",
-    "date",
-    "max_length",
-    "chat_template_kwargs",
-    "skip_empty",
-)  # how text becomes ids
+# How text becomes ids.
+FORM = ("template", "date", "max_length", "chat_template_kwargs", "skip_empty")
 INHERITED = (*INPUTS, "revision", *FORM)  # what a run was begun with
 
 
@@ -46,34 +42,25 @@ class RunFile:
                 raise InputError(f"{self.file}: {name}: unexpected type; {advice}")
         return value
 
-    def update(
-        self,
-        settings: dict[str, Any],
-        facts: dict[str, Any],
-        recipe: dict[str, Any] | None,
-        cost: dict[str, Any],
-        begun_anew: bool = False,
-    ) -> None:
+    def update(self, changes: dict[str, Any], begun_anew: bool = False) -> None:
         """Write it, with what other processes have added meanwhile.
 
-        settings: what was inherited or given now. facts: replace others at the top. recipe, cost:
-        of a stage.
+        changes: values at the top, and entries of its objects. begun_anew: of what is there only
+        the references' stages stay.
         """
         folder = self.file.parent
         with held(folder, folder, wait=True):
             self.content = read_run(self.file, must_be_whole=False)
-            known = {} if begun_anew else self.section("settings")
+            if begun_anew:
+                stages = self.section("stages")
+                references = {name: stages[name] for name in REFERENCES if name in stages}
+                self.content = {"stages": references}
             versions = {"python": platform.python_version(), "torch": version("torch")}
-            self.content |= {
-                "format": FORMAT,
-                "settings": {**known, **settings},
-                "commit": git_commit(),
-                "versions": versions,
-                **facts,
-            }
-            stages = self.content.setdefault("stages", {})
-            if recipe:
-                stages[recipe["stage"]] = {"recipe": as_listed(recipe), **cost}
+            self.content |= {"format": FORMAT, "commit": git_commit(), "versions": versions}
+            for name, value in changes.items():
+                if isinstance(value, dict):
+                    value = {**self.section(name), **value}
+                self.content[name] = value
             with whole_file(self.file) as file:
                 file.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
 

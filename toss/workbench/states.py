@@ -59,7 +59,9 @@ class SavedState:
     def remove(self) -> None:
         """Forget what was saved, when the work is done."""
         for file in self.folder.glob(f"{self.name}-*.pt"):
-            file.unlink()
+            part = file.stem.removeprefix(f"{self.name}-")
+            if part.isdigit():  # else it is of another name, which begins with this one
+                file.unlink()
 
     def is_due(self, last: bool) -> bool:
         """True if it is time to save, or if this is the last step."""
