@@ -26,17 +26,8 @@ from toss.workbench.runfile import FORM, INHERITED, INPUTS, ROOT, RunFile, read_
 
 DEMO = ROOT / "data" / "demo.json"
 TRAINING_FLAGS = tuple(f.name for f in fields(TrainConfig) if f.metadata)
-# What a command has where it has no such flag.
-DEFAULTS = {
-    **dict.fromkeys((*INHERITED, "mask", "threads", "batch_tokens")),
-    "max_length": 2048,
-    "device": "auto",
-    "dtype": "auto",
-    "save_every": 2.0,
-    "overwrite": False,
-    "gradient_checkpointing": False,
-    "shard": False,
-}
+# What a script has where it has no such flag.
+DEFAULTS = {**dict.fromkeys((*INPUTS, "mask")), "gradient_checkpointing": False}
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
 METHOD_NAME = r"(?!(base|degraded|utility)$)[\w=+-][\w.=+-]{0,99}"
 METHOD_WORDS = "at most 100 letters, digits and . _ = + -; not base, degraded or utility"

@@ -32,7 +32,7 @@ from toss.tokens import Tokens
 from toss.training import count_steps, train
 from toss.workbench import code, files, results
 from toss.workbench.files import Round, Selection
-from toss.workbench.flags import Parser, add_run_flags, command, parse
+from toss.workbench.flags import command, parse, script_parser
 from toss.workbench.folder import Folder
 from toss.workbench.progress import Cost, Progress, describe_cost
 from toss.workbench.results import held, read_record
@@ -306,9 +306,7 @@ def open_run(folder: str | Path, **settings: Any) -> Run:
     """A run that exists, as its run.json has it. settings: device flags and the like."""
     if not (Path(folder) / "run.json").exists():
         raise InputError(f"{folder} has no run.json: it is not a run directory")
-    parser = Parser("audit", "")
-    add_run_flags(parser)
-    args = parse(parser, [f"--run={folder}"])
+    args = parse(script_parser("audit", ""), [f"--run={folder}"])
     for name, value in settings.items():
         if value is not None:
             setattr(args, name, value)
