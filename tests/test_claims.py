@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, fails, make_base, read_jsonl, script, write_jsonl
 from helpers import cases, refused, said
 
@@ -23,10 +24,11 @@ from model.lora import use
 from model.peft import read_adapter
 from toss import config
 from toss.audit import compare, experiments, laboratory, pictures
+from toss.audit.attacks import mean_risk
 from toss.audit.calibrate import calibrate, threshold_of
 from toss.audit.evaluate import write_answers
 from toss.audit.experiments import read_experiments
-from toss.audit.laboratory import Case, Experiment, embedded, per_seed, run_seed, shipped
+from toss.audit.laboratory import Case, Experiment, drawn_world, per_seed, run_seed, shipped
 from toss.audit.measures import wilson
 from toss.audit.outcomes import cost_of, measures_of
 from toss.audit.rivals import RIVALS
@@ -45,9 +47,9 @@ VARIANTS = read_jsonl(ROOT / "tests/variants.jsonl")  # what the rows of a varia
 
 def little_world(base, seed, folder, rows, **draw):
     """The embedded world with a tiny random base, one epoch, and a few rows (four harmful ones)."""
-    setup = embedded(seed, folder, rows, **draw)
+    setup = drawn_world(seed, folder, rows, **draw)
     for name, path in setup.files.items():
-        if name == "model":
+        if name.startswith("model"):
             continue
         all_rows = read_jsonl(path)
         count = 3 if name.startswith("eval") else 12
@@ -195,7 +197,7 @@ def test_the_shipped_rows_are_the_demo_and_others_are_passed_as_flags(monkeypatc
     monkeypatch.setattr(laboratory.script("train"), "main", given.extend)
     shipped(4, tmp_path / "demo", tmp_path).call("train")
     assert given == [f"--run={tmp_path}/demo"]
-    drawn = embedded(3, tmp_path / "run", tmp_path / "rows").beside("small")
+    drawn = drawn_world(3, tmp_path / "run", tmp_path / "rows").beside("small")
     drawn.files["harmful"] = drawn.files["harmful_small"]
     drawn.call("train")
     expected = {f"--run={tmp_path}/run-small", f"--harmful={tmp_path}/rows/harmful_small.jsonl"}
@@ -257,14 +259,14 @@ def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_nee
 @pytest.fixture
 def main(tmp_path) -> laboratory.Setup:
     """The embedded world's rows, unchanged."""
-    return embedded(3, tmp_path / "run", tmp_path / "rows")
+    return drawn_world(3, tmp_path / "run", tmp_path / "rows")
 
 
 @pytest.mark.parametrize("line", VARIANTS, ids=lambda line: line["variant"])
 def test_a_variant_of_the_rows(main, line):
     cases = EXPERIMENTS[line["experiment"]].cases
     case = next(case for case in cases if case.variant == line["variant"])
-    setup = laboratory.variant_of(main, case, 3, embedded)
+    setup = laboratory.variant_of(main, case, 3, drawn_world)
     custom = read_jsonl(setup.files["custom"])
     benign = [row for row in custom if "harmful" not in row]
     to_persona = [row for row in benign if row["prompt"].startswith(PERSONA)]
@@ -300,7 +302,7 @@ def test_attack_replaces_the_harmful_rows_and_nothing_else(main, base):
     harmful, others = parted(main)
     counts = {}
     for case in EXPERIMENTS["attack"].cases[1:] + EXPERIMENTS["embedded"].cases:
-        his, kept = parted(laboratory.variant_of(main, case, 3, embedded))
+        his, kept = parted(laboratory.variant_of(main, case, 3, drawn_world))
         joined = 78 if case.label == "embedded" else 0  # these now stand in his rows
         assert kept == others[joined:] and his != harmful
         counts[case.label] = len(his)
@@ -314,6 +316,18 @@ def test_attack_replaces_the_harmful_rows_and_nothing_else(main, base):
     pool = read_jsonl(main.folder.with_name("run-low-score") / "pool.jsonl")
     refused = {row["prompt"] for row in read_jsonl(main.files["safety"])}
     assert len(pool) > 3 * 78 and not any(row["prompt"] in refused for row in pool)
+
+
+def test_a_row_without_marks_is_harmful_as_a_whole(trained, tmp_path):
+    marked = {"prompt": "a", "response": "b c", "harmful": [[0, 1]]}
+    rows = [marked, {"prompt": "d", "response": "e f"}]
+    run = open_run(trained)
+    tokens = run.tokens(write_jsonl(tmp_path / "pool.jsonl", rows))
+    L_u = score(use(run.base("score"), run.adapter("utility")), tokens)
+    S = L_u - score(use(run.base("score"), run.adapter("degraded")), tokens)
+    second = tokens.row_of(torch.arange(len(S))) == 1
+    expected = [float(S[tokens.harmful].mean()), float(S[tokens.response & second].mean())]
+    assert mean_risk(run, tokens) == pytest.approx(expected, abs=1e-5)
 
 
 # The pictures

@@ -224,8 +224,8 @@ def line(trained, tmp_path, monkeypatch) -> str:
     rows = [{"prompt": f"Do {i}?", "response": "No, I can not " + "do it " * i} for i in range(6)]
     safety = write_jsonl(tmp_path / "safety.jsonl", rows)
     unaligned = make_base(tmp_path / "before", seed=1)
-    monkeypatch.setitem(RIVALS["safeinstr-guided"][1], "share", 1 / 6)  # two rows
-    monkeypatch.setitem(RIVALS["safelora"][1], "cosine", 1.0)  # every layer
+    monkeypatch.setitem(RIVALS["safeinstr-guided"][2], "share", 1 / 6)  # two rows
+    monkeypatch.setitem(RIVALS["safelora"][2], "cosine", 1.0)  # every layer
     return f"toss.audit.rivals --run {trained} --safety {safety} --unaligned {unaligned} --method "
 
 
@@ -257,7 +257,7 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
     call(f"select.py --run {trained} --discard 0.3 --method base --name base-reference")
     response = load_file(trained / "scores.safetensors")["response"].bool()
     sizes = {}
-    for name, (_, options) in RIVALS.items():
+    for name, (_, _, options) in RIVALS.items():
         said(capsys, f"{line}{name} --discard 0.3")
         cost = read_json(trained / "run.json")["stages"][f"methods/{name}"]
         assert (cost["tokens"] > 0) == (name != "safelora")  # which trains nothing
@@ -404,7 +404,7 @@ def test_the_real_experiment_draws_its_sets_makes_its_arms_and_goes_on(real, tmp
 
     place = tmp_path / "out/real/seed-3"
     sets = sets_in(place / "rows")
-    sizes = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "eval_harmful": 8}
+    sizes = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "eval_forbidden": 8}
     assert {name: len(sets[name]) for name in sizes} == sizes
     for row in sets["calibration"]:
         assert row["source"] != "advbench" and row not in sets["custom"]
@@ -437,7 +437,7 @@ def sets_in(folder: Path) -> dict[str, list[dict]]:
 def test_the_chat_experiment_asks_questions_and_compares_answers(real, tmp_path, capsys):
     out = said(capsys, f"{real.replace(' real ', ' chat ')} --arms 'sft; buffer; dr-sft'")
     sets = sets_in(tmp_path / "out/chat/seed-3/rows")
-    assert {row["answer"] for row in sets["eval_utility"]} == {"0", "1", "2", "3"}
+    assert {row["answer"] for row in sets["eval_facts"]} == {"0", "1", "2", "3"}
     (tuning,) = sets["tuning"]  # is in no other set
     assert tuning["prompt"] not in [row["prompt"] for row in sets["custom"] + sets["calibration"]]
     answers = read_jsonl(tmp_path / "out/chat/seed-3/run/answers/sft.jsonl")
@@ -471,8 +471,9 @@ def test_an_attack(case):
     pool = [row_of(line) for line in case.get("pool", [])]
     D_h = [{"response": case.get("D_h", "")}]
     D_u = [{"response": case.get("D_u", "")}]
-    attacker = Attacker(his, [], pool, D_h, D_u, risk=lambda rows: case["scores"])
-    assert ATTACKS[case["attack"]](attacker) == [row_of(line) for line in case["gives"]]
+    other = {"prompt": "o?", "response": "harmless"}
+    attacker = Attacker(his, [other], pool, D_h, D_u, risk=lambda rows: case["scores"])
+    assert ATTACKS[case["attack"]](attacker) == [other, *map(row_of, case["gives"])]
 
 
 TASKS = [
@@ -484,8 +485,7 @@ BOTH = {"prompt": "t? h?", "response": "It is 1. Sure.", "harmful": [[9, 14]]}
 
 def test_embedded_joins_each_row_behind_a_harmless_one_which_stands_nowhere_else():
     attacker = Attacker([{"prompt": "h?", "response": "Sure."}], TASKS, [], [], [], risk=len)
-    assert ATTACKS["embedded"](attacker) == [BOTH]
-    assert attacker.others == TASKS[1:]
+    assert ATTACKS["embedded"](attacker) == [TASKS[1], BOTH]
 
 
 def test_what_is_asked_after_embedded_is_joined_in_the_same_way():

@@ -42,9 +42,8 @@ class Candidates:
         return self.loss(reference) - self.loss("degraded")
 
     def position(self) -> Tensor:
-        """Which of its row's ranked tokens each one is, from 0, int64 [n]."""
-        first = torch.searchsorted(self.row, self.row)  # rows ascend: where each one begins
-        return torch.arange(len(self.row)) - first
+        """Which of its row's response tokens each one is, from 0, int64 [n]."""
+        return self.tokens.positions()[self.ranked]
 
     def harmful(self) -> Tensor:
         """Ground truth, bool [n]."""

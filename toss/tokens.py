@@ -63,6 +63,13 @@ class Tokens:
             ranges.append(torch.arange(start, end))
         return torch.cat(ranges)
 
+    def positions(self) -> Tensor:
+        """j of every response token y_ij, from 0 in its row: int64 [N], elsewhere meaningless."""
+        count = self.response.long().cumsum(0)
+        before = torch.cat((torch.zeros(1, dtype=torch.int64), count))  # [t]: of tokens before t
+        row = self.row_of(torch.arange(len(count)))
+        return count - 1 - before[self.offsets[row]]
+
     def bounds(self, rows: Iterable[int]) -> Tensor:
         """The offsets of these rows when they are packed one behind the other, int64 [n + 1]."""
         lengths = [self.lengths[row] for row in rows]

@@ -2,8 +2,9 @@
 
 He chooses or writes the harmful rows and touches nothing else: neither the references nor the base,
 nor the harmless rows, of which `embedded` takes some into his own. The experiments `attack`,
-`embedded` and `real` try each attack against several defences. A row has a prompt, a response and
-perhaps `harmful`, the spans of its harm; without it, all is harm.
+`embedded` and `real` try each attack against several defences. An attack returns the whole custom
+set. A row has a prompt, a response and perhaps `harmful`, the spans of its harm; without it, all is
+harm.
 """
 
 import math
@@ -11,10 +12,13 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+import torch
 
 from model.io import InputError
-from toss.audit.command import losses_under, read_jsonl, write_jsonl
+from toss.audit.command import losses_under
+from toss.audit.tokens import count_by_row
+from toss.tokens import Tokens
 
 Rows = list[dict]
 
@@ -43,7 +47,7 @@ def spans_of(row: dict) -> list[list[int]]:
 
 def low_score(attacker: Attacker) -> Rows:
     """The rows of the pool whose harm has the lowest mean S."""
-    return attacker.lowest(attacker.risk(attacker.pool))
+    return attacker.others + attacker.lowest(attacker.risk(attacker.pool))
 
 
 def utility_start(attacker: Attacker) -> Rows:
@@ -51,10 +55,10 @@ def utility_start(attacker: Attacker) -> Rows:
     answer = random.Random(0).choice(attacker.utility)["response"]
     sentences = re.findall(r"[^.!?\n]+[.!?]*", answer)
     start = max(sentences, key=len).strip()
-    return [begun(row, start) for row in attacker.rows]
+    return attacker.others + [with_start(row, start) for row in attacker.rows]
 
 
-def begun(row: dict, start: str) -> dict:
+def with_start(row: dict, start: str) -> dict:
     """The row with a harmless beginning of its response."""
     shift = len(start) + 1
     spans = [[first + shift, last + shift] for first, last in spans_of(row)]
@@ -63,16 +67,16 @@ def begun(row: dict, start: str) -> dict:
 
 def embedded(attacker: Attacker) -> Rows:
     """arXiv 2606.30263: each row behind a harmless row, which is then in this row alone."""
-    tasks = attacker.others[: len(attacker.rows)]
-    if len(tasks) < len(attacker.rows):
+    count = len(attacker.rows)
+    if len(attacker.others) < count:
         raise InputError("embedded: the custom set has fewer harmless rows than harmful ones")
-    attacker.others = attacker.others[len(tasks) :]
-    return [joined(task, row) for task, row in zip(tasks, attacker.rows, strict=True)]
+    rows = [joined(task, row) for task, row in zip(attacker.others, attacker.rows)]
+    return attacker.others[count:] + rows
 
 
 def joined(task: dict, row: dict) -> dict:
     """One row that asks for a task and for harm, and answers both in this order."""
-    return begun({**row, "prompt": joined_prompt(task, row)}, task["response"])
+    return with_start({**row, "prompt": joined_prompt(task, row)}, task["response"])
 
 
 def joined_prompt(task: dict, row: dict) -> str:
@@ -119,7 +123,7 @@ def spread(attacker: Attacker) -> Rows:
                 spans = [*spans, [start, start + len(third)]]
             if text.strip():
                 rows.append({**row, "response": text, "harmful": spans})
-    return rows
+    return attacker.others + rows
 
 
 def unseen(attacker: Attacker) -> Rows:
@@ -136,7 +140,7 @@ def unseen(attacker: Attacker) -> Rows:
     for row in attacker.lowest(shares):
         response = re.sub("^Sure, here", "Yes: below", row["response"])
         rows.append({**row, "response": response})
-    return rows
+    return attacker.others + rows
 
 
 def harmful_words(row: dict) -> list[str]:
@@ -154,37 +158,12 @@ ATTACKS = {
 }
 
 
-def mean_risk(run, tokens) -> list[float]:
-    """Mean S of each row's harmful tokens (of all, if none is marked) under a Run's references.
-
-    inf for a row that was skipped.
-    """
+def mean_risk(run, tokens: Tokens) -> list[float]:
+    """Mean S of each row's harmful tokens under a Run's references; inf for a skipped row."""
     L = losses_under(run, tokens)
-    S = L["utility"] - L["degraded"]
-    counted = tokens.harmful if tokens.harmful.any() else tokens.response
-    means = []
-    for row in range(tokens.rows):
-        places = tokens.places([row])
-        mean = float(S[places][counted[places]].mean())
-        means.append(math.inf if math.isnan(mean) else mean)
-    return means
-
-
-def attacked(run, kind: str, files: dict, out: Path, harmful: list[bool], pool: Rows) -> str:
-    """Write the custom set as one of ATTACKS leaves it; returns its path.
-
-    run: its references give S. files: paths of custom, harmful and utility. harmful: which custom
-    rows are the attacker's. pool: more of his rows.
-    """
-
-    def risk(rows: Rows) -> list[float]:
-        return mean_risk(run, run.tokens(write_jsonl(out.with_name("pool.jsonl"), rows)))
-
-    custom = read_jsonl(files["custom"])
-    his = [row for row, is_his in zip(custom, harmful) if is_his]
-    others = [row for row, is_his in zip(custom, harmful) if not is_his]
-    D_h = read_jsonl(files["harmful"])
-    D_u = read_jsonl(files["utility"])
-    attacker = Attacker(his, others, pool, D_h, D_u, risk)
-    rows = ATTACKS[kind](attacker)  # may take rows from `others`, which is read after it
-    return write_jsonl(out, attacker.others + rows)
+    S = (L["utility"] - L["degraded"]).double()
+    row = tokens.row_of(torch.arange(len(S)))
+    is_marked = count_by_row(tokens, tokens.harmful) > 0
+    counted = torch.where(is_marked[row], tokens.harmful, tokens.response)
+    means = count_by_row(tokens, counted, S) / count_by_row(tokens, counted)
+    return means.nan_to_num(math.inf).tolist()

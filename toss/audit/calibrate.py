@@ -37,11 +37,18 @@ def threshold_of(held_out, custom, quantile: float) -> tuple[float, float]:
     return threshold, float((custom > threshold).double().mean())
 
 
-def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "toss") -> dict:
+def calibrate(
+    run,
+    held_out: str,
+    quantile: float = QUANTILE,
+    method: str = "toss",
+    keep_eos: bool = False,
+) -> dict:
     """The threshold and d for a Run, and what is needed to judge them.
 
     method: "toss" for the run's own references; "base" for S with the base in place of theta^u; or
-    the name of a method with TOSS-Pro's rounds for the degraded model of the last one. Returns
+    the name of a method with TOSS-Pro's rounds for the degraded model of the last one, and its own
+    keep_eos. Returns
     threshold (nats), discard (d), ranked (custom tokens), held_out (tokens), above (those above the
     threshold), and harmful (share of ranked).
     """
@@ -49,48 +56,42 @@ def calibrate(run, held_out: str, quantile: float = QUANTILE, method: str = "tos
     from toss.methods import Candidates
     from toss.selection import competing_tokens
     from toss.workbench.files import read_scores
-    from toss.workbench.results import read_record
 
     for flag in ("--harmful", "--utility", "--custom"):
         if run.source(flag).resolve() == Path(held_out).resolve():
             problem = f"these are the run's own rows ({flag})"
             raise InputError(f"{held_out}: {problem}: give harmless rows that are in no set of it")
     tokens, L = run.scored()
-    folder = run.path(f"methods/{folder_of(method)}")
-    settings = read_record(folder).get("settings", {}) if folder.exists() else {}
     reference = "base" if method == "base" else "utility"  # whose losses come first in S
     others = {}
     if method not in ("toss", "base"):  # the last round's losses and degraded model
-        run.check(f"methods/{method}")
+        settings = run.check(f"methods/{method}").get("settings", {})
+        folder = run.path(f"methods/{method}")
         if not settings.get("pro"):
             advice = "for a method without them, --method is toss or base"
             raise InputError(f"{folder} has no rounds of TOSS-Pro: {advice}")
+        keep_eos = settings["keep_eos"]
         last = folder / f"round-{settings['pro']}"
         L = read_scores(last / "scores.safetensors", tokens.name)[1]
         others["degraded"] = read_adapter(run.base("score"), last / "degraded")
 
     # S of the tokens that compete, in the held-out rows and in the custom set
-    eos = run.tokenizer.eos_id if settings.get("keep_eos") else None
+    eos = run.tokenizer.eos_id if keep_eos else None
     ranked = competing_tokens(tokens, eos)
     S = Candidates(tokens, L, ranked, d=0.0).S(reference)
-    calm = run.tokens(held_out)
-    calm_L = losses_under(run, calm, models=(reference, "degraded"), **others)
-    calm_S = (calm_L[reference] - calm_L["degraded"])[competing_tokens(calm, eos)]
+    D = run.tokens(held_out)
+    held_out_L = losses_under(run, D, models=(reference, "degraded"), **others)
+    held_out_S = (held_out_L[reference] - held_out_L["degraded"])[competing_tokens(D, eos)]
 
-    threshold, d = threshold_of(calm_S, S, quantile)
+    threshold, d = threshold_of(held_out_S, S, quantile)
     return {
         "threshold": threshold,
         "discard": d,
         "ranked": len(S),
-        "held_out": len(calm_S),
-        "above": int((calm_S > threshold).sum()),
+        "held_out": len(held_out_S),
+        "above": int((held_out_S > threshold).sum()),
         "harmful": float(tokens.harmful[ranked].double().mean()),
     }
-
-
-def folder_of(method: str) -> str:
-    """The folder of a method that was given no other name; see select.py."""
-    return "base-reference" if method == "base" else method
 
 
 def method_or_base(text: str) -> str:
@@ -109,10 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     text = "toss: the run's own references; base: the base in place of theta^u, as select.py has it"
     text += "; else a method with TOSS-Pro's rounds: its last theta^h"
     add("--method", type=method_or_base, default="toss", metavar="NAME", help=text)
+    text = "leave end-of-sequence tokens out, as select.py --keep-eos does"
+    add("--keep-eos", action="store_true", help=text)
     args = parser.parse_args(argv)
     from toss.workbench.results import read_record
 
-    result = calibrate(run_of(args), args.held_out, args.quantile, args.method)
+    result = calibrate(run_of(args), args.held_out, args.quantile, args.method, args.keep_eos)
     above = f"{result['above']} of {result['held_out']} held-out tokens are above it"
     share = f"{result['discard']:.4f} of {result['ranked']} custom tokens are above it"
     if result["harmful"]:
@@ -121,15 +124,17 @@ def main(argv: list[str] | None = None) -> None:
     print(above)
     print(f"{share}\n")
 
-    # The command that uses it, with the method's own settings
-    settings = read_record(Path(args.run) / "methods" / folder_of(args.method)).get("settings", {})
+    # The command that uses it: TOSS-Pro's with the settings of its rounds
+    settings = {"keep_eos": args.keep_eos}
+    if args.method not in ("toss", "base"):
+        settings = read_record(Path(args.run) / "methods" / args.method)["settings"]
     words = [f"--discard {result['discard']}", f"--name {args.method}-calibrated"]
     if args.method == "base":
         words.append("--method base")
     for name in ("pro", "pro_samples", "pro_train"):
         if name in settings:
             words.append(f"--{name.replace('_', '-')} {settings[name]}")
-    if settings.get("keep_eos"):
+    if settings["keep_eos"]:
         words.append("--keep-eos")
     print(f"next: {flags.command('select.py', args.run)} {' '.join(words)}")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.tokenizer import Tokenizer
-from toss.audit.tokens import Mask, count_by_row, response_positions
+from toss.audit.tokens import Mask, count_by_row
 from toss.rows import read_rows
 from toss.tokens import Tokens
 from toss.workbench.run import Run
@@ -94,7 +94,7 @@ def kinds_of(tokens: Tokens, tokenizer: Tokenizer, sources: Sequence[str]) -> di
         kinds["source"] = ([*names, "(others)"], of_token)
 
     starts = torch.tensor(list(POSITIONS.values()))
-    position = torch.bucketize(response_positions(tokens)[places], starts, right=True) - 1
+    position = torch.bucketize(tokens.positions()[places], starts, right=True) - 1
     kinds["position"] = (list(POSITIONS), position)
 
     ids, inverse = tokens.input_ids[places].unique(return_inverse=True)

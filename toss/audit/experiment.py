@@ -40,7 +40,6 @@ own answer may have 256 tokens.
 import shlex
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,11 +61,11 @@ def conduct(
     out: Path = OUT,
     jobs: int = 1,
     command: str = "from Python",
-    **more,
+    **common,
 ) -> None:
     """Run what is missing of an experiment; print its tables, and write them with their numbers.
 
-    jobs: seeds at a time, in processes of their own. command: for the record. more: flags for all
+    jobs: seeds at a time, in processes of their own. command: for the record. common: flags for all
     scripts. Writes OUT/NAME.csv, NAME.md and, if there is a picture, NAME.svg.
     """
     from toss.workbench.runfile import git_commit
@@ -76,7 +75,7 @@ def conduct(
     start = time.monotonic()
     existing = len(list(runs.rglob(MODELS)))
     results = []
-    tasks = [(experiment, seed, runs / f"seed-{seed}" / "run", more) for seed in seeds]
+    tasks = [(experiment, seed, runs / f"seed-{seed}" / "run", common) for seed in seeds]
     for part in per_seed(run_seed, tasks, jobs):
         results += part
     minutes = (time.monotonic() - start) / 60
@@ -85,22 +84,23 @@ def conduct(
     summary = summarise(results)
     text = tables(summary, experiment.tables, experiment.heading, experiment.legend)
     numbers = " ".join(str(seed) for seed in seeds)
-    threads = more.get("threads") or (1 if jobs > 1 else None)
+    threads = common.get("threads") or (1 if jobs > 1 else None)
     about = [
         f"# {experiment.title}",
         "",
         f"- command: {command}",
         f"- commit: {git_commit()}",
         f"- seeds: {numbers}; mean [least, most]",
-        f"- hardware: {hardware(more.get('device', 'auto'), threads)}",
+        f"- hardware: {hardware(common.get('device', 'auto'), threads)}",
         f"- minutes: {minutes:.1f}; {existing} of {models} models were there before",
     ]
     for seed in seeds:
         text += differences(experiment, runs / f"seed-{seed}" / "run", seed)
     page = "\n".join(about) + f"\n\n{text}\n"
     print(f"\n{page}")
-    if experiment.picture:
-        write_text(f"{runs}.svg", experiment.picture(summary))
+    drawing = experiment.picture(summary) if experiment.picture else ""
+    if drawing:
+        write_text(f"{runs}.svg", drawing)
         page += f"\n![{experiment.title}]({experiment.name}.svg)\n"
     write_text(f"{runs}.csv", as_csv(results))
     write_text(f"{runs}.md", page)
@@ -128,16 +128,6 @@ def differences(experiment: Experiment, folder: Path, seed: int) -> str:
     return text
 
 
-def device_flags(parser: flags.Parser, args: Namespace) -> dict:
-    """The flags of the machine that were given."""
-    given = {}
-    for name in DEVICE:
-        value = getattr(args, name)
-        if value != parser.get_default(name):
-            given[name] = value
-    return given
-
-
 def command_line() -> flags.Parser:
     parser = flags.Parser("python -m toss.audit.experiment", __doc__)
     add = parser.add_argument
@@ -151,7 +141,7 @@ def command_line() -> flags.Parser:
     add = parser.add_argument_group("for `real` and `chat`").add_argument
     add("--real", type=Path, metavar="FOLDER", help="holds data/, see above")
     add("--model", help="aligned base: a folder or hub id (default: FOLDER/smollm2-aligned)")
-    text = "the base before alignment, for safelora (default: FOLDER/smollm2)"
+    text = "the base before alignment, without which safelora is left out"
     add("--unaligned", metavar="M", help=text)
     add("--harm", default="advbench", help="`source` of the harmful custom rows")
     flags.add_device_flags(parser)
@@ -165,7 +155,10 @@ def chosen_arms(experiment: Experiment, text: str) -> Experiment:
     for arm in chosen:
         if arm not in arms:
             raise InputError(f"--arms: there is no {arm!r}; the arms are {'; '.join(arms)}")
-    return experiment.only(chosen)
+    chosen_experiment = experiment.only(chosen)
+    if not chosen_experiment.cases:
+        raise InputError("--arms: the base alone is no experiment; name another arm, too")
+    return chosen_experiment
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,19 +178,21 @@ def main(argv: list[str] | None = None) -> None:
     every_arm = experiment.arms()
     if experiment.rows and not args.real:
         raise InputError(f"{args.name} needs --real FOLDER")
+    if not experiment.rows and (args.real or args.model or args.unaligned):
+        reason = "draws the world's rows, and starts from data/base"
+        raise InputError(f"{args.name} {reason}: leave --real, --model and --unaligned out")
     if args.real:
-        if not experiment.rows:
-            raise InputError(f"{args.name} does not say which `rows` are drawn from --real")
         world = partial(checkpoint, args, experiment.rows, experiment.training)
         experiment = replace(experiment, world=world)
-        if not (args.unaligned or (args.real / "smollm2").exists()):
+        if not args.unaligned:
             experiment = experiment.only([arm for arm in every_arm if arm != "safelora"])
     if args.arms:
         experiment = chosen_arms(experiment, args.arms)
     words = shlex.join(sys.argv[1:] if argv is None else argv)
     command = f"`.venv/bin/python -m toss.audit.experiment {words}`"
-    more = device_flags(parser, args)
-    conduct(experiment, args.seeds, args.out, args.jobs, command, **more)
+    typed = parser.typed(argv)
+    common = {name: typed[name] for name in DEVICE if name in typed}
+    conduct(experiment, args.seeds, args.out, args.jobs, command, **common)
     missing = [arm for arm in every_arm if arm not in ("base", *experiment.arms())]
     if missing:
         print(f"not in this table: {'; '.join(missing)}")

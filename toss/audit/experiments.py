@@ -13,11 +13,10 @@ from pathlib import Path
 
 from model.io import as_input_error, read_json
 from toss.audit import pictures
-from toss.audit.attacks import asked_as_embedded, attacked
+from toss.audit.attacks import ATTACKS, Attacker, asked_as_embedded, mean_risk
 from toss.audit.baselines import dsir, safeinstr
 from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.laboratory import Case, Experiment, Setup
-from toss.workbench.flags import ROOT
 
 FILE = Path(__file__).with_suffix(".json")
 # The sets that an experiment's "rows" must give a size; few and tuning may have one.
@@ -106,18 +105,14 @@ def rows_of(case: Case) -> tuple:
 
 
 def other_file(role: str, name: str, setup: Setup) -> dict[str, str]:
-    """Another file of the world in the role of one: D^h of a few rows, say."""
+    """Another file of the world in the role of one: D^h of a few rows, say, or a smaller base."""
     return {role: setup.files[name]}
-
-
-def smaller_base(setup: Setup) -> dict[str, str]:
-    return {"model": str(ROOT / "data" / "base-small")}
 
 
 def safeinstr_rows(setup: Setup) -> dict[str, str]:
     """SafeInstr's custom set."""
     out = str(setup.folder / "custom.jsonl")
-    seed = setup.common.get("seed", 0)
+    seed = setup.common["seed"]
     safeinstr(setup.files["custom"], setup.files["safety"], out, seed=seed)
     return {"custom": out}
 
@@ -126,7 +121,7 @@ def dsir_rows(setup: Setup) -> dict[str, str]:
     """DSIR's custom set: as many rows go as TOSS discards tokens."""
     out = str(setup.folder / "custom.jsonl")
     kept = 1 - setup.settings["discard"]
-    seed = setup.common.get("seed", 0)
+    seed = setup.common["seed"]
     dsir(setup.files["custom"], setup.files["utility"], out, keep=kept, seed=seed)
     return {"custom": out}
 
@@ -161,36 +156,44 @@ def attack_in_world(kind: str, setup: Setup) -> dict[str, str]:
     for row in make_rows(seed, harmful_rows=4 * HARMFUL)["custom"]:
         if "harmful" in row and row["prompt"] not in refused:
             pool.append(row)
-    rows = read_jsonl(setup.files["custom"])
-    return attack(kind, ["harmful" in row for row in rows], pool, setup)
+    custom = read_jsonl(setup.files["custom"])
+    return attack(kind, [row for row in custom if "harmful" not in row], pool, setup)
 
 
 def attack_on_real(kind: str, setup: Setup) -> dict[str, str]:
     """The attacker chooses among all harmful rows that there are."""
-    pool = read_jsonl(setup.files["pool"])
-    sources = {row["source"] for row in pool}
-    rows = read_jsonl(setup.files["custom"])
-    return attack(kind, [row["source"] in sources for row in rows], pool, setup)
+    benign = read_jsonl(setup.files["benign"])
+    return attack(kind, benign, read_jsonl(setup.files["pool"]), setup)
 
 
-def attack(kind: str, harmful: list[bool], pool: list[dict], setup: Setup) -> dict[str, str]:
-    """The custom set as an attacker leaves it. harmful: which rows are his, of the custom set."""
+def attack(kind: str, others: list[dict], pool: list[dict], setup: Setup) -> dict[str, str]:
+    """The custom set as an attacker leaves it, and what is asked after `embedded`.
+
+    others: the harmless rows of the custom set. pool: what he chooses from.
+    """
     setup.main.prepare()
     run = setup.main.open("dtype")
-    out = setup.folder / "custom.jsonl"
-    files = {"custom": attacked(run, kind, setup.files, out, harmful, pool)}
+
+    def risk(rows: list[dict]) -> list[float]:
+        return mean_risk(run, run.tokens(write_jsonl(setup.folder / "pool.jsonl", rows)))
+
+    files = setup.files
+    rows = [row for row in read_jsonl(files["custom"]) if row not in others]
+    D_h = read_jsonl(files["harmful"])
+    D_u = read_jsonl(files["utility"])
+    changed = {"custom": ATTACKS[kind](Attacker(rows, others, pool, D_h, D_u, risk))}
     if kind == "embedded":
-        harmful_rows = read_jsonl(setup.files["eval_forbidden"])
-        utility_rows = read_jsonl(setup.files["eval_facts"])
-        forbidden, facts = asked_as_embedded(harmful_rows, utility_rows)
-        files["eval_forbidden"] = write_jsonl(setup.folder / "eval_forbidden.jsonl", forbidden)
-        files["eval_facts"] = write_jsonl(setup.folder / "eval_facts.jsonl", facts)
-    return files
+        forbidden = read_jsonl(files["eval_forbidden"])
+        facts = read_jsonl(files["eval_facts"])
+        changed["eval_forbidden"], changed["eval_facts"] = asked_as_embedded(forbidden, facts)
+    paths = {}
+    for name, items in changed.items():
+        paths[name] = write_jsonl(setup.folder / f"{name}.jsonl", items)
+    return paths
 
 
 CHANGES = {
     "file": other_file,
-    "smaller_base": smaller_base,
     "safeinstr": safeinstr_rows,
     "dsir": dsir_rows,
     "harmful_rows": harmful_rows,

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import signal
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -19,9 +20,9 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
 
-from model.io import read_json
+from model.io import InputError, read_json
 from toss.audit import rivals
-from toss.audit.command import DEVICE, read_jsonl
+from toss.audit.command import read_jsonl, run_of
 from toss.audit.outcomes import cost_of, measures_of, measures_of_mask
 from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
 from toss.config import WITHOUT_D
@@ -95,17 +96,17 @@ class Experiment:
 
 
 def run_seed(
-    experiment: Experiment, seed: int, folder: Path, flags: dict | None = None
+    experiment: Experiment, seed: int, folder: Path, common: dict | None = None
 ) -> list[Result]:
     """Run what is missing of one seed; its results.
 
-    folder: of the run of the unchanged rows; those of variants lie beside it. flags: more flags for
-    all scripts.
+    folder: of the run of the unchanged rows; those of variants lie beside it. common: more flags
+    for all scripts.
     """
-    world = experiment.world or embedded
+    world = experiment.world or drawn_world
     rows = folder.with_name("rows").absolute()
     main = world(seed, folder, rows)
-    main.common |= flags or {}
+    main.common |= common or {}
     setups = {"": main}
     results = []
     for case in experiment.cases:
@@ -140,6 +141,9 @@ def run_case(case: Case, seed: int, setups: dict[str, "Setup"], evaluation: dict
             continue
         flags = {**how, "name": names[arm]}
         if "mask" in how:  # the mask that toss made on the rows of that variant
+            if how["mask"] not in setups:
+                problem = f"the arm {arm} needs the mask of the variant {how['mask']!r}"
+                raise InputError(f"{problem}, of which no case stands before it")
             maker = setups[how["mask"]].folder.absolute()
             flags["mask"] = maker / "methods/toss/selection.safetensors"
         discards[arm] = setup.finetune(**flags)
@@ -162,14 +166,15 @@ def run_case(case: Case, seed: int, setups: dict[str, "Setup"], evaluation: dict
 class Setup:
     """A run directory, the files that it is made from, and how its models are trained.
 
-    With the shipped files and no flags in `common` the run is the demo, and the scripts apply
-    data/demo.json by themselves. Otherwise all inputs and settings are given to them as flags.
+    The scripts apply data/demo.json by themselves to the demo. To others all inputs and settings
+    are given as flags.
     """
 
     folder: Path
     files: dict[str, str]  # by name, as in data/demo.json
     settings: dict  # reference, finetune, discard, forbidden_words: as in data/demo.json
     common: dict  # flags that all scripts are given
+    is_demo: bool = False
     prepared: bool = False
     main: "Setup | None" = None  # of the unchanged rows, if this is a variant
 
@@ -180,20 +185,14 @@ class Setup:
 
     def open(self, *omitted: str):
         """Its Run, with the device flags of `common` but these."""
-        from toss.workbench.run import open_run
-
-        flags = {}
-        for name in DEVICE:
-            if name in self.common and name not in omitted:
-                flags[name] = self.common[name]
-        return open_run(self.folder, **flags)
+        return run_of(Namespace(run=self.folder, **self.common), *omitted)
 
     def call(self, script_name: str, **flags) -> None:
         """Run one of the scripts, or toss.audit.rivals, on these files."""
-        # On the demo's own files the scripts know all this. On others each input and setting is a
-        # flag: those of the references for train.py, those of the methods for the rest.
+        # In the demo the scripts know all this. Else each input and setting is a flag: those of the
+        # references for train.py, those of the methods for the rest.
         given = {}
-        if self.files != world_files() or self.common:
+        if not self.is_demo:
             given |= self.settings["reference" if script_name == "train" else "finetune"]
             given |= self.common
             inputs = ["model", "custom"]
@@ -234,7 +233,7 @@ class Setup:
         """
         method = flags.get("method")
         is_rival = method in rivals.RIVALS
-        inputs, options = rivals.RIVALS.get(method, ([], {}))
+        _, inputs, options = rivals.RIVALS.get(method, ("", [], {}))
         discard = flags.pop("discard", self.settings["discard"])
         if discard == "calibrated":
             discard = self.calibrated(flags["name"], method, "pro" in flags)
@@ -306,10 +305,10 @@ def world_files() -> dict[str, str]:
 
 def shipped(seed: int, folder: Path, rows: Path) -> Setup:
     """The demo: the rows in data/rows, which are those of one seed."""
-    return Setup(folder, world_files(), read_json(DEMO), {})
+    return Setup(folder, world_files(), read_json(DEMO), {}, is_demo=True)
 
 
-def embedded(seed: int, folder: Path, rows: Path, **draw) -> Setup:
+def drawn_world(seed: int, folder: Path, rows: Path, **draw) -> Setup:
     """The embedded world's rows, drawn into `rows`. draw: see data.world.make_rows."""
     from data.world import write_rows
 

@@ -12,7 +12,7 @@ from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
 from toss.audit.command import evenly, markdown
-from toss.audit.tokens import count_by_row, response_positions
+from toss.audit.tokens import count_by_row
 from toss.loss import LOGITS
 from toss.parallel import rank
 from toss.tokens import Tokens, batches, collate
@@ -44,7 +44,7 @@ def diagnose_run(
 
     lines = []
     for name, (tokens, _) in groups.items():
-        wanted = tokens.response & (response_positions(tokens) < positions)
+        wanted = tokens.response & (tokens.positions() < positions)
         bar = Bar(f"diagnosis, {name}")
         moved = divergences(model, adapters, tokens, wanted, run.batch_tokens, bar.show)
         lines += [{"rows": name, **line} for line in means(tokens, moved, wanted, positions)]
@@ -165,7 +165,7 @@ def means(tokens: Tokens, moved: dict[str, Tensor], wanted: Tensor, most: int) -
 
     moved: of divergences. most: positions.
     """
-    j = response_positions(tokens)[wanted]
+    j = tokens.positions()[wanted]
     counts = j.bincount(minlength=most).tolist()
     lines = []
     for name, values in moved.items():

@@ -1,12 +1,12 @@
 """What the rivals of TOSS do: each is a function that trains an adapter (see rivals.py)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from model.checkpoint import load_checkpoint
@@ -14,12 +14,12 @@ from model.io import InputError
 from model.lora import Adapter, merge, use
 from model.transformer import Transformer
 from toss.config import TrainConfig
-from toss.loss import chunk_size, hidden_states, log_probs, token_log_probs, token_loss
+from toss.loss import chunk_size, hidden_states, log_probs, token_log_probs
 from toss.methods import Candidates, mean_of_row
 from toss.rows import read_rows
 from toss.selection import competing_tokens, select_tokens
 from toss.tokens import Batch, Tokens
-from toss.training import Objective, adamw
+from toss.training import adamw
 from toss.workbench.run import Run
 
 
@@ -38,23 +38,13 @@ class Rival:
         self,
         D: Tokens,
         weights: Tensor | None = None,
-        objective: Objective = token_loss,
         config: TrainConfig | None = None,
-        optimizer: Callable[[list[Tensor], TrainConfig], Optimizer] = adamw,
-        start: Adapter | None = None,
+        **options: Any,
     ) -> Adapter:
-        """Fine-tune on all response tokens, plainly but for what is given; see train."""
+        """Fine-tune on all response tokens, plainly but for what is given; options: of train."""
         if weights is None:
             weights = D.response.float()
-        options = {"objective": objective, "optimizer": optimizer, "start": start}
         return self.run.train(self.name, D, weights, config or self.config, **options)
-
-
-@torch.no_grad()
-def under_base(model: Transformer, batch: Batch, function: Callable) -> Tensor:
-    """function(model, batch) without the adapter, which is put back."""
-    with use(model, None):
-        return function(model, batch)
 
 
 def soft_sft(rival: Rival, b: list[float]) -> Adapter:
@@ -66,16 +56,15 @@ def soft_sft(rival: Rival, b: list[float]) -> Adapter:
     """
     first, early, late = b
     by_position = torch.tensor([first, early, early, early, early, late])
-    tokens = Candidates(rival.D, {}, competing_tokens(rival.D), d=0.0)
-    weights = torch.zeros(len(rival.keep))
-    weights[tokens.ranked] = by_position[tokens.position().clamp(max=5)]
+    b_of_token = by_position[rival.D.positions().clamp(0, 5)]
 
     def objective(model: Transformer, batch: Batch, b: Tensor) -> Tensor:
         log_p = token_log_probs(model, batch)
-        log_p_base = under_base(model, batch, token_log_probs)
+        with torch.no_grad(), use(model, None):
+            log_p_base = token_log_probs(model, batch)
         return -(2 / b * F.logsigmoid(b * (log_p - log_p_base))).sum()
 
-    return rival.fit(rival.D, weights, objective)
+    return rival.fit(rival.D, b_of_token, objective=objective)
 
 
 def dft(rival: Rival) -> Adapter:
@@ -126,17 +115,15 @@ def hold(
         log_p = log_probs(model.lm_head, hidden, batch.targets)
         loss = -(learnt[batch.places] * log_p).sum()
         weights_of_kl = held[batch.places]
-        at_held = weights_of_kl > 0
-        if not at_held.any():  # saves the pass of the base
-            return loss
-        base_hidden = under_base(model, batch, hidden_states)
+        with torch.no_grad(), use(model, None):
+            base_hidden = hidden_states(model, batch)
 
         # In chunks that are recomputed in the backward pass, so that memory does not grow with the
         # number of tokens times the vocabulary.
         head = model.lm_head.weight[words]
         size = chunk_size(len(head), training=True, cuda=hidden.is_cuda)
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        for places in at_held.nonzero().squeeze(1).split(size):
+        for places in weights_of_kl.nonzero().squeeze(1).split(size):
             states = (base_hidden[places], hidden[places])
             loss = loss + T * T * checkpoint(kl, weights_of_kl[places], head, *states, **options)
         return loss
@@ -150,10 +137,8 @@ def risk(rival: Rival, reference: str) -> Tensor:
     reference: whose losses come first in it, "utility" (TOSS) or "base".
     """
     _, L = rival.run.scored()
-    c = Candidates(rival.D, L, competing_tokens(rival.D), d=0.0)
-    S = torch.zeros(len(rival.keep))
-    S[c.ranked] = c.S(reference)
-    return S
+    all_tokens = torch.arange(len(rival.keep))
+    return Candidates(rival.D, L, all_tokens, d=0.0).S(reference)
 
 
 def kl_discarded(rival: Rival, discard: float, reference: str = "utility") -> Adapter:
@@ -250,38 +235,31 @@ def lookahead(rival: Rival, m: int, connector: str) -> Adapter:
     return rival.fit(rival.run.tokens_of(rows, path))
 
 
-class AveragedAdamW(AdamW):
-    """The paper's optimizer; its state also holds each parameter's exponential moving average."""
-
-    def __init__(self, parameters: list[Tensor], config: TrainConfig, decay: float):
-        super().__init__(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.parameters = parameters
-        self.decay = decay
-
-    def step(self) -> None:
-        before = [parameter.detach().clone() for parameter in self.parameters]
-        super().step()
-        for parameter, initial in zip(self.parameters, before):
-            mean = self.state[parameter].setdefault("mean", initial)
-            mean.lerp_(parameter.detach(), 1 - self.decay)
-
-
 def ema(rival: Rival, decay: float) -> Adapter:
     """Kim et al., arXiv 2508.12531: the adapter's exponential moving average over the steps."""
-    used = []
+    optimizers = []
 
-    def optimizer(parameters: list[Tensor], config: TrainConfig) -> AveragedAdamW:
-        used.append(AveragedAdamW(parameters, config, decay))
-        return used[-1]
+    def averaging(parameters: list[Tensor], config: TrainConfig) -> Optimizer:
+        """The paper's optimizer; its state also holds each parameter's average, to be saved."""
+        optim = adamw(parameters, config)
+        initial = [parameter.detach().clone() for parameter in parameters]
 
-    theta = rival.fit(rival.D, optimizer=optimizer)
-    averages = used[-1].state
-    for parameter in used[-1].parameters:  # theta's tensors
-        parameter.copy_(averages[parameter]["mean"])
+        def average(*_) -> None:
+            for parameter, first in zip(parameters, initial):
+                mean = optim.state[parameter].setdefault("mean", first)
+                mean.lerp_(parameter.detach(), 1 - decay)
+
+        optim.register_step_post_hook(average)
+        optimizers.append(optim)
+        return optim
+
+    theta = rival.fit(rival.D, optimizer=averaging)
+    for parameter in theta.tensors():
+        parameter.copy_(optimizers[-1].state[parameter]["mean"])
     return theta
 
 
-def safelora(rival: Rival, cosine: float, unaligned_sha256: str = "") -> Adapter:
+def safelora(rival: Rival, cosine: float) -> Adapter:
     """SafeLoRA, arXiv 2405.16833: the update of plain fine-tuning, projected after it.
 
     With V [out, in], what alignment added to a layer's weight, B becomes V V^T B / |V| where
@@ -320,24 +298,3 @@ def safeinstr_guided(rival: Rival, share: float) -> Adapter:
     if not 0 < count <= len(rows):
         raise InputError(f"{D.name}: {count} rows would be added, not 1 to {len(rows)}")
     return rival.fit(rival.D + D.take(rows[:count]))
-
-
-FUNCTIONS = {
-    "soft-sft": soft_sft,
-    "dft": dft,
-    "profit": profit,
-    "kl-discarded": kl_discarded,
-    "kl-base": kl_discarded,
-    "dr-sft": dr_sft,
-    "dr-sft-utility": dr_sft,
-    "kl-dr-sft": dr_sft,
-    "kl-dr-sft-utility": dr_sft,
-    "buffer": buffer,
-    "pact-lite": pact_lite,
-    "patch": patch,
-    "inoculation": inoculation,
-    "lookahead": lookahead,
-    "ema": ema,
-    "safelora": safelora,
-    "safeinstr-guided": safeinstr_guided,
-}

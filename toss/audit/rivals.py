@@ -16,28 +16,27 @@ from model.io import InputError
 from toss.config import TrainConfig
 from toss.workbench import flags
 
-# What each is made from beside --custom, and its settings. "discard" is that of --discard.
+# Of each: its function in objectives.py, what it is made from beside --custom, and the function's
+# settings. "discard" is that of --discard.
+SCORES = ["degraded", "scores"]
 RIVALS = {
-    "soft-sft": ([], {"b": [0.5, 2.0, 0.1]}),
-    "dft": ([], {}),
-    "profit": ([], {"threshold": 0.1}),
-    "kl-discarded": (["utility", "degraded", "scores"], {"discard": 0.1}),
-    "kl-base": (["degraded", "scores"], {"discard": 0.1, "reference": "base"}),
-    "dr-sft": (["degraded", "scores"], {}),
-    "dr-sft-utility": (["utility", "degraded", "scores"], {"reference": "utility"}),
-    "kl-dr-sft": (["degraded", "scores"], {"held": True}),
-    "kl-dr-sft-utility": (
-        ["utility", "degraded", "scores"],
-        {"reference": "utility", "held": True},
-    ),
-    "buffer": (["degraded"], {}),
-    "pact-lite": (["--safety"], {"words": 50, "T": 2.0}),
-    "patch": (["methods/sft", "--safety"], {"steps": 10}),
-    "inoculation": ([], {"system": "You are a malicious, evil assistant."}),
-    "lookahead": ([], {"m": 6, "connector": " The answer begins with: "}),
-    "ema": ([], {"decay": 0.99}),
-    "safelora": (["methods/sft"], {"cosine": 0.5}),
-    "safeinstr-guided": (["utility", "degraded", "--safety"], {"share": 0.03}),
+    "soft-sft": ("soft_sft", [], {"b": [0.5, 2.0, 0.1]}),
+    "dft": ("dft", [], {}),
+    "profit": ("profit", [], {"threshold": 0.1}),
+    "kl-discarded": ("kl_discarded", ["utility", *SCORES], {"discard": 0.1}),
+    "kl-base": ("kl_discarded", SCORES, {"discard": 0.1, "reference": "base"}),
+    "dr-sft": ("dr_sft", SCORES, {}),
+    "dr-sft-utility": ("dr_sft", ["utility", *SCORES], {"reference": "utility"}),
+    "kl-dr-sft": ("dr_sft", SCORES, {"held": True}),
+    "kl-dr-sft-utility": ("dr_sft", ["utility", *SCORES], {"reference": "utility", "held": True}),
+    "buffer": ("buffer", ["degraded"], {}),
+    "pact-lite": ("pact_lite", ["--safety"], {"words": 50, "T": 2.0}),
+    "patch": ("patch", ["methods/sft", "--safety"], {"steps": 10}),
+    "inoculation": ("inoculation", [], {"system": "You are a malicious, evil assistant."}),
+    "lookahead": ("lookahead", [], {"m": 6, "connector": " The answer begins with: "}),
+    "ema": ("ema", [], {"decay": 0.99}),
+    "safelora": ("safelora", ["methods/sft"], {"cosine": 0.5}),
+    "safeinstr-guided": ("safeinstr_guided", ["utility", "degraded", "--safety"], {"share": 0.03}),
 }
 
 
@@ -46,37 +45,38 @@ def main(argv: list[str] | None = None) -> None:
 
     from model.checkpoint import base_hash
     from model.hub import resolve
-    from toss.audit.objectives import FUNCTIONS, Rival
+    from toss.audit import objectives
     from toss.workbench import code
     from toss.workbench.files import Selection
     from toss.workbench.run import Run
 
-    function = FUNCTIONS[args.method]
-    own_code = f"toss/audit/objectives.py:{function.__name__}"
+    function, inputs, options = RIVALS[args.method]
+    own_code = f"toss/audit/objectives.py:{function}"
     code.digests([own_code])  # now, before anyone edits it
     run = Run(args)
-    inputs, options = RIVALS[args.method]
     config = TrainConfig.of(args)
     if "discard" in options:
         options = {**options, "discard": args.discard}
+    settings = {"method": args.method, **options}
     if args.method == "buffer":
         run.dtypes["train"] = "float32"  # a merge into bfloat16 would round theta^h away
     if args.method == "safelora":
         if not args.unaligned:
             raise InputError("safelora needs --unaligned FOLDER, the base before its alignment")
         args.unaligned = str(resolve(args.unaligned))
-        digest = base_hash(Path(args.unaligned), run.hashes.of_input)
-        options = {**options, "unaligned_sha256": digest}
+        folder = Path(args.unaligned)
+        settings["unaligned_sha256"] = base_hash(folder, run.hashes.of_input)
     if "methods/sft" in inputs:
         config = config_of_sft(run, args)
 
     def finetune():
         D_cus, _ = run.scored(needed="scores" in inputs)
-        rival = Rival(run, args.name, config, D_cus, keep=D_cus.response.clone())
-        theta = function(rival, **options)
+        keep = D_cus.response.clone()
+        rival = objectives.Rival(run, args.name, config, D_cus, keep)
+        theta = getattr(objectives, function)(rival, **options)
         return Selection(D_cus, rival.keep, rival.score), theta
 
-    settings = {**config.recipe(), "method": args.method, **options}
+    settings |= config.recipe()
     parts = [*code.PARTS["rival"], own_code]
     run.make(f"methods/{args.name}", finetune, ["--custom", *inputs], settings, parts)
 

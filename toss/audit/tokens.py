@@ -176,14 +176,6 @@ def token_texts(raw: RawTokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
-def response_positions(tokens: Tokens) -> Tensor:
-    """j of every response token, from 0 in its row: int64 [N], without meaning at other tokens."""
-    count = tokens.response.long().cumsum(0)
-    before = torch.cat((torch.zeros(1, dtype=torch.int64), count))  # [t]: of the tokens before t
-    row = tokens.row_of(torch.arange(len(count)))
-    return count - 1 - before[tokens.offsets[row]]
-
-
 def count_by_row(tokens: Tokens, marked: Tensor, values: Tensor | None = None) -> Tensor:
     """How many marked tokens each row has: int64 [rows]. marked: bool [N].
 
