@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, edit_json, fails, make_base, read_jsonl, script, write_jsonl
+from conftest import ROOT, fails, make_base, read_jsonl, script, write_jsonl
 from helpers import call, losses_by_hand, said
 from safetensors.torch import load_file
 
@@ -21,14 +21,15 @@ from model.lora import use
 from toss.audit import judges
 from toss.audit.command import write_json
 from toss.audit.evaluate import (
+    current_evaluations,
     evaluate_run,
-    evaluations,
     format_table,
     read_metrics,
     write_answers,
 )
-from toss.audit.judges import measure, prefilled, selection_metrics
+from toss.audit.judges import measure, prefilled
 from toss.audit.measures import auc, found_harm, share, wilson
+from toss.audit.tokens import selection_metrics
 from toss.rows import read_rows
 from toss.workbench import flags
 from toss.workbench.run import Run, open_run
@@ -265,7 +266,7 @@ def test_discards_are_measured_also_where_the_scores_come_later(run, files):
 
 def test_measures_of_a_model_that_was_replaced_are_left_out(run, files):
     assert call(f"select.py --run {run.folder} --method sft --seed 7 --overwrite") == 0
-    assert evaluations(open_run(run.folder))[1] == ["sft"]
+    assert current_evaluations(open_run(run.folder))[1] == ["sft"]
     evaluate_run(open_run(run.folder), ["toss"], files, **HOW)
     assert set(read_metrics(run.folder)) == {"base", "toss"}
     evaluate_run(open_run(run.folder), ["sft"], files, **HOW)
@@ -276,7 +277,7 @@ def test_with_another_base_no_measure_counts(run, tmp_path):
     inputs = f"--harmful {run.args.harmful} --utility {run.args.utility}"
     base = make_base(tmp_path / "other", seed=1)
     assert call(f"train.py --run {run.folder} --model {base} {inputs} --overwrite") == 0
-    assert evaluations(open_run(run.folder))[1] == ["base", "sft", "toss"]
+    assert current_evaluations(open_run(run.folder))[1] == ["base", "sft", "toss"]
 
 
 @pytest.mark.parametrize("damage", ["answer", "head", "empty"])
@@ -357,17 +358,6 @@ def test_metrics_are_read_as_they_are_written_and_missing_ones_stay_blank(tmp_pa
         "| none |                      |       |",
         "| k    |                      | 0.250 |",
     ]
-
-
-def test_methods_made_with_another_torch_are_told(run, files, capsys):
-    stages = {
-        "methods/sft": {"torch": "1", "threads": 1},
-        "methods/toss": {"torch": "2", "threads": 1},
-    }
-    edit_json(run.folder / "run.json", stages=stages)
-    evaluate_run(open_run(run.folder), ["base"], files, **HOW)
-    told = "last bits differ (torch 1, 1 threads; torch 2, 1 threads)"
-    assert told in capsys.readouterr().out
 
 
 # The block of the audit's README that hands answers to AlpacaEval

@@ -120,6 +120,19 @@ def test_exact_matches_count_rows_with_an_answer_and_a_response():
     assert list(shares(lines).items()) == counted("utility")
 
 
+def test_an_answer_may_be_written_with_commas_and_a_dollar():
+    row = {"prompt": "p", "answer": "$1,200"}
+    outcomes = measures.outcomes_of_answer(*read_rows([row], responses=False), "It is 1200.")
+    assert outcomes["final_number"]
+
+
+def test_answers_of_seen_kinds_alone_are_counted_by_source():
+    line = {"source": "seen", "outcomes": {"not_refused": True}}
+    assert list(measures.by_measure([line])) == ["not_refused/seen"]
+    others = [{**line, "source": ""}, {**line, "source": "a"}]  # one row has no source
+    assert list(measures.by_measure(others)) == ["not_refused", "not_refused/a"]
+
+
 @pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/paired_intervals.jsonl"), ids=str)
 def test_paired_intervals_are_the_published_ones(case):
     """Given how many prompts both models, one of them and neither answer."""

@@ -7,7 +7,7 @@ differences on the same prompts, and what the verdict says of them and what it n
 import pytest
 from conftest import ROOT, read_jsonl
 
-from toss.audit.command import cautions
+from toss.audit.command import safety_caution
 from toss.audit.verdict import meaning, verdict
 
 LEVELS = {
@@ -40,7 +40,7 @@ def test_the_verdict_says_what_the_intervals_allow(case):
     paired = cells_of(case.pop("paired", {}))
     table = cells_of(case)
     sentences, limits = verdict(table, paired, False)
-    text = "\n".join([*sentences, *limits, *cautions({}, table, paired)])
+    text = "\n".join([*sentences, *limits, *safety_caution(table, paired)])
     assert [words for words in says if words not in text] == []
     assert [words for words in never if words in text] == []
 

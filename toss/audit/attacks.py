@@ -13,12 +13,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from model.io import InputError
 from toss.audit.command import losses_under
-from toss.audit.tokens import count_by_row
-from toss.tokens import Tokens
 
 Rows = list[dict]
 
@@ -158,8 +154,12 @@ ATTACKS = {
 }
 
 
-def mean_risk(run, tokens: Tokens) -> list[float]:
+def mean_risk(run, tokens) -> list[float]:
     """Mean S of each row's harmful tokens under a Run's references; inf for a skipped row."""
+    import torch
+
+    from toss.audit.tokens import count_by_row
+
     L = losses_under(run, tokens)
     S = (L["utility"] - L["degraded"]).double()
     row = tokens.row_of(torch.arange(len(S)))

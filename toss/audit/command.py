@@ -149,11 +149,11 @@ def compared(table: Table, paired: dict | None, measure: str, one: str, other: s
     return (a["low"] > b["high"]) - (a["high"] < b["low"])
 
 
-def cautions(records: dict[str, dict], table: Table, paired: dict | None = None) -> list[str]:
-    """What forbids conclusions from a table of metrics, a sentence each: methods that were trained
-    otherwise than plain fine-tuning, or by other code, and a plain fine-tuning that did no harm.
+def cautions(records: dict[str, dict], table: Table) -> list[str]:
+    """What forbids comparisons in a table of metrics, a sentence each: methods that were trained
+    otherwise than plain fine-tuning, or by other code.
 
-    records: see records_of. paired: see compared.
+    records: see records_of.
     """
     sentences = []
     trained = []
@@ -184,16 +184,18 @@ def cautions(records: dict[str, dict], table: Table, paired: dict | None = None)
             what = "this is no comparison of the two methods"
             sentences.append(f"warning: {method} {reason}: {what}")
 
-    unsafe = safety(table, paired)
-    if unsafe:
-        name, cells, lost = unsafe
-        if not lost:
-            values = f"{name} {cells['sft']['value']:.2f}, base {cells['base']['value']:.2f}"
-            sentences.append(
-                f"warning: plain fine-tuning (sft) did not clearly lose the base's safety "
-                f"({values}), so nothing can be concluded about what protects it"
-            )
     return sentences
+
+
+def safety_caution(table: Table, paired: dict) -> list[str]:
+    """A sentence where plain fine-tuning did no harm. paired: see compared."""
+    name, cells, lost = safety(table, paired) or ("", {}, True)
+    if lost:
+        return []
+    values = f"{name} {cells['sft']['value']:.2f}, base {cells['base']['value']:.2f}"
+    what = "so nothing can be concluded about what protects it"
+    lost_little = f"plain fine-tuning (sft) did not clearly lose the base's safety ({values})"
+    return [f"warning: {lost_little}, {what}"]
 
 
 # Tables

@@ -18,17 +18,16 @@ from model.io import InputError, read_json
 from toss.audit.command import (
     Table,
     cautions,
-    markdown,
     read_jsonl,
     records_of,
+    safety_caution,
     stages_of,
-    write_json,
     write_text,
 )
 from toss.audit.experiments import read_experiments
 from toss.audit.laboratory import run_seed, shipped
 from toss.audit.outcomes import cost_of, measures_of
-from toss.audit.paired import paired_tables
+from toss.audit.paired import paired_text
 from toss.audit.pictures import over_prefill
 from toss.audit.tables import (
     COSTS,
@@ -53,15 +52,9 @@ def finish_demo(folder: Path) -> None:
     seed = demo["finetune"]["seed"]
     methods = replace(read_experiments()["methods"].only(SHOWN), world=shipped)
     results = run_seed(methods, seed, folder)
-    metrics = {}
-    for case in methods.cases:
-        evaluated = read_metrics(case.run(folder))
-        for arm, flags_of_arm in case.arms.items():
-            metrics[arm] = evaluated[flags_of_arm["name"]]
-    write_json(folder / "metrics.json", metrics)
 
     about = f"one seed; d = {demo['discard']}"
-    closing = f"\n{what_to_see(folder, metrics)}"
+    closing = f"\n{what_to_see(folder, read_metrics(folder))}"
     show(folder, about, results, methods.tables, methods.legend, closing)
 
 
@@ -96,11 +89,11 @@ dropping whole rows instead (sample-all) leaves {share("sample-all", facts)}.
 
 def show_as_evaluated(run) -> None:
     """Print and write the table of a run's metrics.json. Raises InputError if it is out of date."""
-    from toss.audit.evaluate import evaluations, read_metrics
+    from toss.audit.evaluate import current_evaluations, read_metrics
 
     folder = run.folder
     metrics = read_metrics(folder)
-    _, outdated = evaluations(run)
+    _, outdated = current_evaluations(run)
     old = [method for method in metrics if method in outdated]
     if old or not metrics:
         what = "not evaluated yet"
@@ -123,11 +116,9 @@ def show_as_evaluated(run) -> None:
         COSTS,
     ]
     paired = read_metrics(folder, "paired.json")
-    legend = cautions(records_of(run, metrics), metrics, paired)
-    for differences in paired_tables(paired, metrics).values():
-        words = "On the same prompts; * = the 95 % interval excludes 0"
-        legend.append(f"{words}\n\n{markdown(*differences)}")
-    show(folder, "as evaluated", with_ratios(results), groups, ["\n\n".join(legend)])
+    remarks = cautions(records_of(run, metrics), metrics) + safety_caution(metrics, paired)
+    legend = "\n\n".join(remarks) + "\n" + paired_text(paired, metrics)
+    show(folder, "as evaluated", with_ratios(results), groups, [legend.strip()])
 
 
 def show(

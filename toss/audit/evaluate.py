@@ -2,8 +2,9 @@
 
     python -m toss.audit.evaluate --run R --harmful FILE --benign FILE --utility FILE
 
-Evaluates the base and every method of the run (or --methods). Writes RUN/metrics.json,
-RUN/methods/M/metrics.json and RUN/answers/M.jsonl. What each measure means: toss/audit/README.md.
+Evaluates the base and every method of the run (or --methods). Writes RUN/metrics.json and
+paired.json, RUN/methods/M/metrics.json and RUN/answers/M.jsonl. What each measure means:
+toss/audit/README.md.
 """
 
 import math
@@ -22,11 +23,11 @@ from toss.audit.command import (
     opened,
     read_jsonl,
     records_of,
-    stages_of,
+    safety_caution,
     write_json,
     write_jsonl,
 )
-from toss.audit.paired import paired_differences, paired_tables
+from toss.audit.paired import paired_differences, paired_text
 from toss.workbench import flags
 from toss.workbench.results import held, text_hash
 
@@ -129,7 +130,7 @@ def evaluate_method(
     record = {**recipe, "code": digests}
     state = run.folder / ".state" / f"evaluation-{method}"
     with run.holding(state):
-        if evaluation(run, method).get("record") == record:
+        if read_evaluation(run, method).get("record") == record:
             return
         saved = None
         if size() == 1:  # processes side by side would have to agree on what is saved
@@ -137,8 +138,8 @@ def evaluate_method(
         print(f"evaluating {method}")
         model = use(run.base("train"), run.adapter(method))
         measured = measure(run, model, sets, how, saved)
-        unchanged = run.recipe(f"evaluation/{method}", inputs, how) == recipe
-        if unchanged and rank() == 0:
+        run.hashes.check_inputs()
+        if rank() == 0:
             path = run.folder / "answers" / f"{method}.jsonl"
             losses = measured.sums, measured.counts
             write_answers(path, record, measured.metrics(), measured.lines, losses)
@@ -161,21 +162,18 @@ def write_answers(
     write_jsonl(path, [{"note": NOTE, **content, "sha256": digest}, *lines])
 
 
-def evaluation(run, method: str) -> dict:
+def read_evaluation(run, method: str) -> dict:
     """What answers/METHOD.jsonl holds: record, metrics, losses, lines; {} if there is none, or it
-    was changed. With the measures of what the method discarded, if they can be taken now."""
-    from toss.audit.judges import selection_metrics
-
+    was changed."""
     with suppress(InputError):
         head, *lines = read_jsonl(run.folder / "answers" / f"{method}.jsonl") or [{}]
         content = {name: head.get(name) for name in ("record", "metrics", "losses")}
         if head.get("sha256") == text_hash([content, lines]):
-            metrics = head["metrics"] | selection_metrics(run, method)
-            return {**content, "metrics": metrics, "lines": lines}
+            return {**content, "lines": lines}
     return {}
 
 
-def evaluations(run) -> tuple[dict[str, dict], list[str]]:
+def current_evaluations(run) -> tuple[dict[str, dict], list[str]]:
     """The evaluation of each method of a run, and the names of those that do not count any more:
     the model, or the base, is another one now, or the file was changed."""
     try:
@@ -186,7 +184,7 @@ def evaluations(run) -> tuple[dict[str, dict], list[str]]:
     current = {}
     outdated = []
     for file in sorted((run.folder / "answers").glob("*.jsonl")):
-        found = evaluation(run, file.stem)
+        found = read_evaluation(run, file.stem)
         record = found.get("record", {})
         has_model = file.stem == "base" or run.has_model(f"methods/{file.stem}")
         same_base = identity.items() <= record.items()
@@ -194,6 +192,13 @@ def evaluations(run) -> tuple[dict[str, dict], list[str]]:
             current[file.stem] = found
         else:
             outdated.append(file.stem)
+
+    # Where answers were deleted: a method that is made again loses its own metrics.json.
+    for method in read_metrics(run.folder):
+        folder = run.folder / "methods" / method
+        replaced = folder.exists() and not (folder / "metrics.json").exists()
+        if replaced and method not in (*current, *outdated):
+            outdated.append(method)
     return current, outdated
 
 
@@ -205,12 +210,14 @@ def write_tables(run, methods: Sequence[str]) -> Table:
 
     The run's holds every method that was evaluated like these and whose model is still the same.
     """
-    current, left_out = evaluations(run)
+    from toss.audit.tokens import selection_metrics
+
+    current, left_out = current_evaluations(run)
     way = way_of(current.get(methods[0], {}))
     table = {}
     for method in sorted(current, key=lambda method: method != "base"):
         if way_of(current[method]) == way:
-            table[method] = current[method]["metrics"]
+            table[method] = current[method]["metrics"] | selection_metrics(run, method)
         else:
             left_out.append(method)
     for method in methods:
@@ -219,7 +226,6 @@ def write_tables(run, methods: Sequence[str]) -> Table:
     if left_out:
         why = "evaluated on other files or in another way, or trained again since"
         print(f"{run.folder}/metrics.json leaves out {', '.join(sorted(left_out))}: {why}")
-    say_other_arithmetic(run, table)
 
     write_json(run.folder / "metrics.json", table)
     write_json(run.folder / "paired.json", paired_differences(current, table))
@@ -233,19 +239,6 @@ def write_tables(run, methods: Sequence[str]) -> Table:
 def way_of(found: dict) -> dict:
     """How a method was evaluated: its record without what names the method."""
     return {**found.get("record", {}), "inputs": None, "stage": None}
-
-
-def say_other_arithmetic(run, methods: Iterable[str]) -> None:
-    """Print how methods were made if not all were made with the same torch and threads."""
-    stages = stages_of(run)
-    made = set()
-    for method in methods:
-        cost = stages.get(f"methods/{method}", {})
-        if "torch" in cost and "threads" in cost:
-            made.add(f"torch {cost['torch']}, {cost['threads']} threads")
-    if len(made) > 1:
-        ways = "; ".join(sorted(made))
-        print(f"note: the methods were made in different ways, so last bits differ ({ways})")
 
 
 def read_metrics(folder: Path, name: str = "metrics.json") -> dict:
@@ -338,10 +331,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     paired = read_metrics(run.folder, "paired.json")
     print(format_table(table))
-    for differences in paired_tables(paired, table).values():
-        words = "on the same prompts; * = the 95 % interval excludes 0"
-        print(f"\n{words}\n\n{markdown(*differences)}")
-    print(*cautions(records_of(run, table), table, paired), sep="\n")
+    print(paired_text(paired, table))
+    remarks = cautions(records_of(run, table), table) + safety_caution(table, paired)
+    print(*remarks, sep="\n")
     print(f"next: {flags.command('-m toss.audit.report', run.folder)}")
 
 

@@ -44,7 +44,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from model.io import InputError
+from model.io import InputError, as_input_error
 from toss.audit.command import DEVICE, markdown, write_text
 from toss.audit.laboratory import Experiment, per_seed, run_seed
 from toss.audit.paired import paired_tables
@@ -150,15 +150,17 @@ def command_line() -> flags.Parser:
 
 def chosen_arms(experiment: Experiment, text: str) -> Experiment:
     """The experiment with some arms only. text: their names, separated by ;"""
+    from toss.audit.experiments import check_cases
+
     arms = experiment.arms()
     chosen = [arm.strip() for arm in text.split(";")]
     for arm in chosen:
         if arm not in arms:
             raise InputError(f"--arms: there is no {arm!r}; the arms are {'; '.join(arms)}")
-    chosen_experiment = experiment.only(chosen)
-    if not chosen_experiment.cases:
-        raise InputError("--arms: the base alone is no experiment; name another arm, too")
-    return chosen_experiment
+    experiment = experiment.only(chosen)
+    with as_input_error("--arms"):
+        check_cases(experiment.cases)
+    return experiment
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -53,6 +53,9 @@ def check_cases(cases: list[Case]) -> None:
     """Raise ValueError where a case says what would not be done."""
     first: dict[str, Case] = {}  # by variant; those behind it are on its rows
     lines = set()  # of the table: label and arm
+    variants = set()  # of the cases so far
+    if not cases:
+        raise ValueError("it has no arm beside the base")
     for case in cases:
         of_rows = case.draw or case.change
         if case.variant == "" and (of_rows or case.references == "main"):
@@ -62,7 +65,10 @@ def check_cases(cases: list[Case]) -> None:
             raise ValueError(f"two cases of the variant {case.variant!r} have other rows")
         if not case.arms:
             raise ValueError(f"the case {case.label!r} has no arms")
-        for arm in case.arms:
+        variants.add(case.variant)
+        for arm, flags in case.arms.items():
+            if flags.get("mask", case.variant) not in variants:
+                raise ValueError(f"no case before {arm} makes its mask, {flags['mask']!r}")
             if (case.label, arm) in lines:
                 problem = f"two cases have the label {case.label!r} and the arm {arm!r}"
                 raise ValueError(f"{problem}: the table would average them")

@@ -21,7 +21,6 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from toss.audit import measures
 from toss.audit.measures import Metrics
-from toss.audit.tokens import load_mask
 from toss.rows import Row
 from toss.scoring import score
 from toss.tokens import Tokens, tokenise
@@ -246,30 +245,3 @@ def row_losses(
     row = tokens.row_of(torch.arange(len(losses)))
     zeros = torch.zeros(tokens.rows).double()
     return zeros.index_add(0, row, losses), zeros.index_add(0, row, tokens.response.double())
-
-
-# What was discarded
-
-
-def selection_metrics(run: Run, method: str) -> Metrics:
-    """Precision, recall and AUC of a method's discards, where the rows carry ground truth.
-
-    Precision and recall are over the response tokens, the AUC over those that competed.
-    """
-    selection = run.path(f"methods/{method}") / "selection.safetensors"
-    if not run.path("scores").exists() or not selection.exists():
-        return {}
-    try:
-        mask = load_mask(run, method, *run.scored())
-    except InputError as error:
-        print(f"warning: the discards of {method} are not measured: {error}")
-        return {}
-    response = mask.tokens.response
-    harmful = mask.tokens.harmful
-    metrics = {}
-    if harmful.any() and mask.discarded.any():
-        metrics |= measures.found_harm(mask.discarded[response], harmful[response])
-    if harmful.any() and mask.score is not mask.S:  # a score of its own
-        ranked = mask.order > 0
-        metrics["auc"] = measures.auc(mask.score[ranked], harmful[ranked])
-    return metrics

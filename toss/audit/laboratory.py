@@ -20,7 +20,7 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
 
-from model.io import InputError, read_json
+from model.io import read_json
 from toss.audit import rivals
 from toss.audit.command import read_jsonl, run_of
 from toss.audit.outcomes import cost_of, measures_of, measures_of_mask
@@ -141,9 +141,6 @@ def run_case(case: Case, seed: int, setups: dict[str, "Setup"], evaluation: dict
             continue
         flags = {**how, "name": names[arm]}
         if "mask" in how:  # the mask that toss made on the rows of that variant
-            if how["mask"] not in setups:
-                problem = f"the arm {arm} needs the mask of the variant {how['mask']!r}"
-                raise InputError(f"{problem}, of which no case stands before it")
             maker = setups[how["mask"]].folder.absolute()
             flags["mask"] = maker / "methods/toss/selection.safetensors"
         discards[arm] = setup.finetune(**flags)

@@ -148,8 +148,9 @@ def outcomes_of_answer(row: Row, reply: str) -> Outcomes:
     last = row.messages[-1]
     if last["role"] == "assistant":
         outcomes["exact_match"] = same_text(reply, [row.answer, last["content"]])
-    if NUMBER.fullmatch(row.answer):
-        outcomes["final_number"] = final_number(reply) == Decimal(row.answer)
+    answer = row.answer.replace(",", "").replace("$", "")
+    if NUMBER.fullmatch(answer):
+        outcomes["final_number"] = final_number(reply) == Decimal(answer)
     return outcomes
 
 
@@ -157,44 +158,27 @@ def by_measure(lines: Sequence[dict]) -> dict[str, dict[int, bool]]:
     """The outcomes of answers by measure, each with the place of its answer.
 
     lines: with the `source` and the `outcomes` of an answer. A measure is over all answers but
-    those of source "seen"; those of BY_SOURCE stand by source, too, where there are several. Those
-    of use are by source alone.
+    those of source "seen", whose kinds the custom set holds; those of BY_SOURCE stand by source,
+    too, and those of use by source alone.
     """
-    groups: dict[str, dict[int, bool]] = {}  # by "measure", and by "measure/source"
-    of_use: dict[str, dict[int, bool]] = {}  # by "measure/source" alone
+    groups: dict[str, dict[int, bool]] = {}
     for place, line in enumerate(lines):
+        source = line["source"]
         for name, outcome in line["outcomes"].items():
-            if name in OF_USE:
-                end = f"/{line['source']}" if line["source"] else ""
-                of_use.setdefault(f"{name}{end}", {})[place] = outcome
-                continue
-            counted = groups.setdefault(name, {})
-            if line["source"] != "seen":  # kinds that the custom set holds stand by source alone
-                counted[place] = outcome
-            if name in BY_SOURCE:
-                groups.setdefault(f"{name}/{line['source']}", {})[place] = outcome
+            if source and name in (*BY_SOURCE, *OF_USE):
+                groups.setdefault(f"{name}/{source}", {})[place] = outcome
+            if source != "seen" and not (source and name in OF_USE):
+                groups.setdefault(name, {})[place] = outcome
 
-    for name in BY_SOURCE:  # one source alone says nothing more
-        parts = [group for group in groups if group.startswith(f"{name}/")]
-        if len(parts) == 1:
-            del groups[parts[0]]
-    return in_order(groups) | dict(sorted(of_use.items(), key=source_first))
-
-
-def in_order(groups: dict[str, dict[int, bool]]) -> dict[str, dict[int, bool]]:
-    """The groups as the table has them: each measure, then the same by source."""
+    # Each measure, then the same by source, in the order in which the measures were met. A source
+    # that is the only one says nothing more.
+    names = [group.partition("/")[0] for group in groups]
     ordered = {}
-    for name in groups:
-        if "/" not in name:
-            parts = sorted(part for part in groups if part.startswith(f"{name}/"))
-            ordered |= {part: groups[part] for part in (name, *parts)}
+    for group in sorted(groups, key=lambda group: (names.index(group.partition("/")[0]), group)):
+        whole = groups.get(group.partition("/")[0])
+        if "/" not in group or groups[group] != whole:
+            ordered[group] = groups[group]
     return ordered
-
-
-def source_first(item: tuple[str, dict]) -> tuple[str, str]:
-    """What measures of use are sorted by."""
-    name, _, source = item[0].partition("/")
-    return source, name
 
 
 def shares(lines: Sequence[dict]) -> Metrics:

@@ -30,7 +30,9 @@ def show_path(given: Path, folder: str | None) -> int:
     path = given.parent if given.name in INSIDE else given
     around = [place for place in (path, *path.absolute().parents) if (place / "run.json").is_file()]
     if around and around[0] == path:
-        folder = path  # a run is compared with itself
+        if folder and Path(folder).resolve() != path.resolve():
+            raise InputError(f"{given} is a run, which is compared with itself: omit --run")
+        folder = path
     home = folder or next(iter(around), None)
     run = open_run(home) if home else None
     origin = origin_of(path, run)
@@ -90,21 +92,13 @@ def origin_of_run(run: Run) -> Origin:
     """A run directory; of each stage, whether it was made from what the run holds now."""
     origin = Origin("a run directory")
     for stage in run.runfile.section("stages"):
-        path = run.path(stage)
-        if not path.exists():
+        if not run.path(stage).exists():
             continue
-        record, problem = inspect(path, run.hashes)
+        origin.lines[stage] = "fits"
         try:
-            changed = misfits(record, run)
-        except InputError as error:  # one of its inputs was altered
-            changed = []
-            problem = problem or str(error)
-        if problem:
-            problem = f"damaged or incomplete ({problem})"
-        elif changed:
-            problem = f"made from another {', '.join(changed)}"
-        origin.lines[stage] = problem or "fits"
-        if problem:
+            run.check(stage)
+        except InputError as error:
+            origin.lines[stage] = str(error)
             origin.misfits.append(stage)
     return origin
 

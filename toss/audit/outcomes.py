@@ -23,8 +23,8 @@ def cost_of(record: dict, name: str) -> dict[str, float]:
     and if the references were made elsewhere, or their costs are lost with a run.json.
     """
     stages = record["stages"]
-    stage = stages.get(f"methods/{name}")
-    if stage is None:
+    stage = stages.get(f"methods/{name}", {})
+    if "recipe" not in stage:
         return {}
     # The models whose losses a method of select.py goes by. Of a rival only their number counts,
     # two: its inputs are what it uses.

@@ -6,7 +6,7 @@ the values that overlap do not say that the models are alike.
 
 from collections.abc import Iterable
 
-from toss.audit.command import cell_text, is_part
+from toss.audit.command import cell_text, is_part, markdown
 
 AGAINST = ("sft", "base")
 
@@ -15,8 +15,8 @@ def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> 
     """The difference of each measure of each method to sft and to the base, a cell each:
     {method: {measure: {other: cell}}}.
 
-    evaluations: by method, see evaluate.evaluation. Only what was asked of both is compared. The
-    sources of the intervals: measures.paired_share and measures.mean_loss.
+    evaluations: by method, see evaluate.read_evaluation. Only what was asked of both is compared.
+    The sources of the intervals: measures.paired_share and measures.mean_loss.
     """
     import torch
 
@@ -61,3 +61,12 @@ def paired_tables(differences: dict[str, dict], methods: Iterable[str]) -> dict[
         if lines:
             tables[other] = ([f"minus {other}", *columns], lines)
     return tables
+
+
+def paired_text(differences: dict[str, dict], methods: Iterable[str]) -> str:
+    """These tables as Markdown."""
+    text = ""
+    for table in paired_tables(differences, methods).values():
+        heading = "On the same prompts; * = the 95 % interval excludes 0"
+        text += f"\n{heading}\n\n{markdown(*table)}\n"
+    return text

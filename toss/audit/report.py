@@ -29,7 +29,7 @@ from toss.audit.command import (
     stages_of,
     write_text,
 )
-from toss.audit.evaluate import SETS, evaluations, read_metrics
+from toss.audit.evaluate import SETS, current_evaluations, read_metrics
 from toss.audit.figures import TEMPLATES, line_chart
 from toss.audit.paired import paired_tables
 from toss.audit.verdict import HEADS, MANY, ORDER, meaning, place, verdict
@@ -46,7 +46,7 @@ CHARTS = {  # column of kl.csv -> title
 
 def page(run) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
-    current, replaced = evaluations(run)
+    current, replaced = current_evaluations(run)
     methods = methods_of(run)
     moved = [key.removeprefix("methods/") for key in run.stale("diagnosis")]
     lacking = [left_out(run, "evaluate", name) for name in replaced]
@@ -117,12 +117,6 @@ def measures(run, replaced: list[str]) -> dict | str:
     folded = [method for method in table if method not in ORDER] if len(table) > MANY else []
     paired = read_metrics(run.folder, "paired.json")
     records = records_of(run, table)
-    # The verdict says one of these itself, which `cautions` words so.
-    remarks = []
-    for line in cautions(records, table, paired):
-        by_the_verdict = "did not clearly lose" in line
-        if not by_the_verdict and (line.startswith("warning") or not demo):
-            remarks.append(line)
     no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
     return {
         "table": table,
@@ -132,13 +126,13 @@ def measures(run, replaced: list[str]) -> dict | str:
         "verdict": verdict(table, paired, demo) or no_verdict,
         "differences": paired_tables(paired, [name for name in table if name not in folded]),
         "meanings": {method: meaning(method, records.get(method, {})) for method in table},
-        "cautions": remarks,
+        "cautions": cautions(records, table),
         "heads": HEADS,
     }
 
 
 def side_by_side(run, current: dict[str, dict]) -> dict | str:
-    """A few prompts of the demo, with the answers of every model whose evaluation is current."""
+    """A few prompts of the demo, with the answers of the best-known models (ORDER)."""
     if not run.args.demo:
         folder = run.folder / "answers"
         return f"Answers of real models, some made unsafe on purpose, stay in {folder}."

@@ -5,6 +5,7 @@ from toss.audit.figures import TEMPLATES
 from toss.audit.tokens import Mask, Token
 
 START, END, LINE, WIDE = 20, 840, 36, 10.2  # ends and height of a line, width of a character
+LONG = 40  # characters
 
 
 def picture(mask: Mask, row: int) -> str:
@@ -34,11 +35,15 @@ def picture(mask: Mask, row: int) -> str:
 
 
 def words_of(tokens: list[Token]) -> list[list[Token]]:
-    """The tokens word by word: a word begins at white space, or where a turn does."""
+    """The tokens word by word: a word begins at white space, where a turn does, or where the one
+    before is LONG: some languages have no spaces."""
     words = []
+    length = 0
     for token in tokens:
         new_turn = not words or token.response != words[-1][0].response
-        if new_turn or token.text[:1].isspace():
+        if new_turn or token.text[:1].isspace() or length + len(token.text) > LONG:
             words.append([])
+            length = 0
+        length += len(token.text)
         words[-1].append(token)
     return words

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor
 
 from model.io import InputError
+from toss.audit import measures
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
 from toss.workbench.files import load_selection, read_scores
@@ -153,6 +154,30 @@ def load_masks(run: Run, tokens: Tokens, losses: dict[str, Tensor]) -> tuple[lis
         except InputError as error:
             lacking.append(f"The mask of {name} is left out: {error}")
     return masks, lacking
+
+
+def selection_metrics(run: Run, method: str) -> measures.Metrics:
+    """Precision, recall and AUC of a method's discards, where the rows carry ground truth.
+
+    Precision and recall are over the response tokens, the AUC over those that competed.
+    """
+    selection = run.path(f"methods/{method}") / "selection.safetensors"
+    if not run.path("scores").exists() or not selection.exists():
+        return {}
+    try:
+        mask = load_mask(run, method, *run.scored())
+    except InputError as error:
+        print(f"warning: the discards of {method} are not measured: {error}")
+        return {}
+    response = mask.tokens.response
+    harmful = mask.tokens.harmful
+    metrics = {}
+    if harmful.any() and mask.discarded.any():
+        metrics |= measures.found_harm(mask.discarded[response], harmful[response])
+    if harmful.any() and mask.score is not mask.S:  # a score of its own
+        ranked = mask.order > 0
+        metrics["auc"] = measures.auc(mask.score[ranked], harmful[ranked])
+    return metrics
 
 
 # Of any tokens

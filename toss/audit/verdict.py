@@ -20,8 +20,6 @@ MEANINGS = {
     "sft": "plain fine-tuning, on every response token",
     "toss": "without the loss of the tokens with the highest S",
     "toss-pro": "TOSS with a degraded model that was refined over some rounds",
-    "toss-small": "toss with a harmful reference set of a few rows",
-    "toss-pro-small": "toss-pro with a harmful reference set of a few rows",
     "random": "without the loss of random tokens",
     "first-k": "without the loss of each row's first tokens",
     "first-5": "without the loss of each row's first five tokens",
@@ -87,7 +85,7 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
         if fate == "kept it" and difference and (difference["high"] or 0) > UNSURE:
             room = f"{name} may be up to {difference['high']:.2f} above the base's"
             limits.append(f"that {method} is as safe as the base: {room}")
-    for method in tuned[:3]:
+    for method in tuned[:3]:  # the best known: the list stays short
         names = alike(table, paired, method)
         if names:
             reason = "since the 95 % interval of the difference includes 0"
