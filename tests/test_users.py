@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from model import load_tokenizer
 from model.io import InputError, read_json
-from toss.audit.command import cautions
+from toss.audit.command import cautions, safety_caution
 from toss.workbench.progress import Bar
 from toss.workbench.run import open_run
 
@@ -103,7 +103,7 @@ def test_what_forbids_a_conclusion_is_said():
         for name, value in values.items():
             cell = {"value": value, "low": value - 0.1, "high": value + 0.1}
             table[name] = {"not_refused": cell}
-        return "\n".join(cautions(records, table))
+        return "\n".join(cautions(records, table) + safety_caution(table, {}))
 
     assert told() == ""
     no_comparison = "this is no comparison of the two methods"
