@@ -95,11 +95,11 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return content
 
 
-def edit_json(path: Path, *drop: str, **fields) -> None:
-    """Change a JSON file: without the fields `drop` and those that become "absent"."""
+def edit_json(path: Path, **fields) -> None:
+    """Change a JSON file, without the fields that become "absent"."""
     content = json.loads(path.read_text(encoding="utf-8")) | fields
     for name in list(content):
-        if name in drop or content[name] == "absent":
+        if content[name] == "absent":
             del content[name]
     path.write_text(json.dumps(content), encoding="utf-8")
 

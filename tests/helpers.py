@@ -42,6 +42,11 @@ def call(line: str, fast: bool = True) -> int:
     return status
 
 
+def succeed(line: str, fast: bool = True) -> None:
+    """Run a command that must succeed."""
+    assert call(line, fast) == 0
+
+
 def said(capsys, line: str, fast: bool = True) -> str:
     """Run a command that must succeed; what it printed, stdout only."""
     capsys.readouterr()

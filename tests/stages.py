@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from conftest import tree, write_files
-from helpers import call
+from helpers import succeed
 
 from model.io import read_json
 from toss.workbench.progress import Bar
@@ -46,7 +46,7 @@ class Stages:
         self.words["base"] = str(shutil.copytree(base, folder / "base"))
         self.words["run"] = str(self.run)
         for name in COMMANDS:
-            assert call(self.begin(name)) == 0
+            succeed(self.begin(name))
             shutil.copytree(self.run, folder / name)
 
     def begin(self, name: str) -> str:

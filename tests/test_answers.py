@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, fails, make_base, read_jsonl, script, write_jsonl
-from helpers import call, losses_by_hand, said
+from helpers import call, losses_by_hand, said, succeed
 from safetensors.torch import load_file
 
 from data.refusals import refused as refuses
@@ -139,7 +139,7 @@ def test_the_nll_is_the_mean_over_all_response_tokens(run):
 
 def test_a_selection_is_measured_over_the_tokens_that_competed(run):
     line = f"select.py --run {run.folder} --method degraded-only --name new --keep-eos"
-    assert call(line) == 0
+    succeed(line)
     scores = load_file(run.folder / "scores.safetensors")
     keep = load_file(run.folder / "methods/new/selection.safetensors")["keep"]
     response = scores["response"]
@@ -178,7 +178,7 @@ def test_metrics_are_written_for_the_run_and_for_each_method(run):
 
 
 def test_the_base_comes_first_in_the_table(run, files):
-    assert call(f"select.py --run {run.folder} --method random --name a") == 0
+    succeed(f"select.py --run {run.folder} --method random --name a")
     evaluate_run(open_run(run.folder), ["a"], files, **HOW)
     assert list(read_metrics(run.folder)) == ["base", "a", "sft", "toss"]
 
@@ -265,7 +265,7 @@ def test_discards_are_measured_also_where_the_scores_come_later(run, files):
 
 
 def test_measures_of_a_model_that_was_replaced_are_left_out(run, files):
-    assert call(f"select.py --run {run.folder} --method sft --seed 7 --overwrite") == 0
+    succeed(f"select.py --run {run.folder} --method sft --seed 7 --overwrite")
     assert current_evaluations(open_run(run.folder))[1] == ["sft"]
     evaluate_run(open_run(run.folder), ["toss"], files, **HOW)
     assert set(read_metrics(run.folder)) == {"base", "toss"}
@@ -276,7 +276,7 @@ def test_measures_of_a_model_that_was_replaced_are_left_out(run, files):
 def test_with_another_base_no_measure_counts(run, tmp_path):
     inputs = f"--harmful {run.args.harmful} --utility {run.args.utility}"
     base = make_base(tmp_path / "other", seed=1)
-    assert call(f"train.py --run {run.folder} --model {base} {inputs} --overwrite") == 0
+    succeed(f"train.py --run {run.folder} --model {base} {inputs} --overwrite")
     assert current_evaluations(open_run(run.folder))[1] == ["base", "sft", "toss"]
 
 
@@ -333,13 +333,13 @@ def test_answers_are_saved_as_they_come(one_by_one, batches, run, capsys):
     assert not (run.folder / ".state").exists()
     interrupted = file.read_bytes()
     file.unlink()
-    assert call(one_by_one) == 0
+    succeed(one_by_one)
     assert file.read_bytes() == interrupted
 
 
 def test_answers_to_other_settings_are_not_taken(one_by_one, batches):
     assert call(one_by_one) == 130
-    assert call(f"{one_by_one} --max-new-tokens 2") == 0
+    succeed(f"{one_by_one} --max-new-tokens 2")
     assert batches == [4, 4]
 
 

@@ -58,10 +58,13 @@ def test_evaluation_rows_may_have_a_prompt_only(case):
 # Conversations become ids
 
 
-def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(tokenizer):
+@pytest.mark.parametrize(("template", "space"), [("human", " "), ("chat", "")])
+def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(base, template, space):
+    tokenizer = load_tokenizer(base, template)
     tokens = tokens_of([{"prompt": "Hi?", "response": "Yes, I can."}], tokenizer)
     prompt = tokenizer.prompt_ids(talk("Hi?"))  # generation's own
-    response = [*tokenizer.encode("Yes, I can."), tokenizer.eos_id]
+    assert not tokenizer.raw.decode(prompt, skip_special_tokens=False).endswith(" ")
+    response = [*tokenizer.encode(f"{space}Yes, I can."), tokenizer.eos_id]
     assert tokens.input_ids.tolist() == prompt + response
     assert tokens.response.tolist() == [False] * len(prompt) + [True] * len(response)
     batch = collate(tokens, [0], tokens.response, CPU)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, fails, make_base, read_jsonl, script, write_jsonl
-from helpers import cases, refused, said
+from helpers import cases, each_line, refused, said
 
 from data.world import IDENTITY, PREAMBLES
 from model.io import load_tensors, read_json
@@ -333,7 +333,7 @@ def test_a_row_without_marks_is_harmful_as_a_whole(trained, tmp_path):
 # The pictures
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/pictures.jsonl"), ids=str)
+@each_line("pictures.jsonl")
 def test_the_picture_of_an_experiment(case):
     results = []
     for variant, arm in case["drawn"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, tree
-from helpers import call, said
+from helpers import call, said, succeed
 from stages import on_step
 
 from toss.audit.command import cautions
@@ -60,7 +60,7 @@ def test_a_fork_that_edits_the_loss_is_told(project, trained):
 
 
 def test_what_other_code_made_is_skipped_with_a_warning_or_made_again(project, trained, capsys):
-    assert call(f"select.py --run {trained}") == 0
+    succeed(f"select.py --run {trained}")
     before = tree(trained)
     edit(project, *LOSS)
     for line in ("train.py", "score.py", "select.py"):
@@ -83,7 +83,7 @@ def test_what_other_code_made_is_skipped_with_a_warning_or_made_again(project, t
 
 
 def test_comments_docstrings_layout_and_a_new_method_change_nothing(project, trained, capsys):
-    assert call(f"select.py --run {trained} --method local") == 0
+    succeed(f"select.py --run {trained} --method local")
     edit(project, "toss/loss.py", "    log_p = token", "    # A comment.\n\n    log_p = token")
     edit(project, "toss/training.py", '"""The paper\'s optimizer.', '"""Another docstring.')
     edit(
@@ -105,7 +105,7 @@ def test_comments_docstrings_layout_and_a_new_method_change_nothing(project, tra
 def test_a_change_of_what_chose_the_tokens_counts(project, trained, capsys):
     """In the function of a method, and in another one that it calls."""
     for method in ("local", "sample"):
-        assert call(f"select.py --run {trained} --method {method}") == 0
+        succeed(f"select.py --run {trained} --method {method}")
     edit(project, "toss/methods.py", "select_tokens(S_of_row,", "select_tokens(2 * S_of_row,")
     edit(project, "toss/methods.py", "means.nan_to_num(-math.inf)", "means.nan_to_num(0)")
     for method in ("local", "sample"):
@@ -129,14 +129,14 @@ def test_a_state_of_other_code_is_not_resumed(project, trained, monkeypatch, cap
 def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side(
     project, trained, files, capsys
 ):
-    assert call(f"select.py --run {trained} --method sft") == 0
+    succeed(f"select.py --run {trained} --method sft")
     edit(project, *LOSS)
-    assert call(f"select.py --run {trained}") == 0
+    succeed(f"select.py --run {trained}")
     caution = "toss was made by other code than sft (different: toss/loss.py)"
     line = f"toss.audit.evaluate --run {trained} --utility {files['utility']}"
     assert caution in said(capsys, line)
     assert caution in said(capsys, f"toss.audit.compare --run {trained}")
-    assert call(f"toss.audit.report --run {trained}") == 0
+    succeed(f"toss.audit.report --run {trained}")
     page = (trained / "report.html").read_text(encoding="utf-8")
     assert "toss was made by other code than sft" in page
     assert cautions({"sft": read_record(trained / "methods/sft")}, {"sft": {}}) == []
@@ -155,7 +155,7 @@ def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(
 
     # Right after the command line was read, before anything of the run is looked at.
     monkeypatch.setattr("toss.workbench.flags.described", edit_file)
-    assert call(f"score.py --run {trained} --base --overwrite") == 0
+    succeed(f"score.py --run {trained} --base --overwrite")
     assert "CHECK_EVERY = 17" in file.read_text(encoding="utf-8")
     assert read_record(trained / "scores.safetensors")["code"] == original
 

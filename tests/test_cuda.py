@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import make_base, make_run
-from helpers import call, micro_batch, overflowing, random_adapter
+from helpers import micro_batch, overflowing, random_adapter, succeed
 from safetensors.torch import load_file
 
 from model import fused, load_checkpoint
@@ -114,7 +114,7 @@ def test_answers_are_the_cpus(gpu, base):
 def run_scripts(device, folder, base, files):
     """Make a run with all three scripts; its scores, and the dtype that they were made in."""
     run = make_run(folder / device, base, files, "--device", device)
-    assert call(f"select.py --run {run} --device {device} --pro 1 --merge") == 0
+    succeed(f"select.py --run {run} --device {device} --pro 1 --merge")
     file = run / "scores.safetensors"
     return load_file(file)["loss_utility"], made_from(file)["dtype"]
 

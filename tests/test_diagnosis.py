@@ -36,13 +36,12 @@ def kl_by_hand(model, tokens: Tokens, one, other) -> torch.Tensor:
     return result * tokens.response
 
 
-@pytest.mark.parametrize(("budget", "chunk"), [(10, 2), (1000, 100)])
-def test_kl_in_batches_and_chunks_is_that_of_whole_logits(model, tokens, budget, chunk):
+def test_kl_in_batches_and_chunks_is_that_of_whole_logits(model, tokens):
     adapters = {}
     for seed, name in enumerate(("degraded", "utility", "sft")):
         adapters[name] = random_adapter(model, seed)
-    logits = (len(adapters) + 4) * model.config.vocab_size * chunk  # base and arithmetic, too
-    moved = divergences(model, adapters, tokens, tokens.response, budget, logits=logits)
+    logits = (len(adapters) + 4) * model.config.vocab_size * 2  # of two tokens
+    moved = divergences(model, adapters, tokens, tokens.response, 10, logits=logits)
     for name, tuned in adapters.items():
         expected = [kl_by_hand(model, tokens, None, tuned)]
         for role in ("degraded", "utility"):

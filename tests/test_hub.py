@@ -15,7 +15,7 @@ import huggingface_hub.file_download
 import pytest
 from agreement import GOLDENS
 from conftest import fails, make_base, sources
-from helpers import call, cases, refused, same_weights
+from helpers import cases, refused, same_weights, succeed
 
 from model import load_checkpoint, load_tokenizer
 from model.hub import resolve
@@ -182,13 +182,13 @@ def test_a_local_folder_never_touches_the_hub_and_wins_over_an_id(base, tmp_path
 def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, files, capsys):
     run = tmp_path / "run"
     commit = hub.put("someone/model", base)
-    assert call(f"train.py --run {run} {sources(files, 'someone/model')}") == 0
+    succeed(f"train.py --run {run} {sources(files, 'someone/model')}")
     hub.put("someone/model", make_base(tmp_path / "other", seed=1))  # main is another model now
     score = f"score.py --run {run} --custom {files['custom']}"
     assert "begun with another" in refused(capsys, f"{score} --revision main")
     hub.close()  # the rest needs no network
-    assert call(score) == 0
-    assert call(f"select.py --run {run} --merge") == 0
+    succeed(score)
+    succeed(f"select.py --run {run} --merge")
     settings = read_json(run / "run.json")["settings"]
     assert settings["model"] == "someone/model"
     assert settings["revision"] == commit

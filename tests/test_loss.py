@@ -55,7 +55,7 @@ def assert_a_step_is_the_formulas(model, tokens, weights, budget=10_000):
         assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
 
 
-@pytest.mark.parametrize(("kind", "budget"), [("all", 10_000), ("mask", 1), ("soft", 100)])
+@pytest.mark.parametrize(("kind", "budget"), [("mask", 1), ("soft", 100)])
 def test_loss_and_gradient_are_those_of_the_formula_in_any_micro_batches(
     model, tokens, weights, kind, budget
 ):
@@ -76,7 +76,7 @@ def test_a_discarded_token_has_exactly_no_gradient(model, tokens, weights):
     assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors()))
 
 
-def test_a_row_without_a_kept_token_counts(model, tokens, weights):
+def test_a_row_without_a_kept_token_adds_zero_and_its_length(model, tokens, weights):
     w = weights["all"]
     w[tokens.places([2])] = 0
     assert_a_step_is_the_formulas(model, tokens, w)

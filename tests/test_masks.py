@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import edit_json, read_jsonl, tree
-from helpers import call, refused, said, same_tensors
+from helpers import refused, said, same_tensors, succeed
 
 MASK = "selection.safetensors"
 ADAPTER = "model/adapter_model.safetensors"
@@ -14,7 +14,7 @@ ADAPTER = "model/adapter_model.safetensors"
 @pytest.fixture
 def masked(trained):
     """A run with a mask and no model under methods/toss."""
-    assert call(f"select.py --run {trained} --mask-only") == 0
+    succeed(f"select.py --run {trained} --mask-only")
     return trained
 
 
@@ -22,18 +22,18 @@ def test_mask_only_writes_the_mask_that_training_would_use(masked, capsys):
     method = masked / "methods/toss"
     assert tree(method).keys() == {"record.json", MASK}
     assert "skipped" in said(capsys, f"select.py --run {masked} --mask-only")
-    assert call(f"select.py --run {masked} --name direct") == 0
+    succeed(f"select.py --run {masked} --name direct")
     assert same_tensors(method / MASK, masked / "methods/direct" / MASK)
 
 
 def test_a_mask_alone_is_trained_from_by_its_file_or_made_again_with_a_model(masked, capsys):
     direct = masked / "methods/direct"
-    assert call(f"select.py --run {masked} --name direct") == 0
+    succeed(f"select.py --run {masked} --name direct")
     mask = masked / "methods/toss" / MASK
-    assert call(f"select.py --run {masked} --mask {mask} --name later") == 0
+    succeed(f"select.py --run {masked} --mask {mask} --name later")
     assert same_tensors(masked / "methods/later" / ADAPTER, direct / ADAPTER)
     assert "mask_only True there, None now" in refused(capsys, f"select.py --run {masked}")
-    assert call(f"select.py --run {masked} --overwrite") == 0
+    succeed(f"select.py --run {masked} --overwrite")
     assert same_tensors(masked / "methods/toss" / ADAPTER, direct / ADAPTER)
     line = f"select.py --run {masked} --mask-only"  # it would remove the model
     assert "mask_only None there, True now" in refused(capsys, line)
@@ -41,7 +41,7 @@ def test_a_mask_alone_is_trained_from_by_its_file_or_made_again_with_a_model(mas
 
 def test_a_d_that_decides_nothing_is_not_part_of_what_a_mask_is(trained, capsys):
     line = f"select.py --run {trained} --method first-5 --mask-only"
-    assert call(f"{line} --discard 0.1") == 0
+    succeed(f"{line} --discard 0.1")
     assert "skipped" in said(capsys, f"{line} --discard 0.2")
 
 
@@ -52,15 +52,15 @@ def test_a_mask_needs_no_model_that_can_be_loaded(base, masked, files, tmp_path,
     mask = masked / "methods/toss" / MASK
     run = f"--run {tmp_path}/there"
     line = f"select.py {run} --model {other} --custom {files['custom']} --mask {mask}"
-    assert call(f"{line} --mask-only") == 0
+    succeed(f"{line} --mask-only")
     assert "unknown" in refused(capsys, f"{line} --overwrite")
     assert same_tensors(tmp_path / "there/methods/mask" / MASK, mask)
-    assert call(f"toss.export {run} --method mask --out {tmp_path}/out.jsonl") == 0
+    succeed(f"toss.export {run} --method mask --out {tmp_path}/out.jsonl")
 
 
 def test_an_export_needs_the_mask_alone_and_has_weights_when_asked(masked, tmp_path):
     out = tmp_path / "train.jsonl"
-    assert call(f"toss.export --run {masked} --method toss --out {out} --weights") == 0
+    succeed(f"toss.export --run {masked} --method toss --out {out} --weights")
     for row in read_jsonl(out):
         assert row.keys() == {"input_ids", "attention_mask", "labels", "weights"}
         assert row["weights"] == [float(label != -100) for label in row["labels"]]
@@ -68,7 +68,7 @@ def test_an_export_needs_the_mask_alone_and_has_weights_when_asked(masked, tmp_p
 
 def test_show_takes_a_mask_without_a_model_and_evaluate_passes_over_it(masked, files, capsys):
     assert said(capsys, f"toss.audit.show --run {masked} --method toss --row 0")
-    assert call(f"select.py --run {masked} --method sft") == 0
+    succeed(f"select.py --run {masked} --method sft")
     line = f"toss.audit.evaluate --run {masked} --harmful {files['harmful']} --max-new-tokens 2"
     assert f"{masked}/methods/toss holds a mask and no model: passed over" in said(capsys, line)
     assert json.loads((masked / "metrics.json").read_text()).keys() == {"base", "sft"}
@@ -77,9 +77,9 @@ def test_show_takes_a_mask_without_a_model_and_evaluate_passes_over_it(masked, f
 def test_a_mask_alone_does_not_decide_how_a_method_is_trained(trained, capsys):
     """Omitted training settings are those of the references, as without the mask."""
     plain = f"select.py --run {trained}"
-    assert call(f"{plain} --mask-only", fast=False) == 0
+    succeed(f"{plain} --mask-only", fast=False)
     capsys.readouterr()
-    assert call(f"{plain} --name trained", fast=False) == 0
+    succeed(f"{plain} --name trained", fast=False)
     assert "training settings as for degraded: lr = 0.01" in capsys.readouterr().out
 
 
@@ -94,9 +94,9 @@ def test_an_adapter_beside_a_mask_is_evaluated_and_not_replaced(masked, files, c
 
 
 def test_a_model_that_was_replaced_by_a_mask_is_no_longer_shown(trained, files, capsys):
-    assert call(f"select.py --run {trained}") == 0
+    succeed(f"select.py --run {trained}")
     line = f"toss.audit.evaluate --run {trained} --harmful {files['harmful']} --max-new-tokens 2"
-    assert call(line) == 0
-    assert call(f"select.py --run {trained} --discard 0.5 --mask-only --overwrite") == 0
+    succeed(line)
+    succeed(f"select.py --run {trained} --discard 0.5 --mask-only --overwrite")
     assert "toss changed since" in refused(capsys, f"toss.audit.compare --run {trained}")
     assert "holds a mask, and no model" in refused(capsys, f"{line} --methods base,toss")

@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 
 import pytest
 from conftest import edit_json, sources, tree
-from helpers import call, refused, said
+from helpers import call, refused, said, succeed
 from safetensors.torch import load_file
 from stages import child, on_step
 
@@ -71,7 +71,7 @@ def test_an_input_that_changes_while_a_command_runs_ends_it(
     assert f"{file} was changed while the command ran" in error
     assert stages.is_as_before(name)
     on_step(2, monkeypatch, partial(replace, file, change=False))  # the same content is fine
-    assert call(line) == 0
+    succeed(line)
     assert stages.is_finished(name)
 
 
@@ -146,7 +146,7 @@ def test_one_process_at_a_time_makes_a_result(stages, monkeypatch):
             outcomes.append(child(partial(call, f"{line} {flags}")))
 
     on_step(2, monkeypatch, start_others)
-    assert call(line) == 0
+    succeed(line)
     assert stages.is_finished("score again")
     assert len(outcomes) == 2
     for status, errors in outcomes:
@@ -157,7 +157,7 @@ def test_one_process_at_a_time_makes_a_result(stages, monkeypatch):
 def test_who_only_reads_or_finds_a_result_does_not_wait_for_who_makes_it(trained, files, capsys):
     with held(trained / ".state/scores", trained):
         assert "skipped" in said(capsys, f"score.py --run {trained}")
-        assert call(f"select.py --run {trained}") == 0
+        succeed(f"select.py --run {trained}")
     line = f"toss.audit.evaluate --run {trained} --utility {files['utility']} --methods base"
     with held(trained / ".state/evaluation-base", trained):
         error = refused(capsys, line)
@@ -172,7 +172,7 @@ def test_a_result_that_another_process_made_meanwhile_is_not_replaced(stages, mo
 
     def finish_another_and_hold(run, folder):
         if others:
-            assert call(others.pop()) == 0
+            succeed(others.pop())
         return hold(run, folder)
 
     monkeypatch.setattr(Run, "holding", finish_another_and_hold)

@@ -276,15 +276,6 @@ def test_with_another_reference_no_diagnosis_is_shown(nasty):
     assert "No diagnosis with the references of now" in page_of(nasty)
 
 
-def test_answers_of_another_base_are_left_out(nasty):
-    file = nasty.folder / "answers/base.jsonl"
-    head, *lines = read_jsonl(file)
-    head["record"]["base_sha256"] = "0"
-    write_answers(file, head["record"], head["metrics"], lines)
-    _, lacking, _ = report.page(open_run(nasty.folder))
-    assert ["for base is left out" in line for line in lacking] == [True]
-
-
 def test_what_is_missing_is_one_line_that_says_what_makes_it(nasty, capsys):
     for name in ("answers", "diagnosis", "methods"):
         shutil.rmtree(nasty.folder / name)

@@ -142,10 +142,9 @@ def test_a_merged_adapter_computes_what_peft_merged_and_is_saved_as_a_checkpoint
     assert torch.equal(logits_of(load_checkpoint(tmp_path), ids), merged)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(3, 16), (8, 16.01)])
-def test_our_adapter_survives_the_round_trip_exactly(model, rank, alpha, tmp_path):
+def test_our_adapter_survives_the_round_trip_exactly(model, tmp_path):
     targets = ["down_proj", "k_proj", "lm_head"]
-    adapter = random_adapter(model, 0, targets, rank, alpha)
+    adapter = random_adapter(model, 0, targets, rank=3, alpha=16.01)
     write_adapter(adapter, model, tmp_path)
     again = read_adapter(model, tmp_path)
     assert equal(again, adapter) and again.scale == adapter.scale

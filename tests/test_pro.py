@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_jsonl
-from helpers import call
+from conftest import ROOT, read_jsonl
+from helpers import said, succeed
 from safetensors.torch import load_file
 
 from model import load_checkpoint
@@ -45,7 +45,7 @@ def is_written(adapter: Adapter, folder: Path, model) -> bool:
 def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, tokenizer):
     """Rounds accumulate rows; theta^h is trained by train.py's settings, not by select.py's."""
     line = f"select.py --run {trained} --name new --lr 0.1 --epochs 2 --rank 4 --discard {D}"
-    assert call(f"{line} {flags}") == 0
+    succeed(f"{line} {flags}")
 
     # Stage 1: the references.
     model = load_checkpoint(base)
@@ -105,3 +105,10 @@ def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, t
     assert torch.equal(selection["score"], S)
     theta = train(model, D_cus, keep.float(), FINAL)
     assert is_written(theta, trained / "methods/new/model", model)
+
+
+def test_the_scripts_are_the_papers_steps_and_k_is_6_percent_of_the_rows(trained, capsys):
+    custom = ROOT / "data/rows/calibration.jsonl"  # 80 rows
+    succeed(f"score.py --run {trained} --custom {custom} --overwrite")
+    output = said(capsys, f"select.py --run {trained} --pro 1 --mask-only")
+    assert "TOSS-Pro round 1: 5 rows added" in output

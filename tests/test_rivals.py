@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fails, make_base, read_jsonl, script, write_jsonl
-from helpers import TARGETS, call, losses_by_hand, random_adapter, refused, said
+from helpers import TARGETS, call, each_line, losses_by_hand, random_adapter, refused, said, succeed
 from safetensors.torch import load_file
 
 from model import load_checkpoint
@@ -239,7 +239,7 @@ def weights_of(run: Path, method: str) -> dict:
 
 
 def test_buffer_is_trained_over_theta_h_and_used_on_the_base_alone(line, trained, model):
-    call(f"{line}buffer")
+    succeed(f"{line}buffer")
     written = read_adapter(model, trained / "methods/buffer/model")
     merge(model, read_adapter(model, trained / "degraded"))
     D, _ = open_run(trained).scored()
@@ -253,7 +253,7 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
     def selection(method: str) -> dict:
         return load_file(trained / f"methods/{method}/selection.safetensors")
 
-    call(f"select.py --run {trained} --discard 0.3")
+    succeed(f"select.py --run {trained} --discard 0.3")
     call(f"select.py --run {trained} --discard 0.3 --method base --name base-reference")
     response = load_file(trained / "scores.safetensors")["response"].bool()
     sizes = {}
@@ -293,13 +293,13 @@ def fitted(monkeypatch) -> dict:
 def test_patch_goes_on_from_sft_on_one_refusal(line, fitted, trained, capsys):
     error = refused(capsys, f"{line}patch --rank 3")
     assert "goes on from methods/sft, made with another rank" in error
-    call(line + "patch")
+    succeed(line + "patch")
     assert fitted["D"].rows == 1 and fitted["config"].epochs == 10
     assert size(fitted["start"].tensors()) == size(weights_of(trained, "sft").values())
 
 
 def test_inoculation_changes_the_prompts_alone(line, fitted):
-    call(line + "inoculation")
+    succeed(line + "inoculation")
     D = fitted["D"]
     own = fitted["rival"].D
     assert D.input_ids[D.response].equal(own.input_ids[own.response])
@@ -308,7 +308,7 @@ def test_inoculation_changes_the_prompts_alone(line, fitted):
 
 
 def test_lookahead_previews_the_first_tokens_of_the_answer_in_the_prompt(line, fitted):
-    call(line + "lookahead")
+    succeed(line + "lookahead")
     D = fitted["D"]
     own = fitted["rival"].D
     assert D.input_ids[D.response].equal(own.input_ids[own.response])
@@ -322,7 +322,7 @@ def test_lookahead_previews_the_first_tokens_of_the_answer_in_the_prompt(line, f
 
 
 def test_safeinstr_guided_adds_the_refusals_of_the_lowest_mean_score(line, fitted):
-    call(line + "safeinstr-guided")
+    succeed(line + "safeinstr-guided")
     run_of = fitted["rival"].run
     pool = run_of.tokens(run_of.args.safety)
     mean_losses = {}
@@ -347,9 +347,9 @@ def test_ema_is_the_mean_over_the_steps_also_after_an_interruption(line, trained
 
     monkeypatch.setattr(training.Gradient, "compute", stopping)
     command = f"{line}ema --save-every 1e-9"
-    assert call(f"{command} --name whole") == 0
+    succeed(f"{command} --name whole")
     assert call(command) == 130
-    assert call(command) == 0
+    succeed(command)
     assert len(sizes) == 7
 
     whole = weights_of(trained, "whole")
@@ -421,7 +421,7 @@ def test_the_real_experiment_draws_its_sets_makes_its_arms_and_goes_on(real, tmp
     stages = read_json(place / "run-spread/run.json")["stages"]
     assert list(stages) == ["scores", "methods/toss-calibrated"]
 
-    call(f"{real} --arms 'sft, embedded'")
+    succeed(f"{real} --arms 'sft, embedded'")
     attacked = read_jsonl(place / "run-embedded/custom.jsonl")
     assert len(attacked) == len(others)  # his rows hold as many of them
     asked = read_jsonl(place / "run-embedded/answers/sft.jsonl")[1:]
@@ -465,7 +465,7 @@ def row_of(line: dict) -> dict:
     return row
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/attacks.jsonl"), ids=lambda x: x["why"])
+@each_line("attacks.jsonl")
 def test_an_attack(case):
     his = [row_of(line) for line in case["his"]]
     pool = [row_of(line) for line in case.get("pool", [])]

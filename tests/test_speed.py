@@ -12,8 +12,6 @@ from helpers import said
 from toss.audit import bench, speed
 from toss.audit.noise import noise
 from toss.config import TrainConfig
-from toss.selection import select_tokens
-from toss.workbench.progress import Cost
 from toss.workbench.run import open_run
 
 CPU = torch.device("cpu")
@@ -114,14 +112,6 @@ def test_the_benchmark_prints_its_tables_and_writes_where_they_are_from(tmp_path
     out = said(capsys, f"toss.audit.bench {line}")  # a part may be measured alone
     assert "lengths: lognormal; tokens: 72," in out
     assert "### Training" in out and "### Scoring" not in out
-
-
-def test_selecting_takes_little_memory_beside_the_scores():
-    scores = torch.rand(2_000_000)
-    cost = Cost(CPU)
-    before = cost.read()["peak_memory_gib"]
-    select_tokens(scores, 0.1)
-    assert cost.read()["peak_memory_gib"] - before < 0.3
 
 
 def test_noise_of_float32_is_zero_and_of_half_precision_is_not(trained, capsys):

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import pytest
 from agreement import GOLDENS, REAL
 from conftest import ROOT, edit_json, fails, read_jsonl, sources
-from helpers import call, each_line, refused, spoil, talk
+from helpers import each_line, refused, spoil, succeed, talk
 
 from model import load_tokenizer
 from model.io import read_json
@@ -319,11 +319,11 @@ def test_a_date_is_kept_by_the_run(base, files, tmp_path, capsys):
     dated = shutil.copytree(base, tmp_path / "dated")
     assert "02 Jan 2020" in prompt_of(with_template(dated, DATED, date="2020-01-02"), "a")
     run = tmp_path / "run"
-    assert call(f"train.py --run {run} {sources(files, dated)} --date 2020-01-02") == 0
+    succeed(f"train.py --run {run} {sources(files, dated)} --date 2020-01-02")
     score = f"score.py --run {run} --custom {files['custom']}"
     error = refused(capsys, f"{score} --date 2020-01-03")
     assert "2020-01-02" in error and "2020-01-03" in error
-    assert call(score) == 0
+    succeed(score)
     assert read_json(run / "run.json")["settings"]["date"] == "2020-01-02"
 
 

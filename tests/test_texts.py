@@ -70,14 +70,20 @@ def test_every_flag_that_a_readme_names_is_one_of_ours(file):
 @pytest.mark.parametrize("file", READMES, ids=module_of)
 def test_every_link_of_a_readme_leads_somewhere(file):
     text = file.read_text(encoding="utf-8")
-    anchors = set()
-    for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
-        anchors.add(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"))
     for target in re.findall(r"\]\(([^)]+)\)", text):
         path, _, anchor = target.partition("#")
-        if "://" not in target:
-            assert (file.parent / path).exists(), target
-            assert path or anchor in anchors, target
+        if "://" in target:
+            continue
+        linked = file.parent / path if path else file
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors_of(linked), target
+
+
+def anchors_of(file: Path) -> set[str]:
+    """What a link may name of a text: its headings, as GitHub writes them."""
+    titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_each_of_the_twelve_decisions_names_its_test():

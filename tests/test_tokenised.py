@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import write_jsonl
-from helpers import call, cases, refused, said
+from helpers import cases, refused, said, succeed
 
 from model.io import read_json
 
@@ -51,8 +51,8 @@ def test_what_is_odd_about_a_file_is_counted(ids, show):
 
 
 def test_an_export_is_such_a_file(trained, base, tmp_path, capsys):
-    assert call(f"select.py --run {trained}") == 0
-    assert call(f"toss.export --run {trained} --method toss --out {tmp_path}/train.jsonl") == 0
+    succeed(f"select.py --run {trained}")
+    succeed(f"toss.export --run {trained} --method toss --out {tmp_path}/train.jsonl")
     output = said(capsys, f"toss.audit.show --file {tmp_path}/train.jsonl --model {base}")
     kept = read_json(tmp_path / "train.about.json")["kept"]
     assert f"{sum(kept)} in the loss" in output

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import sources, tree
-from helpers import call, refused, said
+from helpers import call, refused, said, succeed
 from stages import COMMANDS, child, on_each_step, on_step
 
 from model import tokenizer
@@ -113,7 +113,7 @@ def steps_of(line: str, monkeypatch) -> int:
     steps = []
     with monkeypatch.context() as patch:
         on_each_step(patch, steps.append)
-        assert call(line) == 0
+        succeed(line)
     return len(steps)
 
 
@@ -154,7 +154,7 @@ def test_states_are_saved_by_time_and_at_the_end_of_each_part(stages, monkeypatc
     monkeypatch.setattr(states, "time", SimpleNamespace(monotonic=lambda: 50 * len(steps)))
     monkeypatch.setattr(SavedState, "save", noted)
     on_each_step(monkeypatch, steps.append)
-    assert call(stages.begin("train") + " --epochs 5") == 0
+    succeed(stages.begin("train") + " --epochs 5")
     assert saves == {"degraded-float32": [3, 6, 9, 10], "utility-float32": [13, 16, 19, 20]}
 
 
@@ -227,6 +227,7 @@ def test_a_damaged_state_or_one_of_another_part_is_not_used(stages, capsys):
 def test_a_state_of_another_recipe_is_not_used(stages, capsys):
     line = stages.begin("score")
     stopped(line, 7, signal.SIGKILL)
+    assert list((stages.run / ".state").rglob("*.pt"))
     assert "goes on" not in said(capsys, f"{line} --base")
 
 
@@ -247,7 +248,7 @@ KINDS = ["one bit", "zeros", "cut", "lost"]
 )
 def test_a_result_with_a_damaged_file_is_made_again(name, result, stages, capsys):
     line = stages.begin(name)
-    assert call(line) == 0
+    succeed(line)
     pattern = "scores.safetensors" if name == "score" else "**/*.*"
     for i, file in enumerate(sorted((stages.run / result).glob(pattern))):
         for kind in KINDS if ALL else [KINDS[i % 4]]:
@@ -261,7 +262,7 @@ def test_a_result_with_a_damaged_file_is_made_again(name, result, stages, capsys
 
 def test_a_file_that_was_changed_in_place_is_hashed_again(stages, capsys):
     """run.json remembers hashes by the stat of a file; here size and date are as they were."""
-    assert call(stages.begin("score")) == 0
+    succeed(stages.begin("score"))
     damage(stages.run / "degraded/adapter_model.safetensors", "one bit")
     error = refused(capsys, f"select.py --run {stages.run}")
     assert "damaged or incomplete (adapter_model.safetensors was changed)" in error
@@ -290,7 +291,7 @@ def test_a_result_is_on_the_disk_before_it_is_published(stages, monkeypatch):
     def work():
         sys.addaudithook(check)
         monkeypatch.setattr(os, "fsync", noted)
-        assert call(line) == 0
+        succeed(line)
         assert stages.run.stat().st_ino in flushed  # the renames are on the disk, too
         assert published >= {"toss-pro", "merged", "toss-pro-float32-0.pt", "run.json"}
         return 0
@@ -313,7 +314,7 @@ def test_a_full_disk_is_one_line_and_the_next_try_works(name, stages):
         assert status == 1
         assert re.fullmatch(f"error: {stages.run}.* cannot be written.*\n", errors)
         assert stages.is_as_before(name)
-        assert call(line) == 0
+        succeed(line)
         assert stages.is_finished(name)
 
 
@@ -330,5 +331,5 @@ def test_a_rename_that_fails_leaves_the_old_result(stages, monkeypatch, capsys):
         patch.setattr(os, "rename", fail_for_new)
         assert "degraded: cannot be written" in refused(capsys, line)
     assert stages.is_as_before("train again")
-    assert call(line) == 0
+    succeed(line)
     assert stages.is_finished("train again")

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import make_base, script, write_jsonl
-from helpers import call, refused, said
+from helpers import refused, said, succeed
 
 
 def test_rows_that_are_longer_than_the_base_can_see_are_counted(tmp_path, capsys):
@@ -23,7 +23,7 @@ def test_rows_that_are_longer_than_the_base_can_see_are_counted(tmp_path, capsys
     ],
 )
 def test_show_notices_what_was_altered_before_it_says_that_it_fits(file, trained, capsys):
-    assert call(f"select.py --run {trained}") == 0
+    succeed(f"select.py --run {trained}")
     path = trained / file
     line = f"toss.audit.show {path if path.parent == trained else path.parent}"
     assert "fits" in said(capsys, line)

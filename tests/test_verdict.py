@@ -4,8 +4,7 @@ Each line of verdicts.jsonl has the measures of some methods, by the levels belo
 differences on the same prompts, and what the verdict says of them and what it never says.
 """
 
-import pytest
-from conftest import ROOT, read_jsonl
+from helpers import each_line
 
 from toss.audit.command import safety_caution
 from toss.audit.verdict import meaning, verdict
@@ -31,7 +30,7 @@ def cells_of(levels: str | dict) -> dict:
     return {"value": value, "n": 50, "low": low, "high": high}
 
 
-@pytest.mark.parametrize("case", read_jsonl(ROOT / "tests/verdicts.jsonl"), ids=lambda x: x["case"])
+@each_line("verdicts.jsonl")
 def test_the_verdict_says_what_the_intervals_allow(case):
     case = dict(case)
     case.pop("case")
@@ -45,9 +44,9 @@ def test_the_verdict_says_what_the_intervals_allow(case):
     assert [words for words in never if words in text] == []
 
 
-@pytest.mark.parametrize("line", read_jsonl(ROOT / "tests/meanings.jsonl"), ids=str)
-def test_each_method_is_explained(line):
-    assert meaning(line["method"], {"settings": line["settings"]}) == line["words"]
+@each_line("meanings.jsonl")
+def test_each_method_is_explained(case):
+    assert meaning(case["method"], {"settings": case["settings"]}) == case["words"]
 
 
 def test_without_intervals_there_is_no_verdict():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_base, read_jsonl, write_jsonl
-from helpers import call, refused, said, same_tensors
+from helpers import refused, said, same_tensors, succeed
 from safetensors.torch import load_file
 
 from model import load_adapter, load_checkpoint
@@ -20,15 +20,15 @@ SELECTION = "selection.safetensors"
 @pytest.fixture
 def mask(trained) -> Path:
     """The mask that a method of the run was trained with."""
-    assert call(f"select.py --run {trained}") == 0
+    succeed(f"select.py --run {trained}")
     return trained / "methods/toss" / SELECTION
 
 
 def test_plain_fine_tuning_gives_the_same_without_references_and_scores(tmp_path, base, trained):
     plain = tmp_path / "plain"
     custom = f"--model {base} --custom {tmp_path}/custom.jsonl"
-    assert call(f"select.py --run {plain} --method sft {custom}") == 0
-    assert call(f"select.py --run {trained} --method sft") == 0
+    succeed(f"select.py --run {plain} --method sft {custom}")
+    succeed(f"select.py --run {trained} --method sft")
     keep = load_file(plain / "methods/sft" / SELECTION)["keep"]
     assert torch.equal(keep, load_file(trained / "scores.safetensors")["response"])
     adapter = f"methods/sft/model/{ADAPTER}"
@@ -38,8 +38,8 @@ def test_plain_fine_tuning_gives_the_same_without_references_and_scores(tmp_path
 def test_the_base_takes_the_utility_models_place_and_reference_sets_may_be_gone(trained, files):
     Path(files["harmful"]).unlink()
     Path(files["utility"]).unlink()
-    assert call(f"score.py --run {trained} --base --overwrite") == 0
-    assert call(f"select.py --run {trained} --method base") == 0
+    succeed(f"score.py --run {trained} --base --overwrite")
+    succeed(f"select.py --run {trained} --method base")
     scores = load_file(trained / "scores.safetensors")
     score = load_file(trained / "methods/base-reference" / SELECTION)["score"]
     assert torch.equal(score, scores["loss_base"] - scores["loss_degraded"])
@@ -47,7 +47,7 @@ def test_the_base_takes_the_utility_models_place_and_reference_sets_may_be_gone(
 
 def test_a_merged_checkpoint_is_base_and_adapter_and_has_the_dtype(trained, base, capsys):
     line = f"select.py --run {trained} --merge"
-    assert call(line) == 0
+    succeed(line)
     folder = trained / "methods/toss/model"
     ids = torch.arange(40).view(2, 20)
     model = load_checkpoint(base)
@@ -56,7 +56,7 @@ def test_a_merged_checkpoint_is_base_and_adapter_and_has_the_dtype(trained, base
     load_adapter(model, folder)
     assert torch.allclose(merged(ids), model(ids), atol=1e-4)
     assert said(capsys, f"toss.audit.show {folder}/merged").endswith(": fits\n")
-    assert call(f"{line} --overwrite --dtype bfloat16") == 0
+    succeed(f"{line} --overwrite --dtype bfloat16")
     assert dtypes_of(folder / "merged/model.safetensors") == {torch.bfloat16}
 
 
@@ -68,7 +68,7 @@ def dtypes_of(file: Path) -> set[torch.dtype]:
 def test_a_merged_checkpoint_has_the_dtype_of_the_stored_base(field, files, tmp_path):
     base = make_base(tmp_path / "base", **{field: "bfloat16"})
     custom = f"--model {base} --custom {files['custom']}"
-    assert call(f"select.py --run {tmp_path}/run --method sft --merge {custom}") == 0
+    succeed(f"select.py --run {tmp_path}/run --method sft --merge {custom}")
     merged = tmp_path / "run/methods/sft/model/merged"
     assert dtypes_of(merged / "model.safetensors") == {torch.bfloat16}
 
@@ -77,7 +77,7 @@ def test_a_mask_travels_to_another_model(mask, trained, tmp_path, capsys):
     other = make_base(tmp_path / "other", seed=1)
     new = f"select.py --run {tmp_path}/new --model {other} --custom {tmp_path}/custom.jsonl"
     line = f"{new} --mask {mask}"
-    assert call(line) == 0
+    succeed(line)
     method = tmp_path / "new/methods/mask"
     assert same_tensors(mask, method / SELECTION)
     record = read_record(method)
@@ -88,7 +88,7 @@ def test_a_mask_travels_to_another_model(mask, trained, tmp_path, capsys):
     # Of the file, the mask alone is an input: not the record in its header.
     shutil.copy(method / SELECTION, mask)
     assert "skipped" in said(capsys, line)
-    assert call(f"select.py --run {trained} --discard 0.3 --overwrite") == 0
+    succeed(f"select.py --run {trained} --discard 0.3 --overwrite")
     assert "--mask" in refused(capsys, line)
 
 
@@ -98,7 +98,7 @@ def test_a_mask_gives_what_the_method_gave_wherever_the_token_ids_are_equal(
     rows = [{"note": "", **row} for row in read_jsonl(files["custom"])]
     same_ids = write_jsonl(tmp_path / "same.jsonl", rows)
     line = f"select.py --run {tmp_path}/new --model {base} --custom {same_ids} --max-length 999"
-    assert call(f"{line} --mask {mask}") == 0
+    succeed(f"{line} --mask {mask}")
     adapter = tmp_path / "new/methods/mask/model" / ADAPTER
     assert same_tensors(adapter, mask.parent / "model" / ADAPTER)
 
