@@ -452,6 +452,10 @@ def test_an_overflow_in_float16_falls_back_with_a_warning(tmp_path, files, capsy
 
     # As if these scores were in float16: a round of TOSS-Pro begins with it and falls back once.
     record = read_record(scores)
-    save_tensors(load_file(scores), scores, {**record, "dtype": "float16"})
+    tensors = load_file(scores)
+    tensors["loss_utility"] += 1 * tensors["response"]  # rounded, say
+    save_tensors(tensors, scores, {**record, "dtype": "float16"})
     assert said(capsys, f"select.py --run {run} --pro 1").count("scoring again in tf32") == 1
-    assert made_from(run / "methods/toss-pro/round-1/scores.safetensors")["dtype"] == "tf32"
+    round_1 = run / "methods/toss-pro/round-1/scores.safetensors"
+    assert made_from(round_1)["dtype"] == "tf32"
+    assert torch.allclose(load_file(round_1)["loss_utility"], expected, rtol=1e-4)

@@ -247,8 +247,12 @@ class Folder(Base):
             reason = "both references give each token the same loss, so every S is 0"
             advice = "train them on different rows, with train.py --overwrite"
             raise InputError(f"{path}: {reason}: {advice}")
-        if self.args.custom not in self.datasets:  # at first; an overflow may change it later
-            self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
+        # What is compared is scored alike: what follows in the dtype of the scores, and after an
+        # overflow the scores again.
+        if self.args.custom not in self.datasets:
+            self.dtypes["score"] = record["dtype"]
+        elif needed and (record["dtype"], self.dtypes["score"]) == ("float16", "tf32"):
+            losses = {model: self.score(f"scores-{model}", model, tokens) for model in losses}
         self.datasets[self.args.custom] = tokens
         return tokens, losses
 
