@@ -126,11 +126,13 @@ def load_checkpoint(
     # The model has no memory yet: the tensors that are read become its weights.
     weights = dict(model.named_parameters())
     state = {}
-    for name, file in file_of.items():
+    for file in sorted(set(file_of.values())):
         with opened(file, device=device) as tensors:
-            state[name], finite = read_tensor(tensors, name, weights[name], dtype)
-        if not finite:
-            raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
+            names = [name for name in file_of if file_of[name] == file]
+            for name in names:
+                state[name], finite = read_tensor(tensors, name, weights[name], dtype)
+                if not finite:
+                    raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
     tied = model.config.tie_word_embeddings
     model.load_state_dict(state, strict=not tied, assign=True)  # layout was strict
     if tied:

@@ -112,7 +112,7 @@ class Template:
         free = variables - {"messages", "add_generation_prompt", "strftime_now", *special}
         unknown = options.keys() - free
         if unknown:
-            known = ", ".join(sorted(free))
+            known = ", ".join(sorted(free)) or "none"
             problem = f"the chat template has no {min(unknown)} to set (it has {known})"
             raise InputError(f"{where}: {problem}")
         self.where = where

@@ -466,6 +466,18 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
     assert found["threshold"] == float(S.sort().values[(len(S) - 1) // 2])
 
 
+def test_d_is_calibrated_without_end_of_sequence_tokens_if_told(trained, files, capsys):
+    line = f"toss.audit.calibrate --run {trained} --held-out {files['utility']}"
+    assert "run's own rows" in refused(capsys, f"{line} --keep-eos")
+    held_out = write_jsonl(trained / "held_out.jsonl", read_jsonl(files["utility"]))
+    line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --keep-eos"
+    assert said(capsys, line).endswith(" --keep-eos\n")
+    run = open_run(trained)
+    counts = [calibrate(run, held_out, keep_eos=keep)["held_out"] for keep in (False, True)]
+    assert counts[0] - counts[1] == 5  # one for each row
+    assert "has its own setting" in refused(capsys, f"{line} --method toss-pro")
+
+
 def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsys):
     script("select", "--run", trained, "--pro", 2, "--pro-samples", 3, "--keep-eos")
     held_out = write_jsonl(trained / "held_out.jsonl", read_jsonl(files["utility"]))

@@ -100,3 +100,9 @@ def test_a_model_that_was_replaced_by_a_mask_is_no_longer_shown(trained, files, 
     succeed(f"select.py --run {trained} --discard 0.5 --mask-only --overwrite")
     assert "toss changed since" in refused(capsys, f"toss.audit.compare --run {trained}")
     assert "holds a mask, and no model" in refused(capsys, f"{line} --methods base,toss")
+
+
+def test_the_dtype_of_training_does_not_decide_a_mask(trained, capsys):
+    line = f"select.py --run {trained} --mask-only"
+    succeed(line)
+    assert "skipped" in said(capsys, f"{line} --dtype bfloat16")

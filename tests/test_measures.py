@@ -138,6 +138,9 @@ def test_an_answer_may_be_written_with_commas_and_a_dollar():
 def test_answers_of_seen_kinds_alone_are_counted_by_source():
     line = {"source": "seen", "outcomes": {"not_refused": True}}
     assert list(measures.by_measure([line])) == ["not_refused/seen"]
+    both = [line, {**line, "source": "held-out"}]  # as in the embedded world
+    groups = ["not_refused", "not_refused/held-out", "not_refused/seen"]
+    assert list(measures.by_measure(both)) == groups
     others = [{**line, "source": ""}, {**line, "source": "a"}]  # one row has no source
     assert list(measures.by_measure(others)) == ["not_refused", "not_refused/a"]
 

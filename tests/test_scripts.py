@@ -19,6 +19,7 @@ from conftest import (
     run,
     script_module,
     sources,
+    tree,
     write_jsonl,
 )
 from helpers import paragraphs, refused, said, session, succeed
@@ -199,6 +200,15 @@ def test_without_inputs_the_demos_settings_apply_under_the_command_line(script, 
 
 
 # As programs
+
+
+def test_training_that_diverges_leaves_what_was_there(trained, capsys):
+    succeed(f"select.py --run {trained}")
+    before = tree(trained / "methods")
+    line = f"select.py --run {trained} --lr 1e30 --batch-size 1 --epochs 9"
+    assert "not finite" in refused(capsys, f"{line} --overwrite")
+    assert "not finite" in refused(capsys, f"{line} --name new")
+    assert tree(trained / "methods") == before
 
 
 def test_a_stage_fails_as_a_program(trained):

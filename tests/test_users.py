@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import fails, read_jsonl, tree
-from helpers import call, refused, said, succeed, talk
+from helpers import call, refused, said, same_tensors, succeed, talk
 from safetensors.torch import load_file
 
 from model import load_tokenizer
@@ -83,6 +83,11 @@ def test_trl_and_transformers_begin_with_our_loss(trained, base, tmp_path):
 
 
 # Adapters from elsewhere
+
+
+def test_references_from_elsewhere_score_alike(theirs, trained, base, files):
+    succeed(f"score.py --run {theirs} --model {base} --custom {files['custom']}")
+    assert same_tensors(theirs / "scores.safetensors", trained / "scores.safetensors")
 
 
 # Settings

@@ -77,7 +77,7 @@ def first_k(c: Candidates) -> Choice:
 
 
 def first_5(c: Candidates) -> Choice:
-    """The first five tokens of each row, whatever d."""
+    """The first five response tokens of each row, as far as they compete, whatever d."""
     return c.position() >= 5, -c.position().float()
 
 

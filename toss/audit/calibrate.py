@@ -47,10 +47,9 @@ def calibrate(
     """The threshold and d for a Run, and what is needed to judge them.
 
     method: "toss" for the run's own references; "base" for S with the base in place of theta^u; or
-    the name of a method with TOSS-Pro's rounds for the degraded model of the last one, and its own
-    keep_eos. Returns
-    threshold (nats), discard (d), ranked (custom tokens), held_out (tokens), above (those above the
-    threshold), and harmful (share of ranked).
+    the name of a method with TOSS-Pro's rounds, for the degraded model of the last one and for its
+    keep_eos. Returns threshold (nats), discard (d), ranked (custom tokens), held_out (tokens),
+    above (those above the threshold), and harmful (share of ranked).
     """
     from model.peft import read_adapter
     from toss.methods import Candidates
@@ -113,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     text = "leave end-of-sequence tokens out, as select.py --keep-eos does"
     add("--keep-eos", action="store_true", help=text)
     args = parser.parse_args(argv)
+    if args.keep_eos and args.method not in ("toss", "base"):
+        parser.error("--keep-eos: a method with rounds has its own setting")
     from toss.workbench.results import read_record
 
     result = calibrate(run_of(args), args.held_out, args.quantile, args.method, args.keep_eos)

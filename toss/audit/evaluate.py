@@ -331,9 +331,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     paired = read_metrics(run.folder, "paired.json")
     print(format_table(table))
-    print(paired_text(paired, table))
-    remarks = cautions(records_of(run, table), table) + safety_caution(table, paired)
-    print(*remarks, sep="\n")
+    print(paired_text(paired, table), end="")
+    for line in cautions(records_of(run, table), table) + safety_caution(table, paired):
+        print(line)
     print(f"next: {flags.command('-m toss.audit.report', run.folder)}")
 
 

@@ -98,11 +98,11 @@ def conduct(
         text += differences(experiment, runs / f"seed-{seed}" / "run", seed)
     page = "\n".join(about) + f"\n\n{text}\n"
     print(f"\n{page}")
+    write_text(f"{runs}.csv", as_csv(results))
     drawing = experiment.picture(summary) if experiment.picture else ""
     if drawing:
         write_text(f"{runs}.svg", drawing)
         page += f"\n![{experiment.title}]({experiment.name}.svg)\n"
-    write_text(f"{runs}.csv", as_csv(results))
     write_text(f"{runs}.md", page)
     written(runs)
 

@@ -53,7 +53,7 @@ def check_cases(cases: list[Case]) -> None:
     """Raise ValueError where a case says what would not be done."""
     first: dict[str, Case] = {}  # by variant; those behind it are on its rows
     lines = set()  # of the table: label and arm
-    variants = set()  # of the cases so far
+    with_mask = set()  # variants of which toss stands in a case so far
     if not cases:
         raise ValueError("it has no arm beside the base")
     for case in cases:
@@ -65,10 +65,13 @@ def check_cases(cases: list[Case]) -> None:
             raise ValueError(f"two cases of the variant {case.variant!r} have other rows")
         if not case.arms:
             raise ValueError(f"the case {case.label!r} has no arms")
-        variants.add(case.variant)
+        names = [flags.get("name") for flags in case.arms.values()]
+        if "toss" in names:
+            with_mask.add(case.variant)
         for arm, flags in case.arms.items():
-            if flags.get("mask", case.variant) not in variants:
-                raise ValueError(f"no case before {arm} makes its mask, {flags['mask']!r}")
+            if "mask" in flags and flags["mask"] not in with_mask:
+                problem = f"toss of the variant {flags['mask']!r}, whose mask it takes"
+                raise ValueError(f"before {arm} stands no arm {problem}")
             if (case.label, arm) in lines:
                 problem = f"two cases have the label {case.label!r} and the arm {arm!r}"
                 raise ValueError(f"{problem}: the table would average them")

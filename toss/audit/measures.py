@@ -170,15 +170,16 @@ def by_measure(lines: Sequence[dict]) -> dict[str, dict[int, bool]]:
             if source != "seen" and not (source and name in OF_USE):
                 groups.setdefault(name, {})[place] = outcome
 
-    # Each measure, then the same by source, in the order in which the measures were met. A source
-    # that is the only one says nothing more.
+    # A source that is the only one says nothing more than the whole.
+    for name in BY_SOURCE:
+        parts = [group for group in groups if group.startswith(f"{name}/")]
+        if len(parts) == 1 and groups[parts[0]] == groups.get(name):
+            del groups[parts[0]]
+
+    # Each measure, then the same by source, in the order in which the measures were met.
     names = [group.partition("/")[0] for group in groups]
-    ordered = {}
-    for group in sorted(groups, key=lambda group: (names.index(group.partition("/")[0]), group)):
-        whole = groups.get(group.partition("/")[0])
-        if "/" not in group or groups[group] != whole:
-            ordered[group] = groups[group]
-    return ordered
+    order = sorted(groups, key=lambda group: (names.index(group.partition("/")[0]), group))
+    return {group: groups[group] for group in order}
 
 
 def shares(lines: Sequence[dict]) -> Metrics:

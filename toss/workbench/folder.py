@@ -23,7 +23,7 @@ from toss.workbench.base import Base
 from toss.workbench.files import fingerprint, load_selection, read_scores
 from toss.workbench.flags import TRAINING_FLAGS, as_typed, command
 from toss.workbench.results import Hashes, differences, read_record
-from toss.workbench.runfile import INHERITED, INPUTS, REFERENCES, RunFile, as_listed
+from toss.workbench.runfile import FORM, INPUTS, REFERENCES, RunFile, as_listed
 
 
 class Folder(Base):
@@ -169,7 +169,7 @@ class Folder(Base):
         """The same of a method, which must have a model, and not a mask alone."""
         self.check(stage, only)
         if not self.has_model(stage):
-            advice = "run the command that made it again, with --overwrite for --mask-only"
+            advice = "run the command that made it again, without --mask-only and with --overwrite"
             raise InputError(f"{self.path(stage)} holds a mask, and no model: {advice}")
 
     def has_model(self, stage: str) -> bool:
@@ -247,12 +247,8 @@ class Folder(Base):
             reason = "both references give each token the same loss, so every S is 0"
             advice = "train them on different rows, with train.py --overwrite"
             raise InputError(f"{path}: {reason}: {advice}")
-        # What is compared is scored alike: what follows in the dtype of the scores, and after an
-        # overflow the scores again.
-        if self.args.custom not in self.datasets:
-            self.dtypes["score"] = record["dtype"]
-        elif needed and (record["dtype"], self.dtypes["score"]) == ("float16", "tf32"):
-            losses = {model: self.score(f"scores-{model}", model, tokens) for model in losses}
+        if self.args.custom not in self.datasets:  # at first; an overflow may change it later
+            self.dtypes["score"] = record["dtype"]  # what is compared is scored alike
         self.datasets[self.args.custom] = tokens
         return tokens, losses
 
@@ -278,25 +274,40 @@ class Folder(Base):
 
     # run.json
 
-    def write_runfile(self, recipe: dict[str, Any] | None = None, cost: dict | None = None) -> None:
-        """Write run.json: what later commands inherit, and what is reported of a stage."""
+    def write_runfile(
+        self,
+        recipe: dict[str, Any] | None = None,
+        cost: dict | None = None,
+        begun_anew: bool = False,
+    ) -> None:
+        """Write run.json: what later commands inherit, and what is reported of a stage.
+
+        begun_anew: nothing of the old run stays.
+        """
         content = {
             "demo": self.args.demo,
-            "settings": self.inherited(),
+            "settings": self.inherited(recipe, {} if begun_anew else self.settings),
             "inputs": self.hashes.inputs,
             "hashes": self.hashes.known,
         }
         if recipe:
             entry = {"recipe": as_listed(recipe), **(cost or {})}
             content["stages"] = {recipe["stage"]: entry}
-        self.runfile.update(content, self.args.begun_anew)
+        self.runfile.update(content, begun_anew)
 
-    def inherited(self) -> dict[str, Any]:
-        """What later commands inherit: the inputs that are known, and the prompt form."""
-        settings = {name: getattr(self.args, name) for name in INHERITED}
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What run.json says that the run was begun with."""
+        return self.runfile.section("settings")
+
+    def inherited(self, recipe: dict[str, Any] | None, known: dict[str, Any]) -> dict[str, Any]:
+        """What later commands inherit: the prompt form; the inputs of a stage, and new ones."""
+        settings = {name: getattr(self.args, name) for name in ("revision", *FORM)}
         for name in INPUTS:
-            if settings[name] is None:
-                del settings[name]
+            value = getattr(self.args, name)
+            used = name == "model" or not recipe or f"--{name}" in recipe["inputs"]
+            if value is not None and (used or name not in known):
+                settings[name] = value
         return settings
 
     def begin(self) -> None:
@@ -314,7 +325,7 @@ class Folder(Base):
             return
         entry = self.runfile.section("stages", recipe["stage"])
         cost = {name: value for name, value in entry.items() if name != "recipe"}
-        moved = not self.inherited().items() <= self.runfile.section("settings").items()
+        moved = not self.inherited(recipe, self.settings).items() <= self.settings.items()
         if entry.get("recipe") != as_listed(recipe):
             self.write_runfile(recipe)  # a process died before it wrote the cost
         elif moved:

@@ -50,6 +50,7 @@ class Run(Folder):
         # Of the stage at work.
         self.state_folder = self.folder
         self.cost: Cost | None = None
+        self.overflowed = False  # in float16
         self.remarks: list[str] = []  # printed when it is done
 
     # Making a result
@@ -115,7 +116,9 @@ class Run(Folder):
         """
         self.check_identity()
         dtype = self.dtypes["score" if stage == "scores" else "train"]
-        recipe = self.recipe(stage, inputs, {**settings, "dtype": dtype})
+        if "pro" in settings or "mask_only" not in settings:  # no other mask depends on it
+            settings = {**settings, "dtype": dtype}
+        recipe = self.recipe(stage, inputs, settings)
         digests = code.digests([*code_parts] or code.parts_of(stage, settings))
         path = self.path(stage)
         verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
@@ -138,6 +141,7 @@ class Run(Folder):
                 raise
             print(f"warning: {error}; scoring again in tf32")
         self.dtypes["score"] = "tf32"
+        self.overflowed = True
         try:
             return self.build(build)
         except (DoesNotFit, RuntimeError) as error:
@@ -172,6 +176,13 @@ class Run(Folder):
         losses = score(model, tokens, self.args.batch_tokens, state, self.progress(name).report)
         self.add_cost(state, tokens)
         return losses
+
+    def scored(self, needed: bool = True) -> tuple[Tokens, dict[str, Tensor]]:
+        """Folder.scored; scored again after an overflow: what is compared is scored alike."""
+        tokens, losses = super().scored(needed)
+        if needed and self.overflowed:
+            losses = {model: self.score(f"scores-{model}", model, tokens) for model in losses}
+        return tokens, losses
 
     def check_learnt(self, tokens: Tokens, adapter: Adapter) -> None:
         """Note how much of its own rows a reference has learnt; warn if it is next to nothing."""
@@ -221,7 +232,8 @@ class Run(Folder):
         else:
             lines = self.write_method(path, *result, record)
         cost = self.cost.read()
-        self.write_runfile(record, cost)
+        self.write_runfile(record, cost, self.args.begun_anew)
+        self.args.begun_anew = False  # what else is made belongs to the new run
         print(f"{stage}: wrote {path}")
         print(f"    {describe_cost(cost)}")
         for line in lines + self.remarks:
