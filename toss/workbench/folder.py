@@ -282,7 +282,7 @@ class Folder(Base):
     ) -> None:
         """Write run.json: what later commands inherit, and what is reported of a stage.
 
-        begun_anew: nothing of the old run stays.
+        begun_anew: of the old run only the references' stages stay.
         """
         content = {
             "demo": self.args.demo,
