@@ -115,6 +115,9 @@ def main(argv=None):
     if not args.mask_only:
         settings |= config.recipe()
     stage = f"methods/{args.name}"
+    if args.mask_only and run.has_model(stage) and not args.overwrite:
+        what = f"{run.path(stage)} has a model, and beside it the mask that it was trained with"
+        raise InputError(f"{what}; for another mask give another --name")
     run.make(stage, finetune, inputs_of(args), settings)
     if args.merge:
         run.merge(stage)

@@ -453,6 +453,12 @@ def test_the_real_experiment_needs_rows_enough(real, tmp_path, capsys):
     assert "at least 9 rows are needed" in refused(capsys, real)
 
 
+def test_safelora_needs_another_base_than_the_runs_own(trained, base, capsys):
+    succeed(f"select.py --run {trained} --method sft")
+    line = f"toss.audit.rivals --run {trained} --method safelora --unaligned {base}"
+    assert "is the run's own base" in refused(capsys, line)
+
+
 # The attackers
 
 

@@ -22,7 +22,7 @@ from toss.audit.command import markdown
 from toss.audit.discards import discard_tables, sources_of, token_type
 from toss.audit.tokens import Mask, load_masks, token_texts
 from toss.tokens import Tokens
-from toss.workbench.files import write_scores
+from toss.workbench.files import write_scores, write_selection
 from toss.workbench.run import Run, open_run
 
 TESTS = ROOT / "tests"
@@ -183,6 +183,8 @@ def test_what_a_file_is_and_whether_it_fits(small, tmp_path, base, capsys):
     run = small.folder
     shutil.copy(small.path("scores"), tmp_path / "moved")
     copy = shutil.copytree(run, tmp_path / "copy")
+    few = small.scored()[0].take([0])
+    write_selection(tmp_path / "few.safetensors", few, few.response)
     other = make_base(tmp_path / "other", seed=1)
     model = load_checkpoint(other)
     save_adapter(use(model, random_adapter(model)), tmp_path / "alien")

@@ -3,10 +3,10 @@
     python -m toss.audit.compare                     finish runs/demo and print its table
     python -m toss.audit.compare --run runs/mine     the table of your run, as evaluated
 
-Of the demo, what is missing is run first: its methods, and toss and toss-pro again in RUN-small,
-whose harmful reference set is too small to work alone. Finished work is skipped. Writes
-comparison.md, comparison.json and, where answers were begun, comparison.svg. All methods over
-seeds: python -m toss.audit.experiment methods.
+Of a run on the demo's inputs, what is missing is run first: its methods, and toss and toss-pro
+again in RUN-small, whose harmful reference set is too small to work alone. Finished work is
+skipped. Writes comparison.md, comparison.json and, where `forbidden` was measured after 0, 1, 3, 5
+and 10 tokens, comparison.svg. All methods over seeds: python -m toss.audit.experiment methods.
 """
 
 import sys

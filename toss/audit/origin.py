@@ -7,8 +7,10 @@ from model.checkpoint import base_hash, layout, skeleton
 from model.io import InputError, load_tensors, made_from, read_json
 from model.peft import CONFIG, WEIGHTS, read_adapter
 from toss.audit.characters import harmless
+from toss.workbench.files import fingerprint
 from toss.workbench.results import RECORD, Hashes, inspect
 from toss.workbench.run import Run, open_run
+from toss.workbench.runfile import REFERENCES
 
 INSIDE = ("run.json", RECORD, "config.json", CONFIG, "model.safetensors", WEIGHTS)  # of a folder
 ADAPTER = ("r", "lora_alpha", "use_rslora", "target_modules")  # shown of its configuration
@@ -74,7 +76,10 @@ def origin_of(path: Path, run: Run | None) -> Origin:
     if not record:
         raise InputError(f"{path}: no run directory, adapter or checkpoint, and no result of a run")
     if "stage" not in record:
-        return Origin("a mask of another program", record=record)
+        origin = Origin("a mask of another program", record=record)
+        if run and record.get("tokens_sha256") != fingerprint(run.scored(needed=False)[0]):
+            origin.misfits.append("tokens_sha256")
+        return origin
     return Origin(f"the result of the stage {record['stage']}", record=record)
 
 
@@ -91,7 +96,8 @@ def whole_record(path: Path) -> dict:
 def origin_of_run(run: Run) -> Origin:
     """A run directory; of each stage, whether it was made from what the run holds now."""
     origin = Origin("a run directory")
-    for stage in run.runfile.section("stages"):
+    methods = [f"methods/{path.name}" for path in sorted(run.folder.glob("methods/[!.]*"))]
+    for stage in (*REFERENCES, "scores", *methods):
         if not run.path(stage).exists():
             continue
         origin.lines[stage] = "fits"

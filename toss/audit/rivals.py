@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         args.unaligned = str(resolve(args.unaligned))
         folder = Path(args.unaligned)
         settings["unaligned_sha256"] = base_hash(folder, run.hashes.of_input)
+        if settings["unaligned_sha256"] == run.identity["base_sha256"]:
+            raise InputError(f"--unaligned {folder} is the run's own base")
     if "methods/sft" in inputs:
         config = config_of_sft(run, args)
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class SavedState:
             part = file.stem.removeprefix(f"{self.name}-")
             if part.isdigit():  # else it is of another name, which begins with this one
                 file.unlink()
+        with suppress(OSError):  # it holds other states, or was never made
+            self.folder.rmdir()
 
     def is_due(self, last: bool) -> bool:
         """True if it is time to save, or if this is the last step."""
