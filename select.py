@@ -116,8 +116,8 @@ def main(argv=None):
         settings |= config.recipe()
     stage = f"methods/{args.name}"
     if args.mask_only and run.has_model(stage) and not args.overwrite:
-        what = f"{run.path(stage)} has a model, and beside it the mask that it was trained with"
-        raise InputError(f"{what}; for another mask give another --name")
+        what = f"{run.path(stage)} has a model, and if it was trained here its mask"
+        raise InputError(f"{what}: give another --name, or --overwrite to remove the model")
     run.make(stage, finetune, inputs_of(args), settings)
     if args.merge:
         run.merge(stage)

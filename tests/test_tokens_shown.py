@@ -218,3 +218,5 @@ def test_what_was_made_from_other_files_does_not_fit(small, capsys):
     fails("changed: --custom", mask_of, open_run(small.folder))
     custom.unlink()  # a file that is gone cannot be compared
     assert statuses() == [0, 0, 0, 0]
+    (small.folder / "methods/notes.txt").write_text("no result")
+    assert statuses()[-1] == 0

@@ -65,9 +65,6 @@ def check_cases(cases: list[Case]) -> None:
             raise ValueError(f"two cases of the variant {case.variant!r} have other rows")
         if not case.arms:
             raise ValueError(f"the case {case.label!r} has no arms")
-        names = [flags.get("name") for flags in case.arms.values()]
-        if "toss" in names:
-            with_mask.add(case.variant)
         for arm, flags in case.arms.items():
             if "mask" in flags and flags["mask"] not in with_mask:
                 problem = f"toss of the variant {flags['mask']!r}, whose mask it takes"
@@ -76,6 +73,8 @@ def check_cases(cases: list[Case]) -> None:
                 problem = f"two cases have the label {case.label!r} and the arm {arm!r}"
                 raise ValueError(f"{problem}: the table would average them")
             lines.add((case.label, arm))
+            if flags.get("name") == "toss":
+                with_mask.add(case.variant)
 
 
 def check_rows(rows: dict) -> None:

@@ -8,6 +8,7 @@ from model.io import InputError, load_tensors, made_from, read_json
 from model.peft import CONFIG, WEIGHTS, read_adapter
 from toss.audit.characters import harmless
 from toss.workbench.files import fingerprint
+from toss.workbench.folder import has_record
 from toss.workbench.results import RECORD, Hashes, inspect
 from toss.workbench.run import Run, open_run
 from toss.workbench.runfile import REFERENCES
@@ -77,10 +78,22 @@ def origin_of(path: Path, run: Run | None) -> Origin:
         raise InputError(f"{path}: no run directory, adapter or checkpoint, and no result of a run")
     if "stage" not in record:
         origin = Origin("a mask of another program", record=record)
-        if run and record.get("tokens_sha256") != fingerprint(run.scored(needed=False)[0]):
-            origin.misfits.append("tokens_sha256")
+        if run:
+            compare_tokens(origin, run)
         return origin
     return Origin(f"the result of the stage {record['stage']}", record=record)
+
+
+def compare_tokens(origin: Origin, run: Run) -> None:
+    """Note whether a mask is over the token ids of the run's custom set."""
+    try:
+        tokens, _ = run.scored(needed=False)
+    except InputError as error:
+        origin.lines["tokens"] = f"not compared: {error}"
+        return
+    if origin.record.get("tokens_sha256") != fingerprint(tokens):
+        origin.lines["tokens"] = "other ids than those of the run's custom set"
+        origin.misfits.append("tokens")
 
 
 def whole_record(path: Path) -> dict:
@@ -98,7 +111,9 @@ def origin_of_run(run: Run) -> Origin:
     origin = Origin("a run directory")
     methods = [f"methods/{path.name}" for path in sorted(run.folder.glob("methods/[!.]*"))]
     for stage in (*REFERENCES, "scores", *methods):
-        if not run.path(stage).exists():
+        path = run.path(stage)
+        there = path.exists() if stage == "scores" else has_record(path) or run.has_model(stage)
+        if not there:
             continue
         origin.lines[stage] = "fits"
         try:

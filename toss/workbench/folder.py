@@ -301,12 +301,13 @@ class Folder(Base):
         return self.runfile.section("settings")
 
     def inherited(self, recipe: dict[str, Any] | None, known: dict[str, Any]) -> dict[str, Any]:
-        """What later commands inherit: the prompt form; the inputs of a stage, and new ones."""
+        """What later commands inherit: the prompt form; a stage's inputs, and new or moved ones."""
         settings = {name: getattr(self.args, name) for name in ("revision", *FORM)}
         for name in INPUTS:
             value = getattr(self.args, name)
             used = name == "model" or not recipe or f"--{name}" in recipe["inputs"]
-            if value is not None and (used or name not in known):
+            lost = not Path(known.get(name, "")).is_file()  # not known yet, or moved
+            if value is not None and (used or lost):
                 settings[name] = value
         return settings
 
