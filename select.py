@@ -10,7 +10,7 @@ refines the degraded model over T rounds.
     python select.py --run runs/other --model M2 --custom custom.jsonl --mask SELECTION
     python select.py --run runs/mine --mask-only
 
-SELECTION is a selection.safetensors of another run. Writes RUN/methods/NAME: the mask in
+SELECTION is a selection.safetensors, also of another run. Writes RUN/methods/NAME: the mask in
 selection.safetensors and the adapter in model/; NAME is the method, toss-pro with --pro, or --name.
 With --mask-only there is no adapter; --mask with another --name trains from such a mask.
 """
