@@ -73,7 +73,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def last_part(name: str) -> str:
-    """ "q_proj", say, of a layer's name."""
+    """The last part of the name of a layer, such as q_proj."""
     return name.rpartition(".")[2]
 
 
