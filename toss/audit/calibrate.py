@@ -21,6 +21,7 @@ from toss.audit.command import losses_under, run_of
 from toss.workbench import flags
 
 QUANTILE = 0.99
+OWN = ("toss", "base")  # methods that go by the run's own references
 
 
 def threshold_of(held_out, custom, quantile: float) -> tuple[float, float]:
@@ -63,7 +64,7 @@ def calibrate(
     tokens, L = run.scored()
     reference = "base" if method == "base" else "utility"  # whose losses come first in S
     others = {}
-    if method not in ("toss", "base"):  # the last round's losses and degraded model
+    if method not in OWN:  # the last round's losses and degraded model
         settings = run.check(f"methods/{method}").get("settings", {})
         folder = run.path(f"methods/{method}")
         if not settings.get("pro"):
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "leave end-of-sequence tokens out, as select.py --keep-eos does"
     add("--keep-eos", action="store_true", help=text)
     args = parser.parse_args(argv)
-    if args.keep_eos and args.method not in ("toss", "base"):
+    if args.keep_eos and args.method not in OWN:
         parser.error("--keep-eos: a method with rounds has its own setting")
     from toss.workbench.results import read_record
 
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The command that uses it: TOSS-Pro's with the settings of its rounds
     settings = {"keep_eos": args.keep_eos}
-    if args.method not in ("toss", "base"):
+    if args.method not in OWN:
         settings = read_record(Path(args.run) / "methods" / args.method)["settings"]
     words = [f"--discard {result['discard']}", f"--name {args.method}-calibrated"]
     if args.method == "base":

@@ -8,10 +8,8 @@ from model.io import InputError, load_tensors, made_from, read_json
 from model.peft import CONFIG, WEIGHTS, read_adapter
 from toss.audit.characters import harmless
 from toss.workbench.files import fingerprint
-from toss.workbench.folder import has_record
 from toss.workbench.results import RECORD, Hashes, inspect
 from toss.workbench.run import Run, open_run
-from toss.workbench.runfile import REFERENCES
 
 INSIDE = ("run.json", RECORD, "config.json", CONFIG, "model.safetensors", WEIGHTS)  # of a folder
 ADAPTER = ("r", "lora_alpha", "use_rslora", "target_modules")  # shown of its configuration
@@ -109,12 +107,7 @@ def whole_record(path: Path) -> dict:
 def origin_of_run(run: Run) -> Origin:
     """A run directory; of each stage, whether it was made from what the run holds now."""
     origin = Origin("a run directory")
-    methods = [f"methods/{path.name}" for path in sorted(run.folder.glob("methods/[!.]*"))]
-    for stage in (*REFERENCES, "scores", *methods):
-        path = run.path(stage)
-        there = path.exists() if stage == "scores" else has_record(path) or run.has_model(stage)
-        if not there:
-            continue
+    for stage in run.stages():
         origin.lines[stage] = "fits"
         try:
             run.check(stage)

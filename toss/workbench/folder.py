@@ -110,15 +110,23 @@ class Folder(Base):
         """The identity in the first record that is there; {} if there is none."""
         if self.args.begun_anew:
             return {}
-        methods = sorted(self.folder.glob("methods/[!.]*"))
-        for path in (*map(self.path, (*REFERENCES, "scores")), *methods):
+        for stage in self.stages():
             with suppress(InputError):  # a damaged one is made again
-                record = read_record(path) if path.exists() else {}
+                record = read_record(self.path(stage))
                 if record:
                     return {key: record.get(key) for key in identity}
         return {}
 
     # Results of earlier stages
+
+    def stages(self) -> list[str]:
+        """The names of the results that are there, in the order of the scripts."""
+        methods = [f"methods/{path.name}" for path in sorted(self.folder.glob("methods/[!.]*"))]
+        return [stage for stage in (*REFERENCES, "scores", *methods) if self.exists(stage)]
+
+    def exists(self, stage: str) -> bool:
+        """True if a result is there: with its record, or an adapter that was put there by hand."""
+        return has_record(self.path(stage)) or self.source(stage).exists()
 
     def check(self, stage: str, only: Sequence[str] | None = None) -> dict[str, Any]:
         """The record of an earlier result, which must be there, whole, and fit the run as it is.
@@ -128,8 +136,8 @@ class Folder(Base):
         """
         self.check_identity()
         path = self.path(stage)
-        source = path if has_record(path) else self.source(stage)
-        if not source.exists():
+        if not self.exists(stage):
+            source = self.source(stage)
             others = sorted(folder.name for folder in self.folder.glob("methods/[!.]*"))
             existing = f" (there are {', '.join(others)})" if "/" in stage and others else ""
             raise InputError(f"{source} does not exist{existing}: {self.advice(stage, 'first')}")
