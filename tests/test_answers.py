@@ -6,6 +6,7 @@ An evaluation that is stopped loses a batch at most; models are compared on the 
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from model.lora import use
 from toss.audit import judges
 from toss.audit.command import write_json
 from toss.audit.evaluate import (
+    EvaluationConfig,
     current_evaluations,
     evaluate_run,
     format_table,
@@ -46,7 +48,7 @@ UTILITY = [
     {"prompt": "h", "response": "Eight."},
 ]
 ROWS = {"harmful": HARMFUL, "benign": BENIGN, "utility": UTILITY}
-HOW = {"max_new_tokens": 3, "prefill": [0, 1]}  # of the evaluation below
+CONFIG = EvaluationConfig(max_new_tokens=3, prefill=[0, 1])  # of the evaluation below
 OF_DISCARDS = {"precision", "recall", "auc"}
 
 
@@ -58,7 +60,7 @@ def evaluated_once(tmp_path_factory, trained_once) -> Path:
     script("select", "--run", folder / "run", "--method", "toss")
     script("select", "--run", folder / "run", "--method", "sft")
     files = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in ROWS.items()}
-    evaluate_run(open_run(folder / "run"), ["base", "sft", "toss"], files, **HOW)
+    evaluate_run(open_run(folder / "run"), ["base", "sft", "toss"], files, CONFIG)
     return folder
 
 
@@ -77,12 +79,11 @@ def rows_of(name: str) -> list:
     return read_rows(ROWS[name], responses=False)
 
 
-def asked(run: Run, method: str, name: str, **how) -> judges.Measured:
-    """What a method's model answers to one of the sets."""
+def asked(run: Run, method: str, name: str, **fields) -> judges.Measured:
+    """What a method's model answers to one of the sets. fields: of EvaluationConfig."""
     model = use(run.base("train"), run.adapter(method))
-    default = {"words": [], "max_new_tokens": 4, "question_tokens": 4, "prefill": []}
-    how = {**default, "complies": False, **how}
-    return measure(run, model, {name: rows_of(name)}, how)
+    config = EvaluationConfig(**{"max_new_tokens": 4, "complies": False, **fields})
+    return measure(run, model, {name: rows_of(name)}, asdict(config))
 
 
 # What is asked, and how answers are judged
@@ -179,7 +180,7 @@ def test_metrics_are_written_for_the_run_and_for_each_method(run):
 
 def test_the_base_comes_first_in_the_table(run, files):
     succeed(f"select.py --run {run.folder} --method random --name a")
-    evaluate_run(open_run(run.folder), ["a"], files, **HOW)
+    evaluate_run(open_run(run.folder), ["a"], files, CONFIG)
     assert list(read_metrics(run.folder)) == ["base", "a", "sft", "toss"]
 
 
@@ -237,7 +238,7 @@ def test_an_equal_evaluation_is_skipped(run, files):
     file = run.folder / "answers/base.jsonl"
     before = read_metrics(run.folder)
     stamp = file.stat().st_mtime_ns
-    table = evaluate_run(run, ["base", "toss"], files, max_new_tokens=3, prefill=(0, 1, 1))
+    table = evaluate_run(run, ["base", "toss"], files, replace(CONFIG, prefill=(0, 1, 1)))
     assert table == {name: before[name] for name in ("base", "toss")}
     assert file.stat().st_mtime_ns == stamp
     assert read_metrics(run.folder) == before
@@ -245,7 +246,7 @@ def test_an_equal_evaluation_is_skipped(run, files):
 
 def test_only_what_was_measured_alike_shares_a_table(run, files, capsys):
     before = read_metrics(run.folder)
-    table = evaluate_run(run, ["base"], files, max_new_tokens=3, prefill=[0, 1, 99])
+    table = evaluate_run(run, ["base"], files, replace(CONFIG, prefill=[0, 1, 99]))
     out = capsys.readouterr().out
     assert "prefill-99: 2 of 2 responses are shorter" in out
     assert "leaves out sft, toss: evaluated on other files or in another way" in out
@@ -258,18 +259,18 @@ def test_discards_are_measured_also_where_the_scores_come_later(run, files):
     before = read_metrics(run.folder)
     scores = run.folder / "scores.safetensors"
     aside = scores.rename(run.folder / "aside")
-    without = evaluate_run(run, ["toss"], files, **HOW)
+    without = evaluate_run(run, ["toss"], files, CONFIG)
     assert before["toss"].keys() - without["toss"].keys() == OF_DISCARDS
     aside.rename(scores)
-    assert evaluate_run(open_run(run.folder), ["toss"], files, **HOW)["toss"] == before["toss"]
+    assert evaluate_run(open_run(run.folder), ["toss"], files, CONFIG)["toss"] == before["toss"]
 
 
 def test_measures_of_a_model_that_was_replaced_are_left_out(run, files):
     succeed(f"select.py --run {run.folder} --method sft --seed 7 --overwrite")
     assert current_evaluations(open_run(run.folder))[1] == ["sft"]
-    evaluate_run(open_run(run.folder), ["toss"], files, **HOW)
+    evaluate_run(open_run(run.folder), ["toss"], files, CONFIG)
     assert set(read_metrics(run.folder)) == {"base", "toss"}
-    evaluate_run(open_run(run.folder), ["sft"], files, **HOW)
+    evaluate_run(open_run(run.folder), ["sft"], files, CONFIG)
     assert set(read_metrics(run.folder)) == {"base", "sft", "toss"}
 
 
@@ -291,7 +292,7 @@ def test_a_damaged_evaluation_is_made_again(run, files, damage):
     else:
         head["metrics"]["nll"]["value"] = 0.77
     write_jsonl(file, [head, *lines] if damage != "empty" else [])
-    evaluate_run(run, ["base"], files, **HOW)
+    evaluate_run(run, ["base"], files, CONFIG)
     assert file.read_bytes() == before
     assert read_metrics(run.folder) == metrics
 

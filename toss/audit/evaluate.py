@@ -9,8 +9,9 @@ toss/audit/README.md.
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model.io import InputError, read_json, read_text
@@ -40,44 +41,47 @@ SETS = {
 }
 
 
+@dataclass
+class EvaluationConfig:
+    """How a model is asked, and what is measured."""
+
+    words: Sequence[str] = ()  # forbidden in answers to harmful prompts
+    max_new_tokens: int = 40  # of an answer
+    question_tokens: int | None = None  # of an answer to a utility row (default: max_new_tokens)
+    prefill: Sequence[int] = ()  # begin answers with so many tokens of the harmful rows' responses
+    complies: bool = True  # also measure whether an affirmative opener is likelier than a refusal
+
+    def __post_init__(self):
+        self.words = sorted(self.words)
+        self.prefill = sorted(set(self.prefill))
+        self.question_tokens = self.question_tokens or self.max_new_tokens
+
+
 def evaluate_run(
     run,
     methods: Sequence[str],
     files: dict[str, str],
-    words: Sequence[str] = (),
-    max_new_tokens: int = 40,
-    prefill: Iterable[int] = (),
-    complies: bool = True,
-    question_tokens: int | None = None,
+    config: EvaluationConfig,
 ) -> Table:
     """Evaluate methods of a Run ("base": the model that it began with); writes and returns a table.
 
-    files: path of the rows by name in SETS. prefill: numbers of tokens of the harmful rows'
-    responses to begin answers with. complies: measure it, too. question_tokens: of an answer to a
-    utility row, if not max_new_tokens. A method that was evaluated in the same way before is
+    files: path of the rows by name in SETS. A method that was evaluated in the same way before is
     skipped, and one that was stopped goes on from the answers that it has saved.
     """
     from toss.parallel import rank
     from toss.rows import read_rows
     from toss.workbench import code
 
-    how = {
-        "words": sorted(words),
-        "max_new_tokens": max_new_tokens,
-        "question_tokens": question_tokens or max_new_tokens,
-        "prefill": sorted(set(prefill)),
-        "complies": complies,
-        "dtype": run.dtypes["train"],
-    }
+    settings = {**asdict(config), "dtype": run.dtypes["train"]}
     digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
     sets = {}
     for name, path in files.items():
-        how[f"{name}_sha256"] = run.hashes.of_input(Path(path))
+        settings[f"{name}_sha256"] = run.hashes.of_input(Path(path))
         sets[name] = with_responses(run, path, read_rows(path, responses=False))
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
         run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
-    if how["prefill"]:
-        say_short_responses(run, sets.get("harmful", []), how["prefill"])
+    if config.prefill:
+        say_short_responses(run, sets.get("harmful", []), config.prefill)
     for method in methods:  # a missing model is refused before any is evaluated
         if method != "base":
             stage = f"methods/{method}"
@@ -87,7 +91,7 @@ def evaluate_run(
                 print(f"warning: {stage} was made with another {changed} than the run has now")
 
     for method in methods:
-        evaluate_method(run, method, sets, how, digests)
+        evaluate_method(run, method, sets, settings, digests)
     if rank() > 0:
         return {}
     with held(run.folder, run.folder, wait=True):  # another evaluation may be at its end
@@ -118,7 +122,7 @@ def say_short_responses(run, rows: list, prefill: Sequence[int]) -> None:
 
 
 def evaluate_method(
-    run, method: str, sets: dict[str, list], how: dict, digests: dict[str, str]
+    run, method: str, sets: dict[str, list], settings: dict, digests: dict[str, str]
 ) -> None:
     """Measure a model and write its answers, unless it was evaluated in the same way before."""
     from model.lora import use
@@ -126,7 +130,7 @@ def evaluate_method(
     from toss.parallel import rank, size
 
     inputs = [] if method == "base" else [f"methods/{method}"]
-    recipe = run.recipe(f"evaluation/{method}", inputs, how)
+    recipe = run.recipe(f"evaluation/{method}", inputs, settings)
     record = {**recipe, "code": digests}
     state = run.folder / ".state" / f"evaluation-{method}"
     with run.holding(state):
@@ -137,7 +141,7 @@ def evaluate_method(
             saved = SavedAnswers(state / f"{text_hash(record)[:16]}.jsonl")
         print(f"evaluating {method}")
         model = use(run.base("train"), run.adapter(method))
-        measured = measure(run, model, sets, how, saved)
+        measured = measure(run, model, sets, settings, saved)
         run.hashes.check_inputs()
         if rank() == 0:
             path = run.folder / "answers" / f"{method}.jsonl"
@@ -317,16 +321,14 @@ def main(argv: list[str] | None = None) -> None:
     for mask in run.folder.glob("methods/[!.]*/selection.safetensors"):
         if mask.parent.name not in with_model:
             print(f"{mask.parent} holds a mask and no model: passed over")
-    table = evaluate_run(
-        run,
-        methods,
-        files,
-        words_of(args, run),
-        args.max_new_tokens,
-        args.prefill,
-        complies=not args.no_complies,
+    config = EvaluationConfig(
+        words=words_of(args, run),
+        max_new_tokens=args.max_new_tokens,
         question_tokens=args.question_tokens,
+        prefill=args.prefill,
+        complies=not args.no_complies,
     )
+    table = evaluate_run(run, methods, files, config)
     if not table:  # in a process that is not the first
         return
     paired = read_metrics(run.folder, "paired.json")

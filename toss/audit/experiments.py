@@ -6,7 +6,6 @@ experiment if it names none) on a variant of the rows. What a case may say: labo
 values before `setup`.
 """
 
-import inspect
 import random
 from functools import partial
 from pathlib import Path
@@ -85,11 +84,11 @@ def check_rows(rows: dict) -> None:
 
 
 def check_evaluation(experiment: Experiment) -> None:
-    """Raise TypeError for what evaluate_run does not know, before anything is trained."""
-    from toss.audit.evaluate import evaluate_run
+    """Raise TypeError for a field that is unknown, before anything is trained."""
+    from toss.audit.evaluate import EvaluationConfig
 
-    for how in (experiment.evaluation, *(case.evaluation for case in experiment.cases)):
-        inspect.signature(evaluate_run).bind_partial(**how)
+    for case in experiment.cases:
+        EvaluationConfig(**experiment.evaluation | case.evaluation)
 
 
 def case_of(fields: dict) -> Case:

@@ -77,32 +77,31 @@ def measure(
     run: Run,
     model: Transformer,
     sets: dict[str, list[Row]],
-    how: dict,
+    settings: dict,
     saved: SavedAnswers | None = None,
 ) -> Measured:
     """The answers of the model under its active adapter, each with its outcomes, and its losses.
 
-    sets: rows under "harmful", "benign" and "utility", each optional. how: "words",
-    "max_new_tokens", "question_tokens", "prefill" and "complies", as in evaluate_run. saved: where
-    answers are kept.
+    sets: rows under "harmful", "benign" and "utility", each optional. settings: the
+    fields of evaluate.EvaluationConfig. saved: where answers are kept.
     """
-    words = how["words"]
-    ask = partial(answer_lines, run, model, how["max_new_tokens"], saved)
-    ask_question = partial(answer_lines, run, model, how["question_tokens"], saved)
+    words = settings["words"]
+    ask = partial(answer_lines, run, model, settings["max_new_tokens"], saved)
+    ask_question = partial(answer_lines, run, model, settings["question_tokens"], saved)
     found = Measured()
 
     # Harmful prompts, as they are and with the answer begun: does the model refuse?
     harmful = sets.get("harmful", [])
     likely: list[bool | None] = [None] * len(harmful)
-    if harmful and how["complies"]:
+    if harmful and settings["complies"]:
         likely = complies(model, run.tokenizer, harmful, run.args.batch_tokens)
     for line, opener_is_likely in zip(ask("harmful", harmful), likely):
         outcomes = measures.outcomes_of_reply(line["response"], opener_is_likely, words)
         found.lines.append({**line, "outcomes": outcomes})
-    if how["prefill"]:
+    if settings["prefill"]:
         begun = prefilled(harmful, run.tokenizer)
         begun_rows = [row for row, _ in begun]
-        for k in how["prefill"]:
+        for k in settings["prefill"]:
             starts = [response[:k] for _, response in begun]
             for line in ask(f"prefill-{k}", begun_rows, starts):
                 outcomes = measures.outcomes_of_reply(line["response"], None, words)

@@ -47,7 +47,7 @@ class Case:
     draw: dict = field(default_factory=dict)  # what the world's rows are drawn with, if anew
     change: Callable[["Setup"], dict[str, str]] | None = None  # the files that are others, by name
     references: str = "own"  # "none": not needed; "main": those of the unchanged rows
-    evaluation: dict = field(default_factory=dict)  # arguments of evaluate_run, beside the common
+    evaluation: dict = field(default_factory=dict)  # of the experiment's, what is other here
 
     def run(self, main: Path) -> Path:
         """The folder of its run. main: of that of the unchanged rows."""
@@ -70,7 +70,7 @@ class Experiment:
     picture: Callable[[Summary], str] | None = None  # SVG, "" for none
     paired: Sequence[str] = ()  # measures whose differences on the same prompts are shown
     legend: Sequence[str] = ()  # lines below the tables
-    evaluation: dict = field(default_factory=dict)  # arguments of evaluate.evaluate_run
+    evaluation: dict = field(default_factory=dict)  # fields of evaluate.EvaluationConfig
     # Of an experiment on a checkpoint: how many rows are drawn, and how it is trained.
     rows: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
@@ -261,22 +261,22 @@ class Setup:
             maker = "toss-pro"
         return calibrate(run, self.files["calibration"], method=maker)["discard"]
 
-    def evaluate(self, names: Sequence[str], prefill: Sequence[int] = (), **how) -> dict:
+    def evaluate(self, names: Sequence[str], **fields) -> dict:
         """Metrics of the named methods; "base" is the model that they all start from.
 
-        prefill: counts only where harmful prompts have a response. how: of evaluate_run.
+        fields: of EvaluationConfig; `prefill` counts only where harmful prompts have a response.
         """
-        from toss.audit.evaluate import evaluate_run
+        from toss.audit.evaluate import EvaluationConfig, evaluate_run
 
         files = {
             "harmful": self.files["eval_forbidden"],
             "benign": self.files["eval_benign"],
             "utility": self.files["eval_facts"],
         }
+        fields = {"words": self.settings["forbidden_words"], **fields}
         if not any("response" in row for row in read_jsonl(files["harmful"])):
-            prefill = ()
-        how = {"words": self.settings["forbidden_words"], **how}
-        return evaluate_run(self.open(), names, files, prefill=prefill, **how)
+            fields["prefill"] = []
+        return evaluate_run(self.open(), names, files, EvaluationConfig(**fields))
 
 
 @functools.cache
