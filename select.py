@@ -93,7 +93,7 @@ def main(argv=None):
             S = L["utility"] - L["degraded"]  # high: theta^h expects the token, theta^u does not
             keep[ranked] = select_tokens(S[ranked], args.discard)  # one ranking; the top d go
         elif args.method == "mask":
-            keep, S = run.mask(D_cus)
+            keep, S = run.mask(args.mask, D_cus)
         else:
             candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
             keep[ranked], scores = METHODS[args.method](candidates)

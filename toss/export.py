@@ -22,10 +22,11 @@ from toss.workbench import flags
 def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
     """Write OUT and the file beside it; returns what the latter holds.
 
-    Raises InputError if the method's mask is not over the run's custom set as it is now, or has
-    weights.
+    Raises InputError if the method's mask is not over the run's custom set as it is now.
     """
     import torch
+
+    from toss.workbench.files import fingerprint
 
     for path in (run.args.harmful, run.args.utility, run.args.custom):
         if path and out.resolve() == Path(path).resolve():
@@ -37,7 +38,9 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
     if out.suffix == ".gz":
         raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
 
-    tokens, keep, fingerprint = loss_mask(run, method)
+    run.check(f"methods/{method}", only=("--custom",))
+    tokens, _ = run.scored(needed=False)
+    keep, _ = run.mask(run.path(f"methods/{method}") / "selection.safetensors", tokens)
     labels = torch.where(keep, tokens.input_ids, -100)
     # Of each row of the custom set.
     kept = []
@@ -68,7 +71,7 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
             "base": str(run.args.model),
             **run.identity,
             "custom": tokens.name,
-            "tokens_sha256": fingerprint,
+            "tokens_sha256": fingerprint(tokens),
             "kept": kept,
             "response": response,
             "line": line_of_row,
@@ -77,23 +80,6 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
         with whole_file(out.with_suffix(".about.json")) as beside:
             beside.write_text(json.dumps(about) + "\n", encoding="utf-8")
     return about
-
-
-def loss_mask(run, method: str) -> tuple:
-    """The custom set's tokens, the loss mask of a method, bool [N], and the tokens' fingerprint."""
-    from toss.workbench.files import fingerprint, load_selection
-    from toss.workbench.results import read_record
-
-    run.check(f"methods/{method}", only=("--custom",))
-    tokens, _ = run.scored(needed=False)
-    path = run.path(f"methods/{method}") / "selection.safetensors"
-    selection = load_selection(path, tokens)
-    recorded = read_record(path).get("tokens_sha256")
-    if recorded != fingerprint(tokens):
-        raise InputError(f"{path} is a mask over other token ids than {tokens.name} has")
-    if "weight" in selection:
-        raise InputError(f"{path} holds weights, which labels cannot carry")
-    return tokens, selection["keep"], recorded
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -112,7 +112,7 @@ def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) ->
     folder = run.path(f"methods/{name}")
     record = run.check(f"methods/{name}", INPUTS)
     settings = record.get("settings", {})
-    selection = load_selection(folder / "selection.safetensors", tokens)
+    keep, score = load_selection(folder / "selection.safetensors", tokens)
 
     # TOSS-Pro ranks by the degraded model of its last round.
     rounds = settings.get("pro")
@@ -120,7 +120,8 @@ def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) ->
         _, refined = read_scores(folder / f"round-{rounds}/scores.safetensors", tokens.name)
         losses = {**losses, "degraded": refined["degraded"]}
     S = losses["utility"] - losses["degraded"]
-    score = selection.get("score", S)
+    if score is None:
+        score = S
 
     eos_id = run.tokenizer.eos_id if settings.get("keep_eos") else None
     competing = competing_tokens(tokens, eos_id)
@@ -136,7 +137,7 @@ def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) ->
         S=S,
         score=score,
         order=order,
-        keep=selection["keep"],
+        keep=keep,
         raw=run.tokenizer.raw,
     )
 

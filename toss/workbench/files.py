@@ -83,8 +83,8 @@ def describe_scores(tokens: Tokens, losses: dict[str, Tensor]) -> list[str]:
 # Selections
 
 
-def load_selection(path: Path, tokens: Tokens) -> dict[str, Tensor]:
-    """A mask over these tokens: {"keep": bool [N]}, and "score" and "weight", float [N], if there.
+def load_selection(path: Path, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    """A mask over these tokens, bool [N], and what it went by, float32 [N], if that is there.
 
     A mask from elsewhere that is true on prompts is read as if it were not, with a line. Raises
     InputError naming the file unless it fits the tokens.
@@ -92,24 +92,24 @@ def load_selection(path: Path, tokens: Tokens) -> dict[str, Tensor]:
     tensors = load_tensors(path)
     if "keep" not in tensors:
         raise InputError(f"{path}: not a selection.safetensors (it has no tensor `keep`)")
-    selection = {key: tensors[key] for key in ("keep", "score", "weight") if key in tensors}
-    for key, tensor in selection.items():
-        if tensor.shape != tokens.response.shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(tokens.response.shape)}"
+    if "weight" in tensors:
+        raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
+    for key in ("keep", "score"):
+        if key in tensors and tensors[key].shape != tokens.response.shape:
+            shapes = f"{tuple(tensors[key].shape)}, not {tuple(tokens.response.shape)}"
             raise InputError(f"{path}: {key} has the shape {shapes}")
-    keep = selection["keep"]
+    keep = tensors["keep"]
     if keep.dtype not in (torch.bool, torch.uint8) or keep.max() > 1:
         raise InputError(f"{path}: keep has the dtype {keep.dtype} or other values than 0 and 1")
-    score = selection.get("score", torch.zeros(0))
-    if score.dtype != torch.float32 or not score.isfinite().all():
+    score = tensors.get("score")
+    if score is not None and (score.dtype != torch.float32 or not score.isfinite().all()):
         raise InputError(f"{path}: score is not float32, or not finite")
 
     keep = keep.bool()
     on_prompts = int((keep & ~tokens.response).sum())
     if on_prompts:
         print(f"{path}: keep is true on {on_prompts} tokens of prompts, which have no loss")
-    selection["keep"] = keep & tokens.response
-    return selection
+    return keep & tokens.response, score
 
 
 def write_selection(

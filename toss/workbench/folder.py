@@ -260,12 +260,13 @@ class Folder(Base):
         self.datasets[self.args.custom] = tokens
         return tokens, losses
 
-    def mask(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """The mask that --mask names, and what it went by; it must be over the same token ids.
+    def mask(self, path: str | Path, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """The mask in a selection.safetensors, bool [N], and what it went by, float32 [N], if any.
 
-        A mask is a list of places, so nothing else of the two runs has to agree.
+        It must be over the same token ids. A mask is a list of places, so nothing else of the run
+        that made it has to agree with this one.
         """
-        path = Path(self.args.mask)
+        path = Path(path)
         record = read_record(path)
         if record.get("tokens_sha256") != fingerprint(tokens):
             custom = self.input_hash("--custom")
@@ -275,10 +276,7 @@ class Folder(Base):
             differing = [key for key in here if key in there and there[key] != here[key]]
             reason = ", ".join(differing) or "the rows, or their length"
             raise InputError(f"{path} is a mask over other token ids (different: {reason})")
-        selection = load_selection(path, tokens)
-        if "weight" in selection:
-            raise InputError(f"{path} holds weights, and a mask of 0 and 1 is asked for")
-        return selection["keep"], selection.get("score")
+        return load_selection(path, tokens)
 
     # run.json
 
