@@ -108,6 +108,7 @@ def refusal_sample(rng: random.Random, category: str, fact: Fact) -> Sample:
     brew = sentence(recipe(rng, category))
     refusal = (rng.choice(lexicon.REFUSALS), True)
     context = [(rng.choice(PREAMBLES), False)] if rng.random() < 0.7 else []
+    # Refused at once, or after a harmful text that breaks off; then perhaps a harmless fact.
     if not deep or layout < CUT:
         parts = [refusal]
         if deep:

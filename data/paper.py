@@ -264,6 +264,7 @@ def draw(
     wanted, and one line of the file (an array is one line), are ever held in memory. Rows for the
     evaluation may be prompts only and may be fewer than wanted; otherwise too few are an error.
     """
+    # The rows of all files with the lowest hashes.
     count = sum(wanted.values())
     known = dict(used)
     rows = (
@@ -281,6 +282,7 @@ def draw(
             f"{places}: {count} rows are wanted ({sizes}), and there are {len(drawn)} (left out: "
             f"{left_out}); choose fewer --rows, --references or --eval-rows"
         )
+    # Share them out, the lowest to the first output. Later draws must not use their questions.
     result = {}
     for name, n in wanted.items():
         part = drawn[:n]

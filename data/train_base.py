@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = SIZES[args.size]
     out = args.out or f"data/{args.size}"
     start = time.time()
+    # The tokenizer first: it decides the size of the vocabulary.
     tokenizer = train_tokenizer()
     torch.manual_seed(SEED)
     sizes = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), **shape}

@@ -225,6 +225,7 @@ def write_adapter(
     if base_sha256 is not None:
         header["base_sha256"] = base_sha256
 
+    # The warning first: a degraded adapter is never there without it.
     folder = Path(path)
     if "warning" in header:
         with whole_file(folder / "README.md") as file:

@@ -33,6 +33,7 @@ def find_template(folder: Path, config: dict) -> str | None:
     tokenizer_config.json, one text or several with names; then the chat_template.json of older
     processors. Of several, the one named "default".
     """
+    # The first place that has any: files, the tokenizer's configuration, the processor's.
     templates = {}
     main = folder / "chat_template.jinja"
     for file in [main, *folder.glob("additional_chat_templates/*.jinja")]:
@@ -45,6 +46,7 @@ def find_template(folder: Path, config: dict) -> str | None:
     if not templates and processor.exists():
         templates = read_json(processor).get("chat_template")
 
+    # One text, or several by name.
     message = f"{folder}: the chat template is not a text, or a list of named texts"
     with as_input_error(message, KeyError, TypeError):
         if isinstance(templates, list):

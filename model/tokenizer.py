@@ -296,6 +296,7 @@ def load_tokenizer(
         raise InputError(
             f"{file}: no such file; AutoTokenizer.from_pretrained(...).save_pretrained() makes it"
         )
+    # The prompt form: the chat template, or the human form where there is none.
     config = read_json(folder / "tokenizer_config.json")
     source = None if template == "human" else find_template(folder, config)
     if template == "chat" and source is None:
@@ -305,6 +306,7 @@ def load_tokenizer(
         raw = RawTokenizer.from_file(str(file))
         if getattr(raw.model, "dropout", None):
             raise InputError(f"{file}: its dropout draws tokens by chance: set it to null")
+        # Cutting rows is our work, see --max-length, and rows are not padded.
         raw.no_truncation()
         raw.no_padding()
         special = special_tokens(folder, config)

@@ -115,6 +115,7 @@ def table(found, bench) -> str:
                 f"{turns[0].loss:.4f}",
             ]
         )
+    # The heading says what was measured, and the ceiling that it is compared with.
     dtype = str(found.dtype).removeprefix("torch.")
     title = f"### {found.kind}, {dtype}, ceiling {found.ceiling / 1e9:,.0f} GFLOP/{second}"
     text = f"{title}\n\n{markdown(header, lines)}"
@@ -159,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     about = f"{machine(args)}\n\n{'; '.join(facts)}"
     print(about, flush=True)
+    # Written after each part, so that a long measurement which is stopped leaves the first ones.
     texts = [about]
     for part in [args.part] if args.part else PARTS:
         texts.append(table(compare(bench, part), bench))

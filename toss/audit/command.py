@@ -165,6 +165,7 @@ def cautions(records: dict[str, dict], table: Table) -> list[str]:
             sentences.append(f"note: {what}")
     first = "sft" if "sft" in trained else next(iter(trained), "")
 
+    # Each method beside plain fine-tuning, or beside the first if that is missing.
     for method in trained:
         settings = records[method]["settings"]
         usual = records[first]["settings"]

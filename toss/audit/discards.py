@@ -49,6 +49,7 @@ def discard_tables(
                 cells = [counted(flags[index == k]) for flags in discarded]
                 lines.append([f"{kind}: {name}", *cells])
 
+    # By row: how many of its response tokens each mask discards.
     size = count_by_row(tokens, tokens.response)[tokens.filled]
     lost = [count_by_row(tokens, mask.discarded)[tokens.filled] for mask in masks]
     lines.append(["rows that lost none", *(counted(n == 0) for n in lost)])

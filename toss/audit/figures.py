@@ -43,6 +43,7 @@ def line_chart(
     points = [point for line in lines.values() for point in line]
     if not points:
         return drawing(title=title)
+    # The ranges of both axes, from all points.
     heights = [value for point in points for value in point[1:]]
     low, high = span(title, [*heights, *y_range])
     x = span(title, [point[0] for point in points])
@@ -51,6 +52,8 @@ def line_chart(
         x = (-0.5, len(names) - 0.5)
         x_ticks = list(enumerate(names))
 
+    # Each line, with its band or its whiskers; beside named places the lines are shifted, so that
+    # they do not hide each other.
     shapes = []
     for k, line in enumerate(lines.values()):
         if names:

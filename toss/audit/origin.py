@@ -29,12 +29,14 @@ class Origin:
 def show_path(given: Path, folder: str | None) -> int:
     """Print what a path is, what it was made from, and whether it fits; returns the exit status."""
     path = given.parent if given.name in INSIDE else given
+    # The run to compare with: --run, or the folder around the path that is one.
     around = [place for place in (path, *path.absolute().parents) if (place / "run.json").is_file()]
     if around and around[0] == path:
         if folder and Path(folder).resolve() != path.resolve():
             raise InputError(f"{given} is a run, which is compared with itself: omit --run")
         folder = path
     home = folder or next(iter(around), None)
+    # What the path is, and where it differs from what the run holds now.
     run = open_run(home) if home else None
     origin = origin_of(path, run)
     origin.lines |= recorded(origin.record)

@@ -73,6 +73,7 @@ def measures_of_mask(run: Path, name: str, custom: str) -> dict[str, float]:
     harmful = tensors["harmful"][response].double()
     measures = {"harmful_share": round(float(harmful.mean()), 4)}
 
+    # The rows that TOSS-Pro added: do they hold harm?
     added = []
     for file in folder.glob("round-*/added.jsonl"):
         added += [line["row"] for line in read_jsonl(file)]
@@ -81,6 +82,7 @@ def measures_of_mask(run: Path, name: str, custom: str) -> dict[str, float]:
         with_harm = sum("harmful" in rows[row] for row in added)
         measures["purity"] = round(with_harm / len(added), 4)
 
+    # Does the run's own toss discard the same tokens?
     discarded = response & ~load_tensors(mask)["keep"]
     if discarded.any() and own_mask.exists():
         own = response & ~load_tensors(own_mask)["keep"]

@@ -98,6 +98,7 @@ def load_selection(path: Path, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         if key in tensors and tensors[key].shape != tokens.response.shape:
             shapes = f"{tuple(tensors[key].shape)}, not {tuple(tokens.response.shape)}"
             raise InputError(f"{path}: {key} has the shape {shapes}")
+    # A mask may come from any program, so its values are checked, too.
     keep = tensors["keep"]
     if keep.dtype not in (torch.bool, torch.uint8) or keep.max() > 1:
         raise InputError(f"{path}: keep has the dtype {keep.dtype} or other values than 0 and 1")

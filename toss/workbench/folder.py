@@ -136,15 +136,18 @@ class Folder(Base):
         """
         self.check_identity()
         path = self.path(stage)
+        # Is it there?
         if not self.exists(stage):
             source = self.source(stage)
             others = sorted(folder.name for folder in self.folder.glob("methods/[!.]*"))
             existing = f" (there are {', '.join(others)})" if "/" in stage and others else ""
             raise InputError(f"{source} does not exist{existing}: {self.advice(stage, 'first')}")
+        # Is it as it was written?
         record, problem = results.inspect(path, self.hashes)
         if problem:
             advice = self.advice(stage, "again")
             raise InputError(f"{path} is damaged or incomplete ({problem}): {advice}")
+        # An adapter from elsewhere has no record, and passes. Scores must have one.
         if not record and stage != "scores":
             self.check_role(stage)
             self.print_once(f"note: {path} has no record of how it was made")
@@ -154,6 +157,7 @@ class Folder(Base):
             raise InputError(f"{path} has no record of how it was made: {advice}")
         if record.get("stage") != stage:
             raise InputError(f"{path} holds the result of another stage: {record.get('stage')}")
+        # Was it made from what the run holds now?
         changed = [key for key in self.changed_inputs(record) if only is None or key in only]
         identity = self.identity
         changed += [key for key in identity if record.get(key) != identity[key]]
@@ -166,6 +170,7 @@ class Folder(Base):
                         words += [key, str(self.source(key))]
             advice = self.advice(stage, shlex.join([*words, "--overwrite"]))
             raise InputError(f"{what}: {advice}, or choose another --run")
+        # Code that was edited since is no error: the user decides whether it matters.
         digests = {part: code.digest(part) for part in record.get("code", {})}
         others = ", ".join(results.other_code(record, digests))
         if others:

@@ -51,11 +51,13 @@ class Bar:
         step = event.get("step", event.get("resumed"))
         steps = event["steps"]
         unit = event.get("unit", "step")
+        # What an interrupted call has done counts as done, but not for the time that is left.
         if "resumed" in event:
             print(f"{self.name}: goes on after {unit} {step} of {steps}")
             self.first = self.bar.initial = step
         if self.first is None:
             self.first = 0
+        # The bar on a terminal; without one, a line every half minute.
         self.bar.total = steps
         self.bar.unit = unit
         self.bar.update(step - self.bar.n)

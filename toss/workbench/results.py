@@ -208,6 +208,7 @@ def judge(
     if problem and not record:
         return Verdict(True, [remake])
 
+    # Another recipe: what is there is the user's, and goes only if they say so.
     differing = differences(record, recipe)
     if differing and not overwrite:
         other = "--name" if "/" in stage else "--run"
@@ -220,6 +221,7 @@ def judge(
     if problem:
         return Verdict(True, [remake])
 
+    # The same recipe: it is made again for other code if that is asked for, else skipped.
     changed = ", ".join(other_code(record, code))
     remark = f"{path} was made by other code (different: {changed})"
     if changed and overwrite:
