@@ -22,7 +22,7 @@ demo: .venv/ready
 	$(VENV) -m toss.audit.report --run runs/demo
 	@echo
 	@echo "The page: runs/demo/report.html    The method in an hour: toss/walkthrough.ipynb"
-	@echo "To try next: $(VENV) select.py --pro 1"
+	@echo "To try next: $(VENV) -m toss.audit.show --run runs/demo --row 82"
 
 # In two processes of one thread each; `pytest` alone works, too.
 test: .venv/ready

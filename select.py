@@ -116,8 +116,8 @@ def main(argv=None):
         settings |= config.recipe()
     stage = f"methods/{args.name}"
     if args.mask_only and run.has_model(stage) and not args.overwrite:
-        what = f"{run.path(stage)} has a model, and if it was trained here its mask"
-        raise InputError(f"{what}: give another --name, or --overwrite to remove the model")
+        what = f"{run.path(stage)} holds a model, and beside it the mask if it was trained here"
+        raise InputError(f"{what}: give another --name, or --overwrite to have a mask alone")
     run.make(stage, finetune, inputs_of(args), settings)
     if args.merge:
         run.merge(stage)
@@ -131,7 +131,8 @@ def arguments(argv):
     )
     add = parser.add_argument_group("selection").add_argument
     add("--method", choices=METHOD_NAMES, default="toss", help="which tokens to discard")
-    add("--mask", metavar="FILE", help="use the mask of another run (its selection.safetensors)")
+    text = "use the mask in this selection.safetensors, also of another run"
+    add("--mask", metavar="FILE", help=text)
     text = "folder in RUN/methods (default: the method, or toss-pro)"
     add("--name", type=flags.method, help=text)
     text = "d, share of tokens to discard"

@@ -36,7 +36,7 @@ def test_a_mask_alone_is_trained_from_by_its_file_or_made_again_with_a_model(mas
     succeed(f"select.py --run {masked} --overwrite")
     assert same_tensors(masked / "methods/toss" / ADAPTER, direct / ADAPTER)
     line = f"select.py --run {masked} --mask-only"  # it would remove the model
-    assert "and if it was trained here its mask" in refused(capsys, line)
+    assert "beside it the mask if it was trained here" in refused(capsys, line)
 
 
 def test_a_d_that_decides_nothing_is_not_part_of_what_a_mask_is(trained, capsys):

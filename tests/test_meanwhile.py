@@ -99,11 +99,11 @@ def test_a_mask_that_changes_before_it_is_read_leaves_no_state(stages, monkeypat
     line = f"select.py --run {stages.run} --mask {mask} --name masked"
     read_mask = Run.mask
 
-    def keep_all_and_read(run, tokens):
+    def keep_all_and_read(run, path, tokens):
         record = made_from(mask)
         del record["sha256"]
         save_tensors({"keep": tokens.response.clone()}, mask, record)
-        return read_mask(run, tokens)
+        return read_mask(run, path, tokens)
 
     monkeypatch.setattr(Run, "mask", keep_all_and_read)
     assert f"{mask} was changed while the command ran" in refused(capsys, line)

@@ -39,6 +39,7 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
         raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
 
     run.check(f"methods/{method}", only=("--custom",))
+    run.warn_if_stale(f"methods/{method}")
     tokens, _ = run.scored(needed=False)
     keep, _ = run.mask(run.path(f"methods/{method}") / "selection.safetensors", tokens)
     labels = torch.where(keep, tokens.input_ids, -100)

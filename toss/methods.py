@@ -34,7 +34,8 @@ class Candidates:
     def loss(self, model: str) -> Tensor:
         """Losses of the ranked tokens under "utility", "degraded" or "base", float32 [n]."""
         if model not in self.losses:
-            raise InputError(f"no losses under the {model} model: run score.py --base --overwrite")
+            advice = "run score.py --base with this --run, and --overwrite if it has scores"
+            raise InputError(f"no losses under the {model} model: {advice}")
         return self.losses[model][self.ranked]
 
     def S(self, reference: str = "utility") -> Tensor:

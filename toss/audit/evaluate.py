@@ -84,11 +84,8 @@ def evaluate_run(
         say_short_responses(run, sets.get("harmful", []), config.prefill)
     for method in methods:  # a missing model is refused before any is evaluated
         if method != "base":
-            stage = f"methods/{method}"
-            run.check_model(stage, only=())
-            changed = ", ".join(run.stale(stage))
-            if changed:
-                print(f"warning: {stage} was made with another {changed} than the run has now")
+            run.check_model(f"methods/{method}", only=())
+            run.warn_if_stale(f"methods/{method}")
 
     for method in methods:
         evaluate_method(run, method, sets, settings, digests)

@@ -61,7 +61,8 @@ def show_path(given: Path, folder: str | None) -> int:
 def origin_of(path: Path, run: Run | None) -> Origin:
     """Raises InputError if the path is nothing known or cannot be read."""
     if path.suffix in (".jsonl", ".json"):
-        raise InputError(f"{path}: for a tokenised file give --file {path} --model M")
+        what = "rows are no result of a run"
+        raise InputError(f"{path}: {what}; for a tokenised file give --file {path} --model M")
     if (path / "run.json").is_file():
         return origin_of_run(run)
     if (path / WEIGHTS).is_file():

@@ -240,6 +240,8 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
         if name in typed and inherited.get(name, typed[name]) != typed[name]:
             flag = f"--{name.replace('_', '-')} {inherited[name]}, not {typed[name]}"
             advice = "leave it out, or use another --run"
+            if references:
+                advice += ", or begin this one anew with all inputs and --overwrite"
             raise InputError(f"{file.parent} was begun with {flag}: {advice}")
     omitted = {action.dest for action in parser._actions} - typed.keys()
     args.notes = []

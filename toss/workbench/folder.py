@@ -199,6 +199,13 @@ class Folder(Base):
         """The inputs of a result that have changed since it was made."""
         return self.changed_inputs(read_record(self.path(stage)))
 
+    def warn_if_stale(self, stage: str) -> None:
+        """Say if a result, which is used as it is, was made from other inputs than the run has."""
+        changed = ", ".join(self.stale(stage))
+        if changed:
+            what = f"{self.path(stage)} was made from other inputs (changed since: {changed})"
+            print(f"warning: {what}: {self.advice(stage, '--overwrite')}")
+
     def changed_inputs(self, record: dict[str, Any]) -> list[str]:
         """The inputs in a record that are not what they were. One that is gone has not changed."""
         changed = []
@@ -211,10 +218,10 @@ class Folder(Base):
         """What to run to make a result. word: "first", "again" or "--overwrite"."""
         program = "train.py"
         flags = ""
+        settings = self.runfile.section("stages", stage, "recipe", "settings")
         if stage == "scores":
-            program = "score.py"
+            program = "score.py --base" if settings.get("base") else "score.py"
         elif "/" in stage:
-            settings = self.runfile.section("stages", stage, "recipe", "settings")
             own = settings.get("method", "mask") in ("mask", *METHOD_NAMES)
             program = "select.py" if own else "-m toss.audit.rivals"
             flags = f", with the flags of {Path(stage).name}"
