@@ -66,9 +66,10 @@ def as_input_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def time_limit(what: str, seconds: float = 10) -> Iterator[None]:
-    """Raise InputError if the body, such as a chat template from the network, takes longer.
+    """Raise InputError if the body, such as a chat template from the network, computes for longer.
 
-    Works in the main thread alone, which is the one that hears signals.
+    Seconds are of the process's own work: it may be stopped meanwhile. Works in the main thread
+    alone, which is the one that hears signals.
     """
 
     def ring(*_) -> None:
@@ -77,15 +78,15 @@ def time_limit(what: str, seconds: float = 10) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     except TimeIsUp:
         raise InputError(f"{what} takes more than {seconds} seconds") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
 
 
 # Commands

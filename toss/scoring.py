@@ -20,13 +20,13 @@ from toss.parallel import (
     run_in_batches,
     share,
 )
-from toss.tokens import BATCH_TOKENS, Tokens, batches, collate
+from toss.tokens import BATCH_TOKENS, Tokens, batches, check_ids, collate
 
 CHECK_EVERY = 16  # batches from one look for an overflow to the next
 
 
 @fast
-@torch.inference_mode()
+@torch.no_grad()
 def score(
     model: Transformer,
     tokens: Tokens,
@@ -43,6 +43,7 @@ def score(
     over, and {"remark": text} when batches are halved.
     Raises NotFinite naming the row for a NaN or an infinity; an overflow of float16 ends in one.
     """
+    check_ids(tokens, model.config.vocab_size)
     losses = saved_losses(model, tokens, state)
     rows = rows_without(losses, tokens)
     if rank() > 0:

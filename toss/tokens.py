@@ -243,6 +243,17 @@ class Batch:
         )
 
 
+def check_ids(tokens: Tokens, vocabulary: int) -> None:
+    """Raise InputError for an id without an embedding, as of a tokenizer that is another model's.
+
+    On a GPU it would end in an error that names nothing.
+    """
+    highest = int(tokens.input_ids.max()) if len(tokens.input_ids) else 0
+    if highest >= vocabulary:
+        problem = f"has the id {highest}, but the base has {vocabulary} embeddings"
+        raise InputError(f"{tokens.name} {problem}")
+
+
 def collate(
     tokens: Tokens, rows: list[int], wanted: Tensor, device: torch.device, step: int = 0
 ) -> Batch:

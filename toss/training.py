@@ -18,7 +18,7 @@ from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_loss
 from toss.parallel import State, attempt, halve, ignore, over_processes, rank, share
-from toss.tokens import BATCH_TOKENS, Batch, Tokens, batches, collate
+from toss.tokens import BATCH_TOKENS, Batch, Tokens, batches, check_ids, collate
 
 Objective = Callable[[Transformer, Batch, Tensor], Tensor]
 MAX_NORM = 1.0  # the gradient of a step is clipped to it: the paper's setting
@@ -60,6 +60,7 @@ def train(
     are halved.
     Raises InputError naming the row when a loss is not finite, DoesNotFit for a row too long.
     """
+    check_ids(tokens, model.config.vocab_size)
     if start is None:
         targets = config.targets.replace(",", " ").split()
         start = new_adapter(model, config.rank, config.alpha, targets, config.seed)

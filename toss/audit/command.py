@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from model.io import InputError, json_lines, whole_file
+from toss.audit.characters import harmless
 from toss.workbench.flags import TRAINING_FLAGS
 
 DEVICE = ("device", "dtype", "threads", "batch_tokens", "shard")  # flags of a Run
@@ -211,7 +212,7 @@ def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str
     | not_refused | 0.25 |
     | nll         | 1    |
     """
-    rows = [[str(item) for item in row] for row in (header, *lines)]
+    rows = [[on_one_line(item) for item in row] for row in (header, *lines)]
     widths = [max(len(item) for item in column) for column in zip(*rows)]
     text = []
     for row in rows:
@@ -220,6 +221,11 @@ def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str
     rule = "|".join("-" * (width + 2) for width in widths)
     text.insert(1, f"|{rule}|")
     return "\n".join(text)
+
+
+def on_one_line(item: object) -> str:
+    """A cell's text. It may come from a file, and must not control a terminal or end the line."""
+    return harmless(str(item)).replace("\n", " ")
 
 
 def cell_text(cell: dict | None, sign: str = "") -> str:

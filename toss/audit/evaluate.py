@@ -68,6 +68,7 @@ def evaluate_run(
     files: path of the rows by name in SETS. A method that was evaluated in the same way before is
     skipped, and one that was stopped goes on from the answers that it has saved.
     """
+    from toss.audit.judges import has_response
     from toss.parallel import rank
     from toss.rows import read_rows
     from toss.workbench import code
@@ -80,6 +81,9 @@ def evaluate_run(
         sets[name] = with_responses(run, path, read_rows(path, responses=False))
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
         run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
+    utility = sets.get("utility", [])
+    if utility and not any(row.answer or has_response(row) for row in utility):
+        raise InputError(f"{files['utility']}: no row has an answer or a response to measure")
     if config.prefill:
         say_short_responses(run, sets.get("harmful", []), config.prefill)
     for method in methods:  # a missing model is refused before any is evaluated

@@ -288,13 +288,13 @@ def safeinstr_guided(rival: Rival, share: float) -> Adapter:
     the --safety rows with the lowest mean S, where SafeInstr draws at random."""
     run = rival.run
     D = run.tokens(run.args.safety)
+    count = round(rival.D.rows * share / (1 - share))
+    if not 0 < count <= len(D.filled):
+        raise InputError(f"{D.name}: {count} rows would be added, not 1 to {len(D.filled)}")
     L = {}
     for role in ("utility", "degraded"):
         L[role] = run.score(f"{rival.name}-{role}", run.adapter(role), D)
     _, highest_first = mean_of_row(Candidates(D, L, competing_tokens(D), d=0.0))
     lowest_first = highest_first.flip(0).tolist()
     rows = [row for row in lowest_first if D.lengths[row]]  # an empty one was skipped
-    count = round(rival.D.rows * share / (1 - share))
-    if not 0 < count <= len(rows):
-        raise InputError(f"{D.name}: {count} rows would be added, not 1 to {len(rows)}")
     return rival.fit(rival.D + D.take(rows[:count]))

@@ -24,7 +24,8 @@ def cost_of(record: dict, name: str) -> dict[str, float]:
     """
     stages = record["stages"]
     stage = stages.get(f"methods/{name}", {})
-    if "recipe" not in stage:
+    recipe = stage.get("recipe", {})
+    if not {"settings", "inputs"} <= recipe.keys():
         return {}
     # The models whose losses a method of select.py goes by. Of a rival only their number counts,
     # two: its inputs are what it uses.
@@ -32,9 +33,9 @@ def cost_of(record: dict, name: str) -> dict[str, float]:
         "degraded-only": ["degraded"],
         "utility-only": ["utility"],
         "base": ["degraded", "base"],
-    }.get(stage["recipe"]["settings"].get("method"), ["utility", "degraded"])
+    }.get(recipe["settings"].get("method"), ["utility", "degraded"])
     charged = [(stage, 1.0)]
-    for source in stage["recipe"]["inputs"]:
+    for source in recipe["inputs"]:
         unused = source in ("utility", "degraded") and source not in models
         if source.startswith("--") or unused:
             continue
@@ -79,7 +80,7 @@ def measures_of_mask(run: Path, name: str, custom: str) -> dict[str, float]:
         added += [line["row"] for line in read_jsonl(file)]
     if added and harmful.any():
         rows = read_jsonl(custom)
-        with_harm = sum("harmful" in rows[row] for row in added)
+        with_harm = sum(bool(rows[row].get("harmful")) for row in added)
         measures["purity"] = round(with_harm / len(added), 4)
 
     # Does the run's own toss discard the same tokens?

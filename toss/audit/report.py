@@ -116,6 +116,10 @@ def measures(run, replaced: list[str]) -> dict | str:
     parts = [name for name in names if is_part(name, names)]
     folded = [method for method in table if method not in ORDER] if len(table) > MANY else []
     paired = read_metrics(run.folder, "paired.json")
+    for cells in paired.values():  # a difference to a replaced model is none to the present one
+        for others in cells.values():
+            for name in replaced:
+                others.pop(name, None)
     records = records_of(run, table)
     no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
     return {
@@ -188,12 +192,14 @@ def rounds(run) -> list[dict] | str:
     """The rows that each round of TOSS-Pro added to the harmful reference set."""
     found = []
     for file in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
+        method = file.parts[-3]
         t = file.parent.name.removeprefix("round-")
-        if t.isdecimal():  # else it is somebody's copy
-            found.append({"method": file.parts[-3], "t": int(t), "added": read_jsonl(file)})
+        is_copy = not t.isdecimal()  # somebody's
+        if not is_copy and not run.stale(f"methods/{method}"):
+            found.append({"method": method, "t": int(t), "added": read_jsonl(file)})
     found.sort(key=lambda entry: (entry["method"], entry["t"]))
     pro = flags.command("select.py", run.folder, pro=1)
-    return found or f"No rounds of TOSS-Pro: run {pro} first."
+    return found or f"No rounds of TOSS-Pro on these rows and references: run {pro} first."
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from toss.parallel import size
 from toss.rows import Row, read_rows
-from toss.tokens import BATCH_TOKENS, Tokens, tokenise
+from toss.tokens import BATCH_TOKENS, Tokens, check_ids, tokenise
 from toss.workbench.results import Hashes
 
 TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # the others are float32
@@ -150,10 +150,8 @@ class Base:
         """InputError for ids that the base does not have; a warning for rows too long for it."""
         config = read_json(self.checkpoint / "config.json")  # its model may not be implemented
         vocabulary = config.get("vocab_size")
-        highest = int(tokens.input_ids.max())
-        if isinstance(vocabulary, int) and highest >= vocabulary:
-            problem = f"has the id {highest}, but {self.checkpoint} has {vocabulary} embeddings"
-            raise InputError(f"{path} {problem}")
+        if isinstance(vocabulary, int):
+            check_ids(tokens, vocabulary)
         limit = config.get("max_position_embeddings")
         if isinstance(limit, int):
             count = sum(length > limit for length in tokens.lengths)

@@ -221,6 +221,8 @@ class Folder(Base):
         settings = self.runfile.section("stages", stage, "recipe", "settings")
         if stage == "scores":
             program = "score.py --base" if settings.get("base") else "score.py"
+            if not self.args.custom:
+                flags = " and --custom CUSTOM.jsonl"
         elif "/" in stage:
             own = settings.get("method", "mask") in ("mask", *METHOD_NAMES)
             program = "select.py" if own else "-m toss.audit.rivals"

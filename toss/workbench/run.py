@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from model.checkpoint import save_checkpoint
+from model.checkpoint import save_checkpoint, stored_dtype
 from model.io import (
     DoesNotFit,
     InputError,
     NotFinite,
     out_of_memory,
-    read_json,
     whole_file,
     whole_folder,
 )
@@ -288,17 +287,11 @@ class Run(Folder):
         files.write_scores(folder / "scores.safetensors", tokens, pro_round.losses, record)
 
     def merge(self, stage: str) -> None:
-        """Write the merged checkpoint of a method, in process 0.
-
-        In the dtype of the stored base, unless --dtype asks for another one.
-        """
+        """Write a method's merged checkpoint, in the dtype of the stored base; in process 0."""
         if rank() > 0:
             return
         folder = self.path(stage) / "model"
-        config = read_json(self.checkpoint / "config.json")
-        dtype = self.args.dtype
-        if dtype == "auto":
-            dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        dtype = stored_dtype(self.checkpoint)
         with self.holding(self.folder / ".state" / stage.replace("/", "-")):
             weights = folder / WEIGHTS
             recipe = {"stage": "merged", "settings": {"dtype": dtype}, **self.identity}
