@@ -251,6 +251,8 @@ def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_nee
     assert cost_of(run, "absent") == {}
     del run["stages"]["utility"]  # made elsewhere
     assert cost_of(run, "toss") == {}
+    del run["stages"]["methods/toss"]["recipe"]["settings"]
+    assert cost_of(run, "toss") == {}
 
 
 # Each experiment's variants

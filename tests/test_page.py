@@ -271,6 +271,22 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     assert "n = 1,234" not in words
 
 
+def test_a_difference_to_a_replaced_model_is_left_out(nasty):
+    table = {method: {"nll": LOW} for method in ("base", "sft", "toss")}
+    (nasty.folder / "metrics.json").write_text(json.dumps(table))
+    paired = {"toss": {"nll": {"sft": LOW, "base": LOW}}}
+    (nasty.folder / "paired.json").write_text(json.dumps(paired))
+    assert report.measures(nasty, [])["differences"].keys() == {"sft", "base"}
+    assert report.measures(nasty, ["sft"])["differences"].keys() == {"base"}
+
+
+def test_rounds_of_another_custom_set_are_left_out(nasty):
+    assert [entry["method"] for entry in report.rounds(nasty)] == [ODD]
+    record = read_record(nasty.path(f"methods/{ODD}"))
+    write_anew(nasty.path(f"methods/{ODD}"), {**record, "inputs": {"scores": "of others"}})
+    assert "No rounds of TOSS-Pro on these rows" in report.rounds(nasty)
+
+
 def test_with_another_reference_no_diagnosis_is_shown(nasty):
     edit_tensors(nasty.path("utility") / WEIGHTS, "x", lambda _: torch.ones(1))
     assert "No diagnosis with the references of now" in page_of(nasty)

@@ -189,6 +189,23 @@ def test_an_objective_may_look_at_the_base_and_training_is_unchanged(model, toke
 # Scores
 
 
+def test_an_id_without_an_embedding_is_an_error_that_names_the_rows(model, tokens):
+    ids = tokens.input_ids.clone()
+    ids[3] = model.config.vocab_size
+    others = replace(tokens, input_ids=ids)
+    message = f"{tokens.name} has the id {ids[3]}, but the base has {ids[3]} embeddings"
+    fails(message, score, model, others)
+    fails(message, fit, model, others)
+
+
+def test_scores_can_be_changed_in_place_and_be_part_of_a_loss(model, tokens):
+    losses = score(model, tokens)
+    losses[~tokens.response] = 0.5
+    factor = torch.ones(1, requires_grad=True)
+    (factor * losses).sum().backward()
+    assert factor.grad.isfinite()
+
+
 def test_scores_are_the_losses_of_a_plain_loop_in_any_batch(model, tokens):
     use(model, random_adapter(model))
     expected = torch.zeros(len(tokens.input_ids))

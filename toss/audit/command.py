@@ -224,7 +224,11 @@ def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str
 
 
 def on_one_line(item: object) -> str:
-    """A cell's text. It may come from a file, and must not control a terminal or end the line."""
+    r"""A cell's text. It may come from a file, and must not control a terminal or end the line.
+
+    >>> on_one_line("a\nb\x1b[2J")
+    'a b<1b>[2J'
+    """
     return harmless(str(item)).replace("\n", " ")
 
 
