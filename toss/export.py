@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from model.io import InputError, file_hash, whole_file
+from toss.config import METHOD_NAMES
 from toss.workbench import flags
 
 
@@ -38,7 +39,9 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
     if out.suffix == ".gz":
         raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
 
-    run.check(f"methods/{method}", only=("--custom",))
+    record = run.check(f"methods/{method}", only=("--custom",))
+    if record.get("settings", {}).get("method", "mask") not in ("mask", *METHOD_NAMES):
+        print(f"warning: {method} is more than its mask, which alone is exported")
     run.warn_if_stale(f"methods/{method}")
     tokens, _ = run.scored(needed=False)
     keep, _ = run.mask(run.path(f"methods/{method}") / "selection.safetensors", tokens)
