@@ -144,7 +144,8 @@ def arguments(argv):
     text = "TOSS-Pro: train on added rows whole (the paper), or only on their top d"
     add("--pro-train", choices=["rows", "top"], default="rows", help=text)
     add("--mask-only", action="store_true", help="write the mask, and do not train")
-    add("--merge", action="store_true", help="also write the merged checkpoint")
+    text = "also write the merged checkpoint, in the dtype of the base's files"
+    add("--merge", action="store_true", help=text)
     flags.add_training_flags(parser)
     args = flags.parse(parser, argv)
 

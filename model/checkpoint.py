@@ -28,8 +28,8 @@ from model.lora import active
 from model.sharding import dummy_pass, read_tensor, spread
 from model.transformer import Transformer
 
-# The dtypes that files may hold, by safetensors' names, and those that they are computed in.
-LOADED_AS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# The dtypes of files, by safetensors' names, and what a merge of such a base is saved in.
+STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -73,7 +73,7 @@ def stored_dtype(folder: Path) -> str:
     for file in weight_files(folder):
         with opened(file) as tensors:
             if name in tensors.keys():
-                return LOADED_AS[tensors.get_slice(name).get_dtype()]
+                return STORED[tensors.get_slice(name).get_dtype()]
     raise InputError(f"{folder}: no file has the tensor {name}")
 
 
@@ -100,7 +100,7 @@ def layout(folder: Path, model: Transformer) -> dict[str, Path]:
                     raise InputError(f"{label} is not part of this architecture")
                 if shape != shapes[name]:
                     raise InputError(f"{label} has the shape {shape}, not {shapes[name]}")
-                if dtype not in LOADED_AS:
+                if dtype not in STORED:
                     raise InputError(f"{label} has the dtype {dtype}, not a float's")
                 if name in file_of:
                     raise InputError(f"{label} is in {file_of[name]} too")

@@ -68,8 +68,8 @@ def as_input_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
 def time_limit(what: str, seconds: float = 10) -> Iterator[None]:
     """Raise InputError if the body, such as a chat template from the network, computes for longer.
 
-    Seconds are of the process's own work: it may be stopped meanwhile. Works in the main thread
-    alone, which is the one that hears signals.
+    Seconds are of the process's own work, in all its threads: it may be stopped meanwhile. Works in
+    the main thread alone, which is the one that hears signals.
     """
 
     def ring(*_) -> None:
@@ -79,13 +79,13 @@ def time_limit(what: str, seconds: float = 10) -> Iterator[None]:
         yield
         return
     handler = signal.signal(signal.SIGPROF, ring)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    timer = signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     except TimeIsUp:
         raise InputError(f"{what} takes more than {seconds} seconds") from None
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_PROF, *timer)
         signal.signal(signal.SIGPROF, handler)
 
 
@@ -98,6 +98,8 @@ def run_command(main: Callable[[], int | None], when_stopped: str = "") -> int:
     An expected error, or a signal, becomes one line on stderr. A process that is stopped by a
     signal ends with 128 + the signal's number, as programs do.
     """
+    if sys.stderr is None:  # it was closed
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # it is closed, or not a file
             # A terminal may lack a name's characters; a pipe would keep lines back.

@@ -82,7 +82,8 @@ def rows_of(name: str) -> list:
 def asked(run: Run, method: str, name: str, **fields) -> judges.Measured:
     """What a method's model answers to one of the sets. fields: of EvaluationConfig."""
     model = use(run.base("train"), run.adapter(method))
-    config = EvaluationConfig(**{"max_new_tokens": 4, "complies": False, **fields})
+    default = {"max_new_tokens": 4, "question_tokens": 4, "complies": False}
+    config = EvaluationConfig(**{**default, **fields})
     return measure(run, model, {name: rows_of(name)}, asdict(config))
 
 

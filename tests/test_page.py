@@ -283,7 +283,10 @@ def test_a_difference_to_a_replaced_model_is_left_out(nasty):
 def test_rounds_of_another_custom_set_are_left_out(nasty):
     assert [entry["method"] for entry in report.rounds(nasty)] == [ODD]
     record = read_record(nasty.path(f"methods/{ODD}"))
-    write_anew(nasty.path(f"methods/{ODD}"), {**record, "inputs": {"scores": "of others"}})
+    for inputs in ({"scores": "others"}, {"--custom": "others"}):
+        write_anew(nasty.path(f"methods/{ODD}"), {**record, "inputs": inputs})
+        shown = isinstance(report.rounds(nasty), list)
+        assert shown == ("scores" in inputs)
     assert "No rounds of TOSS-Pro on these rows" in report.rounds(nasty)
 
 

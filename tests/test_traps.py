@@ -1,7 +1,10 @@
 """A mistake that would end in a wrong result is said while it can still be mended."""
 
+import subprocess
+import sys
+
 import pytest
-from conftest import make_base, script, write_jsonl
+from conftest import ROOT, make_base, script, write_jsonl
 from helpers import refused, said, succeed
 
 
@@ -32,3 +35,10 @@ def test_show_notices_what_was_altered_before_it_says_that_it_fits(file, trained
     path.write_bytes(content)
     assert "was changed" in refused(capsys, line)
     assert script("toss.audit.show", trained) == 2
+
+
+def test_a_command_whose_stderr_is_closed_does_its_work(trained):
+    command = f"{sys.executable} score.py --run {trained} --base --overwrite 2>&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert "scores: wrote" in done.stdout

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from model.io import InputError, file_hash, whole_file
-from toss.config import METHOD_NAMES
 from toss.workbench import flags
 
 
@@ -28,6 +27,7 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
     import torch
 
     from toss.workbench.files import fingerprint
+    from toss.workbench.folder import is_rival
 
     for path in (run.args.harmful, run.args.utility, run.args.custom):
         if path and out.resolve() == Path(path).resolve():
@@ -40,7 +40,7 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
         raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
 
     record = run.check(f"methods/{method}", only=("--custom",))
-    if record.get("settings", {}).get("method", "mask") not in ("mask", *METHOD_NAMES):
+    if is_rival(record.get("settings", {})):
         print(f"warning: {method} is more than its mask, which alone is exported")
     run.warn_if_stale(f"methods/{method}")
     tokens, _ = run.scored(needed=False)

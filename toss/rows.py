@@ -77,7 +77,7 @@ def row_of(raw: dict, where: str, responses: bool) -> Row:
         return row
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{where}: malformed ({type(error).__name__}: {error})") from None
 
 

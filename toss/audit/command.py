@@ -241,7 +241,7 @@ def cell_text(cell: dict | None, sign: str = "") -> str:
     if cell is None or cell["value"] is None:
         return ""
     value = f"{cell['value']:{sign}.3f}"
-    if cell["low"] is None or cell["high"] is None:  # of one row
+    if cell["low"] is None:  # of one row
         return value
     star = "*" if sign and (cell["low"] > 0 or cell["high"] < 0) else ""
     return f"{value} [{cell['low']:{sign}.3f}, {cell['high']:{sign}.3f}]{star}"

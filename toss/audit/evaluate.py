@@ -54,7 +54,6 @@ class EvaluationConfig:
     def __post_init__(self):
         self.words = sorted(self.words)
         self.prefill = sorted(set(self.prefill))
-        self.question_tokens = self.question_tokens or self.max_new_tokens
 
 
 def evaluate_run(
@@ -74,6 +73,7 @@ def evaluate_run(
     from toss.workbench import code
 
     settings = {**asdict(config), "dtype": run.dtypes["train"]}
+    settings["question_tokens"] = config.question_tokens or config.max_new_tokens
     digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
     sets = {}
     for name, path in files.items():
@@ -267,6 +267,8 @@ def is_table(value: object, depth: int) -> bool:
         return False
     if depth > 0:
         return all(is_table(part, depth - 1) for part in value.values())
+    if (value.get("low") is None) != (value.get("high") is None):
+        return False
     others = [value.get(name, "missing") for name in ("value", "low", "high")]
     numbers = [value.get("n"), *(number for number in others if number is not None)]
     return all(type(number) in (int, float) and math.isfinite(number) for number in numbers)

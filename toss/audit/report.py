@@ -11,6 +11,7 @@ model that was replaced since, is one line that says what would make it. No weig
 
 import csv
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from jinja2 import UndefinedError
@@ -190,12 +191,16 @@ def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
 
 def rounds(run) -> list[dict] | str:
     """The rows that each round of TOSS-Pro added to the harmful reference set."""
+    from toss.audit.tokens import INPUTS
+
     found = []
     for file in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
         method = file.parts[-3]
         t = file.parent.name.removeprefix("round-")
-        is_copy = not t.isdecimal()  # somebody's
-        if not is_copy and not run.stale(f"methods/{method}"):
+        if not t.isdecimal():  # it is somebody's copy
+            continue
+        with suppress(InputError):  # of other rows or references, as its mask, which has a line
+            run.check(f"methods/{method}", INPUTS)
             found.append({"method": method, "t": int(t), "added": read_jsonl(file)})
     found.sort(key=lambda entry: (entry["method"], entry["t"]))
     pro = flags.command("select.py", run.folder, pro=1)

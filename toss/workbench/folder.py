@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash
-from model.io import InputError, made_from
+from model.io import InputError, existing_file, made_from
 from model.lora import Adapter
 from model.peft import CONFIG, WEIGHTS, read_adapter
 from toss.config import METHOD_NAMES, TrainConfig
@@ -221,11 +221,10 @@ class Folder(Base):
         settings = self.runfile.section("stages", stage, "recipe", "settings")
         if stage == "scores":
             program = "score.py --base" if settings.get("base") else "score.py"
-            if not self.args.custom:
-                flags = " and --custom CUSTOM.jsonl"
+            if "custom" not in self.settings:
+                flags = ", with --custom CUSTOM.jsonl"
         elif "/" in stage:
-            own = settings.get("method", "mask") in ("mask", *METHOD_NAMES)
-            program = "select.py" if own else "-m toss.audit.rivals"
+            program = "-m toss.audit.rivals" if is_rival(settings) else "select.py"
             flags = f", with the flags of {Path(stage).name}"
         return f"run {command(program, self.folder)} {word}{flags}"
 
@@ -280,7 +279,7 @@ class Folder(Base):
         It must be over the same token ids. A mask is a list of places, so nothing else of the run
         that made it has to agree with this one.
         """
-        path = Path(path)
+        path = existing_file(path)
         record = read_record(path)
         if record.get("tokens_sha256") != fingerprint(tokens):
             custom = self.input_hash("--custom")
@@ -372,6 +371,11 @@ class Folder(Base):
                 name: f"EVAL_{name.upper()}.jsonl" for name in ("harmful", "benign", "utility")
             }
             self.suggest("-m toss.audit.evaluate", **files)
+
+
+def is_rival(settings: dict[str, Any]) -> bool:
+    """True if these are settings of a rival, which is more than its mask; see toss.audit.rivals."""
+    return settings.get("method", "mask") not in ("mask", *METHOD_NAMES)
 
 
 def has_record(path: Path) -> bool:

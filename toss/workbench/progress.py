@@ -41,9 +41,7 @@ class Bar:
         self.first: int | None = None  # the step that this process begins after
         self.started = time.monotonic()
         self.due = FIRST_LINE
-        # None: only on a terminal. A process may have no stderr at all.
-        hidden = True if rank() > 0 or sys.stderr is None else None
-        self.bar = tqdm(desc=name, leave=False, disable=hidden)
+        self.bar = tqdm(desc=name, leave=False, disable=rank() > 0 or None)  # None: no terminal
 
     def show(self, event: dict[str, Any]) -> None:
         """Show an event of training or scoring; see train."""
