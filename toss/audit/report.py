@@ -11,7 +11,6 @@ model that was replaced since, is one line that says what would make it. No weig
 
 import csv
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from jinja2 import UndefinedError
@@ -199,9 +198,11 @@ def rounds(run) -> list[dict] | str:
         t = file.parent.name.removeprefix("round-")
         if not t.isdecimal():  # it is somebody's copy
             continue
-        with suppress(InputError):  # of other rows or references, as its mask, which has a line
+        try:
             run.check(f"methods/{method}", INPUTS)
-            found.append({"method": method, "t": int(t), "added": read_jsonl(file)})
+        except InputError:  # of other rows or references, as its mask, which has a line
+            continue
+        found.append({"method": method, "t": int(t), "added": read_jsonl(file)})
     found.sort(key=lambda entry: (entry["method"], entry["t"]))
     pro = flags.command("select.py", run.folder, pro=1)
     return found or f"No rounds of TOSS-Pro on these rows and references: run {pro} first."
