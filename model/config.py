@@ -192,7 +192,7 @@ def field(raw: dict, name: str, where: str, kind: type, default: int | None = No
         valid = type(value) in (int, float) and 1.2e-38 < value < 3.4e38
     if not valid:
         raise InputError(f"{where}: {name!r} must be {expected}, not {value!r}")
-    return value
+    return kind(value)
 
 
 def ropes(raw: dict, where: str) -> tuple[dict, ...]:

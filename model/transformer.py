@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 def rope_table(rope: dict, positions: Tensor, size: int) -> Rope:
     """Cosine and sine of each position's angle for each rotated pair; scaled for long contexts."""
     channels = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
-    frequency = float(rope["rope_theta"]) ** -(channels / size)  # angle per position, (E/2,)
+    frequency = rope["rope_theta"] ** -(channels / size)  # angle per position, (E/2,)
     if rope["rope_type"] == "linear":
         frequency = frequency / rope["factor"]
     if rope["rope_type"] == "llama3":

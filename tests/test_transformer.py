@@ -17,6 +17,7 @@ from model.config import FAMILIES, Config
 from model.generate import generate
 from model.io import file_hash, read_json
 from model.packed import Rows
+from model.transformer import rope_table
 
 BOUND = 1e-4
 # Models that differ in what packing and padding could break.
@@ -40,6 +41,14 @@ def test_the_table_of_agreement_has_a_column_for_each_family(capsys):
 def test_older_spellings_of_config_json_mean_the_same(file):
     newer = read_json(file.with_name("config.json"))
     assert Config.from_dict(read_json(file), "older") == Config.from_dict(newer, "newer")
+
+
+def test_a_rope_theta_may_be_a_whole_number_that_no_tensor_holds():
+    fields = read_json(GOLDENS / "plain/config.json")
+    fields["rope_parameters"]["rope_theta"] = 10**25
+    config = Config.from_dict(fields, "config.json")
+    cosine, _ = rope_table(config.ropes[0], torch.arange(3), 8)
+    assert cosine.isfinite().all()
 
 
 def test_a_mask_exists_only_where_a_row_is_longer_than_the_window():
