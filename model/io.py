@@ -118,6 +118,9 @@ def run_command(main: Callable[[], int | None], when_stopped: str = "") -> int:
             print(file=sys.stderr)  # the line may hold a progress bar
         print(f"error: stopped by {signal.Signals(number).name}{when_stopped}", file=sys.stderr)
         return 128 + number
+    except BrokenPipeError:  # who read the output, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        return 128 + signal.SIGPIPE
     except Exception as error:
         message = printable(str(error))
         if out_of_memory(error):

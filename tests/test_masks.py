@@ -18,12 +18,14 @@ def masked(trained):
     return trained
 
 
-def test_mask_only_writes_the_mask_that_training_would_use(masked, capsys):
-    method = masked / "methods/toss"
+def test_mask_only_writes_the_mask_that_training_would_use(trained, capsys):
+    output = said(capsys, f"select.py --run {trained} --mask-only")
+    assert "training settings" not in output and "per second" not in output  # it trains nothing
+    method = trained / "methods/toss"
     assert tree(method).keys() == {"record.json", MASK}
-    assert "skipped" in said(capsys, f"select.py --run {masked} --mask-only")
-    succeed(f"select.py --run {masked} --name direct")
-    assert same_tensors(method / MASK, masked / "methods/direct" / MASK)
+    assert "skipped" in said(capsys, f"select.py --run {trained} --mask-only")
+    succeed(f"select.py --run {trained} --name direct")
+    assert same_tensors(method / MASK, trained / "methods/direct" / MASK)
 
 
 def test_a_mask_alone_is_trained_from_by_its_file_or_made_again_with_a_model(masked, capsys):

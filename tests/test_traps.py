@@ -1,5 +1,6 @@
 """A mistake that would end in a wrong result is said while it can still be mended."""
 
+import signal
 import subprocess
 import sys
 
@@ -42,3 +43,10 @@ def test_a_command_whose_stderr_is_closed_does_its_work(trained):
     done = subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0
     assert "scores: wrote" in done.stdout
+
+
+def test_a_command_whose_reader_has_gone_ends_without_a_word(trained):
+    command = f"set -o pipefail; {sys.executable} select.py --run {trained} --mask-only | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE

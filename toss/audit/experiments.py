@@ -16,6 +16,8 @@ from toss.audit.attacks import ATTACKS, Attacker, asked_as_embedded, mean_risk
 from toss.audit.baselines import dsir, safeinstr
 from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.laboratory import Case, Experiment, Setup
+from toss.audit.rivals import RIVALS
+from toss.config import METHOD_NAMES
 
 FILE = Path(__file__).with_suffix(".json")
 # The sets that an experiment's "rows" must give a size; few and tuning may have one.
@@ -65,6 +67,9 @@ def check_cases(cases: list[Case]) -> None:
         if not case.arms:
             raise ValueError(f"the case {case.label!r} has no arms")
         for arm, flags in case.arms.items():
+            method = flags.get("method", "toss")
+            if method not in (*METHOD_NAMES, *RIVALS):
+                raise ValueError(f"the arm {arm!r} has a method that there is not: {method!r}")
             if "mask" in flags and flags["mask"] not in with_mask:
                 problem = f"toss of the variant {flags['mask']!r}, whose mask it takes"
                 raise ValueError(f"before {arm} stands no arm {problem}")

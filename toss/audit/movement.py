@@ -35,6 +35,8 @@ def diagnose_run(
     kl.csv, and where each group comes from. Raises InputError for a model that is missing or was
     made from something else.
     """
+    if "base" in methods:
+        raise InputError("the models are compared with the base: name others, without it")
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
     groups = groups_of_files(run, files, max_rows) if files else groups_of_run(run, max_rows)

@@ -247,8 +247,9 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     args.notes = []
     if inherited and not demo:
         args.notes += described(f"from {file}", inherited, omitted)
-    omitted &= set(TRAINING_FLAGS)
-    args.notes += described(f"training settings {source}", vars(args), omitted)
+    if "mask_only" not in typed:  # which trains nothing
+        omitted &= set(TRAINING_FLAGS)
+        args.notes += described(f"training settings {source}", vars(args), omitted)
     if args.model is None:
         advice = f"give --model, or run {command('train.py', file.parent)}"
         raise InputError(f"{file.parent} has no base yet: {advice}")

@@ -150,7 +150,10 @@ class Cost:
 
 
 def describe_cost(cost: dict[str, Any]) -> str:
-    """What a stage took, in words."""
+    """What a stage took, in words; of a mask alone, which runs no model, the time."""
+    seconds = f"{cost['seconds']:.1f} s"
+    if not cost["tokens"]:
+        return seconds
     speed = cost["tokens"] / max(cost["seconds"], 1e-9)
-    text = f"{cost['tokens']} tokens in {cost['seconds']:.1f} s ({speed:,.0f} per second), "
-    return f"{text}peak memory {cost['peak_memory_gib']:.2f} GiB"
+    memory = f"peak memory {cost['peak_memory_gib']:.2f} GiB"
+    return f"{cost['tokens']} tokens in {seconds} ({speed:,.0f} per second), {memory}"
