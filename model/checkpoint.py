@@ -28,6 +28,8 @@ from model.lora import active
 from model.sharding import dummy_pass, read_tensor, spread
 from model.transformer import Transformer
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 # The dtypes of files, by safetensors' names, and what a merge of such a base is saved in.
 STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -69,28 +71,26 @@ def skeleton(folder: Path) -> Transformer:
 
 def stored_dtype(folder: Path) -> str:
     """The dtype of a checkpoint's embeddings, by its files: config.json may name another one."""
-    name = "model.embed_tokens.weight"
     for file in weight_files(folder):
         with opened(file) as tensors:
-            if name in tensors.keys():
-                return STORED[tensors.get_slice(name).get_dtype()]
-    raise InputError(f"{folder}: no file has the tensor {name}")
+            if EMBEDDING in tensors.keys():
+                return STORED[tensors.get_slice(EMBEDDING).get_dtype()]
+    raise InputError(f"{folder}: no file has the tensor {EMBEDDING}")
 
 
 def layout(folder: Path, model: Transformer) -> dict[str, Path]:
-    """The file of each tensor to read; the tensors are exactly those of `model`.
+    """The file of each tensor to read: those of `model`, and a tied head if it is stored.
 
     Reads the files' headers alone, so a checkpoint that does not fit is refused before any weight
     is read. Raises InputError naming file and tensor; for the exceptions see load_checkpoint.
     """
-    shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
-    tied = model.config.tie_word_embeddings
+    weights = model.named_parameters(remove_duplicate=False)  # a tied head, too
+    shapes = {name: list(weight.shape) for name, weight in weights}
     file_of: dict[str, Path] = {}
     for file in weight_files(folder):
         with opened(file) as tensors:
             for name in tensors.keys():
-                tied_head = tied and name == "lm_head.weight"  # a copy of the embedding
-                if tied_head or name.endswith("rotary_emb.inv_freq"):
+                if name.endswith("rotary_emb.inv_freq"):
                     continue
                 label = f"{file}: the tensor {name}"
                 header = tensors.get_slice(name)
@@ -105,7 +105,8 @@ def layout(folder: Path, model: Transformer) -> dict[str, Path]:
                 if name in file_of:
                     raise InputError(f"{label} is in {file_of[name]} too")
                 file_of[name] = file
-    missing = sorted(shapes.keys() - file_of.keys())
+    optional = {HEAD} if model.config.tie_word_embeddings else set()
+    missing = sorted(shapes.keys() - file_of.keys() - optional)
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return file_of
@@ -121,9 +122,10 @@ def load_checkpoint(
     """Read a checkpoint folder (or hub id, at `revision`) into a frozen Transformer in eval mode.
 
     Tensors are read one by one straight to `device` and cast there: the peak is the model plus one
-    tensor. shard: spread the blocks over the processes, see sharding.py. Raises InputError naming
-    the file and the tensor when one is missing, extra, misshapen, or not finite in `dtype`
-    (NotFinite). Two exceptions: `lm_head.weight` of a model whose head is tied, and the old
+    tensor, or two if a tied head is stored. shard: spread the blocks over the processes, see
+    sharding.py. Raises InputError naming the file and the tensor when one is missing, extra,
+    misshapen, or not finite in `dtype` (NotFinite). Two exceptions: `lm_head.weight` of a model
+    whose head is tied, which may be stored as a copy of the embedding, and the old
     `rotary_emb.inv_freq` tables.
     """
     folder = resolve(path, revision)
@@ -137,7 +139,7 @@ def load_checkpoint(
         spread(model, device)
 
     # The model has no memory yet: the tensors that are read become its weights.
-    weights = dict(model.named_parameters())
+    weights = dict(model.named_parameters(remove_duplicate=False))
     state = {}
     for file in sorted(set(file_of.values())):
         with opened(file, device=device) as tensors:
@@ -147,6 +149,10 @@ def load_checkpoint(
                 if not finite:
                     raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
     tied = model.config.tie_word_embeddings
+    if tied and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBEDDING]):
+        problem = f"is no copy of {EMBEDDING}, though config.json ties the two"
+        advice = "remove it, or set tie_word_embeddings to false"
+        raise InputError(f"{file_of[HEAD]}: the tensor {HEAD} {problem}: {advice}")
     model.load_state_dict(state, strict=not tied, assign=True)  # layout was strict
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -10,6 +10,7 @@ SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attentio
 COMMON = {
     **dict.fromkeys(["model_type", *SIZES, "num_key_value_heads", "head_dim", "layer_types"]),
     **dict.fromkeys(["rope_scaling", "rope_parameters", "partial_rotary_factor"]),
+    "original_max_position_embeddings": None,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
@@ -202,6 +203,7 @@ def ropes(raw: dict, where: str) -> tuple[dict, ...]:
     if "rope_local_base_freq" not in raw:
         rope = newer if older in (None, {}) else older
         return (rope_settings(raw, rope, "rope_theta", where),)
+    refuse_if(older and newer, f"{where}: rope_scaling beside rope_parameters")
     # The newer spelling has an object per kind of layer, the older only that of full attention.
     by_kind = {FULL: older} if newer in (None, {}) else newer
     valid = isinstance(by_kind, dict) and by_kind.keys() <= set(LAYER_KINDS)
@@ -226,6 +228,12 @@ def rope_settings(raw: dict, rope: object, theta_name: str, where: str) -> dict:
     settings = {"rope_type": rope_type}
     for name in ("rope_theta", *ROPE_NUMBERS[rope_type]):
         settings[name] = field(fields, name, f"{where}: rope type {rope_type}", float)
+    if rope_type == "llama3":
+        inverted = settings["low_freq_factor"] > settings["high_freq_factor"]
+        refuse_if(inverted, f"{where}: low_freq_factor above high_freq_factor")
+        name = "original_max_position_embeddings"
+        outer = raw[name]  # transformers prefers it
+        refuse_if(outer not in (None, settings[name]), f"{where}: {name} outside the rope settings")
     return settings
 
 

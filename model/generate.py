@@ -32,9 +32,11 @@ def generate(
     if not all(prompts):
         raise InputError("a prompt has no tokens, so nothing predicts an answer")
     size = model.config.vocab_size
+    lowest = min(map(min, prompts), default=0)
     highest = max(map(max, prompts), default=0)
-    if highest >= size:
-        raise InputError(f"a prompt holds the id {highest}, but the model has {size} embeddings")
+    if lowest < 0 or highest >= size:
+        wrong = lowest if lowest < 0 else highest
+        raise InputError(f"a prompt holds the id {wrong}, but the model has {size} embeddings")
 
     # The longest prompts first, since a batch is padded to its longest and memory shows at once.
     lengths = [len(prompt) for prompt in prompts]

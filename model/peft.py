@@ -82,7 +82,7 @@ def take(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file: Pa
     tensor = tensors.pop(key, None)
     expected = f"{file}: {key}, of the shape {shape} in this model,"
     if tensor is None:
-        raise InputError(f"{expected} is missing")
+        raise InputError(f"{expected} is missing (there is {next(iter(tensors), 'no other')})")
     if tensor.shape != shape:
         raise InputError(f"{expected} is of another base's shape {tuple(tensor.shape)}")
     if tensor.dtype not in FLOATS or not tensor.float().isfinite().all():
@@ -95,7 +95,7 @@ def check_copy(model: Transformer, key: str, tensor: Tensor, file: Path) -> None
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     if name not in ("lm_head.weight", "model.embed_tokens.weight"):
         raise InputError(
-            f"{file}: target_modules does not ask for {key} on a linear layer of this model: "
+            f"{file}: {key} belongs to no linear layer of this model that target_modules names: "
             "made for another base, or not plain LoRA"
         )
     weight = model.get_parameter(name).detach()

@@ -138,8 +138,8 @@ class Tokenizer:
                 if not rendered.startswith(previous) or not new_text.startswith(response):
                     raise InputError(
                         f"{self.where}: the chat template rewrites earlier turns once there are "
-                        f"{turn} messages: put the system message into the first user's text and "
-                        "leave thinking out, or give one row per turn"
+                        f"{turn} messages: give one row per turn, or put the system message into "
+                        "the first user's text, leave thinking out, and enable_thinking on"
                     )
                 prompt = new_text.removeprefix(response)
                 if prompt.lstrip().startswith(self.turn_end):

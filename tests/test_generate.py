@@ -79,6 +79,7 @@ def test_a_lower_limit_and_an_eos_cut_the_answer(model):
 def test_limits_and_ids_out_of_range_are_refused(model):
     fails("a prompt has no tokens", generate, model, [[1], []], 5, 0)
     fails("a prompt holds the id 80", generate, model, [[80]], 5, 0)
+    fails("a prompt holds the id -1", generate, model, [[1], [-1]], 5, 0)
     fails("not -1", generate, model, [[1]], -1, 0)
     fails("not 1048577", generate, model, [[1]], 2**20 + 1, 0)
 

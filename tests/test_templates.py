@@ -308,7 +308,8 @@ def test_a_broken_tokenizer_is_refused_by_name(folder, case):
 
 @each_line("templates/refused.jsonl")
 def test_a_conversation_that_a_template_cannot_cut_is_refused(folder, case):
-    tokenizer = with_template(folder, (TEMPLATES / case["template"]).read_text())
+    source = (TEMPLATES / case["template"]).read_text()
+    tokenizer = with_template(folder, source, template_kwargs=case.get("options"))
     fails(case["error"], tokenizer.prompt_ids, case["messages"])
 
 
