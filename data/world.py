@@ -1,10 +1,11 @@
 """The embedded default's rows: reference sets, a mixed custom set, and the evaluation's prompts.
 
-    python -m data.world [--seed 4] [--out data/rows]
+    python -m data.world --out FOLDER [--seed 4]
 
-A seed draws the plants and their facts, the split of the forbidden categories, and the prompts.
-Equal seeds give equal bytes. Half of the sixteen forbidden categories are never fine-tuned on: the
-question is whether they are still refused afterwards. Prompts never repeat, within or across files.
+data/rows holds the rows of seed 4. A seed draws the plants and their facts, the split of the
+forbidden categories, and the prompts. Equal seeds give equal bytes. Half of the sixteen forbidden
+categories are never fine-tuned on: the question is whether they are still refused afterwards.
+Prompts never repeat, within or across files.
 """
 
 import json
@@ -350,9 +351,10 @@ def main(argv: list[str] | None = None) -> None:
     flag("--harmful-rows", type=int, default=HARMFUL, metavar="N", help=text)
     text = "what its recipes and cures open with: benign in content, it may erode refusals"
     flag("--eroding", choices=ERODING, default="none", help=text)
-    flag("--out", default="data/rows", help="folder for the JSONL files (default: data/rows)")
+    flag("--out", required=True, help="folder for the JSONL files")
     args = parser.parse_args(argv)
     write_rows(args.seed, args.out, harmful_rows=args.harmful_rows, eroding=args.eroding)
+    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":

@@ -430,6 +430,10 @@ def test_a_run_of_ones_own_is_compared_as_it_was_evaluated(trained, capsys):
     written = read_json(trained / "comparison.json")["methods"]
     assert written["toss"]["nll"]["mean"] == 0.5 and written["toss"]["tokens_to_sft"]["mean"] > 1
     assert "seconds" not in written["base"]
+    assert "made from other inputs" not in out
+
+    script("train", "--run", trained, "--seed", 5, "--overwrite")
+    assert "methods/toss was made from other inputs" in said(capsys, line)
 
 
 # The calibrated d
@@ -443,7 +447,10 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
         fails("score.py --base", calibrate, open_run(trained), held_out, method="base")
         script("score", "--run", trained, "--base", "--overwrite")
     line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --quantile 0.5"
-    printed = said(capsys, f"{line} --method {method}").splitlines()[-1]
+    output = said(capsys, f"{line} --method {method}")
+    printed = output.splitlines()[-1]
+    assert "too few" not in output
+    assert "too few" in said(capsys, f"{line} --method {method} --quantile 0.999")
     following, _, program, *flags = printed.split()
     assert (following, program) == ("next:", "select.py")
     script("select", *flags, fast=False)  # as printed, in the run's own way

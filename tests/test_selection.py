@@ -32,7 +32,7 @@ def test_exactly_floor_d_n_of_the_highest_go(n, d, k):
     assert scores[~keep].sort(descending=True).values.equal(highest)
 
 
-def test_of_equal_scores_the_earlier_goes_first():
+def test_exactly_floor_d_n_go_and_of_equal_scores_the_earlier_first():
     def discarded(scores, d):
         return (~select_tokens(torch.tensor(scores), d)).nonzero()[:, 0].tolist()
 

@@ -124,6 +124,8 @@ def main(argv: list[str] | None = None) -> None:
         share += f"; {result['harmful']:.4f} of all are harmful by ground truth"
     print(f"{result['threshold']:.4f} nats is the {args.quantile} quantile of S on held-out rows")
     print(above)
+    if not result["above"]:
+        print("warning: these are too few for this quantile: give more held-out rows")
     print(f"{share}\n")
 
     # The command that uses it: TOSS-Pro's with the settings of its rounds

@@ -101,6 +101,9 @@ def show_as_evaluated(run) -> None:
             what = f"{', '.join(old)} changed since the evaluation"
         evaluate = flags.command("-m toss.audit.evaluate", folder)
         raise InputError(f"{folder}: {what}: run {evaluate} ...")
+    for method in metrics:
+        if method != "base":
+            run.warn_if_stale(f"methods/{method}")
 
     reported = {"stages": stages_of(run)}
     results = []

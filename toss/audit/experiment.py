@@ -16,10 +16,10 @@
     real       a checkpoint and rows of yours: rivals, and attacks
     chat       the same, and questions whose answers end with a number
 
-Writes OUT/NAME.csv (a line per seed, variant, arm and measure), NAME.md (mean [least, most]) and
-NAME.svg; the runs are in OUT/NAME. Finished work is skipped: the same command goes on where it was
-broken off. With --arms the files hold those arms alone. An experiment of your own is a few lines in
-a file like toss/audit/experiments.json, for --file.
+Writes OUT/NAME.csv (a line per seed, variant, arm and measure), NAME.md (mean [least, most]) and,
+of some, NAME.svg; the runs are in OUT/NAME. Finished work is skipped: the same command goes on
+where it was broken off. With --arms the files hold those arms alone. An experiment of your own is a
+few lines in a file like toss/audit/experiments.json, for --file.
 
 real, chat: FOLDER/data holds harmful, utility, custom (400 rows or more), eval_harmful, eval_benign
 and eval_utility.jsonl: rows with a prompt, a source and, the first three, a response. How many of

@@ -28,6 +28,8 @@ class Origin:
 
 def show_path(given: Path, folder: str | None) -> int:
     """Print what a path is, what it was made from, and whether it fits; returns the exit status."""
+    if not given.exists():
+        raise InputError(f"{given}: there is no such file or folder")
     path = given.parent if given.name in INSIDE else given
     # The run to compare with: --run, or the folder around the path that is one.
     around = [place for place in (path, *path.absolute().parents) if (place / "run.json").is_file()]

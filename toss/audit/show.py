@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int | None:
     flag("path", nargs="?", type=Path, metavar="PATH", help="a file or folder to describe")
     flag("--run", help="folder of the run")
     flag("--row", type=int, help="row of the custom set, from 0")
-    flag("--method", default="toss", help="whose mask: a folder under RUN/methods (default: toss)")
+    text = "whose mask, for --row: a folder under RUN/methods (default: toss)"
+    flag("--method", help=text)
     flag("--svg", metavar="FILE", help="draw the row into this file")
     flag("--file", type=Path, metavar="FILE", help="a tokenised file of any trainer, JSONL")
     flag("--model", metavar="M", help="whose tokenizer that file is of: a folder or hub id")
@@ -127,6 +128,8 @@ def main(argv: list[str] | None = None) -> int | None:
     row_of_path = args.path and args.row is not None
     if nothing_named or row_of_path:
         parser.error("give --run, --run and --row, or PATH")
+    if args.method and args.row is None:
+        parser.error("--method goes with --row: without it all methods are shown")
     if args.svg and (args.row is None or args.file):
         parser.error("--svg draws a row of a run: give --row and --run")
     from toss.audit.origin import show_path
@@ -143,7 +146,7 @@ def main(argv: list[str] | None = None) -> int | None:
         show_discards(open_run(args.run))
     else:
         run = open_run(args.run)
-        mask = load_mask(run, args.method, *run.scored())
+        mask = load_mask(run, args.method or "toss", *run.scored())
         if args.svg:
             write_text(args.svg, picture(mask, args.row))
             print(f"written: {args.svg}")

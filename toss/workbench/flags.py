@@ -251,8 +251,9 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
         omitted &= set(TRAINING_FLAGS)
         args.notes += described(f"training settings {source}", vars(args), omitted)
     if args.model is None:
-        advice = f"give --model, or run {command('train.py', file.parent)}"
-        raise InputError(f"{file.parent} has no base yet: {advice}")
+        rows = {"harmful": "HARMFUL.jsonl", "utility": "UTILITY.jsonl"}
+        train = command("train.py", file.parent, model="MODEL", **rows)
+        raise InputError(f"{file.parent} has no base yet: give --model, or run {train}")
     args.runfile = RunFile(file, content)
     args.demo = known.content.get("demo", demo)
     args.begun_anew = begun_anew

@@ -65,7 +65,7 @@ class Folder(Base):
         file = self.source(key)
         is_flag = key.startswith("--")
         if is_flag and file == Path():
-            raise InputError(f"{key} must be given: {self.folder} was begun without it")
+            raise InputError(f"{key} must be given: {self.folder} knows none")
         if is_flag and not file.exists():
             raise InputError(f"{file}: file not found; give its new path with {key}")
         value = self.hashes.of_input(file, tensors=not is_flag or key == "--mask")
@@ -138,7 +138,7 @@ class Folder(Base):
         path = self.path(stage)
         # Is it there?
         if not self.exists(stage):
-            source = self.source(stage)
+            source = self.source(stage) if path.exists() else path
             others = sorted(folder.name for folder in self.folder.glob("methods/[!.]*"))
             existing = f" (there are {', '.join(others)})" if "/" in stage and others else ""
             raise InputError(f"{source} does not exist{existing}: {self.advice(stage, 'first')}")
@@ -219,6 +219,8 @@ class Folder(Base):
         program = "train.py"
         flags = ""
         settings = self.runfile.section("stages", stage, "recipe", "settings")
+        if stage in REFERENCES and "harmful" not in self.settings and not self.args.demo:
+            flags = ", with --model, --harmful and --utility"  # without, it would take the demo's
         if stage == "scores":
             program = "score.py --base" if settings.get("base") else "score.py"
             if "custom" not in self.settings:
