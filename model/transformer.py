@@ -42,7 +42,8 @@ class RMSNorm(nn.Module):
 def rope_table(rope: dict, positions: Tensor, size: int) -> Rope:
     """Cosine and sine of each position's angle for each rotated pair; scaled for long contexts."""
     channels = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
-    frequency = rope["rope_theta"] ** -(channels / size)  # angle per position, (E/2,)
+    # The angle per position, (E/2,), in the form whose rounding released models were trained with.
+    frequency = 1.0 / rope["rope_theta"] ** (channels / size)
     if rope["rope_type"] == "linear":
         frequency = frequency / rope["factor"]
     if rope["rope_type"] == "llama3":
