@@ -97,7 +97,9 @@ def main(argv=None):
         else:
             candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
             keep[ranked], scores = METHODS[args.method](candidates)
-            S = None if scores is None else torch.zeros(len(keep)).index_put((ranked,), scores)
+            S = None
+            if scores is not None:
+                S = torch.zeros(len(keep)).index_put((ranked,), scores.float())
 
         return Selection(D_cus, keep, S, rounds)
 

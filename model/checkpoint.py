@@ -149,7 +149,8 @@ def load_checkpoint(
                 if not finite:
                     raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
     tied = model.config.tie_word_embeddings
-    if tied and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBEDDING]):
+    head = state.pop(HEAD, None) if tied else None
+    if head is not None and not torch.equal(head, state[EMBEDDING]):
         problem = f"is no copy of {EMBEDDING}, though config.json ties the two"
         advice = "remove it, or set tie_word_embeddings to false"
         raise InputError(f"{file_of[HEAD]}: the tensor {HEAD} {problem}: {advice}")
@@ -185,7 +186,7 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
 
     # like's config.json, with what may differ in this model.
     config = read_json(like / "config.json")
-    config["tie_word_embeddings"] = "lm_head.weight" not in tensors  # a merge may have untied it
+    config["tie_word_embeddings"] = HEAD not in tensors  # a merge may have untied it
     dtype_field = "dtype" if "dtype" in config else "torch_dtype"  # newer, older
     config[dtype_field] = str(model.dtype).removeprefix("torch.")
 

@@ -232,8 +232,8 @@ def rope_settings(raw: dict, rope: object, theta_name: str, where: str) -> dict:
         inverted = settings["low_freq_factor"] > settings["high_freq_factor"]
         refuse_if(inverted, f"{where}: low_freq_factor above high_freq_factor")
         name = "original_max_position_embeddings"
-        outer = raw[name]  # transformers prefers it
-        refuse_if(outer not in (None, settings[name]), f"{where}: {name} outside the rope settings")
+        other = raw[name]  # which of the two transformers takes depends on the family
+        refuse_if(other not in (None, settings[name]), f"{where}: another {name} beside the rope's")
     return settings
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoint import base_hash
+from model.checkpoint import EMBEDDING, HEAD, base_hash
 from model.io import (
     InputError,
     as_input_error,
@@ -93,7 +93,7 @@ def take(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file: Pa
 def check_copy(model: Transformer, key: str, tensor: Tensor, file: Path) -> None:
     """Accept the base's own embedding and head, which PEFT may add, rounded to its dtype."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    if name not in ("lm_head.weight", "model.embed_tokens.weight"):
+    if name not in (HEAD, EMBEDDING):
         raise InputError(
             f"{file}: {key} belongs to no linear layer of this model that target_modules names: "
             "made for another base, or not plain LoRA"

@@ -139,7 +139,8 @@ class Tokenizer:
                     raise InputError(
                         f"{self.where}: the chat template rewrites earlier turns once there are "
                         f"{turn} messages: give one row per turn, or put the system message into "
-                        "the first user's text, leave thinking out, and enable_thinking on"
+                        "the first user's text, remove thinking from earlier responses, and do not "
+                        "set enable_thinking to false"
                     )
                 prompt = new_text.removeprefix(response)
                 if prompt.lstrip().startswith(self.turn_end):

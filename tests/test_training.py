@@ -50,6 +50,10 @@ def flat(tensors):
 # The steps
 
 
+def test_an_unknown_schedule_is_refused(model, tokens):
+    fails("'linear' is neither", fit, model, tokens, replace(CONFIG, schedule="linear"))
+
+
 def test_each_step_is_reported_with_the_rate_of_its_schedule(model, tokens):
     _, events = fit(model, tokens, replace(CONFIG, schedule="cosine"))
     rates = [event["lr"] for event in events]

@@ -51,6 +51,15 @@ def test_a_rope_theta_may_be_a_whole_number_that_no_tensor_holds():
     assert cosine.isfinite().all()
 
 
+def test_frequencies_are_rounded_as_in_transformers():
+    channels = torch.arange(0, 128, 2, dtype=torch.int64).float()
+    inv_freq = 1.0 / (5e5 ** (channels / 128))  # transformers' formula
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    cosine, sine = rope_table(rope, torch.tensor([4096]), 128)
+    assert cosine.flatten().equal((4096 * inv_freq).cos())
+    assert sine.flatten().equal((4096 * inv_freq).sin())
+
+
 def test_a_mask_exists_only_where_a_row_is_longer_than_the_window():
     rows = Rows(torch.zeros(1, 3))
     assert rows.masks(3, None) == (None, None)

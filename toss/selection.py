@@ -59,9 +59,9 @@ def riskiest_rows(
 ) -> list[tuple[int, int]]:
     """TOSS-Pro: walk down the sorted tokens and collect the rows that hold them, until k are found.
 
-    scores: float [n] of the ranked tokens; rows: int64 [n], the row of each; skip: rows that are in
-    D^h already. Returns (row, index into scores of the token that brought it in), riskiest first;
-    fewer than k when the rows run out. Of equal scores the earlier comes first.
+    scores: float [n] of the ranked tokens; rows: int64 [n], the row of each; skip: rows that
+    earlier rounds added. Returns (row, index into scores of the token that brought it in), riskiest
+    first; fewer than k when the rows run out. Of equal scores the earlier comes first.
 
     >>> scores, rows = torch.tensor([1.0, 9.0, 8.0, 7.0, 2.0]), torch.tensor([0, 1, 1, 2, 3])
     >>> riskiest_rows(scores, rows, skip={2}, k=2)

@@ -137,9 +137,11 @@ def restore(
 
 def decay(schedule: str, progress: float) -> float:
     """The factor of the learning rate. progress: share of the steps that are done, in [0, 1)."""
+    if schedule == "constant":
+        return 1.0
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0
+    raise InputError(f"the schedule {schedule!r} is neither constant nor cosine")
 
 
 def count_steps(tokens: Tokens, config: TrainConfig) -> int:

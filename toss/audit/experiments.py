@@ -64,6 +64,8 @@ def check_cases(cases: list[Case]) -> None:
         earlier = first.setdefault(case.variant, case)
         if of_rows and earlier is not case and rows_of(earlier) != rows_of(case):
             raise ValueError(f"two cases of the variant {case.variant!r} have other rows")
+        if case.references not in ("own", "main", "none"):
+            raise ValueError(f'"references" is own, main or none, not {case.references!r}')
         if not case.arms:
             raise ValueError(f"the case {case.label!r} has no arms")
         for arm, flags in case.arms.items():

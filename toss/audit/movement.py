@@ -19,6 +19,7 @@ from toss.tokens import Tokens, batches, collate
 from toss.workbench.progress import Bar
 from toss.workbench.results import write_record
 from toss.workbench.run import Run
+from toss.workbench.runfile import REFERENCES
 
 COLUMNS = ("kl_base", "toward_degraded", "toward_utility")  # of kl.csv
 FEWEST = 3  # rows that a mean must rest on
@@ -35,8 +36,9 @@ def diagnose_run(
     kl.csv, and where each group comes from. Raises InputError for a model that is missing or was
     made from something else.
     """
-    if "base" in methods:
-        raise InputError("the models are compared with the base: name others, without it")
+    for name in ("base", *REFERENCES):
+        if name in methods:
+            raise InputError(f"{name} stands beside the methods anyway: leave it out of --methods")
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
     groups = groups_of_files(run, files, max_rows) if files else groups_of_run(run, max_rows)

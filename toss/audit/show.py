@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> int | None:
     row_of_path = args.path and args.row is not None
     if nothing_named or row_of_path:
         parser.error("give --run, --run and --row, or PATH")
-    if args.method and args.row is None:
-        parser.error("--method goes with --row: without it all methods are shown")
+    if args.method and (args.row is None or args.file):
+        parser.error("--method says whose mask --row shows: give --run and --row")
     if args.svg and (args.row is None or args.file):
         parser.error("--svg draws a row of a run: give --row and --run")
     from toss.audit.origin import show_path

@@ -247,9 +247,10 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     args.notes = []
     if inherited and not demo:
         args.notes += described(f"from {file}", inherited, omitted)
-    if "mask_only" not in typed:  # which trains nothing
-        omitted &= set(TRAINING_FLAGS)
-        args.notes += described(f"training settings {source}", vars(args), omitted)
+    shown = set(TRAINING_FLAGS)
+    if "mask_only" in typed and "pro" not in typed:
+        shown = {"seed"}  # it trains nothing, and `random` draws by the seed
+    args.notes += described(f"training settings {source}", vars(args), omitted & shown)
     if args.model is None:
         rows = {"harmful": "HARMFUL.jsonl", "utility": "UTILITY.jsonl"}
         train = command("train.py", file.parent, model="MODEL", **rows)

@@ -216,18 +216,25 @@ class Folder(Base):
 
     def advice(self, stage: str, word: str) -> str:
         """What to run to make a result. word: "first", "again" or "--overwrite"."""
-        program = "train.py"
-        flags = ""
         settings = self.runfile.section("stages", stage, "recipe", "settings")
-        if stage in REFERENCES and "harmful" not in self.settings and not self.args.demo:
-            flags = ", with --model, --harmful and --utility"  # without, it would take the demo's
-        if stage == "scores":
+        if stage in REFERENCES:
+            program = "train.py"
+            inputs = ["model", "harmful", "utility"]
+        elif stage == "scores":
             program = "score.py --base" if settings.get("base") else "score.py"
-            if "custom" not in self.settings:
-                flags = ", with --custom CUSTOM.jsonl"
-        elif "/" in stage:
+            inputs = ["model", "custom"]
+        else:
             program = "-m toss.audit.rivals" if is_rival(settings) else "select.py"
-            flags = f", with the flags of {Path(stage).name}"
+            inputs = ["model", "custom"]
+        # Inputs that the run does not know: without them the command would take the demo's.
+        words = [f"--{name}" for name in inputs if name not in self.settings]
+        if self.args.demo:
+            words = []
+        elif words and stage in REFERENCES:  # with some of its inputs train.py wants all
+            words = [f"--{name}" for name in inputs]
+        if stage.startswith("methods/"):
+            words.append(f"the flags of {Path(stage).name}")
+        flags = f", with {' and '.join(words)}" if words else ""
         return f"run {command(program, self.folder)} {word}{flags}"
 
     def adapter(self, name: str) -> Adapter | None:
@@ -283,7 +290,10 @@ class Folder(Base):
         """
         path = existing_file(path)
         record = read_record(path)
-        if record.get("tokens_sha256") != fingerprint(tokens):
+        if "tokens_sha256" not in record:
+            advice = "toss.workbench.files.write_selection writes one that does"
+            raise InputError(f"{path} does not say over which token ids it is: {advice}")
+        if record["tokens_sha256"] != fingerprint(tokens):
             custom = self.input_hash("--custom")
             here = {**self.identity, "--custom": custom}
             del here["base_sha256"]

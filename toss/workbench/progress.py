@@ -150,10 +150,9 @@ class Cost:
 
 
 def describe_cost(cost: dict[str, Any]) -> str:
-    """What a stage took, in words; of a mask alone, which runs no model, the time."""
-    seconds = f"{cost['seconds']:.1f} s"
-    if not cost["tokens"]:
-        return seconds
-    speed = cost["tokens"] / max(cost["seconds"], 1e-9)
-    memory = f"peak memory {cost['peak_memory_gib']:.2f} GiB"
-    return f"{cost['tokens']} tokens in {seconds} ({speed:,.0f} per second), {memory}"
+    """What a stage took, in words."""
+    text = f"{cost['seconds']:.1f} s"
+    if cost["tokens"]:  # none for a mask alone
+        speed = cost["tokens"] / max(cost["seconds"], 1e-9)
+        text = f"{cost['tokens']} tokens in {text} ({speed:,.0f} per second)"
+    return f"{text}, peak memory {cost['peak_memory_gib']:.2f} GiB"

@@ -151,13 +151,24 @@ class Run(Folder):
     def train(
         self, name: str, tokens: Tokens, weights: Tensor, config: TrainConfig, **options: Any
     ) -> Adapter:
-        """toss.training.train from the base, told, logged and saved under this name."""
+        """toss.training.train from the base, told, logged and saved under this name.
+
+        options: its others, such as objective or optimizer.
+        """
         rows = len(tokens.filled)
         steps = count_steps(tokens, config)
         print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
-        options |= {"state": self.state(name, "train"), "on_step": self.progress(name).report}
-        adapter = train(self.base("train"), tokens, weights, config, **options)
-        self.add_cost(options["state"], tokens, config.epochs)
+        state = self.state(name, "train")
+        adapter = train(
+            self.base("train"),
+            tokens,
+            weights,
+            config,
+            state=state,
+            on_step=self.progress(name).report,
+            **options,
+        )
+        self.add_cost(state, tokens, config.epochs)
         return adapter
 
     def score(self, name: str, adapter: Adapter | str | None, tokens: Tokens) -> Tensor:
@@ -273,7 +284,7 @@ class Run(Folder):
         for t, pro_round in enumerate(selection.rounds, start=1):
             lines.append(f"TOSS-Pro round {t}: {len(pro_round.added)} rows added to D^h")
         lost = f"{files.lost_rows(tokens, keep)} rows lost all their tokens"
-        return [*lines, f"{discarded} of {ranked} response tokens discarded, {lost}"]
+        return [*lines, f"{discarded} of {ranked} ranked response tokens discarded, {lost}"]
 
     def write_round(
         self, folder: Path, t: int, pro_round: Round, tokens: Tokens, digests: dict[str, str]
