@@ -217,23 +217,22 @@ class Folder(Base):
     def advice(self, stage: str, word: str) -> str:
         """What to run to make a result. word: "first", "again" or "--overwrite"."""
         settings = self.runfile.section("stages", stage, "recipe", "settings")
+        inputs = ["--model", "--custom"]
         if stage in REFERENCES:
             program = "train.py"
-            inputs = ["model", "harmful", "utility"]
+            inputs = ["--model", "--harmful", "--utility"]
         elif stage == "scores":
             program = "score.py --base" if settings.get("base") else "score.py"
-            inputs = ["model", "custom"]
         else:
             program = "-m toss.audit.rivals" if is_rival(settings) else "select.py"
-            inputs = ["model", "custom"]
         # Inputs that the run does not know: without them the command would take the demo's.
-        words = [f"--{name}" for name in inputs if name not in self.settings]
+        words = [flag for flag in inputs if flag.removeprefix("--") not in self.settings]
         if self.args.demo:
             words = []
         elif words and stage in REFERENCES:  # with some of its inputs train.py wants all
-            words = [f"--{name}" for name in inputs]
-        if stage.startswith("methods/"):
-            words.append(f"the flags of {Path(stage).name}")
+            words = inputs
+        if "/" in stage:
+            words = [*words, f"the flags of {Path(stage).name}"]
         flags = f", with {' and '.join(words)}" if words else ""
         return f"run {command(program, self.folder)} {word}{flags}"
 
