@@ -353,9 +353,8 @@ def main(argv: list[str] | None = None) -> None:
     flag("--eroding", choices=ERODING, default="none", help=text)
     flag("--out", required=True, help="folder for the JSONL files")
     args = parser.parse_args(argv)
-    existing = Path(args.out) / "custom.jsonl"
-    if existing.exists():
-        raise InputError(f"{existing} exists and is not replaced: give another --out")
+    if any(Path(args.out).glob("*.jsonl")):
+        raise InputError(f"{args.out} holds rows, which are not replaced: give another --out")
     write_rows(args.seed, args.out, harmful_rows=args.harmful_rows, eroding=args.eroding)
     print(f"written: {args.out}")
 

@@ -59,13 +59,15 @@ def test_a_fork_that_edits_the_loss_is_told(project, trained):
     assert not done.stderr
 
 
-def test_a_file_of_ones_own_beside_the_scripts_is_part_of_the_code(project):
-    (project / "focal.py").write_text("GAMMA = 2\n")
-    edit(project, "select.py", "    from toss.config", "    import focal\n    from toss.config")
+def test_a_file_of_ones_own_is_part_of_the_code(project):
+    own = project / "toss/methods_of_mine.py"  # no part of toss.methods
+    own.write_text("GAMMA = 2\n")
+    line = "    from toss.config"
+    edit(project, "select.py", line, f"    from toss.methods_of_mine import GAMMA\n{line}")
     before = code.digests(code.PARTS["method"])
-    edit(project, "focal.py", "2", "3")
+    edit(project, "toss/methods_of_mine.py", "2", "3")
     after = code.digests(code.PARTS["method"])
-    assert [part for part in after if after[part] != before[part]] == ["focal.py"]
+    assert [part for part in after if after[part] != before[part]] == ["toss/methods_of_mine.py"]
 
 
 def test_what_other_code_made_is_skipped_with_a_warning_or_made_again(project, trained, capsys):

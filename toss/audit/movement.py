@@ -38,7 +38,7 @@ def diagnose_run(
     """
     for name in ("base", *REFERENCES):
         if name in methods:
-            raise InputError(f"{name} stands beside the methods anyway: leave it out of --methods")
+            raise InputError(f"{name} is no method: leave it out of --methods")
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
     groups = groups_of_files(run, files, max_rows) if files else groups_of_run(run, max_rows)

@@ -12,8 +12,8 @@ from toss.workbench.results import text_hash
 from toss.workbench.runfile import ROOT
 
 # A part is a file, or FILE:NAME with what that uses of the same file. Files count with all that
-# they import of this folder, but for these: they compute nothing.
-PLUMBING = ("model.io", "model.hub", "toss.methods", "toss.workbench")
+# they import of model/ and toss/, but for these: they compute nothing.
+PLUMBING = ("model.io.", "model.hub.", "toss.methods.", "toss.workbench.")
 # How checkpoints, adapters and rows are read; of the plumbing, json_lines alone counts.
 SHARED = ["model/checkpoint.py", "model/peft.py", "model/io.py:json_lines"]
 TRAINING_CODE = ["toss/training.py", "toss/config.py:TrainConfig", *SHARED]
@@ -91,7 +91,7 @@ def parsed(name: str) -> ast.Module:
 
 @cache
 def imports(name: str) -> list[str]:
-    """The files of this folder that a file imports, without PLUMBING."""
+    """The files of model/ and toss/ that a file imports, without PLUMBING."""
     if not (ROOT / name).is_file():
         return []
     modules = set()
@@ -106,9 +106,10 @@ def imports(name: str) -> list[str]:
         file = module.replace(".", "/") + ".py"
         if module == "toss.config":
             file = "toss/config.py:TrainConfig"
-        elif module.startswith(PLUMBING) or not (ROOT / file).is_file():
+        elif f"{module}.".startswith(PLUMBING) or not (ROOT / file).is_file():
             continue
-        files.append(file)
+        if module.startswith(("model.", "toss.")):
+            files.append(file)
     return files
 
 

@@ -226,14 +226,14 @@ class Folder(Base):
         else:
             program = "-m toss.audit.rivals" if is_rival(settings) else "select.py"
         # Inputs that the run does not know: without them the command would take the demo's.
-        words = [flag for flag in inputs if flag.removeprefix("--") not in self.settings]
+        words = [flag for flag in inputs if flag[2:] not in self.settings and flag not in word]
         if self.args.demo:
             words = []
         elif words and stage in REFERENCES:  # with some of its inputs train.py wants all
             words = inputs
         if "/" in stage:
             words = [*words, f"the flags of {Path(stage).name}"]
-        flags = f", with {' and '.join(words)}" if words else ""
+        flags = f", with {', '.join(words)}" if words else ""
         return f"run {command(program, self.folder)} {word}{flags}"
 
     def adapter(self, name: str) -> Adapter | None:
@@ -291,7 +291,7 @@ class Folder(Base):
         record = read_record(path)
         if "tokens_sha256" not in record:
             advice = "toss.workbench.files.write_selection writes one that does"
-            raise InputError(f"{path} does not say over which token ids it is: {advice}")
+            raise InputError(f"{path} is no mask that says over which token ids it is: {advice}")
         if record["tokens_sha256"] != fingerprint(tokens):
             custom = self.input_hash("--custom")
             here = {**self.identity, "--custom": custom}

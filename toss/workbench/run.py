@@ -153,7 +153,7 @@ class Run(Folder):
     ) -> Adapter:
         """toss.training.train from the base, told, logged and saved under this name.
 
-        options: its others, such as objective or optimizer.
+        options: other arguments of toss.training.train, such as objective or optimizer.
         """
         rows = len(tokens.filled)
         steps = count_steps(tokens, config)
