@@ -40,10 +40,10 @@ def diagnose_run(
         if name in methods:
             raise InputError(f"{name} is no method: leave it out of --methods")
     model = run.base("score")
-    adapters = {name: run.adapter(name) for name in (*methods, "degraded", "utility")}
+    adapters = {name: run.adapter(name) for name in (*methods, *REFERENCES)}
     groups = groups_of_files(run, files, max_rows) if files else groups_of_run(run, max_rows)
     origins = {name: origin for name, (_, origin) in groups.items()}
-    inputs = ["degraded", "utility", *(f"methods/{method}" for method in methods)]
+    inputs = [*REFERENCES, *(f"methods/{method}" for method in methods)]
     recipe = run.recipe("diagnosis", inputs, {"rows": origins, "positions": positions})
 
     lines = []
