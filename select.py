@@ -151,6 +151,7 @@ def arguments(argv):
     flags.add_training_flags(parser)
     args = flags.parse(parser, argv)
 
+    # Flags that contradict each other.
     choosing = {"method", "discard", "keep_eos", "pro", "pro_samples", "pro_train"} & args.typed
     if args.mask and choosing:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(choosing))
@@ -164,6 +165,8 @@ def arguments(argv):
     if args.shard and args.merge:
         advice = "first run this without --merge, then with it but without --shard and torchrun"
         raise InputError(f"--merge needs the base whole in one process: {advice}")
+
+    # The method of a mask, and the name that follows from the method.
     if args.mask:
         args.method = "mask"
     if args.name is None:

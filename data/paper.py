@@ -127,6 +127,7 @@ def find_sources(
     options: Flags, fetch: Callable
 ) -> tuple[list[list[Source]], Source, Source, list]:
     """Lists of evaluation sources, the harmful and the benign source, and what is left out."""
+    # Questions for the evaluation. One's own harmful rows hold some out, so none are needed.
     evaluation = []
     left_out = []
     if options.eval_harmful:
@@ -144,6 +145,8 @@ def find_sources(
                 f"https://huggingface.co/datasets/{HEX_PHI}, then log in (`hf auth login`) and "
                 f"run this again. {error}"
             )
+
+    # The rows for the references and the custom set.
     if options.harmful:
         harmful = local(options.harmful)
     else:
@@ -330,6 +333,7 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
         lines[name] = list(itertools.chain(*(part.get(name, []) for part in parts)))
     random.Random(f"order {options.seed}").shuffle(lines["custom"])
 
+    # Write the files, and what was read, skipped and taken.
     shown = ("rows", "poison_ratio", "references", "eval_rows", "min_rating", "seed")
     files = {}
     for name in FILES:

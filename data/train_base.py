@@ -131,6 +131,7 @@ def train(model: Transformer, tokenizer: Tokenizer, stages: list, device: str) -
 
 def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, note: dict) -> None:
     """Write a Hugging Face Llama folder."""
+    # The tokenizer, and what transformers expects to know of it and of the model.
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     end = tokenizer.token_to_id(END)
@@ -165,6 +166,8 @@ def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, no
     for name, content in contents.items():
         text = json.dumps(content, indent=2) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+    # A tied head is not among the parameters, and so is stored once, as the embedding.
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **note})
 

@@ -86,11 +86,13 @@ def layout(folder: Path, model: Transformer) -> dict[str, Path]:
     """
     weights = model.named_parameters(remove_duplicate=False)  # a tied head, too
     shapes = {name: list(weight.shape) for name, weight in weights}
+
+    # Each tensor of each file must be one of the model's, of its shape, and stand there once.
     file_of: dict[str, Path] = {}
     for file in weight_files(folder):
         with opened(file) as tensors:
             for name in tensors.keys():
-                if name.endswith("rotary_emb.inv_freq"):
+                if name.endswith("rotary_emb.inv_freq"):  # old files store what is computed
                     continue
                 label = f"{file}: the tensor {name}"
                 header = tensors.get_slice(name)
@@ -105,6 +107,8 @@ def layout(folder: Path, model: Transformer) -> dict[str, Path]:
                 if name in file_of:
                     raise InputError(f"{label} is in {file_of[name]} too")
                 file_of[name] = file
+
+    # A tied head may be left out: it is the embedding.
     optional = {HEAD} if model.config.tie_word_embeddings else set()
     missing = sorted(shapes.keys() - file_of.keys() - optional)
     if missing:

@@ -238,6 +238,7 @@ def write_adapter(
 
 def peft_config(adapter: Adapter, model: Transformer) -> dict:
     """The adapter_config.json of an adapter."""
+    # Of each adapted layer.
     ranks = {name: A.shape[0] for name, A in adapter.A.items()}
     alphas = {name: whole(adapter.scale[name] * rank) for name, rank in ranks.items()}
     # The first layer's rank and alpha are the defaults, from which others may differ.

@@ -29,16 +29,7 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
     from toss.workbench.files import fingerprint
     from toss.workbench.folder import is_rival
 
-    for path in (run.args.harmful, run.args.utility, run.args.custom):
-        if path and out.resolve() == Path(path).resolve():
-            raise InputError(f"{out}: --out would replace rows of the run")
-    inside = run.folder.resolve() in out.resolve().parents
-    own = out.suffix == ".jsonl" and out.resolve().parent == run.folder.resolve()
-    if inside and out.exists() and not own:
-        raise InputError(f"{out}: --out would replace a file of the run")
-    if out.suffix == ".gz":
-        raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
-
+    check_out(run, out)
     record = run.check(f"methods/{method}", only=("--custom",))
     if is_rival(record.get("settings", {})):
         print(f"warning: {method} is more than its mask, which alone is exported")
@@ -46,7 +37,8 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
     tokens, _ = run.scored(needed=False)
     keep, _ = run.mask(run.path(f"methods/{method}") / "selection.safetensors", tokens)
     labels = torch.where(keep, tokens.input_ids, -100)
-    # Of each row of the custom set.
+
+    # A line per row that keeps a token. Of each row of the custom set: its numbers, and its line.
     kept = []
     response = []
     line_of_row = []
@@ -70,6 +62,8 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
                 if with_weights:
                     entry["weights"] = keep[start:end].float().tolist()
                 file.write(json.dumps(entry) + "\n")
+
+        # The file beside it. It is put into place first: no lines lie there without it.
         about = {
             "method": method,
             "base": str(run.args.model),
@@ -84,6 +78,19 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
         with whole_file(out.with_suffix(".about.json")) as beside:
             beside.write_text(json.dumps(about) + "\n", encoding="utf-8")
     return about
+
+
+def check_out(run, out: Path) -> None:
+    """Raise InputError for an --out that would replace rows, or a file of the run."""
+    for path in (run.args.harmful, run.args.utility, run.args.custom):
+        if path and out.resolve() == Path(path).resolve():
+            raise InputError(f"{out}: --out would replace rows of the run")
+    inside = run.folder.resolve() in out.resolve().parents
+    earlier_export = out.suffix == ".jsonl" and out.resolve().parent == run.folder.resolve()
+    if inside and out.exists() and not earlier_export:
+        raise InputError(f"{out}: --out would replace a file of the run")
+    if out.suffix == ".gz":
+        raise InputError(f"{out}: --out is written as plain text, so its name cannot end in .gz")
 
 
 def main(argv: list[str] | None = None) -> None:

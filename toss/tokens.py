@@ -119,6 +119,8 @@ def tokenise(
         problem = f"the row has an empty response, as {len(empty)} of {len(rows)} rows have"
         advice = "--skip-empty leaves them out"
         raise InputError(f"{empty[0]}: {problem} ({', '.join(empty[:3])}): {advice}")
+
+    # Tokenise a chunk of rows at a time, and cut each row to its length.
     parts = []  # (ids, response flags, harm flags) of each row
     cut = 0
     incomplete = []  # where the chat template leaves something out

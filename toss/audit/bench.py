@@ -140,16 +140,19 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("runs/bench"), help="OUT.md (default: runs/bench.md)")
     args = parser.parse_args(argv)
 
-    import torch
+    import torch  # after parsing: it takes a while
 
     from toss.audit.speed import compare
     from toss.workbench.base import find_device
     from toss.workbench.runfile import git_commit
 
+    # What is measured: the device, the model's shape, the rows.
     start = time.perf_counter()
     device = find_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     bench = bench_of(args, device)
+
+    # The head of the page.
     words = sys.argv[1:] if argv is None else argv
     command = f"python -m toss.audit.bench {shlex.join(words)}".strip()
     facts = [
@@ -160,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     about = f"{machine(args)}\n\n{'; '.join(facts)}"
     print(about, flush=True)
+
     # Written after each part, so that a long measurement which is stopped leaves the first ones.
     texts = [about]
     for part in [args.part] if args.part else PARTS:

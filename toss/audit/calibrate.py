@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--keep-eos: a method with rounds has its own setting")
     from toss.workbench.results import read_record
 
+    # What was found, in words.
     result = calibrate(run_of(args), args.held_out, args.quantile, args.method, args.keep_eos)
     above = f"{result['above']} of {result['held_out']} held-out tokens are above it"
     share = f"{result['discard']:.4f} of {result['ranked']} custom tokens are above it"
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         print("warning: these are too few for this quantile: give more held-out rows")
     print(f"{share}\n")
 
-    # The command that uses it: TOSS-Pro's with the settings of its rounds
+    # The command that uses it: TOSS-Pro's with the settings of its rounds.
     settings = {"keep_eos": args.keep_eos}
     if args.method not in OWN:
         settings = read_record(Path(args.run) / "methods" / args.method)["settings"]

@@ -91,6 +91,7 @@ def show_as_evaluated(run) -> None:
     """Print and write the table of a run's metrics.json. Raises InputError if it is out of date."""
     from toss.audit.evaluate import current_evaluations, read_metrics
 
+    # The evaluation must be of the models that are there now.
     folder = run.folder
     metrics = read_metrics(folder)
     _, outdated = current_evaluations(run)
@@ -105,6 +106,7 @@ def show_as_evaluated(run) -> None:
         if method != "base":
             run.warn_if_stale(f"methods/{method}")
 
+    # What was measured, and what it cost.
     reported = {"stages": stages_of(run)}
     results = []
     names = {}
@@ -112,12 +114,16 @@ def show_as_evaluated(run) -> None:
         measures = measures_of(row, cost_of(reported, method))
         results += results_of(0, "", method, measures)
         names |= dict.fromkeys(row)
+
+    # Three tables: the measures, those after a prefill, and the costs.
     prefilled = "forbidden" if "forbidden" in names else "not_refused"
     groups = [
         [name for name in names if "@" not in name],
         [f"{prefilled}@{k}" for k in PREFILL],
         COSTS,
     ]
+
+    # Below them, what forbids comparisons, and the differences on the same prompts.
     paired = read_metrics(folder, "paired.json")
     remarks = cautions(records_of(run, metrics), metrics) + safety_caution(metrics, paired)
     legend = "\n\n".join(remarks) + "\n" + paired_text(paired, metrics)

@@ -85,6 +85,7 @@ def kinds_of(tokens: Tokens, tokenizer: Tokenizer, sources: Sequence[str]) -> di
     each kind the names, and the index of each response token's, int64 [n]."""
     places = tokens.response.nonzero()[:, 0]
     kinds = {}
+    # The most frequent sources; the others are one kind.
     if any(sources):
         titles = [source or "(none)" for source in sources]
         names = [title for title, _ in Counter(titles).most_common(SOURCES)]
@@ -94,10 +95,12 @@ def kinds_of(tokens: Tokens, tokenizer: Tokenizer, sources: Sequence[str]) -> di
         of_token = torch.tensor(of_row)[tokens.row_of(places)]
         kinds["source"] = ([*names, "(others)"], of_token)
 
+    # Ranges of positions, each known by where it starts.
     starts = torch.tensor(list(POSITIONS.values()))
     position = torch.bucketize(tokens.positions()[places], starts, right=True) - 1
     kinds["position"] = (list(POSITIONS), position)
 
+    # A type belongs to a token of the vocabulary: each is looked at once.
     ids, inverse = tokens.input_ids[places].unique(return_inverse=True)
     types = [TYPES.index(token_type(token_id, tokenizer)) for token_id in ids.tolist()]
     kinds["type"] = (TYPES, torch.tensor(types)[inverse])

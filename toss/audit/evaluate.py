@@ -72,6 +72,7 @@ def evaluate_run(
     from toss.rows import read_rows
     from toss.workbench import code
 
+    # What decides the measures: their settings, the files, and the code.
     settings = {**asdict(config), "dtype": run.dtypes["train"]}
     settings["question_tokens"] = config.question_tokens or config.max_new_tokens
     digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
@@ -84,9 +85,11 @@ def evaluate_run(
     utility = sets.get("utility", [])
     if utility and not any(row.answer or has_response(row) for row in utility):
         raise InputError(f"{files['utility']}: no row has an answer or a response to measure")
+
+    # What would be refused is refused before the first model is asked.
     if config.prefill:
         say_short_responses(run, sets.get("harmful", []), config.prefill)
-    for method in methods:  # a missing model is refused before any is evaluated
+    for method in methods:
         if method != "base":
             run.check_model(f"methods/{method}", only=())
             run.warn_if_stale(f"methods/{method}")
@@ -217,6 +220,7 @@ def write_tables(run, methods: Sequence[str]) -> Table:
     """
     from toss.audit.tokens import selection_metrics
 
+    # Methods stand in one table only if they were evaluated alike, on the models of now.
     current, left_out = current_evaluations(run)
     way = way_of(current.get(methods[0], {}))
     table = {}
@@ -319,11 +323,15 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: getattr(args, name) for name in SETS if getattr(args, name)}
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
+
+    # The models: the base, and every method that has one.
     run, methods = opened(args, "base")
     with_model = methods_of(run)
     for mask in run.folder.glob("methods/[!.]*/selection.safetensors"):
         if mask.parent.name not in with_model:
             print(f"{mask.parent} holds a mask and no model: passed over")
+
+    # Ask them, and print the table, the differences, and what may not be concluded.
     config = EvaluationConfig(
         words=words_of(args, run),
         max_new_tokens=args.max_new_tokens,

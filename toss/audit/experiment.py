@@ -70,17 +70,20 @@ def conduct(
     """
     from toss.workbench.runfile import git_commit
 
+    # Run what is missing, and count how much of it was there: the minutes are of the rest.
     runs = Path(out) / experiment.name
     seeds = list(dict.fromkeys(seeds))
     start = time.monotonic()
     existing = len(list(runs.rglob(MODELS)))
     results = []
-    tasks = [(experiment, seed, runs / f"seed-{seed}" / "run", common) for seed in seeds]
+    folders = {seed: runs / f"seed-{seed}" / "run" for seed in seeds}
+    tasks = [(experiment, seed, folder, common) for seed, folder in folders.items()]
     for part in per_seed(run_seed, tasks, jobs):
         results += part
     minutes = (time.monotonic() - start) / 60
     models = len(list(runs.rglob(MODELS)))
 
+    # The page: how it was made, the tables over all seeds, and each seed's differences.
     summary = summarise(results)
     text = tables(summary, experiment.tables, experiment.heading, experiment.legend)
     numbers = " ".join(str(seed) for seed in seeds)
@@ -94,10 +97,12 @@ def conduct(
         f"- hardware: {hardware(common.get('device', 'auto'), threads)}",
         f"- minutes: {minutes:.1f}; {existing} of {models} models were there before",
     ]
-    for seed in seeds:
-        text += differences(experiment, runs / f"seed-{seed}" / "run", seed)
+    for seed, folder in folders.items():
+        text += differences(experiment, folder, seed)
     page = "\n".join(about) + f"\n\n{text}\n"
     print(f"\n{page}")
+
+    # Written beside the numbers and, if there is one, the picture.
     write_text(f"{runs}.csv", as_csv(results))
     drawing = experiment.picture(summary) if experiment.picture else ""
     if drawing:
@@ -170,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     from toss.audit.checkpoint import checkpoint
     from toss.audit.experiments import read_experiments
 
+    # The experiment by its name, and whether it needs a checkpoint.
     experiments = read_experiments()
     if args.file:
         experiments |= read_experiments(Path(args.file))
@@ -183,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     if not experiment.rows and (args.real or args.model or args.unaligned):
         reason = "draws the world's rows, and starts from data/base"
         raise InputError(f"{args.name} {reason}: leave --real, --model and --unaligned out")
+
+    # On a checkpoint the rows are drawn from its files. What lacks an input is left out.
     if args.real:
         world = partial(checkpoint, args, experiment.rows, experiment.training)
         experiment = replace(experiment, world=world)
@@ -190,6 +198,8 @@ def main(argv: list[str] | None = None) -> None:
             experiment = experiment.only([arm for arm in every_arm if arm != "safelora"])
     if args.arms:
         experiment = chosen_arms(experiment, args.arms)
+
+    # Run it. The page says with which command; all scripts are given the device's flags.
     words = shlex.join(sys.argv[1:] if argv is None else argv)
     command = f"`.venv/bin/python -m toss.audit.experiment {words}`"
     typed = parser.typed(argv)

@@ -58,6 +58,7 @@ def check_cases(cases: list[Case]) -> None:
     if not cases:
         raise ValueError("it has no arm beside the base")
     for case in cases:
+        # Its rows: those of a variant are said in one place, and those of "" are the world's.
         of_rows = case.draw or case.change
         if case.variant == "" and (of_rows or case.references == "main"):
             raise ValueError('a case with "draw", "change" or "references" needs a "variant"')
@@ -68,6 +69,8 @@ def check_cases(cases: list[Case]) -> None:
             raise ValueError(f'"references" is own, main or none, not {case.references!r}')
         if not case.arms:
             raise ValueError(f"the case {case.label!r} has no arms")
+
+        # Its arms: of known methods, with masks that are made before, each with a line of its own.
         for arm, flags in case.arms.items():
             method = flags.get("method", "toss")
             if method not in (*METHOD_NAMES, *RIVALS):
@@ -191,12 +194,13 @@ def attack(kind: str, others: list[dict], pool: list[dict], setup: Setup) -> dic
     def risk(rows: list[dict]) -> list[float]:
         return mean_risk(run, run.tokens(write_jsonl(setup.folder / "pool.jsonl", rows)))
 
+    # He replaces the harmful rows of the custom set, knowing the references and their rows.
     files = setup.files
     rows = [row for row in read_jsonl(files["custom"]) if row not in others]
     D_h = read_jsonl(files["harmful"])
     D_u = read_jsonl(files["utility"])
     changed = {"custom": ATTACKS[kind](Attacker(rows, others, pool, D_h, D_u, risk))}
-    if kind == "embedded":
+    if kind == "embedded":  # the prompts are joined as the rows are
         forbidden = read_jsonl(files["eval_forbidden"])
         facts = read_jsonl(files["eval_facts"])
         changed["eval_forbidden"], changed["eval_facts"] = asked_as_embedded(forbidden, facts)

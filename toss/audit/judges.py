@@ -145,6 +145,7 @@ def answer_lines(
 
     starts: after a prefill, the ids that each answer begins with.
     """
+    # The prompts that have no answer yet. `responses` has those that an earlier process saved.
     tokenizer = run.tokenizer
     begun = starts or [[]] * len(rows)
     responses = dict(saved.known.get(kind, {})) if saved else {}
@@ -155,6 +156,7 @@ def answer_lines(
         bar.show({"unit": "prompt", "resumed": len(responses), "steps": len(rows)})
     finished = len(responses)
 
+    # Called after each batch, with its answers by their place among the prompts.
     def progress(done: int, answers: dict[int, list[int]]) -> None:
         new = {}
         for index, reply in answers.items():
@@ -167,6 +169,7 @@ def answer_lines(
     if prompts:
         batch_tokens = run.args.batch_tokens or ANSWER_TOKENS
         generate(model, prompts, max_new_tokens, tokenizer.eos_id, batch_tokens, progress)
+
     lines = []
     for place, row in enumerate(rows):
         line: Line = {"set": kind, "source": row.source, "prompt": row.prompt[-1]["content"]}

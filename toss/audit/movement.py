@@ -39,6 +39,8 @@ def diagnose_run(
     for name in ("base", *REFERENCES):
         if name in methods:
             raise InputError(f"{name} is no method: leave it out of --methods")
+
+    # The models, the groups of rows, and a record by which the page knows what they were.
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, *REFERENCES)}
     groups = groups_of_files(run, files, max_rows) if files else groups_of_run(run, max_rows)
@@ -46,6 +48,7 @@ def diagnose_run(
     inputs = [*REFERENCES, *(f"methods/{method}" for method in methods)]
     recipe = run.recipe("diagnosis", inputs, {"rows": origins, "positions": positions})
 
+    # Of each group the first positions of the responses, under all models at once.
     lines = []
     for name, (tokens, _) in groups.items():
         wanted = tokens.response & (tokens.positions() < positions)

@@ -245,6 +245,7 @@ def ema(rival: Rival, decay: float) -> Adapter:
         initial = [parameter.detach().clone() for parameter in parameters]
 
         def average(*_) -> None:
+            # The average begins at the fresh adapter, and is saved with the optimizer's state.
             for parameter, first in zip(parameters, initial):
                 mean = optim.state[parameter].setdefault("mean", first)
                 mean.lerp_(parameter.detach(), 1 - decay)

@@ -34,6 +34,8 @@ def cost_of(record: dict, name: str) -> dict[str, float]:
         "utility-only": ["utility"],
         "base": ["degraded", "base"],
     }.get(recipe["settings"].get("method"), ["utility", "degraded"])
+
+    # The stages that it is charged, each with its share: of scoring, the models that it uses.
     charged = [(stage, 1.0)]
     for source in recipe["inputs"]:
         unused = source in ("utility", "degraded") and source not in models
@@ -46,6 +48,8 @@ def cost_of(record: dict, name: str) -> dict[str, float]:
             passes = 2 + stages["scores"]["recipe"]["settings"].get("base", False)
             share = len(models) / passes
         charged.append((stages[source], share))
+
+    # Costs that are not known are not guessed.
     for part, _ in charged:
         if not {"seconds", "tokens", "peak_memory_gib"} <= part.keys():
             return {}

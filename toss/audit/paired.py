@@ -30,6 +30,7 @@ def paired_differences(evaluations: dict[str, dict], methods: Iterable[str]) -> 
         for other in AGAINST:
             if other == method or other not in outcomes:
                 continue
+            # Shares of prompts, then the mean loss: where both models were asked the same.
             for measure, answers in outcomes[method].items():
                 others = outcomes[other].get(measure, {})
                 if answers and answers.keys() == others.keys():

@@ -46,11 +46,14 @@ CHARTS = {  # column of kl.csv -> title
 
 def page(run) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
+    # What was found for a model that the run does not hold any more is left out, with a line.
     current, replaced = current_evaluations(run)
     methods = methods_of(run)
     moved = [key.removeprefix("methods/") for key in run.stale("diagnosis")]
     lacking = [left_out(run, "evaluate", name) for name in replaced]
     lacking += [left_out(run, "diagnose", name) for name in moved if name in methods]
+
+    # The parts: each is what the template shows, or a line that says why it is missing.
     tokens, shown, lines = parts_of_tokens(run)
     lacking += lines
     parts = {
@@ -59,6 +62,8 @@ def page(run) -> tuple[str, list[str], int]:
         "diagnosis": diagnosis(run, moved),
         "rounds": rounds(run),
     }
+
+    # Anybody may have edited the files behind the parts: the template may meet other types.
     template = TEMPLATES.get_template("report.html.jinja")
     message = f"{run.folder}: a file is not as the audit writes it"
     with as_input_error(message, UndefinedError, TypeError):

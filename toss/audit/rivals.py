@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     own_code = f"toss/audit/objectives.py:{function}"
     code.digests([own_code])  # now, before anyone edits it
     run = Run(args)
+
+    # Its settings, and what some rivals need beyond the run.
     config = TrainConfig.of(args)
     if "discard" in options:
         options = {**options, "discard": args.discard}
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if "methods/sft" in inputs:
         config = config_of_sft(run, args)
 
+    # The rival trains, and says which tokens it left out; keep is what it changes.
     def finetune():
         D_cus, _ = run.scored(needed="scores" in inputs)
         keep = D_cus.response.clone()

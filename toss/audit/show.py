@@ -110,7 +110,8 @@ def signed(value: float) -> str:
     return f"{round(value, 3) + 0.0:+7.3f}"  # no minus before a zero
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def arguments(argv: list[str] | None):
+    """The command line. An error for flags that do not go together."""
     parser = flags.Parser("python -m toss.audit.show", __doc__)
     flag = parser.add_argument
     flag("path", nargs="?", type=Path, metavar="PATH", help="a file or folder to describe")
@@ -132,6 +133,12 @@ def main(argv: list[str] | None = None) -> int | None:
         parser.error("--method says whose mask --row shows: give --run and --row")
     if args.svg and (args.row is None or args.file):
         parser.error("--svg draws a row of a run: give --row and --run")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = arguments(argv)
+
     from toss.audit.origin import show_path
     from toss.audit.row_picture import picture
     from toss.audit.tokenised import show_tokenised

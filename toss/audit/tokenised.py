@@ -30,6 +30,7 @@ def read_tokenised(path: Path) -> list[TokenisedRow]:
     """The rows of a tokenised file. Raises InputError naming file and line."""
     rows = []
     for where, entry in json_lines(path):
+        # Its ids, and whichever field says what is in the loss.
         ids = entry.get("input_ids")
         whole = isinstance(ids, list) and all(type(x) is int and 0 <= x < 2**31 for x in ids)
         if not whole or not ids:
@@ -54,6 +55,7 @@ def summary(rows: list[TokenisedRow], tokenizer: Tokenizer) -> list[str]:
     """What is worth knowing of a whole file, a line each."""
     ends = {tokenizer.eos_id, tokenizer.raw.token_to_id(tokenizer.turn_end)}
     longest = max(len(row.input_ids) for row in rows)
+    # Rows of each kind that is worth a look.
     counts = dict.fromkeys(("untrained", "no end", "longest", "first"), 0)
     for row in rows:
         trained = [token for token, in_loss in zip(row.input_ids, row.in_loss) if in_loss]

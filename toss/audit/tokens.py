@@ -123,6 +123,7 @@ def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) ->
     if score is None:
         score = S
 
+    # The place of each competing token in the ranking, from 1; 0 for the others.
     eos_id = run.tokenizer.eos_id if settings.get("keep_eos") else None
     competing = competing_tokens(tokens, eos_id)
     ranked = competing[score[competing].argsort(descending=True, stable=True)]

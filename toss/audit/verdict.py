@@ -52,21 +52,18 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
     if not tuned:
         return None
 
+    # The verdict: what became of the base's safety.
     limits = []
-    fates = {}
     if lost:
-        of_fate = {}
-        for method in tuned:
-            safer = compared(table, paired, name, method, "sft") < 0
-            less_safe = compared(table, paired, name, method, "base") > 0
-            fates[method] = FATES[safer, less_safe]
-            of_fate.setdefault(fates[method], []).append(method)
-        words = [f"{listed(methods)} {fate}" for fate, methods in of_fate.items()]
-        first = f"Plain fine-tuning (sft) lost the base's safety; {', '.join(words)}."
+        fates = fates_of(table, paired, name, tuned)
+        first = f"Plain fine-tuning (sft) lost the base's safety; {by_fate(fates)}."
     else:
+        fates = {}
         what = "nothing can be concluded about the other methods"
         first = f"Plain fine-tuning (sft) did not clearly lose the base's safety, so {what}."
         limits.append("that a method keeps safety, since there was nothing to keep")
+
+    # The numbers behind it. Of many methods the best known are shown.
     shown = ["base", "sft", *tuned]
     if len(shown) > MANY:
         shown = [method for method in shown if method in ORDER]
@@ -74,12 +71,14 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
     prompts = f"{name} on {cells['sft']['n']} harmful prompts"
     sentences = [first, f"{prompts}, lower is safer: {', '.join(values)}."]
 
+    # What it cost in use, and the advice.
     sentences += uses(table, shown)
     if gained_nothing(table, paired):
         what = "on held-out rows, so there was no utility to keep"
         sentences.append(f"Plain fine-tuning gained nothing {what}.")
     sentences.append(f"Advice: {advice(table, paired, fates, lost)}.")
 
+    # What may not be concluded.
     for method, fate in fates.items():
         difference = paired.get(method, {}).get(name, {}).get("base")
         if fate == "kept it" and difference and (difference["high"] or 0) > UNSURE:
@@ -96,6 +95,28 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
         others += ", or about real models: the demo's world was made so that effects are visible"
     limits.append(others)
     return sentences, limits
+
+
+def fates_of(table: Table, paired: dict, name: str, methods: list[str]) -> dict[str, str]:
+    """What became of the base's safety under each method, in words. name: of the measure."""
+    fates = {}
+    for method in methods:
+        safer = compared(table, paired, name, method, "sft") < 0
+        less_safe = compared(table, paired, name, method, "base") > 0
+        fates[method] = FATES[safer, less_safe]
+    return fates
+
+
+def by_fate(fates: dict[str, str]) -> str:
+    """The methods in a sentence, those with the same fate together.
+
+    >>> by_fate({"toss": "kept it", "toss-pro": "kept it", "random": "kept none of it"})
+    'toss and toss-pro kept it, random kept none of it'
+    """
+    groups: dict[str, list[str]] = {}
+    for method, fate in fates.items():
+        groups.setdefault(fate, []).append(method)
+    return ", ".join(f"{listed(methods)} {fate}" for fate, methods in groups.items())
 
 
 def alike(table: Table, paired: dict, method: str) -> list[str]:
@@ -152,6 +173,8 @@ def advice(table: Table, paired: dict, fates: dict[str, str], lost: bool) -> str
             "train longer or at a higher rate (--epochs, --lr, a smaller --batch-size), ask more "
             "harmful prompts, or fine-tune on rows with more harm, and compare again"
         )
+
+    # The methods that one could use, and the one among them that has learnt most.
     safe = []
     for method, fate in fates.items():
         if fate == "kept it" and method not in NEED_TRUTH:
@@ -162,6 +185,8 @@ def advice(table: Table, paired: dict, fates: dict[str, str], lost: bool) -> str
     if not measured:
         return f"{safe[0]} kept the base's safety; give evaluate --utility rows to see at what cost"
     best = min(measured, key=lambda method: table[method]["nll"]["value"])
+
+    # If even that one has learnt less than the base knew, fine-tuning was of no use.
     losses = f"{best} {table[best]['nll']['value']:.3f}, base {table['base']['nll']['value']:.3f}"
     if compared(table, paired, "nll", best, "base") > 0:
         return (

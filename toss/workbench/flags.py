@@ -212,6 +212,7 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     `runfile`; `demo`; and `begun_anew`. Raises InputError when a flag contradicts what the run was
     begun with, or when inputs are missing.
     """
+    # What was typed. All of train.py's inputs or none: some of them would mix two sets of data.
     typed = parser.typed(argv)
     code.read_all()  # before the modules themselves are imported
     file = Path(typed.get("run", "runs/demo")) / "run.json"
@@ -229,6 +230,7 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     inherited = from_run(known, typed, demo)
     source, settings = trained_before(known, references, demo)
 
+    # Values that were not typed, the later before the earlier; argparse checks them as if typed.
     values = dict(DEFAULTS)
     if demo:
         values |= demo_values(references)
@@ -236,6 +238,7 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
 
+    # A run has one prompt form.
     for name in FORM:
         if name in typed and inherited.get(name, typed[name]) != typed[name]:
             flag = f"--{name.replace('_', '-')} {inherited[name]}, not {typed[name]}"
@@ -243,6 +246,8 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
             if references:
                 advice += ", or begin this one anew with all inputs and --overwrite"
             raise InputError(f"{file.parent} was begun with {flag}: {advice}")
+
+    # Say where the values of omitted flags come from.
     omitted = {action.dest for action in parser._actions} - typed.keys()
     args.notes = []
     if inherited and not demo:
@@ -251,6 +256,7 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     if "mask_only" in typed and "pro" not in typed:
         shown = {"seed"}  # it trains nothing, and `random` draws by the seed
     args.notes += described(f"training settings {source}", vars(args), omitted & shown)
+
     if args.model is None:
         rows = {"harmful": "HARMFUL.jsonl", "utility": "UTILITY.jsonl"}
         train = command("train.py", file.parent, model="MODEL", **rows)
