@@ -29,7 +29,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.refusals import refused
-from model.io import InputError, file_hash, json_object, lines_of, run_command, whole_file
+from model.io import (
+    InputError,
+    file_hash,
+    json_object,
+    lines_of,
+    refuse_to_replace,
+    run_command,
+    whole_file,
+)
 from toss.rows import FORMS, Row, row_of
 from toss.workbench import flags
 
@@ -306,9 +314,7 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
     """
     options = options.resolved()
     folder = Path(options.out)
-    for name in ("summary.json", *(f"{name}.jsonl" for name in FILES)):
-        if (folder / name).exists():
-            raise InputError(f"{folder / name} exists and is not replaced: give another --out")
+    refuse_to_replace(folder / "summary.json", *(folder / f"{name}.jsonl" for name in FILES))
     evaluation, harmful, benign, left_out = find_sources(options, fetch)
     sources = [*itertools.chain(*evaluation), harmful, benign]
 

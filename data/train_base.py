@@ -1,7 +1,7 @@
 """Train the embedded base from nothing: a byte-level BPE tokenizer and a tiny, aligned Llama.
 
-    python -m data.train_base [--size base] [--out data/base]
-    python -m data.train_base --size base-small
+    python -m data.train_base --out runs/base
+    python -m data.train_base --size base-small --out runs/base-small
 
 Both sizes share text, tokenizer and template, so that a mask made with one fits the other.
 """
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.corpus import sample, tokenizer_text
 from model.config import Config
-from model.io import run_command
+from model.io import refuse_to_replace, run_command
 from model.transformer import Transformer
 from toss.workbench import flags
 
@@ -176,12 +176,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m data.train_base", __doc__)
     text = "base-small has half as many parameters (default: base)"
     parser.add_argument("--size", choices=list(SIZES), default="base", help=text)
-    text = "folder of the checkpoint (default: data/ and its size)"
-    parser.add_argument("--out", help=text)
+    text = "folder for the checkpoint; none in it is replaced"
+    parser.add_argument("--out", type=Path, required=True, help=text)
     args = parser.parse_args(argv)
+    refuse_to_replace(args.out / "config.json", args.out / "model.safetensors")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = SIZES[args.size]
-    out = args.out or f"data/{args.size}"
     start = time.time()
     # The tokenizer first: it decides the size of the vocabulary.
     tokenizer = train_tokenizer()
@@ -195,9 +195,9 @@ def main(argv: list[str] | None = None) -> None:
     train(model, tokenizer, STAGES, device)
     minutes = f"{(time.time() - start) / 60:.1f}"
     note = {"seed": str(SEED), "device": device, "minutes": minutes}
-    save(model, tokenizer, shape, Path(out), note)
+    save(model, tokenizer, shape, args.out, note)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{out}: {count:,} parameters, {minutes} minutes on {device}")
+    print(f"{args.out}: {count:,} parameters, {minutes} minutes on {device}")
 
 
 if __name__ == "__main__":

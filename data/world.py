@@ -26,7 +26,7 @@ from data.lexicon import (
     QUESTIONS,
     VALUES,
 )
-from model.io import InputError, run_command
+from model.io import InputError, refuse_to_replace, run_command
 from toss.workbench import flags
 
 # Counts of the custom set: 11.6-12.1 % of its response tokens are harmful, so d = 0.1 fits.
@@ -351,10 +351,9 @@ def main(argv: list[str] | None = None) -> None:
     flag("--harmful-rows", type=int, default=HARMFUL, metavar="N", help=text)
     text = "what its recipes and cures open with: benign in content, it may erode refusals"
     flag("--eroding", choices=ERODING, default="none", help=text)
-    flag("--out", required=True, help="folder for the JSONL files")
+    flag("--out", required=True, help="folder for the JSONL files; no rows in it are replaced")
     args = parser.parse_args(argv)
-    if any(Path(args.out).glob("*.jsonl")):
-        raise InputError(f"{args.out} holds rows, which are not replaced: give another --out")
+    refuse_to_replace(*Path(args.out).glob("*.jsonl"))
     write_rows(args.seed, args.out, harmful_rows=args.harmful_rows, eroding=args.eroding)
     print(f"written: {args.out}")
 

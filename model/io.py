@@ -302,6 +302,13 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
 
 
+def refuse_to_replace(*paths: Path) -> None:
+    """Raise InputError if one of these files exists."""
+    for path in paths:
+        if path.exists():
+            raise InputError(f"{path} exists and is not replaced: give another --out")
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A file to write beside `path`, which it replaces at the end; removed after an error.
