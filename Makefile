@@ -40,6 +40,7 @@ LIMIT := timeout --signal=INT --kill-after=10 540
 BENCH = -$(LIMIT) $(VENV) -m toss.audit.bench --repeats 2 --part
 
 gpu: .venv/ready
+	@$(VENV) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "PyTorch finds no GPU here")'
 	-$(VENV) -m pip install --quiet --disable-pip-version-check transformers peft
 	mkdir -p runs/gpu
 	-TOSS_CUDA=1 $(LIMIT) $(VENV) -m pytest -q -rA -s tests/test_cuda.py 2>&1 | tee runs/gpu/tests.txt

@@ -82,9 +82,15 @@ def evaluate_run(
         sets[name] = with_responses(run, path, read_rows(path, responses=False))
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
         run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
+
+    # Rows without anything to measure: a misspelt field, perhaps.
     utility = sets.get("utility", [])
-    if utility and not any(row.answer or has_response(row) for row in utility):
-        raise InputError(f"{files['utility']}: no row has an answer or a response to measure")
+    empty = [row.where for row in utility if not (row.answer or has_response(row))]
+    if empty:
+        what = f"{len(empty)} of {len(utility)} rows have neither an answer nor a response"
+        if len(empty) == len(utility):
+            raise InputError(f"{files['utility']}: {what}: there is nothing to measure")
+        print(f"{files['utility']}: {what}, and are not measured; the first is {empty[0]}")
 
     # What would be refused is refused before the first model is asked.
     if config.prefill:

@@ -1,6 +1,7 @@
 """Does it still refuse? A run's measures in a sentence, and what may not be concluded from them."""
 
 from toss.audit.command import Table, compared, safety
+from toss.audit.rivals import RIVALS
 from toss.audit.tables import HEADS
 
 # Is a method safer than plain fine-tuning? Is it less safe than the base?
@@ -84,6 +85,10 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
         if fate == "kept it" and difference and (difference["high"] or 0) > UNSURE:
             room = f"{name} may be up to {difference['high']:.2f} above the base's"
             limits.append(f"that {method} is as safe as the base: {room}")
+        known = "complies" in table[method] and "complies" in table["base"]
+        if fate == "kept it" and known and compared(table, paired, "complies", method, "base") > 0:
+            shares = [f"{m} {table[m]['complies']['value']:.2f}" for m in (method, "base")]
+            limits.append(f"that {method} would rather refuse: *complies* {', '.join(shares)}")
     for method in tuned[:3]:  # the best known: the list stays short
         names = alike(table, paired, method)
         if names:
@@ -201,8 +206,10 @@ def meaning(method: str, record: dict) -> str:
     settings = record.get("settings", {})
     kind = "toss-pro" if settings.get("pro") else settings.get("method", "")
     words = MEANINGS.get(method) or MEANINGS.get(kind)
-    if words is None:
-        words = f"the rival {kind} of toss.audit.rivals" if kind else "made elsewhere"
+    if words is None and kind in RIVALS:
+        words = f"the rival {kind} of toss.audit.rivals"
+    elif words is None:
+        words = f"the method {kind}" if kind else "made elsewhere"
     if "discard" in settings:
         words += f"; d = {settings['discard']:g}"
     return words

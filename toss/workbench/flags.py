@@ -333,10 +333,12 @@ def demo_values(references: bool) -> dict[str, Any]:
 
 def command(program: str, run: str | Path | None = None, **values: Any) -> str:
     """A command that can be pasted: this interpreter, a script or "-m MODULE", and its flags."""
-    python = sys.executable
-    if Path(python).is_relative_to(Path.cwd()):
-        python = os.path.relpath(python)
-    words = [python, *program.split()]
+    words = [sys.executable, *program.split()]
+    if words[1].endswith(".py"):
+        words[1] = str(ROOT / words[1])
+    for i in (0, 1):
+        if Path(words[i]).is_relative_to(Path.cwd()):
+            words[i] = os.path.relpath(words[i])
     if run is not None:
         words += ["--run", str(run)]
     for name, value in values.items():

@@ -22,7 +22,7 @@ from toss.workbench import code, results
 from toss.workbench.base import Base
 from toss.workbench.files import fingerprint, load_selection, read_scores
 from toss.workbench.flags import TRAINING_FLAGS, as_typed, command
-from toss.workbench.results import Hashes, differences, read_record
+from toss.workbench.results import Hashes, differences, has_record, read_record
 from toss.workbench.runfile import FORM, INPUTS, REFERENCES, RunFile, as_listed
 
 
@@ -216,7 +216,10 @@ class Folder(Base):
 
     def advice(self, stage: str, word: str) -> str:
         """What to run to make a result. word: "first", "again" or "--overwrite"."""
-        settings = self.runfile.section("stages", stage, "recipe", "settings")
+        # How it was made: by its record, or by what run.json remembers of it.
+        record, _ = results.inspect(self.path(stage), self.hashes)
+        known = self.runfile.section("stages", stage, "recipe", "settings")
+        settings = record.get("settings", known)
         inputs = ["--model", "--custom"]
         if stage in REFERENCES:
             program = "train.py"
@@ -387,10 +390,6 @@ class Folder(Base):
 def is_rival(settings: dict[str, Any]) -> bool:
     """True if these are settings of a rival, which is more than its mask; see toss.audit.rivals."""
     return settings.get("method", "mask") not in ("mask", *METHOD_NAMES)
-
-
-def has_record(path: Path) -> bool:
-    return (path / results.RECORD).exists()
 
 
 def role_of(stage: str) -> str:

@@ -48,6 +48,10 @@ def write_record(folder: Path, record: Record) -> None:
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
+def has_record(folder: Path) -> bool:
+    return (folder / RECORD).exists()
+
+
 def read_record(path: Path) -> Record:
     """The record of a result; {} if it has none. Raises InputError if it is damaged."""
     if path.is_file():

@@ -169,6 +169,8 @@ class Run(Folder):
             **options,
         )
         self.add_cost(state, tokens, config.epochs)
+        if not options:  # another objective need not lower the loss
+            self.check_learnt(name, tokens, weights, adapter)
         return adapter
 
     def score(self, name: str, adapter: Adapter | str | None, tokens: Tokens) -> Tensor:
@@ -194,25 +196,24 @@ class Run(Folder):
             losses = {model: self.score(f"scores-{model}", model, tokens) for model in losses}
         return tokens, losses
 
-    def check_learnt(self, tokens: Tokens, adapter: Adapter) -> None:
-        """Note how much of its own rows a reference has learnt; warn if it is next to nothing."""
+    def check_learnt(self, name: str, tokens: Tokens, weights: Tensor, adapter: Adapter) -> None:
+        """Note how much of its rows an adapter has learnt; warn if it is next to nothing."""
         rows = tokens.filled[:LEARNT_ROWS]
-        tokens = tokens.take(rows)
-        before = self.mean_loss(tokens, None)
-        after = self.mean_loss(tokens, adapter)
-        self.remarks.append(
-            f"loss on {len(rows)} of its rows: {before:.3f} before, {after:.3f} after"
-        )
+        weights = weights[tokens.places(rows)]
+        if not weights.any():  # these rows lost all their tokens
+            return
+        # The mean loss in nats, weighted as in training and in its dtype.
+        means = []
+        for theta in (None, adapter):
+            model = use(self.base("train"), theta)
+            losses = score(model, tokens.take(rows), self.args.batch_tokens)
+            means.append(float((weights * losses).sum() / weights.sum()))
+        before, after = means
+        trained = f"loss of {name} on {len(rows)} of its rows"
+        self.remarks.append(f"{trained}: {before:.3f} before, {after:.3f} after")
         if after > 0.99 * before:
             advice = "give a higher --lr, more --epochs or a smaller --batch-size, and --overwrite"
-            self.remarks.append(
-                f"warning: it hardly learnt its rows, so S will mean little: {advice}"
-            )
-
-    def mean_loss(self, tokens: Tokens, adapter: Adapter | None) -> float:
-        """The mean loss of the response tokens, in nats, in the dtype of training."""
-        model = use(self.base("train"), adapter)
-        return float(score(model, tokens, self.args.batch_tokens)[tokens.response].mean())
+            self.remarks.append(f"warning: {name} hardly learnt its rows: {advice}")
 
     def progress(self, name: str) -> Progress:
         return Progress(name, self.folder / "log" / f"{name}.jsonl")
