@@ -88,7 +88,7 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
         known = "complies" in table[method] and "complies" in table["base"]
         if fate == "kept it" and known and compared(table, paired, "complies", method, "base") > 0:
             shares = [f"{m} {table[m]['complies']['value']:.2f}" for m in (method, "base")]
-            limits.append(f"that {method} would rather refuse: *complies* {', '.join(shares)}")
+            limits.append(f"that {method} would rather refuse: complies {', '.join(shares)}")
     for method in tuned[:3]:  # the best known: the list stays short
         names = alike(table, paired, method)
         if names:
