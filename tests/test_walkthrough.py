@@ -219,7 +219,7 @@ def test_the_costs_in_the_answers_are_those_that_were_computed():
 
 PROBE = """
 import site, sys
-# Where this project itself is installed so, its own finder stands aside.
+# If this project is itself installed so, its finder is not to find it.
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in finder.__module__]
 for name in [name for name in sys.modules if name.startswith("__editable__")]:
     del sys.modules[name]

@@ -63,7 +63,7 @@ def export(run, method: str, out: Path, with_weights: bool = False) -> dict:
                     entry["weights"] = keep[start:end].float().tolist()
                 file.write(json.dumps(entry) + "\n")
 
-        # The file beside it. It is put into place first: no lines lie there without it.
+        # The file beside it is put into place first: no lines lie there without it.
         about = {
             "method": method,
             "base": str(run.args.model),

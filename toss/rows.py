@@ -92,7 +92,7 @@ def messages_of(raw: dict, responses: bool) -> list[dict[str, str]]:
     replies = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     if responses:
         if not replies:
-            raise InputError(f"the row has no response (its fields: {', '.join(raw)})")
+            raise InputError(f"the row has no response (its fields: {', '.join(raw)[:60]})")
         messages = messages[: replies[-1] + 1]
     roles = [message["role"] for message in messages]
     if roles[0] == "assistant" or "user" not in roles:
@@ -106,7 +106,7 @@ def harmful_spans(raw: dict, messages: list[dict[str, str]]) -> list[list[int]]:
     length = len(replies[0]) if len(replies) == 1 else 0
     spans = raw.get("harmful", [])
     if not isinstance(spans, list) or not all(is_span(span, length) for span in spans):
-        wanted = f"a list of [start, end) spans in the {length} characters of the one response"
+        wanted = "a list of [start, end) character spans of the one response"
         raise InputError(f"`harmful` must be {wanted}, not {json.dumps(spans)[:60]}")
     return spans
 

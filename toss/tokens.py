@@ -120,7 +120,7 @@ def tokenise(
         advice = "--skip-empty leaves them out"
         raise InputError(f"{empty[0]}: {problem} ({', '.join(empty[:3])}): {advice}")
 
-    # Tokenise a chunk of rows at a time, and cut each row to its length.
+    # Tokenise a chunk of rows at a time, and cut each row to max_length.
     parts = []  # (ids, response flags, harm flags) of each row
     cut = 0
     incomplete = []  # where the chat template leaves something out

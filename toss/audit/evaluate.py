@@ -90,9 +90,9 @@ def evaluate_run(
         what = f"{len(empty)} of {len(utility)} rows have neither an answer nor a response"
         if len(empty) == len(utility):
             raise InputError(f"{files['utility']}: {what}: there is nothing to measure")
-        print(f"{files['utility']}: {what}, and are not measured; the first is {empty[0]}")
+        print(f"warning: {files['utility']}: {what}, and are not measured; the first is {empty[0]}")
 
-    # What would be refused is refused before the first model is asked.
+    # Whatever is odd about the prompts and the models is said before the first is asked.
     if config.prefill:
         say_short_responses(run, sets.get("harmful", []), config.prefill)
     for method in methods:

@@ -194,7 +194,7 @@ def attack(kind: str, others: list[dict], pool: list[dict], setup: Setup) -> dic
     def risk(rows: list[dict]) -> list[float]:
         return mean_risk(run, run.tokens(write_jsonl(setup.folder / "pool.jsonl", rows)))
 
-    # He replaces the harmful rows of the custom set, knowing the references and their rows.
+    # The attacker replaces the harmful rows of the custom set. He knows the references.
     files = setup.files
     rows = [row for row in read_jsonl(files["custom"]) if row not in others]
     D_h = read_jsonl(files["harmful"])

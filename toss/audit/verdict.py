@@ -87,8 +87,9 @@ def verdict(table: Table, paired: dict, demo: bool) -> tuple[list[str], list[str
             limits.append(f"that {method} is as safe as the base: {room}")
         known = "complies" in table[method] and "complies" in table["base"]
         if fate == "kept it" and known and compared(table, paired, "complies", method, "base") > 0:
-            shares = [f"{m} {table[m]['complies']['value']:.2f}" for m in (method, "base")]
-            limits.append(f"that {method} would rather refuse: complies {', '.join(shares)}")
+            mine, its = (table[m]["complies"]["value"] for m in (method, "base"))
+            values = f"complies {mine:.2f}, base {its:.2f}"
+            limits.append(f"that {method} refuses as readily as the base: {values}")
     for method in tuned[:3]:  # the best known: the list stays short
         names = alike(table, paired, method)
         if names:

@@ -230,8 +230,7 @@ def parse(parser: Parser, argv: list[str] | None = None, references: bool = Fals
     inherited = from_run(known, typed, demo)
     source, settings = trained_before(known, references, demo)
 
-    # Values of flags that were not typed; a later source overrides an earlier one. argparse checks
-    # them as if they had been typed.
+    # Values of flags that were not typed; a later source overrides an earlier one.
     values = dict(DEFAULTS)
     if demo:
         values |= demo_values(references)

@@ -217,9 +217,9 @@ class Folder(Base):
     def advice(self, stage: str, word: str) -> str:
         """What to run to make a result. word: "first", "again" or "--overwrite"."""
         # How it was made: by its record, or by what run.json remembers of it.
-        record, _ = results.inspect(self.path(stage), self.hashes)
-        known = self.runfile.section("stages", stage, "recipe", "settings")
-        settings = record.get("settings", known)
+        settings = self.runfile.section("stages", stage, "recipe", "settings")
+        with suppress(InputError):  # a damaged record
+            settings = read_record(self.path(stage)).get("settings", settings)
         inputs = ["--model", "--custom"]
         if stage in REFERENCES:
             program = "train.py"

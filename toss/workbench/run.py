@@ -4,12 +4,14 @@ A result carries its own record, by which it is skipped, refused or made; see re
 run.json included, is a courtesy.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.checkpoint import save_checkpoint, stored_dtype
@@ -38,7 +40,7 @@ from toss.workbench.results import held, read_record
 from toss.workbench.runfile import REFERENCES
 from toss.workbench.states import SavedState
 
-LEARNT_ROWS = 64  # at most, by which a reference is checked
+LEARNT_ROWS = 64  # at most, by which it is checked that an adapter has learnt
 
 
 class Run(Folder):
@@ -169,7 +171,7 @@ class Run(Folder):
             **options,
         )
         self.add_cost(state, tokens, config.epochs)
-        if not options:  # another objective need not lower the loss
+        if "objective" not in options:  # another one need not lower the loss
             self.check_learnt(name, tokens, weights, adapter)
         return adapter
 
@@ -198,15 +200,19 @@ class Run(Folder):
 
     def check_learnt(self, name: str, tokens: Tokens, weights: Tensor, adapter: Adapter) -> None:
         """Note how much of its rows an adapter has learnt; warn if it is next to nothing."""
-        rows = tokens.filled[:LEARNT_ROWS]
-        weights = weights[tokens.places(rows)]
-        if not weights.any():  # these rows lost all their tokens
+        # Rows that were trained on, spread over the dataset: others may not fit into the dtype.
+        weights = torch.where(tokens.response, weights.float().cpu(), 0)
+        trained_on = tokens.row_of(weights.nonzero()[:, 0]).unique().tolist()
+        rows = trained_on[:: max(1, math.ceil(len(trained_on) / LEARNT_ROWS))]
+        if not rows or weights.min() < 0:  # nothing was learnt, or something unlearnt
             return
         # The mean loss in nats, weighted as in training and in its dtype.
+        sample = tokens.take(rows)
+        weights = weights[tokens.places(rows)]
         means = []
         for theta in (None, adapter):
-            model = use(self.base("train"), theta)
-            losses = score(model, tokens.take(rows), self.args.batch_tokens)
+            with use(self.base("train"), theta) as model:
+                losses = score(model, sample, self.args.batch_tokens)
             means.append(float((weights * losses).sum() / weights.sum()))
         before, after = means
         trained = f"loss of {name} on {len(rows)} of its rows"
