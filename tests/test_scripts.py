@@ -25,7 +25,7 @@ from conftest import (
 from helpers import paragraphs, refused, said, session, succeed
 from safetensors.torch import load_file
 
-from model.io import file_hash, made_from, read_json, tensors_hash
+from model.io import NotFinite, file_hash, made_from, read_json, tensors_hash
 from toss.workbench import flags, runfile
 from toss.workbench.results import read_record
 from toss.workbench.run import open_run
@@ -209,6 +209,16 @@ def test_training_that_diverges_leaves_what_was_there(trained, capsys):
     assert "not finite" in refused(capsys, f"{line} --overwrite")
     assert "not finite" in refused(capsys, f"{line} --name new")
     assert tree(trained / "methods") == before
+
+
+def test_a_model_that_overflows_is_kept_with_a_warning(trained, monkeypatch, capsys):
+    def overflow(*_):
+        raise NotFinite("the loss of token 3 of row 2 is not finite")
+
+    monkeypatch.setattr("toss.workbench.run.score", overflow)
+    output = said(capsys, f"select.py --run {trained} --method sft")
+    assert "methods/sft: wrote" in output
+    assert "methods/sft: warning: the loss of token 3 of row 2 is not finite" in output
 
 
 def test_a_stage_fails_as_a_program(trained):

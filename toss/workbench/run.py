@@ -206,20 +206,25 @@ class Run(Folder):
         rows = trained_on[:: max(1, math.ceil(len(trained_on) / LEARNT_ROWS))]
         if not rows or weights.min() < 0:  # nothing was learnt, or something unlearnt
             return
-        # The mean loss in nats, weighted as in training and in its dtype.
         sample = tokens.take(rows)
         weights = weights[tokens.places(rows)]
-        means = []
-        for theta in (None, adapter):
-            with use(self.base("train"), theta) as model:
-                losses = score(model, sample, self.args.batch_tokens)
-            means.append(float((weights * losses).sum() / weights.sum()))
-        before, after = means
+        try:
+            before = self.mean_loss(sample, weights, None)
+            after = self.mean_loss(sample, weights, adapter)
+        except NotFinite as error:  # of the last step's adapter, say
+            self.remarks.append(f"warning: {error}")
+            return
         trained = f"loss of {name} on {len(rows)} of its rows"
         self.remarks.append(f"{trained}: {before:.3f} before, {after:.3f} after")
         if after > 0.99 * before:
             advice = "give a higher --lr, more --epochs or a smaller --batch-size, and --overwrite"
             self.remarks.append(f"warning: {name} hardly learnt its rows: {advice}")
+
+    def mean_loss(self, tokens: Tokens, weights: Tensor, adapter: Adapter | None) -> float:
+        """The mean loss in nats, weighted as in training and in its dtype."""
+        with use(self.base("train"), adapter) as model:
+            losses = score(model, tokens, self.args.batch_tokens)
+        return float((weights * losses).sum() / weights.sum())
 
     def progress(self, name: str) -> Progress:
         return Progress(name, self.folder / "log" / f"{name}.jsonl")
