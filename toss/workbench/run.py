@@ -4,7 +4,6 @@ A result carries its own record, by which it is skipped, refused or made; see re
 run.json included, is a courtesy.
 """
 
-import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -203,7 +202,8 @@ class Run(Folder):
         # Rows that were trained on, spread over the dataset: others may not fit into the dtype.
         weights = torch.where(tokens.response, weights.float().cpu(), 0)
         trained_on = tokens.row_of(weights.nonzero()[:, 0]).unique().tolist()
-        rows = trained_on[:: max(1, math.ceil(len(trained_on) / LEARNT_ROWS))]
+        count = min(LEARNT_ROWS, len(trained_on))
+        rows = [trained_on[i * len(trained_on) // count] for i in range(count)]
         if not rows or weights.min() < 0:  # nothing was learnt, or something unlearnt
             return
         sample = tokens.take(rows)
