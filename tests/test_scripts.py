@@ -26,7 +26,10 @@ from helpers import paragraphs, refused, said, session, succeed
 from safetensors.torch import load_file
 
 from model.io import NotFinite, file_hash, made_from, read_json, tensors_hash
+from model.lora import active
+from toss.config import TrainConfig
 from toss.workbench import flags, runfile
+from toss.workbench.progress import Cost
 from toss.workbench.results import read_record
 from toss.workbench.run import open_run
 
@@ -219,6 +222,15 @@ def test_a_model_that_overflows_is_kept_with_a_warning(trained, monkeypatch, cap
     output = said(capsys, f"select.py --run {trained} --method sft")
     assert "methods/sft: wrote" in output
     assert "methods/sft: warning: the loss of token 3 of row 2 is not finite" in output
+
+
+def test_training_leaves_the_base_alone(trained):
+    run = open_run(trained)
+    tokens, _ = run.scored()
+    run.cost = Cost(run.device)  # as make does for each result
+    run.train("mine", tokens, tokens.response.float(), TrainConfig(lr=0.01))
+    assert active(run.model) is None
+    assert run.remarks[0].startswith("loss of mine on 10 of its rows")
 
 
 def test_a_stage_fails_as_a_program(trained):
