@@ -224,11 +224,14 @@ def test_a_model_that_overflows_is_kept_with_a_warning(trained, monkeypatch, cap
     assert "methods/sft: warning: the loss of token 3 of row 2 is not finite" in output
 
 
-def test_training_leaves_the_base_alone(trained):
+def test_training_is_watched_and_leaves_the_base_alone(trained):
     run = open_run(trained)
     tokens, _ = run.scored()
     run.cost = Cost(run.device)  # as make does for each result
-    run.train("mine", tokens, tokens.response.float(), TrainConfig(lr=0.01))
+    steps = []
+    weights = tokens.response.float()
+    run.train("mine", tokens, weights, TrainConfig(lr=0.01), on_step=steps.append)
+    assert [event["step"] for event in steps] == [1, 2]
     assert active(run.model) is None
     assert run.remarks[0].startswith("loss of mine on 10 of its rows")
 

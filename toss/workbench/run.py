@@ -25,7 +25,7 @@ from model.io import (
 from model.lora import Adapter, merge, use
 from model.peft import WEIGHTS, read_adapter
 from toss.config import TrainConfig
-from toss.parallel import meet, rank
+from toss.parallel import ignore, meet, rank
 from toss.scoring import score
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
@@ -154,19 +154,26 @@ class Run(Folder):
     ) -> Adapter:
         """toss.training.train from the base, told, logged and saved under this name.
 
-        options: other arguments of toss.training.train, such as objective or optimizer.
+        options: other arguments of toss.training.train, such as objective, optimizer or on_step.
         """
         rows = len(tokens.filled)
         steps = count_steps(tokens, config)
         print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
         state = self.state(name, "train")
+        report = self.progress(name).report
+        watch = options.pop("on_step", ignore)
+
+        def on_step(event: dict[str, Any]) -> None:
+            report(event)
+            watch(event)
+
         adapter = train(
             self.base("train"),
             tokens,
             weights,
             config,
             state=state,
-            on_step=self.progress(name).report,
+            on_step=on_step,
             **options,
         )
         self.add_cost(state, tokens, config.epochs)
