@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--eroding", choices=ERODING, default="none", help=text)
     flag("--out", required=True, help="folder for the JSONL files; no rows in it are replaced")
     args = parser.parse_args(argv)
-    refuse_to_replace(*Path(args.out).glob("*.jsonl"))
+    refuse_to_replace(*sorted(Path(args.out).glob("*.jsonl")))
     write_rows(args.seed, args.out, harmful_rows=args.harmful_rows, eroding=args.eroding)
     print(f"written: {args.out}")
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,17 @@ def read_rows(source: str | Path | Iterable[dict], responses: bool = True) -> li
     if not rows:
         raise InputError(f"{source}: the file has no rows")
     return rows
+
+
+def evenly(items: Sequence, n: int) -> list:
+    """n of the items, spread evenly from the first to the last; all if there are no more than n.
+
+    >>> evenly([0, 1, 2, 3, 4, 5, 6], 3)
+    [0, 3, 6]
+    """
+    if len(items) <= n:
+        return list(items)
+    return [items[i * (len(items) - 1) // max(n - 1, 1)] for i in range(n)]
 
 
 def row_of(raw: dict, where: str, responses: bool) -> Row:

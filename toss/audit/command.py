@@ -251,14 +251,3 @@ def is_part(measure: str, measures: Iterable[str]) -> bool:
     """True for what is measured after a prefill, or by source beside the whole."""
     whole, by_source, _ = measure.partition("/")
     return "@" in measure or bool(by_source) and whole in measures
-
-
-def evenly(items: Sequence, n: int) -> list:
-    """n of the items, spread evenly from the first to the last; all if there are no more than n.
-
-    >>> evenly([0, 1, 2, 3, 4, 5, 6], 3)
-    [0, 3, 6]
-    """
-    if len(items) <= n:
-        return list(items)
-    return [items[i * (len(items) - 1) // max(n - 1, 1)] for i in range(n)]

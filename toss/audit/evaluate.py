@@ -85,12 +85,13 @@ def evaluate_run(
 
     # Rows without anything to measure: a misspelt field, perhaps.
     utility = sets.get("utility", [])
-    empty = [row.where for row in utility if not (row.answer or has_response(row))]
-    if empty:
-        what = f"{len(empty)} of {len(utility)} rows have neither an answer nor a response"
-        if len(empty) == len(utility):
+    unmeasured = [row.where for row in utility if not (row.answer or has_response(row))]
+    if unmeasured:
+        what = f"{len(unmeasured)} of {len(utility)} rows have neither an answer nor a response"
+        if len(unmeasured) == len(utility):
             raise InputError(f"{files['utility']}: {what}: there is nothing to measure")
-        print(f"warning: {files['utility']}: {what}, and are not measured; the first is {empty[0]}")
+        what += f", and are not measured; the first is {unmeasured[0]}"
+        print(f"warning: {files['utility']}: {what}")
 
     # Whatever is odd about the prompts and the models is said before the first is asked.
     if config.prefill:

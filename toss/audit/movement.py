@@ -11,10 +11,11 @@ from model.io import InputError, NotFinite, whole_folder
 from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
-from toss.audit.command import evenly, markdown
+from toss.audit.command import markdown
 from toss.audit.tokens import count_by_row
 from toss.loss import LOGITS
 from toss.parallel import rank
+from toss.rows import evenly
 from toss.tokens import Tokens, batches, collate
 from toss.workbench.progress import Bar
 from toss.workbench.results import write_record

@@ -9,7 +9,8 @@ it, and how many of the tokens that float32 discards are discarded in both.
 
 import sys
 
-from toss.audit.command import evenly, losses_under, run_of
+from toss.audit.command import losses_under, run_of
+from toss.rows import evenly
 from toss.workbench import flags
 
 

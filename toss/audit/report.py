@@ -20,7 +20,6 @@ from model.io import InputError, as_input_error, read_json, read_text
 from toss.audit.characters import visible
 from toss.audit.command import (
     cautions,
-    evenly,
     is_part,
     measured,
     methods_of,
@@ -33,6 +32,7 @@ from toss.audit.evaluate import SETS, current_evaluations, read_metrics
 from toss.audit.figures import TEMPLATES, line_chart
 from toss.audit.paired import paired_tables
 from toss.audit.verdict import HEADS, MANY, ORDER, meaning, place, verdict
+from toss.rows import evenly
 from toss.workbench import flags
 
 TEMPLATES.filters["visible"] = visible

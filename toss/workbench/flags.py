@@ -332,17 +332,20 @@ def demo_values(references: bool) -> dict[str, Any]:
 
 def command(program: str, run: str | Path | None = None, **values: Any) -> str:
     """A command that can be pasted: this interpreter, a script or "-m MODULE", and its flags."""
-    words = [sys.executable, *program.split()]
-    if words[1].endswith(".py"):
-        words[1] = str(ROOT / words[1])
-    for i in (0, 1):
-        if Path(words[i]).is_relative_to(Path.cwd()):
-            words[i] = os.path.relpath(words[i])
+    first, *words = program.split()
+    if first.endswith(".py"):
+        first = shortened(ROOT / first)
+    words = [shortened(sys.executable), first, *words]
     if run is not None:
         words += ["--run", str(run)]
     for name, value in values.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
+
+
+def shortened(path: str | Path) -> str:
+    """A path as it can be typed here: relative, if it lies in the current folder."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
 # Running a command

@@ -26,6 +26,7 @@ from model.lora import Adapter, merge, use
 from model.peft import WEIGHTS, read_adapter
 from toss.config import TrainConfig
 from toss.parallel import ignore, meet, rank
+from toss.rows import evenly
 from toss.scoring import score
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
@@ -150,22 +151,27 @@ class Run(Folder):
             raise
 
     def train(
-        self, name: str, tokens: Tokens, weights: Tensor, config: TrainConfig, **options: Any
+        self,
+        name: str,
+        tokens: Tokens,
+        weights: Tensor,
+        config: TrainConfig,
+        on_step: Callable[[dict[str, Any]], None] = ignore,
+        **options: Any,
     ) -> Adapter:
         """toss.training.train from the base, told, logged and saved under this name.
 
-        options: other arguments of toss.training.train, such as objective, optimizer or on_step.
+        options: its others, such as objective or optimizer.
         """
         rows = len(tokens.filled)
         steps = count_steps(tokens, config)
         print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
         state = self.state(name, "train")
-        report = self.progress(name).report
-        watch = options.pop("on_step", ignore)
+        progress = self.progress(name)
 
-        def on_step(event: dict[str, Any]) -> None:
-            report(event)
-            watch(event)
+        def report(event: dict[str, Any]) -> None:
+            progress.report(event)
+            on_step(event)
 
         adapter = train(
             self.base("train"),
@@ -173,7 +179,7 @@ class Run(Folder):
             weights,
             config,
             state=state,
-            on_step=on_step,
+            on_step=report,
             **options,
         )
         self.add_cost(state, tokens, config.epochs)
@@ -209,8 +215,7 @@ class Run(Folder):
         # Rows that were trained on, spread over the dataset: others may not fit into the dtype.
         weights = torch.where(tokens.response, weights.float().cpu(), 0)
         trained_on = tokens.row_of(weights.nonzero()[:, 0]).unique().tolist()
-        count = min(LEARNT_ROWS, len(trained_on))
-        rows = [trained_on[i * len(trained_on) // count] for i in range(count)]
+        rows = evenly(trained_on, LEARNT_ROWS)
         if not rows or weights.min() < 0:  # nothing was learnt, or something unlearnt
             return
         sample = tokens.take(rows)
