@@ -16,7 +16,6 @@ from model.config import Config
 from model.hub import INDEX, TOKENIZER_FILES, WEIGHTS, resolve
 from model.io import (
     InputError,
-    NotFinite,
     as_input_error,
     file_hash,
     opened,
@@ -128,7 +127,7 @@ def load_checkpoint(
     Tensors are read one by one straight to `device` and cast there: the peak is the model plus one
     tensor, or two if a tied head is stored. shard: spread the blocks over the processes, see
     sharding.py. Raises InputError naming the file and the tensor when one is missing, extra,
-    misshapen, or not finite in `dtype` (NotFinite). Two exceptions: `lm_head.weight` of a model
+    misshapen, or not finite in `dtype`. Two exceptions: `lm_head.weight` of a model
     whose head is tied, which may be stored as a copy of the embedding, and the old
     `rotary_emb.inv_freq` tables.
     """
@@ -151,7 +150,7 @@ def load_checkpoint(
             for name in names:
                 state[name], finite = read_tensor(tensors, name, weights[name], dtype)
                 if not finite:
-                    raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
+                    raise InputError(f"{file}: the tensor {name} is not finite in {dtype}")
     tied = model.config.tie_word_embeddings
     head = state.pop(HEAD, None) if tied else None
     if head is not None and not torch.equal(head, state[EMBEDDING]):

@@ -30,14 +30,6 @@ class InputError(ValueError):
     """The user's input cannot be used. The message says what is wrong, where, and what to do."""
 
 
-class NotFinite(InputError):
-    """A weight or a loss is NaN or infinite, possibly only in the requested dtype."""
-
-
-class DoesNotFit(InputError):
-    """The device has too little memory even for the smallest batch."""
-
-
 class Stopped(BaseException):
     """SIGTERM or SIGHUP asks the process to end. Not an Exception, which libraries may catch."""
 

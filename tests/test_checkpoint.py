@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from model import load_checkpoint, save_checkpoint
 from model.config import Config
-from model.io import NotFinite, read_json
+from model.io import read_json
 
 WEIGHTS = "model.safetensors"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -80,7 +80,7 @@ def test_a_weight_beyond_float16_is_refused_in_float16_only(tmp_path):
     folder = copied("plain", tmp_path)
     edit_tensors(folder / WEIGHTS, GATE, lambda weight: weight * 1e6)
     assert load_checkpoint(folder, dtype=torch.bfloat16)
-    fails(GATE, load_checkpoint, folder, dtype=torch.float16, error=NotFinite)
+    fails(GATE, load_checkpoint, folder, dtype=torch.float16)
 
 
 @needs_shard
@@ -93,7 +93,7 @@ def test_a_part_that_is_not_finite_in_another_process_is_an_error_in_all(tmp_pat
     dist.init_process_group("gloo", init_method=place, rank=0, world_size=1)
     monkeypatch.setattr(dist, "all_reduce", reduce_with_the_other)
     try:
-        fails("not finite", load_checkpoint, GOLDENS / "plain", shard=True, error=NotFinite)
+        fails("not finite", load_checkpoint, GOLDENS / "plain", shard=True)
     finally:
         dist.destroy_process_group()
 

@@ -41,7 +41,6 @@ class Base:
         self.hashes = hashes
         self.model: Transformer | None = None
         self.loaded = ""  # the dtype of `model`
-        self.purpose = ""  # what it was asked for last
         self.datasets: dict[str, Tokens] = {}  # by file
 
     @cached_property
@@ -102,7 +101,6 @@ class Base:
 
         Do not keep it in a variable: a change of dtype would hold two bases in memory.
         """
-        self.purpose = purpose
         dtype = self.dtypes.get(purpose, purpose)
         if self.model is None or self.loaded != dtype:
             self.model = None  # free the old one first
