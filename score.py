@@ -14,6 +14,7 @@ RUN/utility, and give --model and --custom.
 import sys
 
 from toss.workbench import flags
+from toss.workbench.run import Run
 
 
 def main(argv=None):
@@ -21,8 +22,6 @@ def main(argv=None):
     parser = flags.script_parser("score.py", __doc__, custom="custom set D^cus")
     parser.add_argument("--base", action="store_true", help="also score under the base (loss_base)")
     args = flags.parse(parser, argv)
-
-    from toss.workbench.run import Run
 
     run = Run(args)
 

@@ -15,6 +15,7 @@ from functools import partial
 
 from toss.config import TrainConfig
 from toss.workbench import flags
+from toss.workbench.run import Run
 
 
 def main(argv=None):
@@ -23,8 +24,6 @@ def main(argv=None):
     parser = flags.script_parser("train.py", __doc__, **inputs)
     flags.add_training_flags(parser)
     args = flags.parse(parser, argv, references=True)
-
-    from toss.workbench.run import Run  # after parsing: torch takes a while to import
 
     run = Run(args)
     config = TrainConfig.of(args)

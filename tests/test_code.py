@@ -104,8 +104,9 @@ def test_comments_docstrings_layout_and_a_new_method_change_nothing(project, tra
         "def select_tokens(\n    scores: Tensor, d: float\n) -> Tensor:",
     )
     new = "def brandnew(c: Candidates) -> Choice:\n    return top(c.S(), c)\n\n\nMETHODS = {\n"
-    edit(project, "toss/methods.py", "METHODS = {\n", new + '    "brandnew": brandnew,\n')
-    edit(project, "toss/config.py", "base weighted oracle", "base weighted oracle brandnew")
+    edit(
+        project, "toss/methods.py", "METHODS = {\n", new + '    "brandnew": Method(brandnew, ""),\n'
+    )
     edit(project, "toss/methods.py", "return c.position() >= 5", "return c.position() >= 6")
     for line in ("train.py", "score.py", "select.py --method local"):
         output = said(capsys, f"{line} --run {trained}")

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     words = [f"--discard {result['discard']}", f"--name {args.method}-calibrated"]
     if args.method == "base":
         words.append("--method base")
-    for name in ("pro", "pro_samples", "pro_train"):
+    for name in ("pro", "pro_samples"):
         if name in settings:
             words.append(f"--{name.replace('_', '-')} {settings[name]}")
     if settings["keep_eos"]:

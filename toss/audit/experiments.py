@@ -17,7 +17,7 @@ from toss.audit.baselines import dsir, safeinstr
 from toss.audit.command import read_jsonl, write_jsonl
 from toss.audit.laboratory import Case, Experiment, Setup
 from toss.audit.rivals import RIVALS
-from toss.config import METHOD_NAMES
+from toss.methods import METHODS
 
 FILE = Path(__file__).with_suffix(".json")
 # The sets that an experiment's "rows" must give a size; few and tuning may have one.
@@ -73,7 +73,7 @@ def check_cases(cases: list[Case]) -> None:
         # Its arms: of known methods, with masks that are made before, each with a line of its own.
         for arm, flags in case.arms.items():
             method = flags.get("method", "toss")
-            if method not in (*METHOD_NAMES, *RIVALS):
+            if method not in (*METHODS, *RIVALS):
                 raise ValueError(f"the arm {arm!r} has a method that there is not: {method!r}")
             if "mask" in flags and flags["mask"] not in with_mask:
                 problem = f"toss of the variant {flags['mask']!r}, whose mask it takes"

@@ -25,7 +25,7 @@ from toss.audit import rivals
 from toss.audit.command import read_jsonl, run_of
 from toss.audit.outcomes import cost_of, measures_of, measures_of_mask
 from toss.audit.tables import SWEPT, Result, Summary, results_of, with_ratios
-from toss.config import WITHOUT_D
+from toss.methods import METHODS
 from toss.workbench.flags import DEMO, ROOT, TRAINING_FLAGS
 
 FROM_BASE = {"base", "kl-base"}  # methods whose S has the base in place of theta^u
@@ -234,7 +234,8 @@ class Setup:
         discard = flags.pop("discard", self.settings["discard"])
         if discard == "calibrated":
             discard = self.calibrated(flags["name"], method, "pro" in flags)
-        if "mask" not in flags:  # a mask says itself which tokens go
+        # A mask says itself which tokens go, and so do some methods.
+        if "mask" not in flags and (is_rival or METHODS[method].uses_d):
             flags["discard"] = discard
         if is_rival:
             for name in ("safety", "unaligned"):
@@ -245,7 +246,7 @@ class Setup:
         self.call("rivals" if is_rival else "select", **flags)
         if method == "sft" or (is_rival and "discard" not in options):
             return 0.0
-        return None if method in WITHOUT_D else discard
+        return None if method in METHODS and not METHODS[method].uses_d else discard
 
     def calibrated(self, name: str, method: str, pro: bool) -> float:
         """The d that calibrate.py chooses for an arm; of a finished one the d that it has, so that

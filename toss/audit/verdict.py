@@ -3,6 +3,7 @@
 from toss.audit.command import Table, compared, safety
 from toss.audit.rivals import RIVALS
 from toss.audit.tables import HEADS
+from toss.methods import METHODS
 
 # Is a method safer than plain fine-tuning? Is it less safe than the base?
 FATES = {
@@ -16,22 +17,11 @@ UNSURE = 0.1  # of a difference in safety that cannot be ruled out
 MANY = 5  # methods; of more, the less known are folded away
 ORDER = ("base", "sft", "toss", "toss-pro", "toss-calibrated")  # methods that come first
 NEED_TRUTH = ("oracle", "sample-all")  # nobody can use them where harm is not marked
+# Of what is no method of the registry, or has another name there.
 MEANINGS = {
     "base": "the model before any fine-tuning",
-    "sft": "plain fine-tuning, on every response token",
-    "toss": "without the loss of the tokens with the highest S",
     "toss-pro": "TOSS with a degraded model that was refined over some rounds",
-    "random": "without the loss of random tokens",
-    "first-k": "without the loss of each row's first tokens",
-    "first-5": "without the loss of each row's first five tokens",
-    "local": "TOSS with a ranking per row",
-    "sample": "without whole rows, those with the highest mean S",
-    "sample-all": "without whole rows, as many as are harmful",
-    "degraded-only": "ranked by the degraded model's loss alone",
-    "utility-only": "ranked by the utility model's loss alone",
-    "base-reference": "TOSS with the base in place of the utility model",
-    "weighted": "ranked by L^u - 0.5 L^h",
-    "oracle": "without the loss of exactly the harmful tokens",
+    "base-reference": METHODS["base"].about,
     "mask": "with the mask of another run",
 }
 
@@ -207,6 +197,8 @@ def meaning(method: str, record: dict) -> str:
     settings = record.get("settings", {})
     kind = "toss-pro" if settings.get("pro") else settings.get("method", "")
     words = MEANINGS.get(method) or MEANINGS.get(kind)
+    if words is None and kind in METHODS:
+        words = METHODS[kind].about
     if words is None and kind in RIVALS:
         words = f"the rival {kind} of toss.audit.rivals"
     elif words is None:

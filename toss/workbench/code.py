@@ -44,7 +44,8 @@ def parts_of(stage: str, settings: dict[str, Any]) -> list[str]:
     parts = list(PARTS["pro" if settings.get("pro") else "method"])
     from toss.methods import METHODS  # imports torch
 
-    function = METHODS.get(settings["method"])
+    method = METHODS.get(settings["method"])
+    function = method.choose if method else None
     if function is not None:
         module = str(function.__module__).replace(".", "/")
         parts.append(f"{module}.py:{getattr(function, '__name__', '')}")

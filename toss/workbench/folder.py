@@ -15,7 +15,8 @@ from model.checkpoint import base_hash
 from model.io import InputError, existing_file, made_from
 from model.lora import Adapter
 from model.peft import CONFIG, WEIGHTS, read_adapter
-from toss.config import METHOD_NAMES, TrainConfig
+from toss.config import TrainConfig
+from toss.methods import METHODS
 from toss.parallel import rank
 from toss.tokens import Tokens
 from toss.workbench import code, results
@@ -389,7 +390,7 @@ class Folder(Base):
 
 def is_rival(settings: dict[str, Any]) -> bool:
     """True if these are settings of a rival, which is more than its mask; see toss.audit.rivals."""
-    return settings.get("method", "mask") not in ("mask", *METHOD_NAMES)
+    return settings.get("method", "mask") not in ("mask", *METHODS)
 
 
 def role_of(stage: str) -> str:
