@@ -37,7 +37,7 @@ def main(argv=None):
 
     inputs = ["--custom", "utility", "degraded"]  # a file, by its flag, and earlier results
     run.make("scores", losses, inputs, settings={"base": args.base})
-    run.suggest("select.py", method="toss")
+    print(f"next: {flags.command('select.py', run.folder)}")
 
 
 if __name__ == "__main__":

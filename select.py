@@ -109,7 +109,8 @@ def main(argv=None):
     run.make(stage, finetune, inputs_of(args), settings)
     if args.merge:
         run.merge(stage)
-    run.suggest_after(stage)
+    evaluate = flags.command("-m toss.audit.evaluate", run.folder)
+    print(f"next: {evaluate} [--harmful FILE] [--benign FILE] [--utility FILE]")
 
 
 def arguments(argv):

@@ -42,8 +42,7 @@ def main(argv=None):
     run.look("utility", ["--utility"], settings)
     run.make("degraded", partial(train_reference, "degraded", D_h), ["--harmful"], settings)
     run.make("utility", partial(train_reference, "utility", D_u), ["--utility"], settings)
-    custom = {} if args.custom else {"custom": "CUSTOM.jsonl"}
-    run.suggest("score.py", **custom)
+    print(f"next: {flags.command('score.py', run.folder)} [--custom FILE]")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_a_mask_alone_is_trained_from_by_its_file_or_made_again_with_a_model(mas
     mask = masked / "methods/toss" / MASK
     succeed(f"select.py --run {masked} --mask {mask} --name later")
     assert same_tensors(masked / "methods/later" / ADAPTER, direct / ADAPTER)
-    assert "mask_only True there, None now" in refused(capsys, f"select.py --run {masked}")
+    assert "different: mask_only" in refused(capsys, f"select.py --run {masked}")
     succeed(f"select.py --run {masked} --overwrite")
     assert same_tensors(masked / "methods/toss" / ADAPTER, direct / ADAPTER)
     line = f"select.py --run {masked} --mask-only"  # it would remove the model

@@ -176,7 +176,7 @@ def test_a_result_that_another_process_made_meanwhile_is_not_replaced(stages, mo
         return hold(run, folder)
 
     monkeypatch.setattr(Run, "holding", finish_another_and_hold)
-    assert "base True there, False now" in refused(capsys, line)
+    assert "different: base)" in refused(capsys, line)
     others.append(line)
     shutil.rmtree(stages.run)
     line = stages.begin("score")

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -75,18 +74,15 @@ def text_hash(value: object) -> str:
 
 
 def differences(record: Record, recipe: Record) -> list[str]:
-    """What differs between a record and a recipe: "lr 1e-05 there, 0.001 now"."""
+    """The names of what a record has otherwise than a recipe, its settings and inputs one by one.
+
+    Both values can be read: in record.json or the file's header, and on the command line.
+    """
     if not record:
         return ["it has no record"]
     recorded = flat({key: record.get(key) for key in recipe})
     wanted = flat(recipe)
-    differing = []
-    for key in {**recorded, **wanted}:
-        old = recorded.get(key)
-        new = wanted.get(key)
-        if old != new:
-            differing.append(f"{key} {shown(old)} there, {shown(new)} now")
-    return differing
+    return [name for name in {**recorded, **wanted} if recorded.get(name) != wanted.get(name)]
 
 
 def flat(recipe: Record) -> Record:
@@ -99,12 +95,6 @@ def flat(recipe: Record) -> Record:
         else:
             entries[key] = value
     return entries
-
-
-def shown(value: object) -> str:
-    """A value of a recipe as text; of a hash the beginning."""
-    text = str(value)
-    return text[:16] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def other_code(record: Record, code: dict[str, str]) -> list[str]:
