@@ -5,6 +5,7 @@ The names in the files are the names of the modules, and loading is strict both 
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from model.io import (
     file_hash,
     opened,
     read_json,
+    umask,
     whole_file,
     writing,
 )
@@ -133,6 +135,8 @@ def load_checkpoint(
     """
     folder = resolve(path, revision)
     with as_input_error(f"the device {device} cannot be used here"):
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise InputError(f"the device {device} is not supported: choose cpu or cuda")
         if torch.device(device).type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan per shape of a batch
         torch.empty(0, device=device)
@@ -200,6 +204,7 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
     with whole_file(folder / WEIGHTS) as file:
         # One header entry: the format keeps several in no fixed order, and bytes identify a base.
         save_file(tensors, file, {"format": "pt"})
+        os.chmod(file, 0o666 & ~umask())  # the library's mode is 0600
     for pattern in TOKENIZER_FILES:
         for source in like.glob(pattern):
             with whole_file(folder / source.relative_to(like)) as file:

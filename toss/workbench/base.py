@@ -13,7 +13,6 @@ from model.checkpoint import base_hash, load_checkpoint
 from model.hub import resolve
 from model.io import InputError, printable, read_json
 from model.lora import use
-from model.products import pays
 from model.sharding import check_processes
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -112,8 +111,6 @@ class Base:
             )
             self.model.base_sha256 = base_hash(self.checkpoint, self.hashes.of_input)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
-            if pays(self.model):
-                print("float32 products are oneDNN's")
             if self.args.revision:
                 self.model.name = self.args.model
         return use(self.model, None)

@@ -176,7 +176,7 @@ class Folder(Base):
         return record
 
     def check_model(self, stage: str, only: Sequence[str] | None = None) -> None:
-        """The same of a method, which must have a model, and not a mask alone."""
+        """As check, of a method, which must have a model, and not a mask alone."""
         self.check(stage, only)
         if not self.has_model(stage):
             advice = "run the command that made it again, without --mask-only and with --overwrite"

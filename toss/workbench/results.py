@@ -164,7 +164,7 @@ class Hashes:
         return self.known[key][-1]
 
     def of_input(self, path: Path, tensors: bool = False) -> str:
-        """The same of an input; InputError if it is not what it was when first asked for."""
+        """The hash of an input; InputError if it is not what it was when first asked for."""
         value = self.of(path, tensors)
         if self.inputs.setdefault(self.key(path, tensors), value) != value:
             raise InputError(f"{path} was changed while the command ran: run it again")
