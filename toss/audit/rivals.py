@@ -43,7 +43,6 @@ RIVALS = {
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
 
-    from model.checkpoint import base_hash
     from model.hub import resolve
     from toss.audit import objectives
     from toss.workbench import code
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError("safelora needs --unaligned FOLDER, the base before its alignment")
         args.unaligned = str(resolve(args.unaligned))
         folder = Path(args.unaligned)
-        settings["unaligned_sha256"] = base_hash(folder, run.hashes.of_input)
+        settings["unaligned_sha256"] = run.hashes.of_base(folder)
         if settings["unaligned_sha256"] == run.identity["base_sha256"]:
             raise InputError(f"--unaligned {folder} is the run's own base")
     if "methods/sft" in inputs:
