@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     from toss.workbench.run import Run
 
     function, inputs, options = RIVALS[args.method]
-    own_code = f"toss/audit/objectives.py:{function}"
-    code.digests([own_code])  # now, before anyone edits it
+    own_code = "toss/audit/objectives.py"
+    code.digest(own_code)  # now, before anyone edits it
     run = Run(args)
 
     # Its settings, and what some rivals need beyond the run.
@@ -81,8 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         return Selection(D_cus, rival.keep, rival.score), theta
 
     settings |= config.recipe()
-    parts = [*code.PARTS["rival"], own_code]
-    run.make(f"methods/{args.name}", finetune, ["--custom", *inputs], settings, parts)
+    run.make(f"methods/{args.name}", finetune, ["--custom", *inputs], settings, [own_code])
 
 
 def arguments(argv: list[str] | None) -> Namespace:
