@@ -75,7 +75,7 @@ def evaluate_run(
     # What decides the measures: their settings, the files, and the code.
     settings = {**asdict(config), "dtype": run.dtypes["train"]}
     settings["question_tokens"] = config.question_tokens or config.max_new_tokens
-    digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
+    digests = code.digests(MEASURES)
     sets = {}
     for name, path in files.items():
         settings[f"{name}_sha256"] = run.hashes.of_input(Path(path))

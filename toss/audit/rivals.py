@@ -43,7 +43,6 @@ RIVALS = {
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
 
-    from model.checkpoint import base_hash
     from model.hub import resolve
     from toss.audit import objectives
     from toss.workbench import code
@@ -51,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     from toss.workbench.run import Run
 
     function, inputs, options = RIVALS[args.method]
-    own_code = f"toss/audit/objectives.py:{function}"
-    code.digests([own_code])  # now, before anyone edits it
+    own_code = "toss/audit/objectives.py"
+    code.digest(own_code)  # now, before anyone edits it
     run = Run(args)
 
     # Its settings, and what some rivals need beyond the run.
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError("safelora needs --unaligned FOLDER, the base before its alignment")
         args.unaligned = str(resolve(args.unaligned))
         folder = Path(args.unaligned)
-        settings["unaligned_sha256"] = base_hash(folder, run.hashes.of_input)
+        settings["unaligned_sha256"] = run.hashes.of_base(folder)
         if settings["unaligned_sha256"] == run.identity["base_sha256"]:
             raise InputError(f"--unaligned {folder} is the run's own base")
     if "methods/sft" in inputs:
@@ -82,8 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         return Selection(D_cus, rival.keep, rival.score), theta
 
     settings |= config.recipe()
-    parts = [*code.PARTS["rival"], own_code]
-    run.make(f"methods/{args.name}", finetune, ["--custom", *inputs], settings, parts)
+    run.make(f"methods/{args.name}", finetune, ["--custom", *inputs], settings, [own_code])
 
 
 def arguments(argv: list[str] | None) -> Namespace:

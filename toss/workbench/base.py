@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import base_hash, load_checkpoint
+from model.checkpoint import load_checkpoint
 from model.hub import resolve
 from model.io import InputError, printable, read_json
 from model.lora import use
@@ -109,7 +109,7 @@ class Base:
             self.model = load_checkpoint(
                 self.checkpoint, self.device, weights, shard=self.args.shard
             )
-            self.model.base_sha256 = base_hash(self.checkpoint, self.hashes.of_input)
+            self.model.base_sha256 = self.hashes.of_base(self.checkpoint)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
             if self.args.revision:
                 self.model.name = self.args.model

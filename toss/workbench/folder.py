@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import base_hash
 from model.io import InputError, existing_file, made_from
 from model.lora import Adapter
 from model.peft import CONFIG, WEIGHTS, read_adapter
@@ -85,7 +84,7 @@ class Folder(Base):
         """
         tokenizer = self.tokenizer  # settles template and date
         return {
-            "base_sha256": base_hash(self.checkpoint, self.hashes.of_input),
+            "base_sha256": self.hashes.of_base(self.checkpoint),
             "tokenizer_sha256": tokenizer.fingerprint(),
             "template": self.args.template,
             "max_length": self.args.max_length,

@@ -30,6 +30,7 @@ from model.io import (
 
 RECORD = "record.json"
 TENSORS = "tensors of "  # before a path: only the tensors of a file count
+BASE = "base in "  # before a path: it is the folder of a base
 Record = dict[str, Any]
 
 
@@ -166,14 +167,29 @@ class Hashes:
     def of_input(self, path: Path, tensors: bool = False) -> str:
         """The hash of an input; InputError if it is not what it was when first asked for."""
         value = self.of(path, tensors)
-        if self.inputs.setdefault(self.key(path, tensors), value) != value:
-            raise InputError(f"{path} was changed while the command ran: run it again")
+        self.compare(path, self.key(path, tensors), value)
         return value
+
+    def of_base(self, folder: Path) -> str:
+        """base_hash of a folder, which is an input, too."""
+        from model.checkpoint import base_hash  # imports torch
+
+        value = base_hash(folder)
+        self.compare(folder, f"{BASE}{folder.absolute()}", value)
+        return value
+
+    def compare(self, path: Path, key: str, value: str) -> None:
+        """Raise InputError if an input is not what it was when first asked for."""
+        if self.inputs.setdefault(key, value) != value:
+            raise InputError(f"{path} was changed while the command ran: run it again")
 
     def check_inputs(self) -> None:
         """Raise InputError if an input is not what it was when first asked for."""
         for key in list(self.inputs):
-            self.of_input(Path(key.removeprefix(TENSORS)), key.startswith(TENSORS))
+            if key.startswith(BASE):
+                self.of_base(Path(key.removeprefix(BASE)))
+            else:
+                self.of_input(Path(key.removeprefix(TENSORS)), key.startswith(TENSORS))
 
 
 # Making a result

@@ -56,7 +56,8 @@ class Run(Folder):
 
         inputs: flags of files, and earlier results. build() returns what is to be written: of a
         reference an Adapter; of the scores the tokens and their losses; of a method a Selection and
-        an Adapter, or None. code_parts: what computes it (default: the script's; see code.py).
+        an Adapter, or None. code_parts: the files that compute it, beside those of
+        model/ and toss/ (default: the script).
         """
         for key in inputs:
             if key.startswith("methods/"):
@@ -110,7 +111,7 @@ class Run(Folder):
         if "pro" in settings or "mask_only" not in settings:  # no other mask depends on it
             settings = {**settings, "dtype": dtype}
         recipe = self.recipe(stage, inputs, settings)
-        digests = code.digests([*code_parts] or code.parts_of(stage, settings))
+        digests = code.digests(code_parts or [code.script_of(stage)])
         path = self.path(stage)
         verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
         return recipe, digests, verdict
