@@ -37,7 +37,7 @@ else:
     from toss.methods import METHODS, Candidates
     from toss.selection import competing_tokens, riskiest_rows, select_tokens
     from toss.workbench import flags
-    from toss.workbench.files import Round, Selection
+    from toss.workbench.files import Losses, Mask
     from toss.workbench.run import Run
 
 
@@ -46,71 +46,90 @@ def main(argv=None):
     args = arguments(argv)
     run = Run(args)
     config = TrainConfig.of(args)
-    if args.pro and not args.pro_samples:  # the paper names no k: 6 % of the rows
-        args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
-    reference_config = run.reference_config() if args.pro else None  # how theta^h was trained
+    here = f"methods/{args.name}"
 
+    # TOSS-Pro: theta^h is refined, round by round.
+    scores = "scores"
+    added = []
+    for t in range(1, args.pro + 1):
+        scores, added = refine(run, args, t, scores, added)
+
+    # The loss mask: which response tokens are learnt. A discarded one stays in the input.
     def choose_tokens():
-        # D^cus as it was scored, the losses L of its tokens, and the places of those that compete.
-        D_cus, L = run.scored(needed=needs_losses(args))
-        ranked = competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
-
-        # TOSS-Pro: the riskiest rows of D^cus join D^h, and theta^h is trained anew.
-        added = []
-        rounds = []
-        for t in range(args.pro):
-            S = L["utility"] - L["degraded"]
-            riskiest = riskiest_rows(S[ranked], D_cus.row_of(ranked), added, args.pro_samples)
-            added += [row for row, _ in riskiest]
-
-            # theta^h is trained on D^h and all rows added so far, and scores D^cus again.
-            D = run.tokens(args.harmful) + D_cus.take(added)
-            name = f"{args.name}-round-{t + 1}"
-            theta_h = run.train(name, D, D.response.float(), reference_config)
-            L["degraded"] = run.score(f"{name}-scores", theta_h, D_cus)
-            # For the record: each new row, and the place of the token that brought it in.
-            new_rows = [(row, int(ranked[i])) for row, i in riskiest]
-            losses = dict(L)  # L changes in the next round
-            rounds.append(Round(added=new_rows, S=S, degraded=theta_h, losses=losses))
-
-        # The loss mask: which response tokens are learnt. A discarded one stays in the input.
+        if args.method == "mask":
+            return run.mask("--mask", run.tokens(args.custom))
+        D_cus, L = run.losses(scores) if needed else (run.tokens(args.custom), {})
+        ranked = ranked_tokens(run, args, D_cus)
         keep = D_cus.response.clone()
         if args.method == "toss":
             S = L["utility"] - L["degraded"]  # high: theta^h expects the token, theta^u does not
             keep[ranked] = select_tokens(S[ranked], args.discard)  # one ranking; the top d go
-        elif args.method == "mask":
-            keep, S = run.mask(args.mask, D_cus)
-        else:
-            candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
-            keep[ranked], scores = METHODS[args.method].choose(candidates)
-            S = None
-            if scores is not None:
-                S = torch.zeros(len(keep)).index_put((ranked,), scores.float())
+            return Mask(D_cus, keep, S)
+        candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
+        keep[ranked], values = METHODS[args.method].choose(candidates)
+        if values is None:
+            return Mask(D_cus, keep)
+        return Mask(D_cus, keep, torch.zeros(len(keep)).index_put((ranked,), values.float()))
 
-        return Selection(D_cus, keep, S, rounds)
+    needed = () if args.method == "mask" else METHODS[args.method].losses
+    inputs = ["--custom"]
+    if needed:
+        inputs.append(scores)
+    if "base" in needed:
+        inputs.append("loss_base")
+    if args.mask:
+        inputs.append("--mask")
+    run.make(f"{here}/selection", choose_tokens, inputs, settings_of(args))
 
+    # Fine-tuning of the base on what is kept.
     def finetune():
-        selection = choose_tokens()
-        if args.mask_only:
-            return selection, None
-        w = selection.keep.float()
-        theta = run.train(args.name, selection.tokens, w, config)
-        return selection, theta
+        D_cus = run.tokens(args.custom)
+        w = run.mask(f"{here}/selection", D_cus).weights()
+        return run.train(args.name, D_cus, w, config)
 
-    settings = settings_of(args)
-    if args.pro:
-        settings["reference"] = reference_config.recipe()
     if not args.mask_only:
-        settings |= config.recipe()
-    stage = f"methods/{args.name}"
-    if args.mask_only and run.has_model(stage) and not args.overwrite:
-        what = f"{run.path(stage)} holds a model, and beside it the mask if it was trained here"
-        raise InputError(f"{what}: give another --name, or --overwrite to have a mask alone")
-    run.make(stage, finetune, inputs_of(args), settings)
+        inputs = ["--custom", f"{here}/selection"]
+        run.make(f"{here}/model", finetune, inputs, config.recipe())
     if args.merge:
-        run.merge(stage)
+        run.merge(f"{here}/model")
     evaluate = flags.command("-m toss.audit.evaluate", run.folder)
     print(f"next: {evaluate} [--harmful FILE] [--benign FILE] [--utility FILE]")
+
+
+def refine(run, args, t, scores, added):
+    """Round t of TOSS-Pro: the rows with the riskiest tokens join D^h, and theta^h is trained anew.
+
+    scores: those to go by. added: the rows of earlier rounds, [row, place of the token that brought
+    it in]. Returns the scores under the new theta^h, and the rows with those of this round.
+    """
+    reference = run.reference_config()  # how theta^h was trained
+    D_cus, L = run.losses(scores)
+    ranked = ranked_tokens(run, args, D_cus)
+    S = (L["utility"] - L["degraded"])[ranked]
+    k = args.pro_samples or max(1, round(0.06 * D_cus.rows))  # the paper names no k
+    riskiest = riskiest_rows(S, D_cus.row_of(ranked), [row for row, _ in added], k)
+    added = added + [[row, int(ranked[i])] for row, i in riskiest]
+
+    def retrain():
+        D = run.tokens(args.harmful) + D_cus.take([row for row, _ in added])
+        return run.train(f"{args.name}-round-{t}", D, D.response.float(), reference)
+
+    def rescore():
+        L["degraded"] = run.score(f"{args.name}-round-{t}-scores", theta_h, D_cus)
+        return Losses(D_cus, L)  # L^u as it was
+
+    here = f"methods/{args.name}/round-{t}"
+    theta_h = f"{here}/degraded"
+    settings = {**reference.recipe(), "keep_eos": args.keep_eos, "pro_samples": k}
+    inputs = ["--harmful", "--custom", scores]
+    record = run.make(theta_h, retrain, inputs, settings, facts={"added": added})
+    run.make(f"{here}/scores", rescore, ["--custom", scores, theta_h], settings={})
+    return f"{here}/scores", record["added"]  # of a round that is there, what it was trained on
+
+
+def ranked_tokens(run, args, D_cus):
+    """The places of the tokens that compete: all response tokens, maybe without the EOS."""
+    return competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
 
 
 def arguments(argv):
@@ -162,36 +181,15 @@ def arguments(argv):
     return args
 
 
-def needs_losses(args):
-    """True if the method ranks by losses. Another run's mask and plain fine-tuning do not."""
-    return args.method != "mask" and len(METHODS[args.method].losses) > 0
-
-
-def inputs_of(args):
-    """What a method is made from: files by their flags, and earlier results."""
-    inputs = ["--custom"]
-    if needs_losses(args):
-        inputs += ["utility", "degraded", "scores"]
-    if args.pro:
-        inputs.append("--harmful")
-    if args.mask:
-        inputs.append("--mask")
-    return inputs
-
-
 def settings_of(args):
-    """The settings that decide the mask, and whether it is all that is made."""
-    settings = {"method": args.method, "seed": args.seed}
-    if args.mask_only:
-        settings["mask_only"] = True
+    """The settings that decide the mask."""
+    settings = {"method": args.method, "pro": args.pro}
     if args.method not in ("sft", "mask"):
-        settings["keep_eos"] = args.keep_eos
+        settings |= {"keep_eos": args.keep_eos, "seed": args.seed}
         if METHODS[args.method].uses_d:
             settings["discard"] = args.discard
-    if args.pro:
-        settings |= {"pro": args.pro, "pro_samples": args.pro_samples}
     return settings
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main, flags.GOES_ON))
+    sys.exit(flags.run(main))

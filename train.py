@@ -23,13 +23,12 @@ def main(argv=None):
     inputs = {"harmful": "harmful reference set D^h", "utility": "utility reference set D^u"}
     parser = flags.script_parser("train.py", __doc__, **inputs)
     flags.add_training_flags(parser)
-    args = flags.parse(parser, argv, references=True)
+    args = flags.parse(parser, argv, section="reference")
 
     run = Run(args)
     config = TrainConfig.of(args)
     D_h = run.tokens(args.harmful)
     D_u = run.tokens(args.utility)
-    run.show_references(D_h, D_u)  # so that exchanged or equal files are seen
 
     # Plain supervised fine-tuning of the base: every response token counts.
     def train_reference(name, D):
@@ -37,13 +36,10 @@ def main(argv=None):
         return run.train(name, D, w, config)
 
     settings = config.recipe()
-    # Before any training: stop here if one of them exists with other settings.
-    run.look("degraded", ["--harmful"], settings)
-    run.look("utility", ["--utility"], settings)
     run.make("degraded", partial(train_reference, "degraded", D_h), ["--harmful"], settings)
     run.make("utility", partial(train_reference, "utility", D_u), ["--utility"], settings)
     print(f"next: {flags.command('score.py', run.folder)} [--custom FILE]")
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main, flags.GOES_ON))
+    sys.exit(flags.run(main))

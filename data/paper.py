@@ -36,7 +36,7 @@ from model.io import (
     lines_of,
     refuse_to_replace,
     run_command,
-    whole_file,
+    whole,
 )
 from toss.rows import FORMS, Row, row_of
 from toss.workbench import flags
@@ -344,7 +344,7 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
     files = {}
     for name in FILES:
         path = folder / f"{name}.jsonl"
-        with whole_file(path) as new:
+        with whole(path) as new:
             with open(new, "w", encoding="utf-8", newline="\n") as file:
                 file.writelines(f"{line}\n" for line in lines[name])
         files[path.name] = {"rows": len(lines[name]), "sha256": file_hash(path)}
@@ -355,7 +355,7 @@ def build(options: Flags, fetch: Callable[[str, str, str | None], Path] = downlo
         "left_out": left_out,
         "sources": [reported(source) for source in sources],
     }
-    with whole_file(folder / "summary.json") as file:
+    with whole(folder / "summary.json") as file:
         file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 

@@ -23,8 +23,7 @@ from model.io import (
     opened,
     read_json,
     umask,
-    whole_file,
-    writing,
+    whole,
 )
 from model.lora import active
 from model.sharding import dummy_pass, read_tensor, spread
@@ -239,16 +238,16 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
     config[dtype_field] = str(model.dtype).removeprefix("torch.")
 
     # config.json comes last: without it a folder is no checkpoint.
-    with writing(folder):
+    with as_input_error(f"{folder}: cannot be written", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
-    with whole_file(folder / WEIGHTS) as file:
+    with whole(folder / WEIGHTS) as file:
         # One header entry: the format keeps several in no fixed order, and bytes identify a base.
         save_file(tensors, file, {"format": "pt"})
         os.chmod(file, 0o666 & ~umask())  # the library's mode is 0600
     for pattern in TOKENIZER_FILES:
         for source in like.glob(pattern):
-            with whole_file(folder / source.relative_to(like)) as file:
+            with whole(folder / source.relative_to(like)) as file:
                 shutil.copyfile(source, file)
-    with whole_file(folder / "config.json") as file:
+    with whole(folder / "config.json") as file:
         file.write_text(json.dumps(config, indent=2) + "\n")

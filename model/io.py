@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,10 +22,6 @@ from safetensors.torch import save
 
 class InputError(ValueError):
     """The user's input cannot be used. The message says what is wrong, where, and what to do."""
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGHUP asks the process to end. Not an Exception, which libraries may catch."""
 
 
 @contextmanager
@@ -48,32 +43,17 @@ def as_input_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
 # Commands
 
 
-def run_command(main: Callable[[], int | None], when_stopped: str = "") -> int:
-    """Run a command and return its exit status. when_stopped: more to say after a signal.
-
-    An expected error, or a signal, becomes one line on stderr. A process that is stopped by a
-    signal ends with 128 + the signal's number, as programs do.
-    """
-    if sys.stderr is None:  # it was closed
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status. An expected error is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # it is closed, or not a file
             # A terminal may lack a name's characters; a pipe would keep lines back.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                previous[number] = signal.signal(number, stop)
     try:
         return main() or 0
-    except (Stopped, KeyboardInterrupt) as error:
-        number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
-        if sys.stderr.isatty():
-            print(file=sys.stderr)  # the line may hold a progress bar
-        print(f"error: stopped by {signal.Signals(number).name}{when_stopped}", file=sys.stderr)
-        return 128 + number
+    except KeyboardInterrupt:
+        print("error: stopped; the same command goes on from what it has saved", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # who read the output, such as `head`, has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         return 128 + signal.SIGPIPE
@@ -85,24 +65,12 @@ def run_command(main: Callable[[], int | None], when_stopped: str = "") -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 1
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def stop(number: int, frame: object) -> None:
-    """The handler of SIGTERM and SIGHUP."""
-    raise Stopped(number)
 
 
 def printable(text: str, limit: int = 1000) -> str:
-    """The text on one line of about `limit` characters, with nothing that a terminal obeys."""
-    line = " ".join(text.splitlines())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    if len(line) <= limit:
-        return line
-    half = (limit - 5) // 2
-    return f"{line[:half]} ... {line[-half:]}"
+    """The start of a text on one line, with nothing that a terminal obeys."""
+    line = " ".join(text[:limit].splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -242,86 +210,46 @@ def digest(tensors: dict, record: dict) -> str:
     return state.hexdigest()
 
 
-# Files that are written whole
+# Results that are written whole
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turn a failure to write into an InputError that names the path and the free space."""
-    folder = next(p for p in Path(path).absolute().parents if p.is_dir())
-    free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB were free"
-    message = f"{path}: cannot be written, and nothing of it was kept; {free}"
+def whole(path: str | Path) -> Iterator[Path]:
+    """A place beside `path` to write a file or a folder to, which replaces it at the end.
+
+    After an error the old one stays. A process that dies leaves the old one or the new one (in the
+    instant between the two renames of a folder, neither), and perhaps a part of the new one beside
+    it, which the next writer removes.
+    """
+    path = Path(path)
+    new = path.with_name(f".{path.name}.new")
+    message = f"{path}: cannot be written, and nothing of it was kept"
     with as_input_error(message, OSError, SafetensorError):
-        yield
-
-
-def refuse_to_replace(*paths: Path) -> None:
-    """Raise InputError if one of these files exists."""
-    for path in paths:
-        if path.exists():
-            raise InputError(f"{path} exists and is not replaced: give another --out")
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A file to write beside `path`, which it replaces at the end; removed after an error.
-
-    A process that dies leaves the old file or the new one, and perhaps a part of the new one
-    beside it, which the next writer removes.
-    """
-    path = Path(path)
-    if not path.name:
-        raise InputError(f"{path}: not the name of a file")
-    new = path.with_name(f".{path.name}.new")
-    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(new)
         try:
             yield new
-            flush(new)
-            os.replace(new, path)
-            flush(path.parent)
-        finally:
-            remove(new)
-
-
-@contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write beside `path`, which it replaces at the end; see whole_file.
-
-    A process may die between the two renames: then nothing is there.
-    """
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
-    old = path.with_name(f".{path.name}.old")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(new)
-        remove(old)
-        try:
-            new.mkdir()
-            yield new
-            for part in new.rglob("*"):
+            for part in [*new.rglob("*"), new]:
                 flush(part)
-            flush(new)
-            if path.exists():
-                os.rename(path, old)
-            os.rename(new, path)
+            put_in_place(new, path)
             flush(path.parent)
         finally:
-            published = not new.exists()
-            if old.exists() and not published:  # the second rename failed
-                remove(path)
-                os.rename(old, path)
             remove(new)
-            remove(old)
 
 
-def umask() -> int:
-    """The permissions that the user takes from new files. The system tells when it is set."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def put_in_place(new: Path, path: Path) -> None:
+    """Rename a new file or folder. An old folder goes aside first; a file is replaced at once."""
+    old = path.with_name(f".{path.name}.old")
+    remove(old)
+    if path.is_dir():
+        os.rename(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    remove(old)
 
 
 def flush(path: Path) -> None:
@@ -342,3 +270,17 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def refuse_to_replace(*paths: Path) -> None:
+    """Raise InputError if one of these files exists."""
+    for path in paths:
+        if path.exists():
+            raise InputError(f"{path} exists and is not replaced: give another --out")
+
+
+def umask() -> int:
+    """The permissions that the user takes from new files. The system tells when it is set."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -19,7 +19,7 @@ from model.io import (
     made_from,
     read_json,
     save_tensors,
-    whole_file,
+    whole,
 )
 from model.lora import Adapter, active, last_part, lora_layers, use
 from model.transformer import Transformer
@@ -226,11 +226,11 @@ def write_adapter(
     # The warning first: a degraded adapter is never there without it.
     folder = Path(path)
     if "warning" in header:
-        with whole_file(folder / "README.md") as file:
+        with whole(folder / "README.md") as file:
             file.write_text(header["warning"] + "\n")
-    with whole_file(folder / WEIGHTS) as file:
+    with whole(folder / WEIGHTS) as file:
         save_tensors(tensors, file, header)
-    with whole_file(folder / CONFIG) as file:
+    with whole(folder / CONFIG) as file:
         file.write_text(json.dumps(peft_config(adapter, model), indent=2) + "\n")
 
 
@@ -238,7 +238,7 @@ def peft_config(adapter: Adapter, model: Transformer) -> dict:
     """The adapter_config.json of an adapter."""
     # Of each adapted layer.
     ranks = {name: A.shape[0] for name, A in adapter.A.items()}
-    alphas = {name: whole(adapter.scale[name] * rank) for name, rank in ranks.items()}
+    alphas = {name: unrounded(adapter.scale[name] * rank) for name, rank in ranks.items()}
     # The first layer's rank and alpha are the defaults, from which others may differ.
     rank = next(iter(ranks.values()))
     alpha = next(iter(alphas.values()))
@@ -267,6 +267,6 @@ def peft_config(adapter: Adapter, model: Transformer) -> dict:
     }
 
 
-def whole(alpha: float) -> float:
+def unrounded(alpha: float) -> float:
     """Undo the rounding of alpha / rank * rank."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

@@ -7,7 +7,7 @@ Losses and gradients are then summed.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,21 +16,30 @@ from torch import Tensor
 from model.io import InputError, out_of_memory
 
 
-class State(Protocol):
-    """Where unfinished work is saved, so that the same call goes on from there.
+class Watch:
+    """What training and scoring call to report and to save what they do. This one does neither.
 
-    The scripts' is in toss/workbench/states.py. part: several processes may save one each.
+    The scripts' is in toss/workbench/progress.py; for another, override what you need.
     """
 
-    def load(self, part: int) -> dict[str, Any] | None: ...
+    def on_step(self, event: dict[str, Any]) -> None:
+        """Called after each step: see there for what the event holds."""
 
-    def is_due(self, last: bool) -> bool: ...
+    def load(self, part: int) -> dict[str, Any] | None:
+        """What was saved of this call's work; None if nothing was.
 
-    def save(self, values: dict[str, Any], part: int) -> None: ...
+        part: several processes may save one each.
+        """
+
+    def is_due(self, last: bool) -> bool:
+        """True if it is time to save. last: after the last step."""
+        return False
+
+    def save(self, values: dict[str, Any], part: int) -> None:
+        """Replace what was saved. values: tensors, numbers, texts, lists and dictionaries."""
 
 
-def ignore(event: dict[str, Any]) -> None:
-    """Report nothing: what training and scoring call after each step by default."""
+UNWATCHED = Watch()
 
 
 def rank() -> int:
@@ -54,6 +63,15 @@ def over_processes(operation: str, *tensors: Tensor) -> None:
         return
     for tensor in tensors:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+
+
+def agreed(value: Any) -> Any:
+    """What the first process has decided, in every process. value: of JSON's types."""
+    if size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
 
 
 def meet() -> None:

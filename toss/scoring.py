@@ -1,8 +1,6 @@
 """The loss of every response token of a dataset, from which the scores are made."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from model.products import fast
 from model.sharding import with_dummy_passes
 from model.transformer import Transformer
 from toss.loss import token_log_probs
-from toss.parallel import State, fitting, ignore, over_processes, rank, share
+from toss.parallel import UNWATCHED, Watch, fitting, over_processes, rank, share
 from toss.tokens import BATCH_TOKENS, Tokens, batches, check_ids, collate
 
 CHECK_EVERY = 16  # batches from one look for an overflow to the next
@@ -24,20 +22,19 @@ def score(
     model: Transformer,
     tokens: Tokens,
     batch_tokens: int | None = None,
-    state: State | None = None,
-    on_batch: Callable[[dict[str, Any]], None] = ignore,
+    watch: Watch = UNWATCHED,
 ) -> Tensor:
     """-log P(y_ij | x_i, y_i,<j) of every response token under the model, float32 [N] on the CPU.
 
     Entry t belongs to token t of the flat arrays, and is 0 where that is no response token.
-    batch_tokens: per batch, padding included. state: where the losses are saved, and from where an
-    interrupted call goes on. on_batch gets {"step", "steps", "unit"} after each batch, in tokens,
-    and {"resumed", "steps", "unit"} before the first one if earlier work is taken over.
+    batch_tokens: per batch, padding included. watch: what reports, and saves the losses, from which
+    an interrupted call goes on. Its on_step gets {"step", "steps", "unit"} after each batch, in
+    tokens, and {"resumed", "steps", "unit"} before the first one if earlier work is taken over.
     Raises InputError naming the row for a NaN or an infinity, in which an overflow of float16 ends,
     and with advice when memory runs out.
     """
     check_ids(tokens, model.config.vocab_size)
-    losses = saved_losses(model, tokens, state)
+    losses = saved_losses(model, tokens, watch)
     rows = rows_without(losses, tokens)
     if rank() > 0:
         losses.zero_()  # one process holds what was saved, so that the sum below counts it once
@@ -49,7 +46,7 @@ def score(
     finished = len(losses) - count_tokens(rows, tokens)
     total = finished + sum(count_tokens(group, tokens) for group in groups)
     if finished:
-        on_batch({"resumed": finished, "steps": total, "unit": "token"})
+        watch.on_step({"resumed": finished, "steps": total, "unit": "token"})
 
     with fitting(budget, max(tokens.lengths, default=0)):
         for turn, batch_rows in enumerate(with_dummy_passes(model, groups)):
@@ -57,9 +54,9 @@ def score(
             losses[batch.places] = -token_log_probs(model, batch)
 
             finished += count_tokens(batch_rows, tokens)
-            on_batch({"step": finished, "steps": total, "unit": "token"})
-            if state and state.is_due(last=finished == total):
-                state.save({"losses": losses}, part=rank())
+            watch.on_step({"step": finished, "steps": total, "unit": "token"})
+            if watch.is_due(last=finished == total):
+                watch.save({"losses": losses}, part=rank())
             # An overflow is looked for now and then, so that a long pass is not made in vain.
             if turn % CHECK_EVERY == 0:
                 check_finite(losses, tokens, model.dtype)
@@ -69,10 +66,10 @@ def score(
     return losses.cpu()
 
 
-def saved_losses(model: Transformer, tokens: Tokens, state: State | None) -> Tensor:
+def saved_losses(model: Transformer, tokens: Tokens, watch: Watch) -> Tensor:
     """What an interrupted call has saved, of all processes; zeros elsewhere. float32 [N]."""
     losses = torch.zeros(len(tokens.input_ids), device=model.device)
-    saved = state.load(part=rank()) if state else None
+    saved = watch.load(part=rank())
     if saved:
         # NaN as infinity, which is refused alike: a maximum over processes may drop a NaN.
         losses.copy_(saved["losses"].nan_to_num(nan=math.inf, posinf=math.inf))

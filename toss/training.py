@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from model.sharding import with_dummy_passes
 from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_loss
-from toss.parallel import State, fitting, ignore, over_processes, rank, share
+from toss.parallel import UNWATCHED, Watch, fitting, over_processes, rank, share
 from toss.tokens import BATCH_TOKENS, Batch, Tokens, batches, check_ids, collate
 
 Objective = Callable[[Transformer, Batch, Tensor], Tensor]
@@ -37,9 +36,7 @@ def train(
     config: TrainConfig,
     objective: Objective = token_loss,
     optimizer: Callable[[list[Tensor], TrainConfig], Optimizer] = adamw,
-    start: Adapter | None = None,
-    state: State | None = None,
-    on_step: Callable[[dict[str, Any]], None] = ignore,
+    watch: Watch = UNWATCHED,
 ) -> Adapter:
     """Train a LoRA adapter on the frozen base `model`. Returns it; the base is left without one.
 
@@ -53,19 +50,17 @@ def train(
 
     weights: float32 [N], w over the flat arrays; only response tokens count. objective: takes the
     place of the sum, see loss.token_loss. optimizer: makes it; what its state_dict() holds is saved
-    and brought back. start: an adapter to continue from.
-    state: where the work of this call, and of no other, is saved and taken up again. on_step gets
-    {"step", "steps", "loss", "grad_norm", "lr", "tokens", "model"} after each step,
-    and {"resumed", "steps"} before the first one if work is taken up.
+    and brought back. watch: what reports and saves, of this call and no other. Its on_step gets
+    {"step", "steps", "loss", "grad_norm", "lr", "tokens", "model"} after each step, and
+    {"resumed", "steps"} before the first one if work is taken up.
     Raises InputError naming the row when a loss is not finite, and with advice when memory runs
     out. That shows at once: the largest micro-batch is rehearsed before the first step, as step 0.
     """
     check_ids(tokens, model.config.vocab_size)
-    if start is None:
-        targets = config.targets.replace(",", " ").split()
-        start = new_adapter(model, config.rank, config.alpha, targets, config.seed)
+    targets = config.targets.replace(",", " ").split()
+    start = new_adapter(model, config.rank, config.alpha, targets, config.seed)
     use(model, None)  # so that the block below, however it ends, leaves the base alone
-    with use(model, deepcopy(start)):
+    with use(model, start):
         adapter = active(model)  # on the model's device
         parameters = [tensor.requires_grad_() for tensor in adapter.tensors()]
         optim = optimizer(parameters, config)
@@ -74,11 +69,11 @@ def train(
 
         # Go on where an interrupted call has stopped: the steps that it made are skipped below.
         work = digest({"ids": tokens.input_ids, "weights": weights.cpu()}, config.recipe())
-        saved = restore(state, work, parameters, optim)
+        saved = restore(watch, work, parameters, optim)
         finished = saved.get("step", 0)
         steps = count_steps(tokens, config)
         if finished:
-            on_step({"resumed": finished, "steps": steps})
+            watch.on_step({"resumed": finished, "steps": steps})
 
         # An optimizer step: its learning rate, the gradient over its rows, clipping, the update.
         gradient = Gradient(model, parameters, tokens, weights, objective, config)
@@ -102,12 +97,12 @@ def train(
                 event["lr"] = optim.param_groups[0]["lr"]  # the first group's
                 event["tokens"] = sum(tokens.lengths[row] for row in rows)
                 event["model"] = model
-                on_step(event)
+                watch.on_step(event)
                 # The optimizer is the same in all processes, so the first one saves it.
-                if state and rank() == 0 and state.is_due(last=step == steps):
+                if rank() == 0 and watch.is_due(last=step == steps):
                     values = {"work": work, "step": step, "parameters": parameters}
                     values["optimizer"] = optim.state_dict()
-                    state.save(values, part=0)
+                    watch.save(values, part=0)
 
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -117,14 +112,12 @@ def train(
     return adapter
 
 
-def restore(
-    state: State | None, work: str, parameters: list[Tensor], optim: Optimizer
-) -> dict[str, Any]:
+def restore(watch: Watch, work: str, parameters: list[Tensor], optim: Optimizer) -> dict[str, Any]:
     """Bring back what an interrupted call has saved, and return it; {} if there is nothing.
 
     work: what the state must be of. Raises InputError if it is of something else.
     """
-    saved = state.load(part=0) if state else None
+    saved = watch.load(part=0)
     if not saved:
         return {}
     if saved["work"] != work:

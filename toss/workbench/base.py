@@ -6,20 +6,20 @@ import re
 from argparse import Namespace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import base_hash, load_checkpoint
 from model.hub import resolve
-from model.io import InputError, printable, read_json
+from model.io import InputError, as_input_error, file_hash, printable, read_json
 from model.lora import use
 from model.sharding import check_processes
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from toss.parallel import size
 from toss.rows import Row, read_rows
-from toss.tokens import BATCH_TOKENS, Tokens, check_ids, tokenise
-from toss.workbench.results import Hashes
+from toss.tokens import BATCH_TOKENS, Tokens, tokenise
 
 TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # the others are float32
 
@@ -33,29 +33,20 @@ class Base:
     place: a new dtype reloads them from disk.
     """
 
-    def __init__(self, args: Namespace, hashes: Hashes):
+    def __init__(self, args: Namespace):
         if args.shard:
             check_processes()
         self.args = args
-        self.hashes = hashes
         self.model: Transformer | None = None
         self.loaded = ""  # the dtype of `model`
         self.datasets: dict[str, Tokens] = {}  # by file
+        self.sha256: dict[str, str] = {}  # of these files, as they were read
 
     @cached_property
     def checkpoint(self) -> Path:
         """The base's folder. A hub id is fetched; `revision` becomes its commit."""
-        try:
-            folder = resolve(self.args.model, self.args.revision)
-        except InputError as error:
-            if "model" in self.args.typed:
-                raise
-            advice = "if it was moved, name it once, as in score.py --run RUN --model PATH"
-            raise InputError(f"{error}; {advice}") from None
-        if Path(self.args.model).is_dir():
-            self.args.revision = None
-        else:
-            self.args.revision = folder.name
+        folder = resolve(self.args.model, self.args.revision)
+        self.args.revision = None if Path(self.args.model).is_dir() else folder.name
         return folder
 
     @cached_property
@@ -69,12 +60,24 @@ class Base:
         if tokenizer.turn_end != tokenizer.eos:
             ends = f"ends a turn with {tokenizer.turn_end}, but responses end with {tokenizer.eos}"
             print(f"note: the chat template {ends}, the eos_token; they are usually the same")
-        if tokenizer.template is None and args.template is None:
-            form = "Human: ...\\nAssistant: ..."
-            print(f"note: {args.model} has no chat template, so the human form is used: {form}")
         args.template = "human" if tokenizer.template is None else "chat"
         args.date = None if tokenizer.date is None else str(tokenizer.date)
         return tokenizer
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the base, and how text becomes ids: part of every recipe.
+
+        By hashes, so that a base may move.
+        """
+        tokenizer = self.tokenizer  # settles template and date
+        return {
+            "base_sha256": base_hash(self.checkpoint),
+            "tokenizer_sha256": tokenizer.fingerprint(),
+            "template": self.args.template,
+            "max_length": self.args.max_length,
+            "date": self.args.date,
+            "skip_empty": bool(self.args.skip_empty),
+        }
 
     @cached_property
     def device(self) -> torch.device:
@@ -109,7 +112,7 @@ class Base:
             self.model = load_checkpoint(
                 self.checkpoint, self.device, weights, shard=self.args.shard
             )
-            self.model.base_sha256 = self.hashes.of_base(self.checkpoint)
+            self.model.base_sha256 = base_hash(self.checkpoint)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
             if self.args.revision:
                 self.model.name = self.args.model
@@ -118,70 +121,47 @@ class Base:
     # Rows
 
     def tokens(self, path: str | None) -> Tokens:
-        """The token ids of a file of rows, read once; prints what was skipped or cut."""
+        """The token ids of a file of rows, read once; see tokens_of."""
         if path is None:
-            advice = "give --model, --harmful and --utility, or --custom"
-            raise InputError(f"{self.args.run} was begun without these rows: {advice}")
+            raise InputError(f"{self.args.run} was begun without these rows: name their file")
         if path not in self.datasets:
-            self.hashes.of_input(Path(path))  # of what is read now
+            self.sha256[path] = file_hash(path)
             self.datasets[path] = self.tokens_of(read_rows(path), path)
         return self.datasets[path]
 
     def tokens_of(self, rows: list[Row], path: str) -> Tokens:
-        """The token ids of rows from a file; prints what was skipped or cut."""
+        """The token ids of rows from a file. Prints the first row, and what was skipped or cut."""
         self.warn_shared(path, rows)
         skip_empty = bool(self.args.skip_empty)
         tokens = tokenise(rows, self.tokenizer, self.args.max_length, str(path), skip_empty)
-        self.check_limits(tokens, path)
         counts = f"{len(tokens.input_ids):,} tokens, {int(tokens.response.sum()):,} of responses"
-        empty = sum(row.has_empty_response for row in rows)
         lost = f"{tokens.skipped} rows skipped, {tokens.cut} cut"
-        if empty:
-            lost += f"; of the skipped rows, {empty} have an empty response"
         print(f"{path}: {tokens.rows} rows, {counts}; {lost} (--max-length {self.args.max_length})")
+        first = tokens.input_ids[tokens.places(tokens.filled[:1])].tolist()
+        text = self.tokenizer.raw.decode(first, skip_special_tokens=False)
+        print(f"    its first row: {printable(text, 200)}")
+        limit = read_json(self.checkpoint / "config.json").get("max_position_embeddings")
+        if isinstance(limit, int) and max(tokens.lengths) > limit:
+            advice = "lower --max-length"
+            print(f"warning: rows are longer than the {limit} positions of the base: {advice}")
         return tokens
-
-    def check_limits(self, tokens: Tokens, path: str) -> None:
-        """InputError for ids that the base does not have; a warning for rows too long for it."""
-        config = read_json(self.checkpoint / "config.json")  # its model may not be implemented
-        vocabulary = config.get("vocab_size")
-        if isinstance(vocabulary, int):
-            check_ids(tokens, vocabulary)
-        limit = config.get("max_position_embeddings")
-        if isinstance(limit, int):
-            count = sum(length > limit for length in tokens.lengths)
-            if count:
-                problem = f"{count} rows of {path} are longer than the {limit} tokens of the base"
-                print(f"warning: {problem} (max_position_embeddings): lower --max-length")
-
-    def show_references(self, harmful: Tokens, utility: Tokens) -> None:
-        """Print the first row of both reference sets. InputError if they are the same rows."""
-        if torch.equal(harmful.input_ids, utility.input_ids):
-            advice = "give two files, or S is 0 everywhere"
-            raise InputError(f"--harmful and --utility hold the same rows: {advice}")
-        for role, tokens in (("harmful", harmful), ("utility", utility)):
-            ids = tokens.input_ids[tokens.places(tokens.filled[:1])].tolist()
-            text = self.tokenizer.raw.decode(ids, skip_special_tokens=False)
-            print(f"{role}, first row: {printable(text, 200)}")
 
     def warn_shared(self, path: str, rows: list[Row], prompts_only: bool = False) -> None:
         """Warn when rows of a file are also in a data file that the run uses before it."""
-        others = [self.args.harmful, self.args.utility, self.args.custom]
-        if path in others and not prompts_only:  # up to its own, last, place
-            last = max(index for index, other in enumerate(others) if other == path)
-            others = others[:last]
-        for other in others:
-            if other is None or not Path(other).exists():
+
+        def key(row: Row) -> str:
+            return json.dumps(row.prompt if prompts_only else row.messages)
+
+        for other in (self.args.harmful, self.args.utility, self.args.custom):
+            if other == path and not prompts_only:
+                return
+            if other is None or not Path(other).is_file():
                 continue
-            known = {row_key(row, prompts_only) for row in read_rows(other)}
-            shared = sum(row_key(row, prompts_only) in known for row in rows)
+            known = {key(row) for row in read_rows(other)}
+            shared = sum(key(row) in known for row in rows)
             if shared:
                 kind = "prompts" if prompts_only else "rows"
                 print(f"warning: {shared} of {len(rows)} {kind} of {path} are in {other} too")
-
-
-def row_key(row: Row, prompt_only: bool) -> str:
-    return json.dumps(row.prompt if prompt_only else row.messages)
 
 
 def find_device(name: str) -> torch.device:
@@ -190,20 +170,11 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device {name} is unknown: choose auto, cpu, cuda or cuda:N")
-    if size() > 1 and name != "cpu":
-        if name != "cuda":
-            raise InputError(f"--device {name}: several processes need --device cuda (or cpu)")
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name == "cuda":
-        name = "cuda:0"
-    try:
+    if name == "cuda" or name != "cpu" and size() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # several processes: one GPU each
+    with as_input_error(f"--device {name} cannot be used"):
         if name != "cpu":
-            if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which 2.9 ignores
-                os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-            torch.cuda.init()  # says what is missing
+            # The newer name is one that PyTorch 2.9 ignores.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(name)  # before all else, which would open a context on GPU 0
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = f"{str(error).splitlines()[0]} ({torch.cuda.device_count()} GPUs are visible)"
-        raise InputError(f"--device {name} cannot be used: {reason}") from None
-    return torch.device(name)
+        return torch.empty(1, device=name).device

@@ -1,8 +1,8 @@
-"""The command line: flags, where the values of omitted ones come from, errors, several processes.
+"""The command line: flags, and where the values of omitted ones come from.
 
-The value of a setting is, first match: the command line; what the run was begun with (run.json);
-data/demo.json, for a run begun without inputs; the default, the paper's. train.py trains as the
-references were trained, select.py as the first method, else as demo.json has it, else as they were.
+The value of a setting is, first match: the command line; the run's run.json; data/demo.json, for a
+run begun without inputs; the default, the paper's. run.json has demo.json's form: inputs and prompt
+form, and how the references and the methods are trained ("reference", "finetune").
 """
 
 import argparse
@@ -18,13 +18,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.io import InputError, read_json, run_command
+from model.io import InputError, read_json
 from toss.config import TrainConfig
-from toss.workbench import code
-from toss.workbench.launch import joined, leave
-from toss.workbench.runfile import FORM, INHERITED, INPUTS, ROOT, RunFile, read_run
+from toss.workbench.launch import run  # noqa: F401 (a command is run by flags.run)
+from toss.workbench.records import ROOT, code_digests
 
 DEMO = ROOT / "data" / "demo.json"
+INPUTS = ("model", "harmful", "utility", "custom")
+# What a run keeps: its inputs, and how text becomes ids.
+FORM = ("revision", "template", "date", "max_length", "chat_template_kwargs", "skip_empty")
+KEPT = (*INPUTS, *FORM)
 TRAINING_FLAGS = tuple(f.name for f in fields(TrainConfig) if f.metadata)
 # What a script has where it has no such flag.
 DEFAULTS = {**dict.fromkeys((*INPUTS, "mask")), "gradient_checkpointing": False}
@@ -50,19 +53,19 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse with the help above; an error is one line.
 
-    source: the file that the values come from, if they were not typed; an error is an InputError.
+    source: the file that the values come from that are parsed, if they were not typed.
     """
 
-    def __init__(self, prog: str, doc: str, source: Path | None = None, **options: Any):
+    def __init__(self, prog: str, doc: str, **options: Any):
         super().__init__(prog, description=doc, formatter_class=Help, allow_abbrev=False, **options)
-        self.source = source
+        self.source: Path | None = None
 
     def error(self, message: str) -> NoReturn:
         if self.source:
             raise InputError(f"{self.source}: {message}")
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
-    def typed(self, argv: list[str] | None) -> dict[str, Any]:
+    def typed(self, argv: list[str]) -> dict[str, Any]:
         """The flags that are on the command line, and their values.
 
         argparse fills in no default where the namespace has a value already.
@@ -71,16 +74,6 @@ class Parser(argparse.ArgumentParser):
         blank = Namespace(**{action.dest: unset for action in self._actions})
         values = vars(self.parse_args(argv, blank))
         return {name: value for name, value in values.items() if value is not unset}
-
-    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> Any:
-        """argparse's. An empty value, as from a variable that is not set, is an error."""
-        words = sys.argv[1:] if args is None else args
-        for flag, word in zip(["", *words], words):
-            if word == "":
-                self.error(f"{f'argument {flag}' if flag else 'an argument'}: the value is empty")
-            if re.fullmatch("--[a-z-]+=", word):
-                self.error(f"argument {word[:-1]}: the value is empty")
-        return super().parse_known_args(args, namespace)
 
 
 # Types of flags
@@ -108,9 +101,14 @@ def json_text(text: str) -> str:
     raise ArgumentTypeError(f"{text!r} is not a JSON object")
 
 
+def path(text: str) -> str:
+    """An argparse type: a path, which becomes absolute."""
+    return os.path.abspath(filled(text))
+
+
 def base(text: str) -> str:
     """An argparse type: a folder as an absolute path, or a hub id as it is."""
-    return os.path.abspath(text) if os.path.isdir(text) else text
+    return os.path.abspath(text) if os.path.isdir(text) else filled(text)
 
 
 def is_method(text: str) -> bool:
@@ -123,7 +121,7 @@ natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 -
 share = number(float, lambda x: 0 <= x < 1, "a share in [0, 1)")
 positive = number(float, lambda x: 0 < x < 1e37, "a number above 0 (below 1e37)")
 method = number(str, is_method, f"a method's name ({METHOD_WORDS})")
-path = os.path.abspath
+filled = number(str, len, "a value: it is empty")
 
 
 # Groups of flags
@@ -131,27 +129,14 @@ path = os.path.abspath
 
 def script_parser(prog: str, doc: str, **inputs: str) -> Parser:
     """A script's parser, with the flags that all three have. inputs: its files, {flag: help}."""
-    epilog = (
-        "Omitted flags come from run.json, then data/demo.json (if no input is given), then the "
-        "defaults."
-    )
-    parser = Parser(prog, doc, epilog=epilog)
+    epilog = "Omitted flags come from run.json, then data/demo.json (if no input is given), then "
+    parser = Parser(prog, doc, epilog=f"{epilog}the defaults.")
     add = parser.add_argument_group("run").add_argument
-    add("--run", default="runs/demo", help="folder of the run")
-    add_inherited_flags(parser, **inputs)
-    add_device_flags(parser)
-    add(
-        "--overwrite",
-        action="store_true",
-        help="make again what has other settings, inputs or code",
-    )
+    add("--run", type=filled, default="runs/demo", help="folder of the run")
+    text = "make again what has other settings, inputs or code"
+    add("--overwrite", action="store_true", help=text)
     text = "minutes between saved states of unfinished work, from which the same command goes on"
     add("--save-every", type=positive, default=2.0, metavar="MINUTES", help=text)
-    return parser
-
-
-def add_inherited_flags(parser: Parser, **inputs: str) -> None:
-    """The flags that a run is begun with. inputs: its files of rows, {flag: help}."""
     add = parser.add_argument_group("base, rows and prompt form (the run keeps them)").add_argument
     add("--model", type=base, help="base checkpoint: a Hugging Face folder or a hub id")
     add("--revision", help="branch, tag or commit of a hub id (default: main; the run keeps it)")
@@ -162,9 +147,11 @@ def add_inherited_flags(parser: Parser, **inputs: str) -> None:
     text = "variables of the chat template, such as '{\"enable_thinking\": false}'"
     add("--chat-template-kwargs", type=json_text, metavar="JSON", help=text)
     text = "leave out rows with an empty response; they are an error otherwise"
-    add("--skip-empty", action="store_true", default=None, help=text)
+    add("--skip-empty", action="store_true", help=text)
     text = "tokens per row; longer rows are cut on the right"
     add("--max-length", type=count, default=2048, metavar="N", help=text)
+    add_device_flags(parser)
+    return parser
 
 
 def add_device_flags(parser: Parser, dtype: bool = True) -> None:
@@ -204,160 +191,88 @@ def add_training_flags(parser: Parser) -> None:
 # Values
 
 
-def parse(parser: Parser, argv: list[str] | None = None, references: bool = False) -> Namespace:
-    """The settings in force: the command line's, and for omitted flags see above.
+def parse(parser: Parser, argv: list[str] | None = None, section: str = "finetune") -> Namespace:
+    """The settings in force; see above. Raises InputError when inputs are missing.
 
-    references: the command begins runs, and trains as the references were trained. Beside the flags
-    the result has `typed`, those on the command line; `notes`, which say what comes from where;
-    `runfile`; `demo`; and `begun_anew`. Raises InputError when a flag contradicts what the run was
-    begun with, or when inputs are missing.
+    section: which training settings of run.json count; "reference" is train.py, which begins runs.
+    Beside the flags the result has `typed`, the names of those on the command line; `settings`,
+    what run.json or demo.json holds; and `section`.
     """
-    # What was typed. All of train.py's inputs or none: some of them would mix two sets of data.
+    code_digests("train.py", "score.py", "select.py")  # as they are now, before anyone edits them
+    argv = sys.argv[1:] if argv is None else argv
     typed = parser.typed(argv)
-    code.read_all()  # before the modules themselves are imported
     file = Path(typed.get("run", "runs/demo")) / "run.json"
-    inputs = [name for name in INPUTS if name in typed]
-    missing = [f"--{name}" for name in ("model", "harmful", "utility") if name not in typed]
-    if references and inputs and missing:
-        need = "train.py needs --model, --harmful and --utility, or none for the embedded default"
-        raise InputError(f"{need}; missing: {' and '.join(missing)}")
+    inputs = typed.keys() & INPUTS
+    begins = section == "reference" and bool(inputs)
+    if begins and not {"model", "harmful", "utility"} <= inputs:
+        needed = "--model, --harmful and --utility, or none of them for the embedded default"
+        raise InputError(f"train.py needs {needed}")
 
-    # With all its inputs and --overwrite, train.py begins the run anew: nothing is inherited.
-    begun_anew = references and bool(inputs) and "overwrite" in typed
-    content = read_run(file, must_be_whole=not inputs)
-    known = RunFile(file, {} if begun_anew else content)
-    demo = not inputs and known.content.get("demo", True)
-    inherited = from_run(known, typed, demo)
-    source, settings = trained_before(known, references, demo)
+    # The file that omitted values come from.
+    source = file
+    if not file.exists() and not inputs:
+        source = DEMO
+    settings = read_run(source) if source.exists() else {}
+    if begins and "overwrite" in typed:  # the run is begun anew
+        settings = {}
+    values = {**settings, **settings.get(section, settings.get("reference", {}))}
+    if typed.get("model", values.get("model")) != values.get("model"):
+        values.pop("revision", None)  # it is of the hub id that the base had
 
-    # Values of flags that were not typed; a later source overrides an earlier one.
-    values = dict(DEFAULTS)
-    if demo:
-        values |= demo_values(references)
-    values |= inherited | settings
-    parser.set_defaults(**values)
-    args = parser.parse_args(argv)
-
-    # A run has one prompt form.
-    for name in FORM:
-        if name in typed and inherited.get(name, typed[name]) != typed[name]:
-            flag = f"--{name.replace('_', '-')} {inherited[name]}, not {typed[name]}"
-            advice = "leave it out, or use another --run"
-            if references:
-                advice += ", or begin this one anew with all inputs and --overwrite"
-            raise InputError(f"{file.parent} was begun with {flag}: {advice}")
-
-    # Say where the values of omitted flags come from.
-    omitted = {action.dest for action in parser._actions} - typed.keys()
-    args.notes = []
-    if inherited and not demo:
-        args.notes += described(f"from {file}", inherited, omitted)
-    shown = set(TRAINING_FLAGS)
-    if "mask_only" in typed and "pro" not in typed:
-        shown = {"seed"}  # it trains nothing, and `random` draws by the seed
-    args.notes += described(f"training settings {source}", vars(args), omitted & shown)
-
+    # The file's values go before what was typed, which overrides them.
+    parser.set_defaults(**DEFAULTS)
+    words = as_typed(parser, values)
+    parser.source = source
+    parser.parse_args(words)  # raises for values that are none
+    parser.source = None
+    args = parser.parse_args([*words, *argv])
     if args.model is None:
-        rows = {"harmful": "HARMFUL.jsonl", "utility": "UTILITY.jsonl"}
-        train = command("train.py", file.parent, model="MODEL", **rows)
-        raise InputError(f"{file.parent} has no base yet: give --model, or run {train}")
-    args.runfile = RunFile(file, content)
-    args.demo = known.content.get("demo", demo)
-    args.begun_anew = begun_anew
+        raise InputError(f"{file.parent} has no base yet: run train.py first, or give --model")
     args.typed = set(typed)
+    args.settings = settings
+    args.section = section
     return args
 
 
-def described(title: str, values: dict[str, Any], names: set[str]) -> list[str]:
-    """A line with the values of these names; none if there are none."""
-    shown = [f"{name} = {value}" for name, value in values.items() if name in names]
-    return [f"{title}: {', '.join(shown)}"] if shown else []
+def read_run(file: Path) -> dict[str, Any]:
+    """What is in a run.json, or in data/demo.json. Raises InputError."""
+    content = read_json(file)
+    if "stages" in content:
+        raise InputError(f"{file} was written by an earlier version: choose another --run")
+    for section in ("reference", "finetune"):
+        if not isinstance(content.get(section, {}), dict):
+            raise InputError(f"{file}: {section} is no object: is the file damaged?")
+    return content
 
 
-def from_run(runfile: RunFile, typed: dict, demo: bool) -> dict[str, Any]:
-    """What a run was begun with, checked as if it had been typed."""
-    settings = runfile.section("settings")
-    settings = {name: settings[name] for name in INHERITED if settings.get(name) is not None}
-    inherited = as_typed(runfile.file, settings)
-    if typed.get("model", inherited.get("model")) != inherited.get("model"):
-        inherited.pop("revision", None)  # it is of the hub id that the base had
-    if demo:  # this checkout's files, which may have moved
-        for name in INPUTS:
-            if not os.path.exists(inherited.get(name, "")):
-                inherited.pop(name, None)
-    return inherited
-
-
-def trained_before(runfile: RunFile, references: bool, demo: bool) -> tuple[str, dict[str, Any]]:
-    """Where omitted training settings come from, in words, and those that a run has.
-
-    train.py takes the references' own. select.py takes those of the first method, so that methods
-    can be compared; where there is none, outside the demo, those of the references.
-    """
-    candidates = []
-    if not references:
-        candidates += [s for s in runfile.section("stages") if s.startswith("methods/")]
-    if references or not demo:
-        candidates += ["degraded", "utility"]
-    for stage in candidates:
-        recorded = runfile.section("stages", stage, "recipe", "settings")
-        settings = {name: recorded[name] for name in TRAINING_FLAGS if name in recorded}
-        if settings and "mask_only" not in recorded:
-            return f"as for {stage}", as_typed(runfile.file, settings)
-    return f"in {DEMO.name}" if demo else "by default", {}
-
-
-def as_typed(source: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Values from a file, converted and checked as if they had been typed."""
-    parser = Parser("", "", source=source)
-    add_inherited_flags(parser, harmful="", utility="", custom="")
-    add_training_flags(parser)
+def as_typed(parser: Parser, values: dict[str, Any]) -> list[str]:
+    """The words of a command line that give these values. Inputs without a flag become defaults."""
     words = []
+    flags = {action.dest: action for action in parser._actions}
     for name, value in values.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name == "skip_empty":  # it takes no value
-            words += [flag] if value else []
-        else:
-            words.append(f"{flag}={value}")
-    return parser.typed(words)
+        if name in INPUTS and (ROOT / str(value)).exists():  # of this checkout, which may be moved
+            value = str(ROOT / value)
+        if name in INPUTS and name not in flags:
+            parser.set_defaults(**{name: value})
+        elif name in flags and value not in (None, False):
+            flag = flags[name].option_strings[-1]
+            words.append(flag if flags[name].nargs == 0 else f"{flag}={value}")
+    return words
 
 
-def demo_values(references: bool) -> dict[str, Any]:
-    """data/demo.json's settings: its inputs, and those of reference or final training."""
-    demo = read_json(DEMO)
-    inputs = {name: str(ROOT / demo[name]) for name in INPUTS}
-    stage = demo["reference" if references else "finetune"]
-    return {**inputs, "discard": demo["discard"], "base": True, **stage}
-
-
-def command(program: str, run: str | Path | None = None, **values: Any) -> str:
+def command(program: str, folder: str | Path | None = None, **values: Any) -> str:
     """A command that can be pasted: this interpreter, a script or "-m MODULE", and its flags."""
     first, *words = program.split()
     if first.endswith(".py"):
         first = shortened(ROOT / first)
     words = [shortened(sys.executable), first, *words]
-    if run is not None:
-        words += ["--run", str(run)]
-    for name, value in values.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+    if folder is not None:
+        words += ["--run", str(folder)]
+    for flag, value in values.items():
+        words += [f"--{flag.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 
 def shortened(path: str | Path) -> str:
     """A path as it can be typed here: relative, if it lies in the current folder."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
-
-
-# Running a command
-
-GOES_ON = "; the same command goes on from the last saved state (--save-every), if there is one"
-
-
-def run(main: Callable[[], int | None], when_stopped: str = "") -> int:
-    """Run a command, also as one of torchrun's, and report its errors; returns the exit status.
-
-    when_stopped: what to say more after a signal.
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
-        return run_command(main, when_stopped)
-    leave(run_command(lambda: joined(main), when_stopped))

@@ -1,162 +1,257 @@
 """A run directory: how its results are made, and how later stages find them.
 
-A result carries its own record, by which it is skipped, refused or made; see results.py. The rest,
-run.json included, is a courtesy.
+A result carries its own record, by which it is skipped, refused or made; see records.py. The rest
+is a courtesy: run.json says what omitted flags are, log/costs.jsonl what each result has cost.
 """
 
+import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.checkpoint import save_checkpoint, stored_dtype
-from model.io import InputError, whole_file, whole_folder
+from model.io import InputError, digest, file_hash, load_tensors, read_json, remove, whole
 from model.lora import Adapter, merge, use
-from model.peft import WEIGHTS, read_adapter
+from model.peft import CONFIG, WEIGHTS, read_adapter
 from toss.config import TrainConfig
-from toss.parallel import ignore, meet, rank
+from toss.loss import token_loss
+from toss.parallel import agreed, meet, rank
 from toss.scoring import score
-from toss.selection import competing_tokens
 from toss.tokens import Tokens
 from toss.training import count_steps, train
-from toss.workbench import code, files, results
-from toss.workbench.files import Round, Selection
-from toss.workbench.flags import command, parse, script_parser
-from toss.workbench.folder import Folder
-from toss.workbench.progress import Cost, Progress, describe_cost
-from toss.workbench.results import held, read_record
-from toss.workbench.runfile import REFERENCES
-from toss.workbench.states import SavedState
+from toss.workbench import files
+from toss.workbench.base import Base
+from toss.workbench.files import Losses, Mask
+from toss.workbench.flags import INPUTS, KEPT, ROOT, TRAINING_FLAGS, command, parse, script_parser
+from toss.workbench.progress import Cost, Progress, add_line
+from toss.workbench.records import (
+    Record,
+    changed,
+    code_digests,
+    differences,
+    held,
+    read_record,
+    text_hash,
+    write_record,
+)
+
+REFERENCES = ("degraded", "utility")
+MAKERS = {"degraded": "train.py", "utility": "train.py", "scores": "score.py"}  # else select.py
+print_once = cache(print)
 
 
-class Run(Folder):
-    """A run directory whose results are made."""
+class Run(Base):
+    """A run directory under the settings `args` (see flags.parse)."""
 
     def __init__(self, args: Namespace):
         super().__init__(args)
-        # Of the stage at work.
-        self.state_folder = self.folder
-        self.cost: Cost | None = None
-        self.remarks: list[str] = []  # printed when it is done
+        self.folder = Path(args.run)
+        # Of the result that is being made.
+        self.states = self.folder
+        self.cost = Cost(torch.device("cpu"))
+
+    # Places and recipes
+
+    def path(self, result: str) -> Path:
+        """Where a result lies: the folder of an adapter, or the file of losses or a mask."""
+        is_file = result.endswith(("scores", "selection"))
+        return self.folder / (f"{result}.safetensors" if is_file else result)
+
+    def source(self, key: str) -> Path:
+        """The file behind an input: a flag ("--custom"), or what an earlier result is read from."""
+        if key.startswith("--"):
+            return Path(getattr(self.args, key.removeprefix("--"), None) or "")
+        path = self.path(key)
+        return path if path.suffix == ".safetensors" else path / WEIGHTS
+
+    def input_hash(self, key: str) -> str:
+        """The hash of an input: of earlier results and masks, the tensors and not the record.
+
+        Of an adapter also its configuration, which alone has rank and scale. "loss_base" is what
+        --base adds to the scores, which are the same without it.
+        """
+        if key == "loss_base":
+            tensors = load_tensors(self.path("scores"))
+            if key not in tensors:
+                advice = f"run {command('score.py', self.folder)} --base"
+                raise InputError(f"{self.path('scores')} has no losses under the base: {advice}")
+            return digest({key: tensors[key]}, {})
+        file = self.source(key)
+        if key.startswith("--") and not file.is_file():
+            raise InputError(f"{key}: {file}: file not found; give its path with {key}")
+        if key in ("--custom", "--harmful", "--utility"):
+            value = file_hash(file)
+            if self.sha256.get(str(file), value) != value:
+                raise InputError(f"{file} was changed while the command ran: run it again")
+            return value
+        tensors = load_tensors(file)
+        tensors.pop("loss_base", None)
+        config = read_json(file.with_name(CONFIG)) if file.name == WEIGHTS else {}
+        config.pop("base_model_name_or_path", None)  # a base may be moved
+        return digest(tensors, config)
+
+    def recipe(self, result: str, inputs: Sequence[str], settings: dict[str, Any]) -> Record:
+        """Everything that decides a result."""
+        hashes = {key: self.input_hash(key) for key in inputs}
+        return {"stage": result, "settings": settings, "inputs": hashes, **self.identity()}
 
     # Making a result
 
     def make(
         self,
-        stage: str,
-        build: Callable[[], Any],
+        result: str,
+        build: Callable[[], Adapter | Losses | Mask],
         inputs: Sequence[str],
         settings: dict[str, Any],
-        code_parts: Sequence[str] = (),
-    ) -> None:
-        """Make a result, unless it exists already. Raises InputError if a different one does.
+        facts: dict[str, Any] | None = None,
+        again: bool = False,
+    ) -> Record:
+        """Make a result, unless it is there already; returns its record.
 
-        inputs: flags of files, and earlier results. build() returns what is to be written: of a
-        reference an Adapter; of the scores the tokens and their losses; of a method a Selection and
-        an Adapter, or None. code_parts: the files that compute it, beside those of
-        model/ and toss/ (default: the script).
+        inputs: flags of files, and earlier results. build() computes it. facts: what else the
+        record holds. again: also if it is there. Raises InputError if one of another recipe is.
         """
         for key in inputs:
-            if key.startswith("methods/"):
-                self.check_model(key)
-            elif not key.startswith("--"):
+            if not key.startswith("--") and key != "loss_base":
                 self.check(key)
-        recipe, digests, verdict = self.look(stage, inputs, settings, code_parts)
-        for note in self.args.notes:
-            self.print_once(note)
-        path = self.path(stage)
-        states = self.folder / ".state" / stage.replace("/", "-")
-        self.state_folder = states / results.text_hash([recipe, digests])[:16]
-        for line in verdict.lines:
-            print(line)
-        if not verdict.make:
-            self.follow(recipe)
-            # A process may have died after it published the result, before it cleaned up.
-            left_over = rank() == 0 and states.parent.exists()
-            if left_over:
-                with suppress(InputError), self.holding(states):
-                    results.clean_up(path, self.state_folder)
-            return
-
-        with self.holding(states):
-            _, _, verdict = self.look(stage, inputs, settings, code_parts)
-            if not verdict.make:
-                raise InputError(f"{path} was made by another process meanwhile: run it again")
-            self.cost = Cost(self.device)
-            self.remarks = []
-            result = build()
-            self.hashes.check_inputs()
-            meet()  # all have looked, and have read their states: the first may write and remove
-            if rank() == 0:
-                self.publish(stage, result, {**recipe, "code": digests})
-                results.clean_up(path, *states.iterdir())  # those of other recipes too
-        meet()  # nobody looks for the result before it is there
-
-    def look(
-        self,
-        stage: str,
-        inputs: Sequence[str],
-        settings: dict[str, Any],
-        code_parts: Sequence[str] = (),
-    ) -> tuple[dict[str, Any], dict[str, str], results.Verdict]:
-        """The recipe and the code of what is asked for, and whether it has to be made.
-
-        Raises InputError if another result is there; see make.
-        """
-        self.check_identity()
-        dtype = self.dtypes["score" if stage == "scores" else "train"]
-        if "pro" in settings or "mask_only" not in settings:  # no other mask depends on it
+        if not result.endswith("selection"):
+            dtype = self.dtypes["score" if result.endswith("scores") else "train"]
             settings = {**settings, "dtype": dtype}
-        recipe = self.recipe(stage, inputs, settings)
-        digests = code.digests(code_parts or [code.script_of(stage)])
-        path = self.path(stage)
-        verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
-        return recipe, digests, verdict
+        with self.holding(result) as states:
+            recipe = self.recipe(result, inputs, settings)
+            record = {**recipe, "code": code_digests(maker(result)), **(facts or {})}
+            there = agreed(self.look(result, record, recipe, again) if rank() == 0 else None)
+            if rank() == 0:
+                self.write_settings(result, settings)
+            if there is None:
+                self.cost = Cost(self.device)
+                self.states = states / text_hash([recipe, record["code"]])[:16]
+                built = build()
+                if self.recipe(result, inputs, settings) != recipe:
+                    raise InputError(f"{result}: an input was changed meanwhile: run it again")
+                meet()  # all have read their states: the first may write and remove
+                if rank() == 0:
+                    self.publish(result, built, record)
+            if rank() == 0:
+                remove(states)  # those of other recipes, too
+        meet()  # nobody looks for the result before it is there
+        return there or record
 
-    def holding(self, folder: Path) -> AbstractContextManager:
-        """Hold a folder in process 0."""
-        if rank() > 0:
-            return nullcontext()
-        return held(folder, self.folder)
+    def look(self, result: str, wanted: Record, recipe: Record, again: bool) -> Record | None:
+        """The record of what is there; None if it has to be made.
+
+        Raises InputError if there is another result, which must not be replaced.
+        """
+        self.check_identity(result)
+        path = self.path(result)
+        if not path.exists():
+            return None
+        try:
+            record = read_record(path)
+            different = differences(record, recipe)
+        except InputError as error:
+            record = {}
+            different = [str(error)]
+        edited = changed(record.get("code", {}), wanted["code"])
+        if self.args.overwrite and (different or edited):
+            return None
+        if different:
+            what = f"{path} exists with other settings or inputs"
+            advice = "give --overwrite to replace it, or another --run or --name"
+            raise InputError(f"{what} (different: {', '.join(different)}): {advice}")
+        warn_of_code(path, edited)
+        if again:
+            return None
+        print(f"{result}: {path} exists with equal settings and inputs, skipped")
+        return record
+
+    @contextmanager
+    def holding(self, result: str) -> Iterator[Path]:
+        """Let one command at a time make a result; gives the folder of its saved states."""
+        states = self.folder / ".state" / result.replace("/", "-")
+        lock = states.with_name(f"{states.name}.lock")
+        with held(lock) if rank() == 0 else nullcontext():
+            yield states
+
+    def check_identity(self, making: str = "") -> None:
+        """Raise InputError if the run was begun with another base or prompt form.
+
+        Its first record tells. train.py --overwrite may begin it anew.
+        """
+        if self.args.overwrite and making in REFERENCES:
+            return
+        identity = self.identity()
+        methods = sorted(self.folder.glob("methods/*/selection.safetensors"))
+        for path in [self.path(result) for result in (*REFERENCES, "scores")] + methods:
+            record = self.record_of(path) if path.exists() else {}
+            if record:
+                there = {name: record.get(name) for name in identity}
+                different = changed(there, identity)
+                if different:
+                    what = f"another base or prompt form ({', '.join(different)})"
+                    advice = "give the flags that decide it as then, or another --run"
+                    raise InputError(f"{self.folder} was begun with {what}: {advice}")
+                return
+
+    def publish(self, result: str, built: Adapter | Losses | Mask, record: Record) -> None:
+        """Write a result, put it into its place, and say what it cost."""
+        path = self.path(result)
+        with whole(path) as new:
+            if isinstance(built, Adapter):
+                files.write_model(new, built, self.model, record)
+            elif isinstance(built, Losses):
+                files.write_losses(new, built, record)
+            else:
+                files.write_mask(new, built, record)
+        cost = self.cost.read()
+        add_line(self.folder / "log" / "costs.jsonl", {"stage": result, **cost})
+        work = f"{cost['tokens']} tokens in {cost['seconds']:.1f} s"
+        print(f"{result}: wrote {path}")
+        print(f"    {work}, peak memory {cost['peak_memory_gib']:.2f} GiB")
+
+    def write_settings(self, result: str, settings: dict[str, Any]) -> None:
+        """Write run.json, from which later commands take what is omitted."""
+        content = self.args.settings
+        for name in KEPT:
+            value = getattr(self.args, name)
+            as_written = content.get(name)
+            if name in INPUTS and as_written and value == str(ROOT / as_written):
+                continue  # of this checkout, which may be moved
+            if value or as_written:
+                content[name] = value
+        # The settings of the references; and those of the first method, which others should share.
+        models = self.folder.glob("methods/*/model")
+        first = not any(model != self.path(result) for model in models)
+        if result in REFERENCES or result.endswith("/model") and first:
+            content[self.args.section] = {name: settings[name] for name in TRAINING_FLAGS}
+        with held(self.folder / ".state" / "run.lock", wait=True):
+            with whole(self.folder / "run.json") as file:
+                file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    # Training and scoring
 
     def train(
-        self,
-        name: str,
-        tokens: Tokens,
-        weights: Tensor,
-        config: TrainConfig,
-        on_step: Callable[[dict[str, Any]], None] = ignore,
-        **options: Any,
+        self, name: str, tokens: Tokens, weights: Tensor, config: TrainConfig, **options: Any
     ) -> Adapter:
         """toss.training.train from the base, told, logged and saved under this name.
 
         options: its others, such as objective or optimizer.
         """
-        rows = len(tokens.filled)
         steps = count_steps(tokens, config)
+        rows = len(tokens.filled)
         print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
-        state = self.state(name, "train")
         progress = self.progress(name)
-
-        def report(event: dict[str, Any]) -> None:
-            progress.report(event)
-            on_step(event)
-
-        adapter = train(
-            self.base("train"),
-            tokens,
-            weights,
-            config,
-            state=state,
-            on_step=report,
-            **options,
-        )
-        self.add_cost(state, tokens, config.epochs)
-        if "objective" not in options and rank() == 0:  # another one need not lower the loss
-            self.remarks += progress.log.describe(name, config.epochs)
+        model = self.base("train")
+        adapter = train(model, tokens, weights, config, watch=progress, **options)
+        self.add_cost(progress, tokens, config.epochs)
+        if rank() == 0 and options.get("objective", token_loss) is token_loss:
+            progress.describe(config.epochs)  # another objective need not lower the loss
         return adapter
 
     def score(self, name: str, adapter: Adapter | str | None, tokens: Tokens) -> Tensor:
@@ -164,119 +259,141 @@ class Run(Folder):
 
         adapter: a value, or the name of an earlier result.
         """
-        rows = len(tokens.filled)
         size = len(tokens.input_ids)
-        print(f"{name}: rows: {rows}, tokens: {size}, the longest rows first")
+        print(f"{name}: rows: {len(tokens.filled)}, tokens: {size}, the longest rows first")
         if isinstance(adapter, str):
             adapter = self.adapter(adapter)
-        state = self.state(name, "score")
+        progress = self.progress(name)
         model = use(self.base("score"), adapter)
-        losses = score(model, tokens, self.args.batch_tokens, state, self.progress(name).report)
-        self.add_cost(state, tokens)
+        losses = score(model, tokens, self.args.batch_tokens, progress)
+        self.add_cost(progress, tokens)
         return losses
 
     def progress(self, name: str) -> Progress:
-        return Progress(name, self.folder / "log" / f"{name}.jsonl")
+        log = self.folder / "log" / f"{name}.jsonl"
+        return Progress(name, log, self.states, self.args.save_every)
 
-    def state(self, name: str, purpose: str) -> SavedState:
-        """Where a part of the stage at work is saved."""
-        name = f"{name}-{self.dtypes[purpose]}"
-        return SavedState(self.state_folder, name, self.args.save_every, self.begin)
-
-    def add_cost(self, state: SavedState, tokens: Tokens, passes: int = 1) -> None:
-        """Add a finished part to the cost of the stage at work; note facts about its rows."""
+    def add_cost(self, progress: Progress, tokens: Tokens, passes: int = 1) -> None:
+        """Add a finished part to the cost of the result that is being made."""
         self.cost.tokens += passes * len(tokens.input_ids)
-        self.cost.earlier_seconds += state.earlier_seconds
-        self.cost.facts = {name: getattr(tokens, name) for name in ("rows", "skipped", "cut")}
+        self.cost.rows = tokens.rows
+        self.cost.earlier_seconds += progress.earlier_seconds
 
-    # Writing a result
+    # Results of earlier stages
 
-    def publish(self, stage: str, result: Any, record: dict[str, Any]) -> None:
-        """Write a result, put it into its place, and say so."""
-        path = self.path(stage)
-        lines = []
-        if stage in REFERENCES:
-            with whole_folder(path) as folder:
-                files.write_reference(folder, result, self.model, record)
-        elif stage == "scores":
-            lines = self.write_scores(path, *result, record)
-        else:
-            lines = self.write_method(path, *result, record)
-        cost = self.cost.read()
-        self.write_runfile(record, cost, self.args.begun_anew)
-        self.args.begun_anew = False  # what else is made belongs to the new run
-        print(f"{stage}: wrote {path}")
-        print(f"    {describe_cost(cost)}")
-        for line in lines + self.remarks:
-            print(f"{stage}: {line}")
+    def check(self, result: str, only: Sequence[str] | None = None) -> Record:
+        """The record of an earlier result, which must be there, whole, and fit the run as it is.
 
-    def write_scores(
-        self, path: Path, tokens: Tokens, losses: dict[str, Tensor], record: dict[str, Any]
-    ) -> list[str]:
-        """Write the scores; returns the closing lines."""
-        dtype = self.dtypes["score"]
-        with whole_file(path) as file:
-            files.write_scores(file, tokens, losses, {**record, "dtype": dtype})
-        lines = files.describe_scores(tokens, losses)
-        if dtype != "float32":
-            noise = command("-m toss.audit.noise", self.folder)
-            lines.append(f"scored in {dtype}; for the rounding noise of S: {noise}")
-        return lines
+        only: the inputs that must not have changed since (default: all); there is a warning about
+        the others. An adapter that was put there by hand has no record and passes: loading checks
+        its shapes.
+        """
+        self.check_identity()
+        path = self.path(result)
+        make = command(maker(result), self.folder)
+        if not path.exists():
+            raise InputError(f"{path} does not exist: run {make} first")
+        record = self.record_of(path, f"run {make} --overwrite")
+        if not record and path.is_dir():
+            print_once(f"note: {path} has no record of how it was made")
+            return {}
+        if record.get("stage") != result:
+            what = f"{path} holds the result of another stage: {record.get('stage')}"
+            raise InputError(f"{what}: run {make} --overwrite")
+        identity = self.identity()
+        misfits = [name for name in identity if record.get(name) != identity[name]]
+        others = []
+        for key in self.changed_inputs(record):
+            if only is None or key in only:
+                misfits.append(key)
+            else:
+                others.append(key)
+        what = f"{path} was made from other inputs (changed since: "
+        if misfits:
+            raise InputError(f"{what}{', '.join(misfits)}): run {make} --overwrite")
+        if others:
+            print_once(f"warning: {what}{', '.join(others)}): run {make} --overwrite")
+        warn_of_code(path, changed(record["code"], code_digests(maker(result))))
+        return record
 
-    def write_method(
-        self, path: Path, selection: Selection, adapter: Adapter | None, record: dict[str, Any]
-    ) -> list[str]:
-        """Write a method, with the rounds of TOSS-Pro; returns the closing lines."""
-        tokens = selection.tokens
-        keep = selection.keep
-        keep_eos = record["settings"].get("keep_eos")
-        ranked = len(competing_tokens(tokens, self.tokenizer.eos_id if keep_eos else None))
-        if self.args.mask:
-            ranked = read_record(Path(self.args.mask)).get("ranked", ranked)
-        discarded = int((tokens.response & ~keep).sum())
-        facts = {"discarded": discarded, "ranked": ranked}
-        facts["tokens_sha256"] = files.fingerprint(tokens)
-        with whole_folder(path) as folder:
-            for t, pro_round in enumerate(selection.rounds, start=1):
-                self.write_round(folder / f"round-{t}", t, pro_round, tokens, record["code"])
-            files.write_method(folder, selection, adapter, self.model, {**record, **facts})
+    def record_of(self, path: Path, advice: str = "--overwrite makes it again") -> Record:
+        """The record of what lies in this place; InputError if it was changed."""
+        try:
+            return read_record(path)
+        except InputError as error:
+            raise InputError(f"{path} is damaged or incomplete ({error}): {advice}") from None
 
-        lines = []
-        for t, pro_round in enumerate(selection.rounds, start=1):
-            lines.append(f"TOSS-Pro round {t}: {len(pro_round.added)} rows added to D^h")
-        lost = f"{files.lost_rows(tokens, keep)} rows lost all their tokens"
-        return [*lines, f"{discarded} of {ranked} ranked response tokens discarded, {lost}"]
+    def changed_inputs(self, record: Record) -> list[str]:
+        """The inputs in a record that are not what they were. One that is gone has not changed."""
+        inputs = record.get("inputs", {})
+        there = [key for key in inputs if self.source(key).is_file()]
+        return [key for key in there if self.input_hash(key) != inputs[key]]
 
-    def write_round(
-        self, folder: Path, t: int, pro_round: Round, tokens: Tokens, digests: dict[str, str]
-    ) -> None:
-        """Write a round of TOSS-Pro, with records of its own."""
-        rows = [row for row, _ in pro_round.added]
-        record = self.recipe(f"round-{t}", ["--custom", "--harmful"], {"added_rows": rows})
-        record |= {"code": digests, "dtype": self.dtypes["score"]}
-        files.write_added(folder / "added.jsonl", pro_round, tokens, self.tokenizer)
-        files.write_reference(folder / "degraded", pro_round.degraded, self.model, record)
-        files.write_scores(folder / "scores.safetensors", tokens, pro_round.losses, record)
+    def adapter(self, name: str) -> Adapter | None:
+        """A trained adapter: of a reference, "methods/NAME/model" and the like; "base": None."""
+        if name == "base":
+            return None
+        self.check(name, only=None if name in REFERENCES else ())
+        return read_adapter(self.model or self.base("score"), self.path(name))
 
-    def merge(self, stage: str) -> None:
-        """Write a method's merged checkpoint, in the dtype of the stored base; in process 0."""
+    def reference_config(self) -> TrainConfig:
+        """How theta^h was trained, so that TOSS-Pro can train it again."""
+        record = self.check("degraded")
+        if not record:
+            print("theta^h has no record: it is trained again with this command's settings")
+        return TrainConfig.of({**vars(self.args), **record.get("settings", {})})
+
+    def losses(self, result: str = "scores") -> tuple[Tokens, dict[str, Tensor]]:
+        """The custom set's tokens as they were scored, and their losses under each model.
+
+        What is scored again will be in the same dtype.
+        """
+        record = self.check(result)
+        found = files.read_losses(self.path(result), self.args.custom)
+        if not found.S().any():
+            reason = "both references give each token the same loss, so every S is 0"
+            advice = "train them on different rows, with train.py --overwrite"
+            raise InputError(f"{self.path(result)}: {reason}: {advice}")
+        self.dtypes["score"] = record["settings"]["dtype"]
+        self.datasets[self.args.custom] = found.tokens
+        return found.tokens, found.losses
+
+    def mask(self, key: str, tokens: Tokens) -> Mask:
+        """A mask over these tokens: of this run, or ("--mask") from elsewhere."""
+        return files.read_mask(self.source(key), tokens)
+
+    def merge(self, result: str) -> None:
+        """Write an adapter's merged checkpoint, in the dtype of the stored base; in process 0."""
         if rank() > 0:
             return
-        folder = self.path(stage) / "model"
-        dtype = stored_dtype(self.checkpoint)
-        with self.holding(self.folder / ".state" / stage.replace("/", "-")):
-            weights = folder / WEIGHTS
-            recipe = {"stage": "merged", "settings": {"dtype": dtype}, **self.identity}
-            recipe["inputs"] = {"adapter": self.hashes.of(weights, tensors=True)}
-            merged = folder / "merged"
-            if results.judge(merged, recipe, {}, overwrite=True, hashes=self.hashes).make:
-                with whole_folder(merged) as new:
-                    model = self.base(dtype)
+        folder = self.path(result)
+        merged = folder / "merged"
+        recipe = {"adapter": self.input_hash(result), "base_sha256": base_sha256(self)}
+        with self.holding(result):
+            if not merged.exists() or differences(self.record_of(merged), recipe):
+                with whole(merged) as new:
+                    model = self.base(stored_dtype(self.checkpoint))
                     merge(model, read_adapter(model, folder))
                     self.model = None  # it is another model now
                     save_checkpoint(model, new, self.checkpoint)
-                    results.write_record(new, recipe)
+                    write_record(new, recipe)
         print(f"merged checkpoint: {merged}")
+
+
+def base_sha256(run: Run) -> str:
+    return run.identity()["base_sha256"]
+
+
+def maker(result: str) -> str:
+    """The script that makes a result."""
+    return MAKERS.get(result, "select.py")
+
+
+def warn_of_code(path: Path, edited: list[str]) -> None:
+    """Say that a result was made by other code than there is now: the user decides."""
+    if edited:
+        what = f"{path} was made by other code (different: {', '.join(edited)})"
+        print_once(f"warning: {what}: --overwrite makes it again")
 
 
 def open_run(folder: str | Path, **settings: Any) -> Run:
