@@ -44,8 +44,7 @@ def main(argv=None):
 
     inputs = ["--custom", "utility", "degraded"]  # a file, by its flag, and earlier results
     run.make("scores", score_all, inputs, settings={})
-    D_cus, L = run.losses("scores")
-    if args.base and "base" not in L:  # they were made without it
+    if args.base and "base" not in run.losses("scores")[1]:  # they were made without it
         run.make("scores", add_base, inputs, settings={}, again=True)
     print(f"next: {flags.command('select.py', run.folder)}")
 

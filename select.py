@@ -109,6 +109,7 @@ def refine(run, args, t, scores, added):
     k = args.pro_samples or max(1, round(0.06 * D_cus.rows))  # the paper names no k
     riskiest = riskiest_rows(S, D_cus.row_of(ranked), [row for row, _ in added], k)
     added = added + [[row, int(ranked[i])] for row, i in riskiest]
+    print(f"TOSS-Pro round {t}: {len(riskiest)} rows join D^h")
 
     def retrain():
         D = run.tokens(args.harmful) + D_cus.take([row for row, _ in added])

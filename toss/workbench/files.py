@@ -32,6 +32,11 @@ class Losses:
         """L^u - L^h of the response tokens, float32 [n]."""
         return (self.losses["utility"] - self.losses["degraded"])[self.tokens.response]
 
+    def describe(self) -> str:
+        S = self.S()
+        spread = f"mean {S.mean():.3f}, standard deviation {S.std(correction=0):.3f}"
+        return f"S = L^u - L^h of {len(S)} response tokens, in nats: {spread}"
+
 
 @dataclass
 class Mask:
@@ -46,9 +51,11 @@ class Mask:
         """w of the training loss, float32 [N]."""
         return self.keep.float() if self.soft is None else self.soft
 
-    def discarded(self) -> int:
-        """The number of response tokens that do not count."""
-        return int((self.tokens.response & ~self.keep).sum())
+    def describe(self) -> str:
+        response = self.tokens.response
+        rows = len(self.tokens.filled) - len(self.tokens.row_of(self.keep.nonzero()[:, 0]).unique())
+        count = f"{int((response & ~self.keep).sum())} of {int(response.sum())}"
+        return f"{count} response tokens discarded, {rows} rows keep none"
 
 
 def fingerprint(tokens: Tokens) -> str:

@@ -67,8 +67,12 @@ class Run(Base):
         """The file behind an input: a flag ("--custom"), or what an earlier result is read from."""
         if key.startswith("--"):
             return Path(getattr(self.args, key.removeprefix("--"), None) or "")
-        path = self.path(key)
+        path = self.path("scores" if key == "loss_base" else key)
         return path if path.suffix == ".safetensors" else path / WEIGHTS
+
+    def is_result(self, key: str) -> bool:
+        """True if an input is an earlier result, and no file or part of one."""
+        return not key.startswith("--") and key != "loss_base"
 
     def input_hash(self, key: str) -> str:
         """The hash of an input: of earlier results and masks, the tensors and not the record.
@@ -83,8 +87,10 @@ class Run(Base):
                 raise InputError(f"{self.path('scores')} has no losses under the base: {advice}")
             return digest({key: tensors[key]}, {})
         file = self.source(key)
-        if key.startswith("--") and not file.is_file():
-            raise InputError(f"{key}: {file}: file not found; give its path with {key}")
+        if file == Path():
+            raise InputError(f"{key} must be given: {self.folder} knows none")
+        if key.startswith("--") and not file.exists():
+            raise InputError(f"{file}: file not found; give its new path with {key}")
         if key in ("--custom", "--harmful", "--utility"):
             value = file_hash(file)
             if self.sha256.get(str(file), value) != value:
@@ -118,7 +124,7 @@ class Run(Base):
         record holds. again: also if it is there. Raises InputError if one of another recipe is.
         """
         for key in inputs:
-            if not key.startswith("--") and key != "loss_base":
+            if self.is_result(key):
                 self.check(key)
         if not result.endswith("selection"):
             dtype = self.dtypes["score" if result.endswith("scores") else "train"]
@@ -127,8 +133,6 @@ class Run(Base):
             recipe = self.recipe(result, inputs, settings)
             record = {**recipe, "code": code_digests(maker(result)), **(facts or {})}
             there = agreed(self.look(result, record, recipe, again) if rank() == 0 else None)
-            if rank() == 0:
-                self.write_settings(result, settings)
             if there is None:
                 self.cost = Cost(self.device)
                 self.states = states / text_hash([recipe, record["code"]])[:16]
@@ -139,6 +143,7 @@ class Run(Base):
                 if rank() == 0:
                     self.publish(result, built, record)
             if rank() == 0:
+                self.write_settings(result, inputs, settings)
                 remove(states)  # those of other recipes, too
         meet()  # nobody looks for the result before it is there
         return there or record
@@ -157,7 +162,7 @@ class Run(Base):
             different = differences(record, recipe)
         except InputError as error:
             record = {}
-            different = [str(error)]
+            different = [f"damaged: {error}"]
         edited = changed(record.get("code", {}), wanted["code"])
         if self.args.overwrite and (different or edited):
             return None
@@ -214,18 +219,22 @@ class Run(Base):
         work = f"{cost['tokens']} tokens in {cost['seconds']:.1f} s"
         print(f"{result}: wrote {path}")
         print(f"    {work}, peak memory {cost['peak_memory_gib']:.2f} GiB")
+        if not isinstance(built, Adapter):
+            print(f"    {built.describe()}")
 
-    def write_settings(self, result: str, settings: dict[str, Any]) -> None:
-        """Write run.json, from which later commands take what is omitted."""
+    def write_settings(self, result: str, inputs: Sequence[str], settings: dict[str, Any]) -> None:
+        """Write run.json, from which later commands take what they omit.
+
+        It keeps the inputs of a result, and where one that it knew was moved; and the settings of
+        the references, and of the first method, which others should share.
+        """
         content = self.args.settings
         for name in KEPT:
             value = getattr(self.args, name)
-            as_written = content.get(name)
-            if name in INPUTS and as_written and value == str(ROOT / as_written):
-                continue  # of this checkout, which may be moved
-            if value or as_written:
-                content[name] = value
-        # The settings of the references; and those of the first method, which others should share.
+            known = ROOT / str(content.get(name))  # of this checkout, or absolute
+            if name not in INPUTS or name == "model" or f"--{name}" in inputs or not known.exists():
+                if value is not None and str(known) != value:
+                    content[name] = value
         models = self.folder.glob("methods/*/model")
         first = not any(model != self.path(result) for model in models)
         if result in REFERENCES or result.endswith("/model") and first:
@@ -243,9 +252,9 @@ class Run(Base):
 
         options: its others, such as objective or optimizer.
         """
-        steps = count_steps(tokens, config)
-        rows = len(tokens.filled)
-        print(f"{name}: optimizer steps: {steps} (rows: {rows}, epochs: {config.epochs})")
+        settings = [f"{key} = {value}" for key, value in config.recipe().items()]
+        print(f"{name}: {count_steps(tokens, config)} steps of {len(tokens.filled)} rows")
+        print(f"    {', '.join(settings)}")
         progress = self.progress(name)
         model = self.base("train")
         adapter = train(model, tokens, weights, config, watch=progress, **options)
@@ -260,7 +269,7 @@ class Run(Base):
         adapter: a value, or the name of an earlier result.
         """
         size = len(tokens.input_ids)
-        print(f"{name}: rows: {len(tokens.filled)}, tokens: {size}, the longest rows first")
+        print(f"{name}: {size} tokens of {len(tokens.filled)} rows, the longest rows first")
         if isinstance(adapter, str):
             adapter = self.adapter(adapter)
         progress = self.progress(name)
@@ -324,10 +333,19 @@ class Run(Base):
             raise InputError(f"{path} is damaged or incomplete ({error}): {advice}") from None
 
     def changed_inputs(self, record: Record) -> list[str]:
-        """The inputs in a record that are not what they were. One that is gone has not changed."""
-        inputs = record.get("inputs", {})
-        there = [key for key in inputs if self.source(key).is_file()]
-        return [key for key in there if self.input_hash(key) != inputs[key]]
+        """What a result was made from, however far back, that is not what it was.
+
+        An input that is gone has not changed.
+        """
+        names = []
+        for key, recorded in record.get("inputs", {}).items():
+            if not self.source(key).is_file():
+                continue
+            if self.input_hash(key) != recorded:
+                names.append(key)
+            elif self.is_result(key):
+                names += self.changed_inputs(read_record(self.path(key)))
+        return names
 
     def adapter(self, name: str) -> Adapter | None:
         """A trained adapter: of a reference, "methods/NAME/model" and the like; "base": None."""
