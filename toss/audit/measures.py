@@ -234,11 +234,6 @@ def by_measure(lines: Sequence[dict]) -> dict[str, dict[int, bool]]:
     return {group: groups[group] for group in order}
 
 
-def shares(lines: Sequence[dict]) -> Metrics:
-    """The shares of the outcomes of answers; see by_measure."""
-    return {name: share(outcomes.values()) for name, outcomes in by_measure(lines).items()}
-
-
 # Differences of two models on the same prompts
 
 
@@ -274,11 +269,6 @@ def paired_share(one: dict[int, bool], other: dict[int, bool]) -> Cell:
 def combined(one: float, other: float, phi: float) -> float:
     """The length of the difference of two errors that correlate."""
     return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))
-
-
-def paired_loss(sums: Tensor, other_sums: Tensor, counts: Tensor) -> Cell:
-    """The difference of two mean losses per token over the same rows; see mean_loss."""
-    return mean_loss(sums - other_sums, counts)
 
 
 # Measures of a mask
