@@ -13,7 +13,8 @@ from conftest import ROOT, tree
 from helpers import call, said, succeed
 from stages import on_step
 
-from toss.audit.command import cautions
+from toss.audit.evaluate import Evaluated
+from toss.audit.verdict import cautions
 from toss.workbench import code
 from toss.workbench.results import read_record
 
@@ -146,11 +147,11 @@ def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side
     caution = "toss was made by other code than sft (different: toss/loss.py)"
     line = f"toss.audit.evaluate --run {trained} --utility {files['utility']}"
     assert caution in said(capsys, line)
-    assert caution in said(capsys, f"toss.audit.compare --run {trained}")
+    assert caution in said(capsys, f"toss.audit.compare {trained}")
     succeed(f"toss.audit.report --run {trained}")
     page = (trained / "report.html").read_text(encoding="utf-8")
     assert "toss was made by other code than sft" in page
-    assert cautions({"sft": read_record(trained / "methods/sft")}, {"sft": {}}) == []
+    assert cautions({"sft": read_record(trained / "methods/sft")}, Evaluated({"sft": {}}, {}, {}, [])) == []
 
 
 def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(

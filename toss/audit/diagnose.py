@@ -6,14 +6,214 @@ The paper's diagnosis as we read it: the exact formula of its figure was not ava
 position j (0: the first response token; counted on over several turns), averaged over the rows that
 have one, in nats: kl_base, KL(base || tuned); toward_degraded, KL(base || degraded) -
 KL(tuned || degraded); and toward_utility. `tuned` is each method and, to compare, the references.
-Rows come in groups: one per file of --rows; else the custom set by its ground truth (EOS aside).
-Writes RUN/diagnosis/kl.csv, which the page of toss.audit.report draws.
+Rows: each file of --rows; else the custom set's rows without harm, with some, and with nothing else
+by ground truth (EOS aside). Writes RUN/diagnosis/kl.csv, which the page of toss.audit.report draws.
 """
 
+import csv
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from toss.audit.command import opened
+import torch
+from torch import Tensor
+
+from model.io import InputError, NotFinite, whole_folder
+from model.lora import Adapter, use
+from model.products import fast
+from model.transformer import Transformer
+from toss.audit.runs import opened
+from toss.audit.tables import markdown
+from toss.audit.tokens import rows_by_harm
+from toss.loss import LOGITS
+from toss.parallel import rank
+from toss.rows import evenly
+from toss.tokens import Tokens, batches, collate
 from toss.workbench import flags
+from toss.workbench.progress import Bar
+from toss.workbench.results import write_record
+from toss.workbench.run import Run
+from toss.workbench.runfile import REFERENCES
+
+COLUMNS = ("kl_base", "toward_degraded", "toward_utility")  # of kl.csv
+FEWEST = 3  # rows that a mean must rest on
+ARITHMETIC = 3  # tensors as large as the logits, beside one per model
+
+
+def diagnose_run(
+    run: Run, methods: list[str], files: list[str] | None, max_rows: int, positions: int
+) -> list[dict]:
+    """Diagnose methods of a run and write RUN/diagnosis/kl.csv; returns its lines.
+
+    files: of rows; None: the custom set. Raises InputError for a model that is missing or was made
+    from something else.
+    """
+    for name in ("base", *REFERENCES):
+        if name in methods:
+            raise InputError(f"{name} is no method: leave it out of --methods")
+    model = run.base("score")
+    adapters = {name: run.adapter(name) for name in (*methods, *REFERENCES)}
+    groups = rows_of(run, files, max_rows)
+
+    # A record by which the page knows of which models this is.
+    inputs = [*REFERENCES, *(f"methods/{method}" for method in methods)]
+    recipe = run.recipe("diagnosis", inputs, {"rows": list(groups), "positions": positions})
+
+    # Of each group the first positions of the responses, under all models at once.
+    lines = []
+    for name, tokens in groups.items():
+        wanted = tokens.response & (tokens.positions() < positions)
+        bar = Bar(f"diagnosis, {name}")
+        moved = divergences(model, adapters, tokens, wanted, run.batch_tokens, bar.show)
+        lines += [{"rows": name, **line} for line in means(tokens, moved, wanted, positions)]
+    if rank() == 0:
+        with whole_folder(run.folder / "diagnosis") as folder:
+            write_csv(folder / "kl.csv", lines)
+            write_record(folder, recipe)
+    return lines
+
+
+def rows_of(run: Run, files: list[str] | None, most: int) -> dict[str, Tokens]:
+    """At most `most` rows of each file; of the custom set, of each kind that it has.
+
+    Without ground truth the kind is "custom". Where no row is wholly harmful, the harmful reference
+    set is one more.
+    """
+    if files:
+        names = [Path(file.removesuffix(".gz")).stem for file in files]
+        if len(set(names)) < len(names):
+            raise InputError(f"two files of --rows have the same name: {', '.join(names)}")
+        groups = {}
+        for name, file in zip(names, files):
+            tokens = run.tokens(file)
+            groups[name] = sample(name, tokens, tokens.filled, most)
+        return groups
+
+    tokens, _ = run.scored(needed=False)
+    if not tokens.harmful.any():
+        groups = {"custom": sample("custom", tokens, tokens.filled, most)}
+    else:
+        groups = {}
+        for name, rows in rows_by_harm(tokens, run.tokenizer.eos_id).items():
+            if rows.any():
+                groups[name] = sample(name, tokens, rows.nonzero()[:, 0].tolist(), most)
+    if run.args.harmful and "harmful" not in groups:
+        tokens = run.tokens(run.args.harmful)
+        groups["harmful-reference"] = sample("harmful-reference", tokens, tokens.filled, most)
+    return groups
+
+
+def sample(name: str, tokens: Tokens, rows: list[int], most: int) -> Tokens:
+    """At most `most` of these rows, spread evenly."""
+    chosen = evenly(rows, most)
+    print(f"{name}: {len(chosen)} of {len(rows)} rows of {Path(tokens.name).name}")
+    return tokens.take(chosen)
+
+
+# Divergences
+
+
+@fast
+@torch.inference_mode()
+def divergences(
+    model: Transformer,
+    adapters: dict[str, Adapter],
+    tokens: Tokens,
+    wanted: Tensor,
+    budget: int,
+    on_batch: Callable[[dict], None] = lambda event: None,
+    logits: int = LOGITS,
+) -> dict[str, Tensor]:
+    """COLUMNS of the wanted tokens under each adapter, float64 [3, N], 0 at all other tokens.
+
+    adapters: "degraded" and "utility" among them. wanted: bool [N], response tokens. budget: tokens
+    per batch. on_batch: see score. Log-probabilities are formed in chunks of at most `logits`
+    numbers. Raises NotFinite naming the adapter.
+    """
+    models = {"base": None, **adapters}
+    size = max(1, logits // ((len(models) + ARITHMETIC) * model.lm_head.out_features))
+    results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
+    groups = batches(tokens.filled, tokens.lengths, budget)
+    for step, group in enumerate(groups, start=1):
+        batch = collate(tokens, group, wanted, model.device)
+        hidden = {}  # [n, D], what the wanted tokens are predicted from
+        for name, adapter in models.items():
+            states = use(model, adapter)(batch.ids, bounds=batch.bounds)
+            hidden[name] = states[batch.before]
+        for start in range(0, len(batch.places), size):
+            chunk = slice(start, start + size)
+            places = batch.places[chunk].cpu()
+            p = {}  # log-probabilities [chunk, V]
+            for name, adapter in models.items():
+                output = use(model, adapter).lm_head(hidden[name][chunk])  # it may carry LoRA, too
+                p[name] = torch.log_softmax(output.float(), dim=-1)
+            for name in adapters:
+                moved = [kl(p["base"], p[name])]
+                for role in ("degraded", "utility"):
+                    moved.append(kl(p["base"], p[role]) - kl(p[name], p[role]))
+                results[name][:, places] = torch.stack(moved).cpu().double()
+        on_batch({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
+
+    for name, values in results.items():
+        if not values.isfinite().all():
+            what = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
+            raise NotFinite(f"{what}; give --dtype tf32")
+    return results
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats of log-probabilities [n, V]: [n]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+# Tables
+
+
+def means(tokens: Tokens, moved: dict[str, Tensor], wanted: Tensor, most: int) -> list[dict]:
+    """The lines of kl.csv for a group, by model and position, where FEWEST rows or more have one.
+
+    moved: of divergences. most: positions.
+    """
+    j = tokens.positions()[wanted]
+    counts = j.bincount(minlength=most).tolist()
+    lines = []
+    for name, values in moved.items():
+        sums = torch.zeros(3, most, dtype=torch.float64)
+        sums.index_add_(1, j, values[:, wanted])
+        for position, n in enumerate(counts):
+            if n >= FEWEST:
+                mean = (sums[:, position] / n).tolist()
+                line = {"model": name, "position": position, "n": n}
+                lines.append({**line, **dict(zip(COLUMNS, mean))})
+    return lines
+
+
+def write_csv(file: Path, lines: list[dict]) -> None:
+    """kl.csv."""
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        columns = ("model", "rows", "position", "n", *COLUMNS)
+        table = csv.DictWriter(out, columns, lineterminator="\n")
+        table.writeheader()
+        for line in lines:
+            numbers = {column: f"{line[column]:.6g}" for column in COLUMNS}
+            table.writerow({**line, **numbers})
+
+
+def kl_table(lines: list[dict]) -> str:
+    """Each model on each group: the first response position, and the mean over the later ones."""
+    curves = {}
+    for line in lines:
+        curves.setdefault((line["rows"], line["model"]), []).append(line)
+    table = []
+    for (rows, model), (first, *later) in curves.items():
+        cells = [rows, model]
+        for column in COLUMNS:
+            values = [line[column] for line in later]
+            mean = f"{sum(values) / len(values):.3f}" if values else ""
+            cells += [f"{first[column]:.3f}", mean]
+        table.append(cells)
+    header = [f"{column}, {where}" for column in COLUMNS for where in ("j = 0", "later")]
+    return markdown(["rows", "model", *header], table)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,13 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     flag("--max-rows", type=flags.count, default=64, help="rows per group (default: 64)")
     flag("--positions", type=flags.count, default=48, help="response positions (default: 48)")
     args = parser.parse_args(argv)
-    from toss.audit.movement import FEWEST, diagnose_run, kl_table
-
     run, methods = opened(args)
     with run.holding(run.folder / ".state" / "diagnosis"):
-        lines, origins = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
-    for name, origin in origins.items():
-        print(f"{name}: {origin}")
+        lines = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
     print(f"\nMeans in nats; positions that fewer than {FEWEST} rows have are left out.\n")
     print(f"{kl_table(lines)}\n\nwritten: {run.folder / 'diagnosis'}")
 

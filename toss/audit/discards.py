@@ -8,23 +8,12 @@ from torch import Tensor
 
 from model.tokenizer import Tokenizer
 from toss.audit.tokens import Mask, count_by_row
-from toss.rows import read_rows
 from toss.tokens import Tokens
-from toss.workbench.run import Run
 
 # name -> its first response position
 POSITIONS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}
 TYPES = ["word", "number", "punctuation", "whitespace", "end of sequence", "other special"]
 SOURCES = 20  # the commonest are counted apart
-
-
-def sources_of(run: Run) -> list[str]:
-    """The source of each scored row, from the custom file; none if the file is gone.
-
-    Call run.scored() before: it refuses a file with other rows than those that were scored.
-    """
-    path = run.source("--custom")
-    return [row.source for row in read_rows(path)] if path.is_file() else []
 
 
 def discard_tables(
@@ -34,7 +23,7 @@ def discard_tables(
     a response lost none, some and all of them; and how much of it others discard too.
 
     A table is a header and lines, with a column for each mask that discards anything; without any,
-    no tables. sources: see sources_of.
+    no tables. sources: see runs.sources_of.
     """
     masks = [mask for mask in masks if mask.discarded.any()]
     if not masks:

@@ -2,35 +2,42 @@
 
     python -m toss.audit.evaluate --run R --harmful FILE --benign FILE --utility FILE
 
-Evaluates the base and every method of the run (or --methods). Writes RUN/metrics.json and
-paired.json, RUN/methods/M/metrics.json and RUN/answers/M.jsonl. What each measure means:
+Evaluates the base and every method of the run (or --methods). RUN/answers/M.jsonl holds what a
+model answered, and everything else is counted from there: RUN/metrics.json, the table of all, and
+paired.json, the differences to sft and to the base on the same prompts. What each measure means:
 toss/audit/README.md.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model.io import InputError, read_json, read_text
-from toss.audit.command import (
-    Table,
-    cautions,
-    cell_text,
-    markdown,
+import torch
+
+from model.io import InputError, read_text
+from model.lora import use
+from toss.audit.judges import Measured, has_response, measure, prefilled
+from toss.audit.measures import Metrics, Table, by_measure, mean_loss, paired_share, share
+from toss.audit.runs import (
+    by_importance,
+    demo_words,
     methods_of,
     opened,
     read_jsonl,
     records_of,
-    safety_caution,
     write_json,
     write_jsonl,
 )
-from toss.audit.paired import paired_differences, paired_text
-from toss.workbench import flags
-from toss.workbench.results import held, text_hash
+from toss.audit.tables import down, grid, markdown
+from toss.audit.tokens import selection_metrics
+from toss.audit.verdict import AGAINST, cautions, is_part
+from toss.parallel import rank
+from toss.rows import Row, read_rows
+from toss.workbench import code, flags
+from toss.workbench.results import text_hash
+from toss.workbench.run import Run
 
 MEASURES = ["toss/audit/judges.py", "toss/audit/measures.py", "data/refusals.py"]
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
@@ -54,27 +61,29 @@ class EvaluationConfig:
     def __post_init__(self):
         self.words = sorted(self.words)
         self.prefill = sorted(set(self.prefill))
+        self.question_tokens = self.question_tokens or self.max_new_tokens
+
+
+@dataclass
+class Evaluated:
+    """What is counted from the answers of a run's models, those that were asked alike."""
+
+    table: Table  # by method
+    paired: dict[str, Table]  # by what is subtracted, see AGAINST: differences of methods
+    answers: dict[str, list[dict]]  # by method, the lines of its file
+    left_out: list[str]  # asked otherwise, or of another model than the run has now
 
 
 def evaluate_run(
-    run,
-    methods: Sequence[str],
-    files: dict[str, str],
-    config: EvaluationConfig,
-) -> Table:
-    """Evaluate methods of a Run ("base": the model that it began with); writes and returns a table.
+    run: Run, methods: Sequence[str], files: dict[str, str], config: EvaluationConfig
+) -> Evaluated | None:
+    """Evaluate methods of a run ("base": the model that it began with), and write what was found;
+    None in a process that is not the first.
 
     files: path of the rows by name in SETS. A method that was evaluated in the same way before is
-    skipped, and one that was stopped goes on from the answers that it has saved.
+    skipped.
     """
-    from toss.audit.judges import has_response
-    from toss.parallel import rank
-    from toss.rows import read_rows
-    from toss.workbench import code
-
-    # What decides the measures: their settings, the files, and the code.
     settings = {**asdict(config), "dtype": run.dtypes["train"]}
-    settings["question_tokens"] = config.question_tokens or config.max_new_tokens
     digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
     sets = {}
     for name, path in files.items():
@@ -83,17 +92,8 @@ def evaluate_run(
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
         run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
 
-    # Rows without anything to measure: a misspelt field, perhaps.
-    utility = sets.get("utility", [])
-    unmeasured = [row.where for row in utility if not (row.answer or has_response(row))]
-    if unmeasured:
-        what = f"{len(unmeasured)} of {len(utility)} rows have neither an answer nor a response"
-        if len(unmeasured) == len(utility):
-            raise InputError(f"{files['utility']}: {what}: there is nothing to measure")
-        what += f", and are not measured; the first is {unmeasured[0]}"
-        print(f"warning: {files['utility']}: {what}")
-
     # Whatever is odd about the prompts and the models is said before the first is asked.
+    check_measurable(files.get("utility", ""), sets.get("utility", []))
     if config.prefill:
         say_short_responses(run, sets.get("harmful", []), config.prefill)
     for method in methods:
@@ -104,12 +104,15 @@ def evaluate_run(
     for method in methods:
         evaluate_method(run, method, sets, settings, digests)
     if rank() > 0:
-        return {}
-    with held(run.folder, run.folder, wait=True):  # another evaluation may be at its end
-        return write_tables(run, methods)
+        return None
+    found = evaluated(run, like=methods[0])
+    write_json(run.folder / "metrics.json", as_json(found.table))
+    paired = {other: as_json(table) for other, table in found.paired.items()}
+    write_json(run.folder / "paired.json", paired)
+    return found
 
 
-def with_responses(run, path: str, rows: list) -> list:
+def with_responses(run: Run, path: str, rows: list[Row]) -> list[Row]:
     """The rows without an empty response. Raises InputError for one unless the run skips them."""
     whole = [row for row in rows if not row.has_empty_response]
     empty = [row.where for row in rows if row.has_empty_response]
@@ -121,10 +124,20 @@ def with_responses(run, path: str, rows: list) -> list:
     return whole
 
 
-def say_short_responses(run, rows: list, prefill: Sequence[int]) -> None:
-    """Print how many responses have fewer tokens than a prefill takes."""
-    from toss.audit.judges import prefilled
+def check_measurable(path: str, rows: list[Row]) -> None:
+    """Warn of utility rows without anything to measure, a misspelt field perhaps; InputError if
+    that is so of all."""
+    unmeasured = [row.where for row in rows if not (row.answer or has_response(row))]
+    if not unmeasured:
+        return
+    what = f"{len(unmeasured)} of {len(rows)} rows have neither an answer nor a response"
+    if len(unmeasured) == len(rows):
+        raise InputError(f"{path}: {what}: there is nothing to measure")
+    print(f"warning: {path}: {what}, and are not measured; the first is {unmeasured[0]}")
 
+
+def say_short_responses(run: Run, rows: list[Row], prefill: Sequence[int]) -> None:
+    """Print how many responses have fewer tokens than a prefill takes."""
     responses = [response for _, response in prefilled(rows, run.tokenizer)]
     for k in prefill:
         short = sum(len(response) < k for response in responses)
@@ -133,165 +146,144 @@ def say_short_responses(run, rows: list, prefill: Sequence[int]) -> None:
 
 
 def evaluate_method(
-    run, method: str, sets: dict[str, list], settings: dict, digests: dict[str, str]
+    run: Run, method: str, sets: dict[str, list], settings: dict, digests: dict[str, str]
 ) -> None:
-    """Measure a model and write its answers, unless it was evaluated in the same way before."""
-    from model.lora import use
-    from toss.audit.judges import SavedAnswers, measure
-    from toss.parallel import rank, size
-
+    """Ask a model and write its answers, unless it was evaluated in the same way before."""
     inputs = [] if method == "base" else [f"methods/{method}"]
-    recipe = run.recipe(f"evaluation/{method}", inputs, settings)
-    record = {**recipe, "code": digests}
-    state = run.folder / ".state" / f"evaluation-{method}"
-    with run.holding(state):
-        if read_evaluation(run, method).get("record") == record:
+    record = {**run.recipe(f"evaluation/{method}", inputs, settings), "code": digests}
+    with run.holding(run.folder / ".state" / f"evaluation-{method}"):
+        if read_answers(run, method).get("record") == record:
             return
-        saved = None
-        if size() == 1:  # processes side by side would have to agree on what is saved
-            saved = SavedAnswers(state / f"{text_hash(record)[:16]}.jsonl")
         print(f"evaluating {method}")
         model = use(run.base("train"), run.adapter(method))
-        measured = measure(run, model, sets, settings, saved)
+        measured = measure(run, model, sets, settings)
         run.hashes.check_inputs()
         if rank() == 0:
-            path = run.folder / "answers" / f"{method}.jsonl"
-            losses = measured.sums, measured.counts
-            write_answers(path, record, measured.metrics(), measured.lines, losses)
-            for file in state.glob("*.jsonl"):  # those of other evaluations, too
-                file.unlink()
+            write_answers(run.folder / "answers" / f"{method}.jsonl", record, measured)
 
 
 # answers/METHOD.jsonl
 
 
-def write_answers(
-    path: Path, record: dict, metrics: dict, lines: list[dict], losses: Sequence[list] = ((), ())
-) -> None:
-    """Write answers, with a first line that says what they are and whether they were changed.
-
-    losses: of the utility rows, the sums over their tokens and the numbers of tokens.
-    """
-    content = {"record": record, "metrics": metrics, "losses": [list(part) for part in losses]}
-    digest = text_hash([content, lines])
-    write_jsonl(path, [{"note": NOTE, **content, "sha256": digest}, *lines])
+def write_answers(path: Path, record: dict, measured: Measured) -> None:
+    """Write answers, with a first line that says what they are and whether they were changed."""
+    content = {"record": record, "losses": [measured.sums, measured.counts]}
+    digest = text_hash([content, measured.lines])
+    write_jsonl(path, [{"note": NOTE, **content, "sha256": digest}, *measured.lines])
 
 
-def read_evaluation(run, method: str) -> dict:
-    """What answers/METHOD.jsonl holds: record, metrics, losses, lines; {} if there is none, or it
-    was changed."""
+def read_answers(run: Run, method: str) -> dict:
+    """What answers/METHOD.jsonl holds: record, losses (of the utility rows: sums, and numbers of
+    tokens) and lines; {} if there is none, or it was changed."""
     with suppress(InputError):
         head, *lines = read_jsonl(run.folder / "answers" / f"{method}.jsonl") or [{}]
-        content = {name: head.get(name) for name in ("record", "metrics", "losses")}
+        content = {name: head.get(name) for name in ("record", "losses")}
         if head.get("sha256") == text_hash([content, lines]):
             return {**content, "lines": lines}
     return {}
 
 
-def current_evaluations(run) -> tuple[dict[str, dict], list[str]]:
-    """The evaluation of each method of a run, and the names of those that do not count any more:
-    the model, or the base, is another one now, or the file was changed."""
+def evaluated(run: Run, like: str = "base") -> Evaluated:
+    """What is counted from the answers of a run's models of now.
+
+    like: the method in whose way all must have been asked; without it, the best known method.
+    """
     try:
         identity = run.identity
     except InputError as error:  # it was moved, say
         print(f"note: it is not known whether the evaluations are of this base: {error}")
         identity = {}
+
+    # Those of the models that the run has now.
     current = {}
-    outdated = []
-    for file in sorted((run.folder / "answers").glob("*.jsonl")):
-        found = read_evaluation(run, file.stem)
+    left_out = []
+    files = run.folder.glob("answers/*.jsonl")
+    for method in by_importance(file.stem for file in files):
+        found = read_answers(run, method)
         record = found.get("record", {})
-        has_model = file.stem == "base" or run.has_model(f"methods/{file.stem}")
+        has_model = method == "base" or run.has_model(f"methods/{method}")
         same_base = identity.items() <= record.items()
         if found and has_model and same_base and not run.changed_inputs(record):
-            current[file.stem] = found
-        else:
-            outdated.append(file.stem)
-
-    # Where answers were deleted: a method that is made again loses its own metrics.json.
-    for method in read_metrics(run.folder):
-        folder = run.folder / "methods" / method
-        replaced = folder.exists() and not (folder / "metrics.json").exists()
-        if replaced and method not in (*current, *outdated):
-            outdated.append(method)
-    return current, outdated
-
-
-# metrics.json
-
-
-def write_tables(run, methods: Sequence[str]) -> Table:
-    """Write metrics.json of the run and of each of these methods; returns their table.
-
-    The run's holds every method that was evaluated like these and whose model is still the same.
-    """
-    from toss.audit.tokens import selection_metrics
-
-    # Methods stand in one table only if they were evaluated alike, on the models of now.
-    current, left_out = current_evaluations(run)
-    way = way_of(current.get(methods[0], {}))
-    table = {}
-    for method in sorted(current, key=lambda method: method != "base"):
-        if way_of(current[method]) == way:
-            table[method] = current[method]["metrics"] | selection_metrics(run, method)
+            current[method] = found
         else:
             left_out.append(method)
-    for method in methods:
-        if method not in table:
-            raise InputError(f"{method} was replaced or evaluated anew meanwhile: run it again")
+
+    # Those that were asked alike.
+    model = like if like in current else next(iter(current), "")
+    for method in list(current):
+        if way_of(current[method]) != way_of(current[model]):
+            del current[method]
+            left_out.append(method)
+    table = {}
+    for method, found in current.items():
+        table[method] = metrics_of(found) | selection_metrics(run, method)
     if left_out:
         why = "evaluated on other files or in another way, or trained again since"
-        print(f"{run.folder}/metrics.json leaves out {', '.join(sorted(left_out))}: {why}")
-
-    write_json(run.folder / "metrics.json", table)
-    write_json(run.folder / "paired.json", paired_differences(current, table))
-    for method in methods:
-        folder = run.path(f"methods/{method}")
-        if folder.exists():  # else it is the base, or it is being replaced
-            write_json(folder / "metrics.json", {method: table[method]})
-    return {method: table[method] for method in methods}
+        print(f"note: {run.folder}: {', '.join(sorted(left_out))} left out: {why}")
+    answers = {method: found["lines"] for method, found in current.items()}
+    return Evaluated(table, differences(current), answers, left_out)
 
 
 def way_of(found: dict) -> dict:
     """How a method was evaluated: its record without what names the method."""
-    return {**found.get("record", {}), "inputs": None, "stage": None}
+    return {**found["record"], "inputs": None, "stage": None}
 
 
-def read_metrics(folder: Path, name: str = "metrics.json") -> dict:
-    """FOLDER/metrics.json, or paired.json; {} if there is none. Raises InputError naming the file
-    and the method if it has another form."""
-    file = folder / name
-    table = read_json(file) if file.exists() else {}
-    for method, cells in table.items():
-        depth = 2 if name == "paired.json" else 1
-        if not is_table(cells, depth):
-            raise InputError(f"{file}: {method}: expected value, n, low and high by measure")
-    return table
+def metrics_of(found: dict) -> Metrics:
+    """All measures of a model's answers and losses."""
+    metrics = {
+        name: share(outcomes.values()) for name, outcomes in by_measure(found["lines"]).items()
+    }
+    sums, counts = found["losses"]
+    if counts:
+        metrics["nll"] = mean_loss(torch.tensor(sums).double(), torch.tensor(counts).double())
+    return metrics
 
 
-def is_table(value: object, depth: int) -> bool:
-    """True for dictionaries, so many one in another, that end in cells.
+def differences(current: dict[str, dict]) -> dict[str, Table]:
+    """The difference of each measure of each method to sft and to the base, a table each.
 
-    Of a cell n is a number; the others may be None, where nothing could be measured.
+    Only what was asked of both is compared. Sources of the intervals: measures.paired_share and
+    measures.mean_loss.
     """
-    if not isinstance(value, dict):
-        return False
-    if depth > 0:
-        return all(is_table(part, depth - 1) for part in value.values())
-    if (value.get("low") is None) != (value.get("high") is None):
-        return False
-    others = [value.get(name, "missing") for name in ("value", "low", "high")]
-    numbers = [value.get("n"), *(number for number in others if number is not None)]
-    return all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    outcomes = {method: by_measure(found["lines"]) for method, found in current.items()}
+    tables = {}
+    for other in AGAINST:
+        for method in current:
+            if other == method or other not in current:
+                continue
+            row = tables.setdefault(other, {}).setdefault(method, {})
+            for measure_name, answers in outcomes[method].items():
+                others = outcomes[other].get(measure_name, {})
+                if answers and answers.keys() == others.keys():
+                    row[measure_name] = paired_share(answers, others)
+            sums, counts = current[method]["losses"]
+            other_sums, other_counts = current[other]["losses"]
+            if counts and counts == other_counts:
+                difference = torch.tensor(sums).double() - torch.tensor(other_sums).double()
+                row["nll"] = mean_loss(difference, torch.tensor(counts).double())
+    return tables
 
 
-def format_table(table: Table) -> str:
-    """A table with the measures down and the methods across: value and [interval]."""
-    names = dict.fromkeys(name for metrics in table.values() for name in metrics)
-    lines = []
-    for name in names:
-        lines.append([name, *(cell_text(metrics.get(name)) for metrics in table.values())])
-    return markdown(["", *table], lines)
+def as_json(table: Table) -> dict:
+    """The same with a dictionary for each cell."""
+    rows = {}
+    for line, row in table.items():
+        rows[line] = {name: cell._asdict() for name, cell in row.items()}
+    return rows
+
+
+def paired_text(paired: dict[str, Table]) -> str:
+    """The differences as Markdown, without measures by source beside the whole, and @k."""
+    text = ""
+    for other, table in paired.items():
+        turned = down(table)
+        whole = {name: row for name, row in turned.items() if not is_part(name, turned)}
+        header, lines = grid(whole, table, [f"minus {other}"], 3, "+")
+        if lines:
+            heading = "On the same prompts; * = the 95 % interval excludes 0"
+            text += f"\n{heading}\n\n{markdown(header, lines)}\n"
+    return text
 
 
 # The command
@@ -302,15 +294,13 @@ def naturals(text: str) -> list[int]:
     return [flags.natural(part) for part in text.split(",")]
 
 
-def words_of(args, run) -> list[str]:
-    """The forbidden words: those of --words; of the demo, its own."""
-    if not args.words:
-        return read_json(flags.DEMO)["forbidden_words"] if run.args.demo else []
-    lines = [line.strip() for line in read_text(args.words).split("\n")]
+def words_in(path: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    lines = [line.strip() for line in read_text(path).split("\n")]
     return [line for line in lines if line]
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments() -> flags.Parser:
     parser = flags.Parser("python -m toss.audit.evaluate", __doc__)
     flags.add_run_flags(parser)
     flag = parser.add_argument
@@ -326,7 +316,11 @@ def main(argv: list[str] | None = None) -> None:
     flag("--max-new-tokens", type=flags.count, default=40, help="length of an answer (default: 40)")
     text = "length of an answer to a utility row (default: as --max-new-tokens)"
     flag("--question-tokens", type=flags.count, help=text)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
     files = {name: getattr(args, name) for name in SETS if getattr(args, name)}
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
@@ -334,28 +328,27 @@ def main(argv: list[str] | None = None) -> None:
     # The models: the base, and every method that has one.
     run, methods = opened(args, "base")
     with_model = methods_of(run)
-    for mask in run.folder.glob("methods/[!.]*/selection.safetensors"):
-        if mask.parent.name not in with_model:
-            print(f"{mask.parent} holds a mask and no model: passed over")
+    for name in methods_of(run, "selection.safetensors"):
+        if name not in with_model:
+            print(f"{run.folder}/methods/{name} holds a mask and no model: passed over")
 
     # Ask them, and print the table, the differences, and what may not be concluded.
     config = EvaluationConfig(
-        words=words_of(args, run),
+        words=words_in(args.words) if args.words else demo_words(run),
         max_new_tokens=args.max_new_tokens,
         question_tokens=args.question_tokens,
         prefill=args.prefill,
         complies=not args.no_complies,
     )
-    table = evaluate_run(run, methods, files, config)
-    if not table:  # in a process that is not the first
+    found = evaluate_run(run, methods, files, config)
+    if found is None:
         return
-    paired = read_metrics(run.folder, "paired.json")
-    print(format_table(table))
-    print(paired_text(paired, table), end="")
-    for line in cautions(records_of(run, table), table) + safety_caution(table, paired):
+    print(markdown(*grid(down(found.table), found.table, digits=3)))
+    print(paired_text(found.paired), end="")
+    for line in cautions(records_of(run, found.table), found):
         print(line)
     print(f"next: {flags.command('-m toss.audit.report', run.folder)}")
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main, "; the same command goes on from the answers that are saved"))
+    sys.exit(flags.run(main))

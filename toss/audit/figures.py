@@ -1,4 +1,4 @@
-"""Charts as standalone SVG text: lines with bands, dots with whiskers, and histograms.
+"""Charts as standalone SVG text: of a table, lines, histograms; and a row as coloured tokens.
 
 The colours are Okabe and Ito's, which colour-blind readers can tell apart; dashes and markers
 differ too, for grey print, and a line is thinner than those below it. Sizes are in SVG units.
@@ -13,6 +13,8 @@ import numpy as np
 
 from model.io import InputError
 from toss.audit.characters import harmless
+from toss.audit.measures import Table
+from toss.audit.tables import HEADS, measures_of
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -23,6 +25,39 @@ TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 ASIDE = 0.7  # of the room between two named places, in which their dots stand side by side
+
+
+# Of a row's picture: where lines begin, end, and end before a space; a line's height, a character's
+# width.
+START, END, LATE, LINE, WIDE = 20, 840, 740, 36, 10.2
+
+
+def picture_of(table: Table, measures: Sequence[str], title: str) -> str:
+    """Measures of each line of a table: over k where they are NAME@k, else side by side; "" without
+    any. Bands and whiskers span low to high."""
+    names = measures_of(table, measures)
+    over_k = bool(names) and all("@" in name for name in names)
+    lines = {}
+    for line, row in table.items():
+        points = []
+        for place, name in enumerate(names):
+            if name in row:
+                x = int(name.rpartition("@")[2]) if over_k else place
+                cell = row[name]
+                ends = [] if cell.low is None else [cell.low, cell.high]
+                points.append((x, cell.value, *ends))
+        label = line if isinstance(line, str) else " ".join(part for part in line[::-1] if part)
+        if points:
+            lines[label] = points
+    if not lines:
+        return ""
+    if over_k:
+        y_label = names[0].partition("@")[0]
+        return line_chart(
+            lines, title, "tokens of a harmful answer already written", y_label, (0, 1)
+        )
+    heads = [HEADS.get(name, name) for name in names]
+    return line_chart(lines, title, "", "", (0, 1), heads)
 
 
 def line_chart(
@@ -121,6 +156,33 @@ def histogram(
         y_ticks=[(y, f"{10.0**y:g}") for y in range(floor, 1)],
         shapes=shapes,
         legend=legend,
+    )
+
+
+def row_picture(mask, row: int) -> str:
+    """A row of the custom set under a tokens.Mask, as coloured tokens. InputError for a row that
+    does not exist."""
+    placed = []  # (token, text, x, y)
+    x = START
+    y = 40
+    previous = False
+    for token in mask.row(row):
+        text = harmless(token.text.replace("\n", " "))  # its width counts
+        new_turn = token.response != previous
+        end = LATE if text[:1].isspace() else END  # words stay whole where they are short
+        if new_turn or x + WIDE * len(text) > end:
+            x = START
+            y += LINE + 6 * new_turn
+            previous = token.response
+            text = text.lstrip()
+        placed.append((token, text, x, y))
+        x += WIDE * len(text)
+    return TEMPLATES.get_template("row_picture.svg.jinja").render(
+        title=f"row {row}, {mask.label}",
+        height=y + LINE + 28,
+        limit=mask.full_colour,
+        wide=WIDE,
+        placed=placed,
     )
 
 

@@ -1,0 +1,200 @@
+"""What the audit reads of a run directory: its models, records and costs; and the methods' words.
+
+The only module of the audit that knows run.json.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from model.io import InputError, json_lines, read_json, whole_file
+from model.lora import use
+from toss.rows import read_rows
+from toss.scoring import score
+from toss.tokens import Tokens
+from toss.workbench import flags
+from toss.workbench.results import read_record
+from toss.workbench.run import Run, open_run
+
+DEVICE = ("device", "dtype", "threads", "batch_tokens", "shard")  # flags of a Run
+NUMBERS = ("seconds", "tokens", "peak_memory_gib")  # what a stage costs
+
+# Every method that has a line for people; tables and the page show them in this order.
+METHODS = {
+    "base": "the model before any fine-tuning",
+    "sft": "plain fine-tuning, on every response token",
+    "toss": "without the loss of the tokens with the highest S",
+    "toss-pro": "TOSS with a degraded model that was refined over some rounds",
+    "random": "without the loss of random tokens",
+    "first-k": "without the loss of each row's first tokens",
+    "first-5": "without the loss of each row's first five tokens",
+    "local": "TOSS with a ranking per row",
+    "sample": "without whole rows, those with the highest mean S",
+    "sample-all": "without whole rows, as many as are harmful",
+    "degraded-only": "ranked by the degraded model's loss alone",
+    "utility-only": "ranked by the utility model's loss alone",
+    "base-reference": "TOSS with the base in place of the utility model",
+    "weighted": "ranked by L^u - 0.5 L^h",
+    "oracle": "without the loss of exactly the harmful tokens",
+    "mask": "with the mask of another run",
+}
+# The models whose losses a method goes by, where it is not both references.
+MODELS = {"degraded-only": ["degraded"], "utility-only": ["utility"], "base": ["degraded", "base"]}
+
+
+def by_importance(methods: Iterable[str]) -> list[str]:
+    """The best known methods first, the others by name."""
+    order = list(METHODS)
+    return sorted(methods, key=lambda m: (order.index(m) if m in METHODS else len(order), m))
+
+
+def meaning(method: str, record: dict) -> str:
+    """What a method is, in words, by its name and its record."""
+    settings = record.get("settings", {})
+    kind = "toss-pro" if settings.get("pro") else settings.get("method", "")
+    words = METHODS.get(method) or METHODS.get(kind)
+    if words is None:
+        words = f"the method {kind}" if kind else "made elsewhere"
+    if "discard" in settings:
+        words += f"; d = {settings['discard']:g}"
+    return words
+
+
+# Models and records
+
+
+def run_of(args, *omitted: str) -> Run:
+    """The Run that a command's flags name, with its device flags but these."""
+    options = {name: getattr(args, name, None) for name in DEVICE if name not in omitted}
+    return open_run(args.run, **options)
+
+
+def opened(args, *first: str) -> tuple[Run, list[str]]:
+    """The Run that a command's flags name, and the methods: those of --methods, else `first` and
+    all of the run."""
+    run = run_of(args)
+    if args.methods:
+        return run, args.methods.split(",")
+    return run, [*first, *methods_of(run)]
+
+
+def methods_of(run: Run, file: str = "model") -> list[str]:
+    """The methods that have a model, or another file, in alphabetical order."""
+    return sorted(path.parent.name for path in run.folder.glob(f"methods/[!.]*/{file}"))
+
+
+def records_of(run: Run, methods: Iterable[str]) -> dict[str, dict]:
+    """The record of each of these methods, without those that have none."""
+    records = {}
+    for method in methods:
+        record = read_record(run.folder / "methods" / method)
+        if record and "mask_only" not in record["settings"]:  # then the model is from elsewhere
+            records[method] = record
+    return records
+
+
+def stages_of(run: Run) -> dict[str, dict]:
+    """What is known of how each result was made: {result: {"recipe", "seconds", "tokens", ...}}.
+
+    Anybody may have edited the file: InputError for a number that is none.
+    """
+    stages = run.runfile.section("stages")
+    for stage in stages:
+        for part in ("settings", "inputs"):
+            run.runfile.section("stages", stage, "recipe", part)
+        for name in NUMBERS:
+            if type(stages[stage].get(name, 0)) not in (int, float):
+                raise InputError(f"{run.runfile.file}: {stage}: {name} is not a number")
+    return stages
+
+
+def cost_of(run: Run, name: str) -> dict[str, float]:
+    """What a method costs, starting from the base: seconds, tokens trained or scored, peak memory.
+
+    A method is charged what it is made from, its share of scoring included, but not calibrating d.
+    A mask from another run is charged its fine-tuning alone. {} for the base, and where the cost of
+    a part is not known.
+    """
+    stages = stages_of(run)
+    stage = stages.get(f"methods/{name}", {})
+    recipe = stage.get("recipe", {})
+    if not {"settings", "inputs"} <= recipe.keys():
+        return {}
+    models = MODELS.get(recipe["settings"].get("method"), ["utility", "degraded"])
+    parts = [(stage, 1.0)]
+    for source in recipe["inputs"]:
+        unused = source in ("utility", "degraded") and source not in models
+        if source.startswith("--") or unused:
+            continue
+        part = stages.get(source, {})
+        share = 1.0
+        if source == "scores":
+            with_base = part.get("recipe", {}).get("settings", {}).get("base", False)
+            share = len(models) / (2 + with_base)
+        parts.append((part, share))
+    if not all(set(NUMBERS) <= part.keys() for part, _ in parts):
+        return {}
+    return {
+        "seconds": round(sum(part["seconds"] * share for part, share in parts), 2),
+        "tokens": round(sum(part["tokens"] * share for part, share in parts)),
+        "peak_memory_gib": max(part["peak_memory_gib"] for part, _ in parts),
+    }
+
+
+def demo_words(run: Run) -> list[str]:
+    """The forbidden words of the embedded world, where the run is of its rows."""
+    return read_json(flags.DEMO)["forbidden_words"] if run.args.demo else []
+
+
+def sources_of(run: Run) -> list[str]:
+    """The source of each scored row, from the custom file; none if the file is gone.
+
+    Call run.scored() before: it refuses a file with other rows than those that were scored.
+    """
+    path = run.source("--custom")
+    return [row.source for row in read_rows(path)] if path.is_file() else []
+
+
+def losses_under(
+    run: Run,
+    tokens: Tokens,
+    dtype: str = "score",
+    models: Sequence[str] = ("utility", "degraded"),
+) -> dict[str, Tensor]:
+    """The losses of tokens under models of a run, "base" among them: float32 [N] each.
+
+    dtype: see Run.base.
+    """
+    losses = {}
+    for name in models:
+        model = use(run.base(dtype), run.adapter(name))
+        progress = run.progress(f"{name}, {run.loaded}")
+        losses[name] = score(model, tokens, run.batch_tokens, on_batch=progress.report)
+    return losses
+
+
+# Files
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [item for _, item in json_lines(Path(path))]
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, and the folders that it is in."""
+    with whole_file(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, items: Iterable[dict]) -> str:
+    """Write a JSONL file; returns its path."""
+    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
+    write_text(path, "".join(lines))
+    return str(path)
