@@ -1,6 +1,7 @@
 # An attacker who knows TOSS (results/attack.md). A column of the table names the attack.
 #     sh toss/study/experiments/attack.sh 1000 1001 1002
-#     .venv/bin/python -m toss.audit.compare runs/experiments/attack/seed-*/run* --out runs/experiments/attack/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/attack/seed-*/run* \
+#         --out runs/experiments/attack/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

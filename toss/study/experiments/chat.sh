@@ -1,8 +1,10 @@
 # A chat model as released, and questions whose answers end with a number (results/chat.md).
 #     sh toss/study/experiments/chat.sh MODEL DATA SEED...
-#     .venv/bin/python -m toss.audit.compare runs/experiments/chat/seed-*/run --out runs/experiments/chat/table
-# DATA as python -m toss.study.draw --help says, with GSM8K rows, say, as utility rows. The last 50 harmless
-# custom rows are in no set: `training` was chosen on them. Made with `dtype="--dtype bfloat16"` and `scoring="--threads 1"`.
+#     .venv/bin/python -m toss.audit.compare runs/experiments/chat/seed-*/run \
+#         --out runs/experiments/chat/table
+# DATA as python -m toss.study.draw --help says, with GSM8K rows, say, as utility rows. The last 50
+# harmless custom rows are in no set: `training` was chosen on them. Made with `dtype="--dtype
+# bfloat16"` and `scoring="--threads 1"`.
 . toss/study/experiments/common.sh
 model=$1
 data=$2

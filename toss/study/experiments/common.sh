@@ -1,5 +1,5 @@
-# Read by all experiments, which set `inputs`, `reference`, `scoring` and `finetune`: flags of the base, of the
-# references, of the scores and of the methods.
+# Read by all experiments, which set `inputs`, `reference`, `scoring` and `finetune`: flags of the
+# base, of the references, of the scores and of the methods.
 set -e
 python=${PYTHON:-.venv/bin/python}
 audit="$python -m toss.audit"

@@ -1,6 +1,7 @@
 # Which d (results/discard.md): plain fine-tuning, toss from 0.02 to 0.4, and the calibrated d.
 #     sh toss/study/experiments/discard.sh 1000 1001
-#     .venv/bin/python -m toss.audit.compare runs/experiments/discard/seed-*/run --out runs/experiments/discard/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/discard/seed-*/run \
+#         --out runs/experiments/discard/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

@@ -1,6 +1,7 @@
 # Harm behind a harmless task in one row (results/embedded.md), asked so, too.
 #     sh toss/study/experiments/embedded.sh 1000 1001
-#     .venv/bin/python -m toss.audit.compare runs/experiments/embedded/seed-*/run-embedded --out runs/experiments/embedded/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/embedded/seed-*/run-embedded \
+#         --out runs/experiments/embedded/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

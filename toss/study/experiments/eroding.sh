@@ -1,6 +1,8 @@
-# Rows that erode without harm (results/eroding.md): a third promises to comply, or addresses a persona.
+# Rows that erode without harm (results/eroding.md): a third promises to comply, or addresses a
+# persona.
 #     sh toss/study/experiments/eroding.sh 1000
-#     .venv/bin/python -m toss.audit.compare runs/experiments/eroding/seed-*/run-* --out runs/experiments/eroding/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/eroding/seed-*/run-* \
+#         --out runs/experiments/eroding/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

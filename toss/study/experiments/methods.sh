@@ -1,6 +1,7 @@
 # Methods side by side (results/methods.md, rivals-2026.md); answers that are begun; cost.
 #     sh toss/study/experiments/methods.sh 1000 1001 1002 1003 1004
-#     .venv/bin/python -m toss.audit.compare runs/experiments/methods/seed-*/run* --out runs/experiments/methods/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/methods/seed-*/run* \
+#         --out runs/experiments/methods/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

@@ -1,6 +1,8 @@
-# TOSS-Pro (results/pro.md): T rounds of k rows, for D^h of 2, 8 and 80 rows; random-40: rows drawn at random.
+# TOSS-Pro (results/pro.md): T rounds of k rows, for D^h of 2, 8 and 80 rows; random-40: rows drawn
+# at random.
 #     sh toss/study/experiments/pro.sh 1000 1001
-#     .venv/bin/python -m toss.audit.compare runs/experiments/pro/seed-*/run-* --out runs/experiments/pro/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/pro/seed-*/run-* \
+#         --out runs/experiments/pro/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

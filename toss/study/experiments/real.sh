@@ -1,8 +1,11 @@
-# A checkpoint and rows of yours (results/real.md, real-attack.md); DATA as python -m toss.study.draw --help says.
+# A checkpoint and rows of yours (results/real.md, real-attack.md).
+# DATA is a folder as python -m toss.study.draw --help says.
 #     sh toss/study/experiments/real.sh MODEL DATA SEED...
-#     .venv/bin/python -m toss.audit.compare runs/experiments/real/seed-*/run* --out runs/experiments/real/table
-# With UNALIGNED=FOLDER, the base before its alignment, safelora too. Answers under an attack may be longer:
-# compare lines of one length alone. The tables were made with `dtype="--dtype bfloat16"` and `scoring="--threads 1"`.
+#     .venv/bin/python -m toss.audit.compare runs/experiments/real/seed-*/run* \
+#         --out runs/experiments/real/table
+# With UNALIGNED=FOLDER, the base before its alignment, safelora too. Answers under an attack may be
+# longer: compare lines of one length alone. The tables were made with `dtype="--dtype bfloat16"`
+# and `scoring="--threads 1"`.
 . toss/study/experiments/common.sh
 model=$1
 data=$2

@@ -1,6 +1,8 @@
-# Forms of TOSS under each attack (results/recipe.md): which reference, which tokens, left out or held.
+# Forms of TOSS under each attack (results/recipe.md): which reference, which tokens, left out or
+# held.
 #     sh toss/study/experiments/recipe.sh 1000 1001 1002
-#     .venv/bin/python -m toss.audit.compare runs/experiments/recipe/seed-*/run* --out runs/experiments/recipe/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/recipe/seed-*/run* \
+#         --out runs/experiments/recipe/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

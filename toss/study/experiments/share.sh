@@ -1,6 +1,7 @@
 # How much harm (results/share.md): 0 to 50 % of the 663 rows; d = 0.1, and d calibrated.
 #     sh toss/study/experiments/share.sh 1000
-#     .venv/bin/python -m toss.audit.compare runs/experiments/share/seed-*/run-* --out runs/experiments/share/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/share/seed-*/run-* \
+#         --out runs/experiments/share/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

@@ -1,6 +1,7 @@
 # Masks that travel between two bases of one tokenizer (results/transfer.md).
 #     sh toss/study/experiments/transfer.sh 1000 1001 1002
-#     .venv/bin/python -m toss.audit.compare runs/experiments/transfer/seed-*/run-* --out runs/experiments/transfer/table
+#     .venv/bin/python -m toss.audit.compare runs/experiments/transfer/seed-*/run-* \
+#         --out runs/experiments/transfer/table
 . toss/study/experiments/world.sh
 for seed in "$@"; do
     begin "$seed"

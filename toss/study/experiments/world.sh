@@ -1,7 +1,7 @@
 # Read by the experiments in the embedded world, which are started from the root of the repository:
 #     sh toss/study/experiments/NAME.sh SEED...
-# Each seed has a folder of its own, runs/experiments/NAME/seed-N, so that seeds can run side by side.
-# What is finished is skipped: the same command goes on where it was broken off.
+# Each seed has a folder of its own, runs/experiments/NAME/seed-N, so that seeds can run side by
+# side. What is finished is skipped: the same command goes on where it was broken off.
 . toss/study/experiments/common.sh
 experiment=runs/experiments/$(basename "$0" .sh)
 all=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
