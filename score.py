@@ -14,6 +14,7 @@ RUN/utility, and give --model and --custom.
 import sys
 
 from toss.workbench import flags
+from toss.workbench.run import Run
 
 
 def main(argv=None):
@@ -21,8 +22,6 @@ def main(argv=None):
     parser = flags.script_parser("score.py", __doc__, custom="custom set D^cus")
     parser.add_argument("--base", action="store_true", help="also score under the base (loss_base)")
     args = flags.parse(parser, argv)
-
-    from toss.workbench.run import Run
 
     run = Run(args)
 
@@ -38,7 +37,7 @@ def main(argv=None):
 
     inputs = ["--custom", "utility", "degraded"]  # a file, by its flag, and earlier results
     run.make("scores", losses, inputs, settings={"base": args.base})
-    run.suggest("select.py", method="toss")
+    print(f"next: {flags.command('select.py', run.folder)}")
 
 
 if __name__ == "__main__":

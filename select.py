@@ -30,42 +30,29 @@ if __name__ == "select":
     sys.modules["select"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])
 else:
+    import torch
+
     from model.io import InputError
-    from toss.config import METHOD_NAMES, UNSCORED, WITHOUT_D, TrainConfig
+    from toss.config import TrainConfig
+    from toss.methods import METHODS, Candidates
+    from toss.selection import competing_tokens, riskiest_rows, select_tokens
     from toss.workbench import flags
+    from toss.workbench.files import Round, Selection
+    from toss.workbench.run import Run
 
 
 def main(argv=None):
     """Parse the command line, select tokens, and fine-tune on the others. Raises InputError."""
     args = arguments(argv)
-
-    import torch  # after parsing: it takes a while
-
-    from toss.methods import METHODS, Candidates
-    from toss.selection import competing_tokens, riskiest_rows, select_tokens
-    from toss.workbench.files import Round, Selection
-    from toss.workbench.run import Run
-
     run = Run(args)
     config = TrainConfig.of(args)
     if args.pro and not args.pro_samples:  # the paper names no k: 6 % of the rows
         args.pro_samples = max(1, round(0.06 * run.scored()[0].rows))
     reference_config = run.reference_config() if args.pro else None  # how theta^h was trained
 
-    def weights_of_added(D_cus, S, ranked, rows):
-        """What theta^h learns of the added rows: all response tokens, as in the paper.
-
-        With --pro-train top only those that are among the d riskiest.
-        """
-        w = D_cus.response.float()
-        if args.pro_train == "top":
-            risky = ranked[~select_tokens(S[ranked], args.discard)]
-            w = torch.zeros(len(S)).index_fill(0, risky, 1.0)
-        return w[D_cus.places(rows)]
-
     def choose_tokens():
         # D^cus as it was scored, the losses L of its tokens, and the places of those that compete.
-        D_cus, L = run.scored(needed=args.method not in UNSCORED)
+        D_cus, L = run.scored(needed=needs_losses(args))
         ranked = competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
 
         # TOSS-Pro: the riskiest rows of D^cus join D^h, and theta^h is trained anew.
@@ -77,10 +64,9 @@ def main(argv=None):
             added += [row for row, _ in riskiest]
 
             # theta^h is trained on D^h and all rows added so far, and scores D^cus again.
-            D_h = run.tokens(args.harmful)
-            w_h = torch.cat((D_h.response.float(), weights_of_added(D_cus, S, ranked, added)))
+            D = run.tokens(args.harmful) + D_cus.take(added)
             name = f"{args.name}-round-{t + 1}"
-            theta_h = run.train(name, D_h + D_cus.take(added), w_h, reference_config)
+            theta_h = run.train(name, D, D.response.float(), reference_config)
             L["degraded"] = run.score(f"{name}-scores", theta_h, D_cus)
             # For the record: each new row, and the place of the token that brought it in.
             new_rows = [(row, int(ranked[i])) for row, i in riskiest]
@@ -96,7 +82,7 @@ def main(argv=None):
             keep, S = run.mask(args.mask, D_cus)
         else:
             candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
-            keep[ranked], scores = METHODS[args.method](candidates)
+            keep[ranked], scores = METHODS[args.method].choose(candidates)
             S = None
             if scores is not None:
                 S = torch.zeros(len(keep)).index_put((ranked,), scores.float())
@@ -123,7 +109,8 @@ def main(argv=None):
     run.make(stage, finetune, inputs_of(args), settings)
     if args.merge:
         run.merge(stage)
-    run.suggest_after(stage)
+    evaluate = flags.command("-m toss.audit.evaluate", run.folder)
+    print(f"next: {evaluate} [--harmful FILE] [--benign FILE] [--utility FILE]")
 
 
 def arguments(argv):
@@ -132,7 +119,7 @@ def arguments(argv):
         "select.py", __doc__, custom="custom set D^cus", harmful="D^h, for --pro"
     )
     add = parser.add_argument_group("selection").add_argument
-    add("--method", choices=METHOD_NAMES, default="toss", help="which tokens to discard")
+    add("--method", choices=METHODS, default="toss", help="which tokens to discard")
     text = "use the mask in this selection.safetensors, also of another run"
     add("--mask", metavar="FILE", help=text)
     text = "folder in RUN/methods (default: the method, or toss-pro)"
@@ -143,8 +130,6 @@ def arguments(argv):
     add("--pro", type=flags.natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")
     text = "TOSS-Pro: rows added per round (default: 6 %% of the custom rows)"
     add("--pro-samples", type=flags.count, metavar="K", help=text)
-    text = "TOSS-Pro: train on added rows whole (the paper), or only on their top d"
-    add("--pro-train", choices=["rows", "top"], default="rows", help=text)
     add("--mask-only", action="store_true", help="write the mask, and do not train")
     text = "also write the merged checkpoint, in the dtype of the base's files"
     add("--merge", action="store_true", help=text)
@@ -152,14 +137,16 @@ def arguments(argv):
     args = flags.parse(parser, argv)
 
     # Flags that contradict each other.
-    choosing = {"method", "discard", "keep_eos", "pro", "pro_samples", "pro_train"} & args.typed
+    choosing = {"method", "discard", "keep_eos", "pro", "pro_samples"} & args.typed
     if args.mask and choosing:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(choosing))
         raise InputError(f"--mask says which tokens go, so it cannot be combined with {names}")
     if args.pro and args.method != "toss":
         raise InputError("--pro is an option of --method toss")
-    if not args.pro and {"pro_samples", "pro_train"} & args.typed:
-        raise InputError("--pro-samples and --pro-train need --pro T")
+    if not args.pro and "pro_samples" in args.typed:
+        raise InputError("--pro-samples needs --pro T")
+    if "discard" in args.typed and not METHODS[args.method].uses_d:
+        raise InputError(f"--discard decides nothing for --method {args.method}: leave it out")
     if args.mask_only and args.merge:
         raise InputError("--mask-only trains nothing that --merge could merge")
     if args.shard and args.merge:
@@ -175,10 +162,15 @@ def arguments(argv):
     return args
 
 
+def needs_losses(args):
+    """True if the method ranks by losses. Another run's mask and plain fine-tuning do not."""
+    return args.method != "mask" and len(METHODS[args.method].losses) > 0
+
+
 def inputs_of(args):
     """What a method is made from: files by their flags, and earlier results."""
     inputs = ["--custom"]
-    if args.method not in UNSCORED:
+    if needs_losses(args):
         inputs += ["utility", "degraded", "scores"]
     if args.pro:
         inputs.append("--harmful")
@@ -194,10 +186,10 @@ def settings_of(args):
         settings["mask_only"] = True
     if args.method not in ("sft", "mask"):
         settings["keep_eos"] = args.keep_eos
-        if args.method not in WITHOUT_D:
+        if METHODS[args.method].uses_d:
             settings["discard"] = args.discard
     if args.pro:
-        settings |= {"pro": args.pro, "pro_samples": args.pro_samples, "pro_train": args.pro_train}
+        settings |= {"pro": args.pro, "pro_samples": args.pro_samples}
     return settings
 
 

@@ -15,6 +15,7 @@ from functools import partial
 
 from toss.config import TrainConfig
 from toss.workbench import flags
+from toss.workbench.run import Run
 
 
 def main(argv=None):
@@ -23,8 +24,6 @@ def main(argv=None):
     parser = flags.script_parser("train.py", __doc__, **inputs)
     flags.add_training_flags(parser)
     args = flags.parse(parser, argv, references=True)
-
-    from toss.workbench.run import Run  # after parsing: torch takes a while to import
 
     run = Run(args)
     config = TrainConfig.of(args)
@@ -43,8 +42,7 @@ def main(argv=None):
     run.look("utility", ["--utility"], settings)
     run.make("degraded", partial(train_reference, "degraded", D_h), ["--harmful"], settings)
     run.make("utility", partial(train_reference, "utility", D_u), ["--utility"], settings)
-    custom = {} if args.custom else {"custom": "CUSTOM.jsonl"}
-    run.suggest("score.py", **custom)
+    print(f"next: {flags.command('score.py', run.folder)} [--custom FILE]")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ The names in the files are the names of the modules, and loading is strict both 
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,11 +17,12 @@ from model.config import Config
 from model.hub import INDEX, TOKENIZER_FILES, WEIGHTS, resolve
 from model.io import (
     InputError,
-    NotFinite,
     as_input_error,
+    existing_file,
     file_hash,
     opened,
     read_json,
+    umask,
     whole_file,
     writing,
 )
@@ -30,6 +32,8 @@ from model.transformer import Transformer
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+BLOCKS = 64  # of a file of weights, by which a base is identified
+BLOCK = 2**16  # bytes
 # The dtypes of files, by safetensors' names, and what a merge of such a base is saved in.
 STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -51,14 +55,52 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def base_hash(folder: Path, hash: Callable[[Path], str] = file_hash) -> str:
-    """What identifies a base: sha256 over the sorted hashes of its weight files and config.json.
+def base_hash(folder: Path) -> str:
+    """What identifies a base, wherever it lies: sha256 over config.json and a sample of weights.
 
-    hash: the sha256 of one file; a caller may pass a cached one.
+    Of each weights file: its size, its header, blocks spread evenly over it, and one in the middle
+    of every tensor. So an edit of a few numbers may go unnoticed, but not one of a whole tensor.
     """
-    files = [*weight_files(folder), folder / "config.json"]
-    hashes = sorted(hash(file) for file in files)
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    state = hashlib.sha256(file_hash(folder / "config.json").encode())
+    for file in sorted(weight_files(folder)):
+        with as_input_error(f"{file}: its header cannot be read as safetensors"):
+            sample(existing_file(file), state)
+    return state.hexdigest()
+
+
+def sample(path: Path, state: Any) -> None:
+    """Update a hash with what base_hash takes of a safetensors file."""
+    size = path.stat().st_size
+    state.update(size.to_bytes(8, "little"))
+    with open(path, "rb") as file:
+        # The header: its length, and JSON with the place of each tensor.
+        length = file.read(8)
+        start = 8 + int.from_bytes(length, "little")
+        if start > size:
+            raise ValueError("the file ends before its header")
+        text = file.read(start - 8)
+        state.update(length + text)
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+
+        # Where the blocks begin and end.
+        blocks = []
+        for index in range(BLOCKS):
+            first = max(size - BLOCK, 0) * index // (BLOCKS - 1)
+            blocks.append((first, first + BLOCK))
+        for tensor in header.values():
+            begin, end = tensor["data_offsets"]
+            first = max(begin, (begin + end - BLOCK) // 2)
+            blocks.append((start + first, start + min(first + BLOCK, end)))
+
+        # Blocks may overlap: no byte is read twice.
+        done = 0
+        for first, last in sorted(blocks):
+            first = max(first, done)
+            if first < last:
+                file.seek(first)
+                state.update(file.read(last - first))
+                done = last
 
 
 def skeleton(folder: Path) -> Transformer:
@@ -128,12 +170,14 @@ def load_checkpoint(
     Tensors are read one by one straight to `device` and cast there: the peak is the model plus one
     tensor, or two if a tied head is stored. shard: spread the blocks over the processes, see
     sharding.py. Raises InputError naming the file and the tensor when one is missing, extra,
-    misshapen, or not finite in `dtype` (NotFinite). Two exceptions: `lm_head.weight` of a model
+    misshapen, or not finite in `dtype`. Two exceptions: `lm_head.weight` of a model
     whose head is tied, which may be stored as a copy of the embedding, and the old
     `rotary_emb.inv_freq` tables.
     """
     folder = resolve(path, revision)
     with as_input_error(f"the device {device} cannot be used here"):
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise InputError(f"the device {device} is not supported: choose cpu or cuda")
         if torch.device(device).type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan per shape of a batch
         torch.empty(0, device=device)
@@ -151,7 +195,7 @@ def load_checkpoint(
             for name in names:
                 state[name], finite = read_tensor(tensors, name, weights[name], dtype)
                 if not finite:
-                    raise NotFinite(f"{file}: the tensor {name} is not finite in {dtype}")
+                    raise InputError(f"{file}: the tensor {name} is not finite in {dtype}")
     tied = model.config.tie_word_embeddings
     head = state.pop(HEAD, None) if tied else None
     if head is not None and not torch.equal(head, state[EMBEDDING]):
@@ -201,6 +245,7 @@ def save_checkpoint(model: Transformer, path: str | Path, like: str | Path) -> N
     with whole_file(folder / WEIGHTS) as file:
         # One header entry: the format keeps several in no fixed order, and bytes identify a base.
         save_file(tensors, file, {"format": "pt"})
+        os.chmod(file, 0o666 & ~umask())  # the library's mode is 0600
     for pattern in TOKENIZER_FILES:
         for source in like.glob(pattern):
             with whole_file(folder / source.relative_to(like)) as file:

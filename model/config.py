@@ -239,11 +239,13 @@ def rope_settings(raw: dict, rope: object, theta_name: str, where: str) -> dict:
 
 def unrotated_layers(raw: dict, layers: int, where: str) -> frozenset[int]:
     """The layers without a rotary embedding: SmolLM3's that are marked 0, or every nth."""
-    # Other families have no interval: above the number of layers, it never comes round.
-    interval = field(raw, "no_rope_layer_interval", where, int, default=MAX_LAYERS + 1)
     rotated = raw.get("no_rope_layers")  # the name says the opposite of its 1s
-    if rotated is None:
-        rotated = [(i + 1) % interval > 0 for i in range(layers)]
+    if raw.get("no_rope_layer_interval") is not None:
+        interval = field(raw, "no_rope_layer_interval", where, int)
+        if rotated is None:
+            rotated = [(i + 1) % interval > 0 for i in range(layers)]
+    if rotated is None:  # another family
+        return frozenset()
     valid = (
         isinstance(rotated, list) and len(rotated) >= layers and all(r in (0, 1) for r in rotated)
     )
@@ -259,14 +261,16 @@ def windowed_layers(raw: dict, layers: int, unrotated: frozenset, where: str) ->
     """
     first = raw.get("max_window_layers", 0)
     refuse_if(type(first) is not int or first < 0, f"{where}: max_window_layers {first!r}")
-    interval = field(raw, "sliding_window_pattern", where, int, default=MAX_LAYERS + 1)
     enabled = raw.get("use_sliding_window", True) and raw.get("sliding_window") is not None
     if not enabled:
         default = frozenset()
     elif "no_rope_layers" in raw:  # a field of SmolLM3 alone
         default = unrotated
-    else:
+    elif raw.get("sliding_window_pattern") is not None:  # Gemma's
+        interval = field(raw, "sliding_window_pattern", where, int)
         default = frozenset(i for i in range(first, layers) if (i + 1) % interval)
+    else:
+        default = frozenset(range(first, layers))
 
     kinds = raw["layer_types"]
     if kinds is None:

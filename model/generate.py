@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from model.io import InputError, NotFinite, as_input_error, json_object, run_command
+from model.io import InputError, as_input_error, json_object, run_command
 
 Progress = Callable[[int, dict[int, list[int]]], None]
 
@@ -24,8 +24,8 @@ def generate(
     Prompts may differ in length. A batch holds at most `batch_tokens` slots of the key-value cache
     (rows x longest). progress: called after each batch with the number of prompts answered so far,
     and the new answers by their index; after each new token with how much is done, in prompts.
-    Raises InputError for a limit out of range, or an id that the model does not have, and NotFinite
-    where the logits do not say which token comes next.
+    Raises InputError for a limit out of range, or an id that the model does not have, or where
+    the logits do not say which token comes next.
     """
     if not 0 <= max_new_tokens <= 2**20:
         raise InputError(f"the number of new tokens is 0 to {2**20}, not {max_new_tokens}")
@@ -99,7 +99,7 @@ def generate_batch(
 
             new_ids = token.tolist()  # the only wait for the device
             if -1 in new_ids:
-                raise NotFinite(f"the model's logits are not finite at new token {step + 1}")
+                raise InputError(f"the model's logits are not finite at new token {step + 1}")
             going_on = []
             for row, new_id in enumerate(new_ids):
                 if new_id != eos_id:

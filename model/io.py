@@ -1,7 +1,4 @@
-"""Errors and how a command reports them; JSON; safetensors; files that are written whole.
-
-Imports no torch, so that a command's --help comes at once.
-"""
+"""Errors and how a command reports them; JSON; safetensors; files that are written whole."""
 
 import gzip
 import hashlib
@@ -19,9 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-
-LONGEST_LINE = 2**28  # bytes; a small .gz file may hold gigabytes without a line break
-
+from safetensors.torch import save
 
 # Errors
 
@@ -30,63 +25,24 @@ class InputError(ValueError):
     """The user's input cannot be used. The message says what is wrong, where, and what to do."""
 
 
-class NotFinite(InputError):
-    """A weight or a loss is NaN or infinite, possibly only in the requested dtype."""
-
-
-class DoesNotFit(InputError):
-    """The device has too little memory even for the smallest batch."""
-
-
 class Stopped(BaseException):
     """SIGTERM or SIGHUP asks the process to end. Not an Exception, which libraries may catch."""
-
-
-class TimeIsUp(BaseException):
-    """What was limited by time_limit takes too long."""
 
 
 @contextmanager
 def as_input_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn an error of these kinds (any Exception by default) into InputError("message (error)").
 
-    An InputError stays as it is. The panic of a library in Rust, which is no Exception, counts too.
+    An InputError stays as it is.
     """
+    expected = kinds or (Exception,)
     try:
         yield
     except InputError:
         raise
-    except BaseException as error:
-        panic = type(error).__name__ == "PanicException"
-        if not panic and not isinstance(error, kinds or Exception):
-            raise
+    except expected as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{message} ({reason})") from None
-
-
-@contextmanager
-def time_limit(what: str, seconds: float = 10) -> Iterator[None]:
-    """Raise InputError if the body, such as a chat template from the network, computes for longer.
-
-    Seconds are of the process's own work, in all its threads: it may be stopped meanwhile. Works in
-    the main thread alone, which is the one that hears signals.
-    """
-
-    def ring(*_) -> None:
-        raise TimeIsUp
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGPROF, ring)
-    timer = signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    except TimeIsUp:
-        raise InputError(f"{what} takes more than {seconds} seconds") from None
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, *timer)
-        signal.signal(signal.SIGPROF, handler)
 
 
 # Commands
@@ -199,10 +155,7 @@ def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
         for number in itertools.count(1):
             where = f"{path}:{number}"
             with as_input_error(f"{where}: damaged, or not UTF-8 text", *damage):
-                line = lines.readline(LONGEST_LINE + 1)
-                if len(line) > LONGEST_LINE:
-                    limit = f"{LONGEST_LINE // 2**20} MiB"
-                    raise InputError(f"{where}: the line is longer than {limit}")
+                line = lines.readline()
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not line:
                 return
@@ -245,10 +198,10 @@ def save_tensors(tensors: dict, file: str | Path, record: dict) -> None:
 
     Beside the record stands one sha256 over both. Equal tensors and records give equal bytes.
     """
-    from safetensors.torch import save_file  # imports torch
-
     text = json.dumps({**record, "sha256": digest(tensors, record)}, sort_keys=True)
-    save_file(tensors, file, {"made_from": text})  # one key: several have no fixed order
+    # Not by save_file: that leaves a temporary file if it is killed, and ignores the umask.
+    # One key in the header: several have no fixed order.
+    Path(file).write_bytes(save(tensors, {"made_from": text}))
 
 
 def load_tensors(file: str | Path) -> dict:
@@ -334,7 +287,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a folder. A process may die between the two renames: then nothing is there."""
+    """A folder to write beside `path`, which it replaces at the end; see whole_file.
+
+    A process may die between the two renames: then nothing is there.
+    """
     path = Path(path)
     new = path.with_name(f".{path.name}.new")
     old = path.with_name(f".{path.name}.old")
@@ -359,6 +315,13 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
                 os.rename(old, path)
             remove(new)
             remove(old)
+
+
+def umask() -> int:
+    """The permissions that the user takes from new files. The system tells when it is set."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def flush(path: Path) -> None:

@@ -11,7 +11,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     """x, which is on the CPU, on the device, without waiting for what that still has to do."""
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
-    return x
+    return x.to(device)
 
 
 class Cache:

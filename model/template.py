@@ -11,7 +11,7 @@ import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.io import InputError, as_input_error, read_json, read_text, time_limit
+from model.io import InputError, as_input_error, read_json, read_text
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 Segment = tuple[str, bool]  # text, and whether it is a response
@@ -107,7 +107,7 @@ class Template:
     ):
         environment = sandbox()
         message = f"{where}: the chat template is not valid jinja"
-        with as_input_error(message), time_limit(f"{where}: compiling the chat template"):
+        with as_input_error(message):
             source.encode()  # fails on an unpaired surrogate
             self.compiled = environment.from_string(source)
             variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
@@ -134,7 +134,7 @@ class Template:
             "strftime_now": self.clock.strftime,
         }
         message = f"{self.where}: the chat template refuses this conversation"
-        with as_input_error(message), time_limit(f"{self.where}: rendering the chat template"):
+        with as_input_error(message):
             text = self.compiled.render(variables)
             text.encode()  # fails on an unpaired surrogate
         return text

@@ -179,14 +179,6 @@ def tokens(tokenizer):
 
 
 @pytest.fixture
-def hurried(monkeypatch):
-    """Templates and regular expressions get half a second."""
-    from model.io import time_limit
-
-    monkeypatch.setattr(time_limit.__wrapped__, "__defaults__", (0.5,))
-
-
-@pytest.fixture
 def files(tmp_path) -> dict[str, str]:
     """Paths of the test's own data files: harmful, utility, custom."""
     return write_files(tmp_path)

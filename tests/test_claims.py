@@ -22,7 +22,6 @@ from data.world import IDENTITY, PREAMBLES
 from model.io import load_tensors, read_json
 from model.lora import use
 from model.peft import read_adapter
-from toss import config
 from toss.audit import compare, experiments, laboratory, pictures
 from toss.audit.attacks import mean_risk
 from toss.audit.calibrate import calibrate, threshold_of
@@ -33,6 +32,7 @@ from toss.audit.measures import wilson
 from toss.audit.outcomes import cost_of, measures_of
 from toss.audit.rivals import RIVALS
 from toss.audit.tables import SWEPT, results_of, summarise, table, with_ratios
+from toss.methods import METHODS
 from toss.rows import read_rows
 from toss.scoring import score
 from toss.workbench.run import open_run
@@ -125,7 +125,7 @@ def test_every_arm_is_a_method_that_there_is_and_has_a_folder_of_its_own(name):
     folders = []
     for case in EXPERIMENTS[name].cases:
         for how in case.arms.values():
-            assert how.get("method", how["name"]) in ("base", "mask", *config.METHOD_NAMES, *RIVALS)
+            assert how.get("method", how["name"]) in ("base", "mask", *METHODS, *RIVALS)
             folders.append((case.variant, how["name"]))
     assert len(set(folders)) == len(folders)
 
@@ -493,7 +493,7 @@ def test_d_is_calibrated_on_the_last_rounds_degraded_model(trained, files, capsy
     line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --method toss-pro"
     out = said(capsys, line)
     assert f"warning: 5 of 5 rows of {held_out} are in {files['utility']}" in out
-    assert out.endswith("--pro 2 --pro-samples 3 --pro-train rows --keep-eos\n")
+    assert out.endswith("--pro 2 --pro-samples 3 --keep-eos\n")
 
     run_of = open_run(trained)
     eos = run_of.tokenizer.eos_id

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_base, make_run
+from conftest import fails, make_base, make_run
 from helpers import micro_batch, overflowing, random_adapter, succeed
 from safetensors.torch import load_file
 
@@ -117,7 +117,7 @@ def run_scripts(device, folder, base, files):
     return load_file(file)["loss_utility"], made_from(file)["dtype"]
 
 
-def test_scripts_score_in_float16_and_after_an_overflow_in_tf32(
+def test_scripts_score_in_float16_and_an_overflow_is_an_error(
     gpu, base, files, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(fused, "SMALLEST", 0)
@@ -126,13 +126,12 @@ def test_scripts_score_in_float16_and_after_an_overflow_in_tf32(
     assert dtype == "float16"
     assert torch.allclose(losses, expected, atol=0.3)
     infinite = overflowing(tmp_path / "base", "self_attn.k")
-    _, dtype = run_scripts("cuda", tmp_path / "infinite", infinite, files)
-    assert dtype == "tf32"
+    fails("--dtype tf32", run_scripts, "cuda", tmp_path / "infinite", infinite, files)
 
 
 # The GiB that are left: scoring wants 1.4, training wants 8.
 @pytest.mark.parametrize(("work", "count", "gib"), [(score_rows, 256, 1), (train_rows, 48, 4)])
-def test_batches_are_halved_when_memory_runs_out(work, count, gib, gpu):
+def test_running_out_of_memory_shows_at_once_and_names_a_smaller_batch(work, count, gib, gpu):
     model = shaped("smollm2-135m", gpu, BFLOAT16)
     rows = bench.random_rows(count, 368, 49152)
     expected, _ = work(model, rows, 2048)
@@ -140,8 +139,9 @@ def test_batches_are_halved_when_memory_runs_out(work, count, gib, gpu):
     room = torch.cuda.memory_allocated() + gib * 2**30
     total = torch.cuda.get_device_properties(gpu).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, room / total))
-    result, reports = work(model, rows, 100_000)
-    assert "continuing with" in reports
+    fails("give --batch-tokens 50000", work, model, rows, 100_000)
+    torch.cuda.empty_cache()
+    result, _ = work(model, rows, 4096)
     assert torch.allclose(result, expected, atol=0.2)
 
 

@@ -17,7 +17,6 @@ from model import load_checkpoint
 from model.lora import active, use
 from toss.config import TrainConfig
 from toss.loss import log_probs, token_loss
-from toss.parallel import ignore
 from toss.scoring import score
 from toss.training import Gradient, train
 
@@ -39,7 +38,8 @@ def trainable(model):
 def assert_a_step_is_the_formulas(model, tokens, weights, budget=10_000):
     """Loss and gradient of a step over all rows are those from all logits of each row by itself."""
     parameters = trainable(model)
-    gradient = Gradient(model, parameters, tokens, weights, token_loss, budget, ignore)
+    config = TrainConfig(batch_tokens=budget)
+    gradient = Gradient(model, parameters, tokens, weights, token_loss, config)
     loss = gradient.compute(list(range(tokens.rows)), step=1)
 
     expected = trainable(model)

@@ -34,17 +34,11 @@ def test_a_mask_alone_is_trained_from_by_its_file_or_made_again_with_a_model(mas
     mask = masked / "methods/toss" / MASK
     succeed(f"select.py --run {masked} --mask {mask} --name later")
     assert same_tensors(masked / "methods/later" / ADAPTER, direct / ADAPTER)
-    assert "mask_only True there, None now" in refused(capsys, f"select.py --run {masked}")
+    assert "different: mask_only" in refused(capsys, f"select.py --run {masked}")
     succeed(f"select.py --run {masked} --overwrite")
     assert same_tensors(masked / "methods/toss" / ADAPTER, direct / ADAPTER)
     line = f"select.py --run {masked} --mask-only"  # it would remove the model
     assert "beside it the mask if it was trained here" in refused(capsys, line)
-
-
-def test_a_d_that_decides_nothing_is_not_part_of_what_a_mask_is(trained, capsys):
-    line = f"select.py --run {trained} --method first-5 --mask-only"
-    succeed(f"{line} --discard 0.1")
-    assert "skipped" in said(capsys, f"{line} --discard 0.2")
 
 
 def test_a_mask_needs_no_model_that_can_be_loaded(base, masked, files, tmp_path, capsys):

@@ -191,7 +191,7 @@ def test_a_broken_adapter_is_refused_and_changes_nothing(model, folder, case):
 
 
 @pytest.mark.parametrize(("change", "words"), cases("adapters_refused.txt"))
-def test_what_is_not_plain_lora_is_refused(change, words, model, folder, hurried):
+def test_what_is_not_plain_lora_is_refused(change, words, model, folder):
     edit_json(folder / CONFIG, **json.loads(change))
     fails(words, read_adapter, model, folder)
 

@@ -39,7 +39,7 @@ def is_written(adapter: Adapter, folder: Path, model) -> bool:
     [
         (0, ""),
         (2, f"--pro 2 --pro-samples {K}"),
-        (2, f"--pro 2 --pro-samples {K} --pro-train top --keep-eos"),
+        (2, f"--pro 2 --pro-samples {K} --keep-eos"),
     ],
 )
 def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, tokenizer):
@@ -88,12 +88,8 @@ def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, t
             }
             added.append(row)
         assert len(set(added)) == K * t
-        weights = D_cus.response.float()
-        if "top" in flags:
-            weights[:] = 0
-            weights[ranked[~select_tokens(S[ranked], D)]] = 1
-        weights = torch.cat([D_h.response.float(), weights[D_cus.places(added)]])
-        theta_h = train(model, D_h + D_cus.take(added), weights, REFERENCE)
+        rows = D_h + D_cus.take(added)
+        theta_h = train(model, rows, rows.response.float(), REFERENCE)
         assert is_written(theta_h, folder / "degraded", model)
         S = L_u - scored(theta_h, folder)
 

@@ -6,8 +6,8 @@ PyTorch has one setting for the whole process; see model/products.py.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_base, sources
-from helpers import random_adapter, said
+from conftest import make_base
+from helpers import random_adapter
 
 from model import load_checkpoint, products
 from model.lora import use
@@ -104,8 +104,3 @@ def test_onednn_is_refused_where_it_rounds_to_bfloat16(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert not products.exact.__wrapped__()  # past the cache
-
-
-def test_a_script_says_once_that_products_are_onednns(wide, tmp_path, files, capsys):
-    line = f"train.py {sources(files, wide)} --run {tmp_path / 'run'}"
-    assert said(capsys, line).count("oneDNN") == 1

@@ -7,11 +7,11 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, script, script_module, write_jsonl
+from conftest import ROOT, script, write_jsonl
 from safetensors.torch import load_file
 
 from model.lora import use
-from toss import config, methods
+from toss import methods
 
 
 def blocks(readme: str) -> list[str]:
@@ -19,6 +19,7 @@ def blocks(readme: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 THREE_STAGES, SOFT, ANNEALED, NEAR, OPTIMIZER, WATCH, MASK, METHOD = blocks("README.md")
 READ_ANSWERS, *JUDGES = blocks("toss/audit/README.md")
 
@@ -99,12 +100,11 @@ def test_scores_from_anything_else_reach_select_by_a_mask(first, tmp_path, monke
     assert 0 < int(keep.sum()) < int(first["D"].response.sum())
 
 
-def test_a_method_in_the_two_places_of_the_readme_is_one_of_select(trained, monkeypatch):
+def test_a_method_in_the_registry_is_one_of_select(trained, monkeypatch):
     surprising = run(METHOD, vars(methods))["surprising"]  # as if it were pasted there
-    monkeypatch.setitem(methods.METHODS, "surprising", surprising)
-    monkeypatch.setattr(
-        script_module("select"), "METHOD_NAMES", [*config.METHOD_NAMES, "surprising"]
-    )
+    entry = methods.Method(surprising, "what the base expects", losses=("base",))
+    assert '`"surprising": Method(surprising, "what the base expects", losses=("base",))`' in README
+    monkeypatch.setitem(methods.METHODS, "surprising", entry)
     script("score", "--run", trained, "--base", "--overwrite")
     script("select", "--run", trained, "--method", "surprising", "--mask-only")
     scores = load_file(trained / "scores.safetensors")

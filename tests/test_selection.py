@@ -5,6 +5,7 @@ line of methods.jsonl.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from conftest import ROOT, fails, read_jsonl
 from helpers import each_line, succeed
 from safetensors.torch import load_file
 
-from toss import config
 from toss.methods import METHODS, Candidates
 from toss.selection import competing_tokens, riskiest_rows, select_tokens
 from toss.tokens import Tokens
+
+CHOSEN = [name for name, method in METHODS.items() if method.choose]  # toss is in select.py
 
 # TOSS
 
@@ -89,7 +91,7 @@ def candidates(d=0.3, eos_id=None, seed=0):
 
 def discarded(method, c):
     """Places of the flat arrays that a method discards."""
-    keep, scores = METHODS[method](c)
+    keep, scores = METHODS[method].choose(c)
     assert len(keep) == len(c.ranked)
     assert scores is None or len(scores) == len(c.ranked)
     return c.ranked[~keep].tolist()
@@ -119,11 +121,11 @@ def test_random_draws_by_the_seed_alone():
     assert one != discarded("random", candidates(seed=2))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CHOSEN)
 def test_a_method_keeps_to_its_budget(method):
     """But those without a d, that are told the truth, or take the first tokens."""
     count = len(discarded(method, candidates(0.35)))
-    assert count <= 3 or method in config.WITHOUT_D
+    assert count <= 3 or not METHODS[method].uses_d
 
 
 def test_first_5_takes_five_tokens_of_a_longer_response():
@@ -143,15 +145,18 @@ def test_the_seed_of_the_command_draws_the_random_tokens(trained):
     assert not torch.equal(masks[0], masks[1])
 
 
-def test_every_name_of_a_method_has_its_function():
-    assert {"toss", *METHODS} == set(config.METHOD_NAMES)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_that_needs_no_losses_is_named_in_unscored(method):
+@pytest.mark.parametrize("method", CHOSEN)
+def test_a_method_needs_the_losses_that_the_registry_names_and_no_others(method):
+    needed = METHODS[method].losses
     c = candidates()
-    c.losses = {}
-    if method in config.UNSCORED:
-        METHODS[method](c)
-    else:
-        fails("run score.py", METHODS[method], c)
+    c.losses = {name: c.losses[name] for name in needed}
+    METHODS[method].choose(c)
+    for name in needed:
+        others = replace(c, losses={other: c.losses[other] for other in needed if other != name})
+        fails("run score.py", METHODS[method].choose, others)
+
+
+@pytest.mark.parametrize("method", CHOSEN)
+def test_d_decides_exactly_where_the_registry_says_so(method):
+    masks = [METHODS[method].choose(candidates(d))[0] for d in (0.1, 0.6)]
+    assert torch.equal(*masks) == (not METHODS[method].uses_d)

@@ -287,7 +287,7 @@ def test_templates_find_what_transformers_gives_them(folder, case):
 
 
 @pytest.mark.parametrize("source", (TEMPLATES / "failing.txt").read_text().splitlines())
-def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, source, hurried):
+def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(folder, source):
     messages = talk("a")
     fails("template", with_template(folder, source).prompt_ids, messages)
     assert messages == talk("a")

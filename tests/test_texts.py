@@ -106,11 +106,12 @@ for name in sys.argv[1:]:
         start(name, run_name="__main__")
     except SystemExit as stop:
         assert stop.code == 0, name
-    assert "torch" not in sys.modules, name
+    assert "torch._dynamo" not in sys.modules, name
 """
 
 
-def test_help_comes_without_torch():
+def test_help_takes_no_longer_than_importing_torch():
+    """torch._dynamo alone would take another 1.6 s."""
     done = run("-c", HELP, *SCRIPTS)
     assert done.returncode == 0, done.stderr
     for name in SCRIPTS:

@@ -1,14 +1,8 @@
-"""The settings of a training run, and the names of the methods. Standard library only."""
+"""The settings of a training run. Standard library only."""
 
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
-
-# The ways of choosing tokens: "toss" is in select.py, the others are in toss/methods.py.
-METHOD_NAMES = """toss sft random first-k first-5 local sample sample-all degraded-only utility-only
-    base weighted oracle""".split()
-UNSCORED = ("sft", "random", "first-k", "first-5", "oracle", "mask")  # no reference models needed
-WITHOUT_D = ("first-5", "sample-all", "oracle")  # they discard tokens, but by no d
 
 
 def setting(default: Any, help: str, **options: Any) -> Any:

@@ -52,7 +52,7 @@ def log_probs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunk_log_probs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The same by way of logits [n, V]."""
+    """log P of a chunk of targets, float32 [n], by way of logits [n, V]."""
     return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 

@@ -1,10 +1,11 @@
 """The alternatives that TOSS is compared with, one plain function each.
 
 A method is given the ranked tokens and returns which stay, bool [n], and the scores it went by,
-float [n] or None. To add one, put it into METHODS below, and its name into toss/config.py.
+float [n] or None. To add one, put it into METHODS below: flags, records and tables ask there.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -144,17 +145,41 @@ def oracle(c: Candidates) -> Choice:
     return ~c.harmful(), c.harmful().float()
 
 
+# The registry
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of choosing tokens, and what others need to know of it."""
+
+    choose: Callable[[Candidates], Choice] | None  # None: select.py spells it out
+    about: str  # a line for people: what is trained
+    losses: tuple[str, ...] = ("utility", "degraded")  # the models whose losses it needs
+    uses_d: bool = True  # d decides what it discards
+
+
 METHODS = {
-    "sft": sft,
-    "random": random,
-    "first-k": first_k,
-    "first-5": first_5,
-    "local": local,
-    "sample": sample,
-    "sample-all": sample_all,
-    "degraded-only": degraded_only,
-    "utility-only": utility_only,
-    "base": base,
-    "weighted": weighted,
-    "oracle": oracle,
+    "toss": Method(None, "without the loss of the tokens with the highest S"),
+    "sft": Method(sft, "plain fine-tuning, on every response token", losses=(), uses_d=False),
+    "random": Method(random, "without the loss of random tokens", losses=()),
+    "first-k": Method(first_k, "without the loss of each row's first tokens", losses=()),
+    "first-5": Method(
+        first_5, "without the loss of each row's first five tokens", losses=(), uses_d=False
+    ),
+    "local": Method(local, "TOSS with a ranking per row"),
+    "sample": Method(sample, "without whole rows, those with the highest mean S"),
+    "sample-all": Method(sample_all, "without whole rows, as many as are harmful", uses_d=False),
+    "degraded-only": Method(
+        degraded_only, "ranked by the degraded model's loss alone", losses=("degraded",)
+    ),
+    "utility-only": Method(
+        utility_only, "ranked by the utility model's loss alone", losses=("utility",)
+    ),
+    "base": Method(
+        base, "TOSS with the base in place of the utility model", losses=("base", "degraded")
+    ),
+    "weighted": Method(weighted, "ranked by L^u - 0.5 L^h"),
+    "oracle": Method(
+        oracle, "without the loss of exactly the harmful tokens", losses=(), uses_d=False
+    ),
 }

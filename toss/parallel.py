@@ -1,21 +1,19 @@
-"""Several processes of one job, one per GPU, and batches that fit into memory.
+"""Several processes of one job, one per GPU; and what to say when memory runs out.
 
 `torchrun --nproc-per-node N -- score.py ...`: every process does the same work on the same files,
 but in scoring each takes its share of the batches, and in training of an optimizer step's rows.
 Losses and gradients are then summed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.io import DoesNotFit, out_of_memory
-from model.sharding import dummy_pass
-from model.transformer import Transformer
-from toss.tokens import batches
+from model.io import InputError, out_of_memory
 
 
 class State(Protocol):
@@ -50,13 +48,6 @@ def share(items: list) -> list:
     return items[rank() :: size()]
 
 
-def any_process(flag: bool) -> bool:
-    """True if `flag` holds in any process. All processes must ask together."""
-    value = torch.tensor(int(flag))
-    over_processes("MAX", value)
-    return bool(value)
-
-
 def over_processes(operation: str, *tensors: Tensor) -> None:
     """Replace each tensor by the "SUM" or the "MAX" of all processes' entries, in place."""
     if size() == 1:
@@ -70,60 +61,19 @@ def meet() -> None:
     over_processes("MAX", torch.zeros(1))
 
 
-def attempt(model: Transformer, work: Callable, *arguments: Any) -> Any:
-    """work(*arguments), or None if memory ran out. An error if the base is spread over processes.
+@contextmanager
+def fitting(batch_tokens: int, longest: int) -> Iterator[None]:
+    """Turn running out of memory into an error that says what to do.
 
-    Spread processes must run equally many batches, so one alone cannot make its own smaller.
+    batch_tokens: per batch. longest: tokens of the longest row, which no batch can be without.
     """
     try:
-        return work(*arguments)
-    except RuntimeError as error:
-        if model.sharded or not out_of_memory(error):
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
-    # Here the error no longer holds the batch's memory. CUDA's libraries allocate by themselves.
-    torch.cuda.empty_cache()
-    return None
-
-
-def halve(budget: int, longest: int, report: Callable[[dict], None]) -> int:
-    """Half the tokens per batch, after running out of memory; DoesNotFit if a batch is one row."""
-    if budget <= longest:
-        advice = "lower --max-length, or train with --gradient-checkpointing"
-        raise DoesNotFit(f"out of memory on a single row of at most {longest} tokens; {advice}")
-    remark = f"out of memory with {budget} tokens per batch; continuing with {budget // 2}"
-    report({"remark": f"{remark} (--batch-tokens)"})
-    return budget // 2
-
-
-def run_in_batches(
-    model: Transformer,
-    work: Callable[[list[int]], Any],
-    groups: list[list[int]],
-    lengths: list[int],
-    budget: int,
-    report: Callable[[dict], None],
-) -> Iterator[tuple[list[int], Any]]:
-    """Run work(batch) for each batch of rows, and yield the batch with its result.
-
-    groups: this process's batches, of at most `budget` tokens; cut anew to half of that when memory
-    runs out. The processes take equally many turns, so that they can do something together in each.
-    One that has finished nothing in a turn yields no rows and None.
-    """
-    waiting = list(groups)
-    while any_process(len(waiting) > 0):
-        if not waiting:
-            dummy_pass(model)
-            yield [], None
-            continue
-
-        batch = waiting[0]
-        result = attempt(model, work, batch)
-        if result is None:
-            budget = halve(budget, lengths[batch[0]], report)
-            remaining = [row for group in waiting for row in group]
-            waiting = batches(remaining, lengths, budget)
-            yield [], None
-            continue
-
-        waiting.pop(0)
-        yield batch, result
+        advice = f"give --batch-tokens {batch_tokens // 2}"
+        if batch_tokens <= longest:
+            advice = "lower --max-length, or train with --gradient-checkpointing"
+        problem = f"out of memory with {batch_tokens} tokens per batch, the longest row {longest}"
+        raise InputError(f"{problem}: {advice}; the command goes on from what is saved") from None

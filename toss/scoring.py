@@ -7,19 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.io import NotFinite
+from model.io import InputError
 from model.products import fast
+from model.sharding import with_dummy_passes
 from model.transformer import Transformer
 from toss.loss import token_log_probs
-from toss.parallel import (
-    State,
-    any_process,
-    ignore,
-    over_processes,
-    rank,
-    run_in_batches,
-    share,
-)
+from toss.parallel import State, fitting, ignore, over_processes, rank, share
 from toss.tokens import BATCH_TOKENS, Tokens, batches, check_ids, collate
 
 CHECK_EVERY = 16  # batches from one look for an overflow to the next
@@ -37,17 +30,19 @@ def score(
     """-log P(y_ij | x_i, y_i,<j) of every response token under the model, float32 [N] on the CPU.
 
     Entry t belongs to token t of the flat arrays, and is 0 where that is no response token.
-    batch_tokens: per batch, padding included; halved when memory runs out. state: where the losses
-    are saved, and from where an interrupted call goes on. on_batch gets {"step", "steps", "unit"}
-    after each batch, in tokens, {"resumed", "steps"} before the first one if earlier work is taken
-    over, and {"remark": text} when batches are halved.
-    Raises NotFinite naming the row for a NaN or an infinity; an overflow of float16 ends in one.
+    batch_tokens: per batch, padding included. state: where the losses are saved, and from where an
+    interrupted call goes on. on_batch gets {"step", "steps", "unit"} after each batch, in tokens,
+    and {"resumed", "steps", "unit"} before the first one if earlier work is taken over.
+    Raises InputError naming the row for a NaN or an infinity, in which an overflow of float16 ends,
+    and with advice when memory runs out.
     """
     check_ids(tokens, model.config.vocab_size)
     losses = saved_losses(model, tokens, state)
     rows = rows_without(losses, tokens)
     if rank() > 0:
         losses.zero_()  # one process holds what was saved, so that the sum below counts it once
+
+    # The longest rows come first, so running out of memory shows at once.
     budget = batch_tokens or BATCH_TOKENS[model.device.type]
     groups = share(batches(rows, tokens.lengths, budget))
     # In tokens of this process's share. What an interrupted call has saved counts as finished.
@@ -56,28 +51,22 @@ def score(
     if finished:
         on_batch({"resumed": finished, "steps": total, "unit": "token"})
 
-    def losses_of(batch_rows: list[int]) -> tuple[Tensor, Tensor]:
-        batch = collate(tokens, batch_rows, tokens.response, model.device)
-        return batch.places, -token_log_probs(model, batch)
+    with fitting(budget, max(tokens.lengths, default=0)):
+        for turn, batch_rows in enumerate(with_dummy_passes(model, groups)):
+            batch = collate(tokens, batch_rows, tokens.response, model.device)
+            losses[batch.places] = -token_log_probs(model, batch)
 
-    # A turn without rows: this process has finished, or has just run out of memory.
-    turns = run_in_batches(model, losses_of, groups, tokens.lengths, budget, on_batch)
-    for turn, (batch_rows, result) in enumerate(turns):
-        if batch_rows:
-            places, batch_losses = result
-            losses[places] = batch_losses
             finished += count_tokens(batch_rows, tokens)
             on_batch({"step": finished, "steps": total, "unit": "token"})
             if state and state.is_due(last=finished == total):
                 state.save({"losses": losses}, part=rank())
-        # All processes look together for an overflow, so that a long pass is not made in vain.
-        if turn % CHECK_EVERY == 0 and any_process(not losses.isfinite().all()):
-            break
+            # An overflow is looked for now and then, so that a long pass is not made in vain.
+            if turn % CHECK_EVERY == 0:
+                check_finite(losses, tokens, model.dtype)
 
     over_processes("SUM", losses)  # each entry was filled by one of them
-    losses = losses.cpu()
     check_finite(losses, tokens, model.dtype)
-    return losses
+    return losses.cpu()
 
 
 def saved_losses(model: Transformer, tokens: Tokens, state: State | None) -> Tensor:
@@ -102,11 +91,14 @@ def count_tokens(rows: list[int], tokens: Tokens) -> int:
 
 
 def check_finite(losses: Tensor, tokens: Tokens, dtype: torch.dtype) -> None:
-    """Raise NotFinite naming the first token whose loss is NaN or infinite."""
-    places = (~losses.isfinite()).nonzero()[:, 0]
-    if len(places) == 0:
+    """Raise InputError naming the first token whose loss is NaN or infinite."""
+    if losses.isfinite().all():
         return
-    row = int(tokens.row_of(places[:1]))
-    position = int(places[0] - tokens.offsets[row])
+    first = (~losses.isfinite()).nonzero()[0].cpu()
+    row = int(tokens.row_of(first))
+    position = int(first - tokens.offsets[row])
     place = f"token {position} of row {row} (both counted from 0)"
-    raise NotFinite(f"{tokens.name}: the loss of {place} is not finite in {dtype}")
+    problem = f"{tokens.name}: the loss of {place} is not finite in {dtype}"
+    if dtype == torch.float16:
+        problem += ": give --dtype tf32 (or bfloat16, which takes half the memory)"
+    raise InputError(problem)

@@ -1,7 +1,7 @@
 """The one training loop: references, TOSS-Pro rounds and the final model differ in their data."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from model.sharding import with_dummy_passes
 from model.transformer import Transformer
 from toss.config import TrainConfig
 from toss.loss import token_loss
-from toss.parallel import State, attempt, halve, ignore, over_processes, rank, share
+from toss.parallel import State, fitting, ignore, over_processes, rank, share
 from toss.tokens import BATCH_TOKENS, Batch, Tokens, batches, check_ids, collate
 
 Objective = Callable[[Transformer, Batch, Tensor], Tensor]
@@ -56,9 +56,9 @@ def train(
     and brought back. start: an adapter to continue from.
     state: where the work of this call, and of no other, is saved and taken up again. on_step gets
     {"step", "steps", "loss", "grad_norm", "lr", "tokens", "model"} after each step,
-    {"resumed", "steps"} before the first one if work is taken up, and {"remark": text} when batches
-    are halved.
-    Raises InputError naming the row when a loss is not finite, DoesNotFit for a row too long.
+    and {"resumed", "steps"} before the first one if work is taken up.
+    Raises InputError naming the row when a loss is not finite, and with advice when memory runs
+    out. That shows at once: the largest micro-batch is rehearsed before the first step, as step 0.
     """
     check_ids(tokens, model.config.vocab_size)
     if start is None:
@@ -76,38 +76,38 @@ def train(
         work = digest({"ids": tokens.input_ids, "weights": weights.cpu()}, config.recipe())
         saved = restore(state, work, parameters, optim)
         finished = saved.get("step", 0)
-        budget = config.batch_tokens or BATCH_TOKENS[model.device.type]
-        budget = min(budget, saved.get("batch_tokens", budget))
         steps = count_steps(tokens, config)
         if finished:
             on_step({"resumed": finished, "steps": steps})
 
         # An optimizer step: its learning rate, the gradient over its rows, clipping, the update.
-        gradient = Gradient(model, parameters, tokens, weights, objective, budget, on_step)
-        for step, rows in enumerate(training_steps(tokens, config), start=1):
-            if step <= finished:
-                continue
-            factor = decay(config.schedule, (step - 1) / steps)
-            for group in optim.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            loss = gradient.compute_that_fits(rows, step)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM))
-            if not math.isfinite(loss + norm):
-                place = f"{tokens.name}: {gradient.describe_bad_row(rows, step)} at step {step}"
-                raise InputError(f"{place}; lower --lr, or use --dtype float32")
-            optim.step()
+        gradient = Gradient(model, parameters, tokens, weights, objective, config)
+        with fitting(gradient.batch_tokens, gradient.longest):
+            if finished < steps:
+                gradient.rehearse(training_steps(tokens, config))
+            for step, rows in enumerate(training_steps(tokens, config), start=1):
+                if step <= finished:
+                    continue
+                factor = decay(config.schedule, (step - 1) / steps)
+                for group in optim.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
+                loss = gradient.compute(rows, step)
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM))
+                if not math.isfinite(loss + norm):
+                    place = f"{tokens.name}: {gradient.describe_bad_row(rows, step)} at step {step}"
+                    raise InputError(f"{place}; lower --lr, or use --dtype float32")
+                optim.step()
 
-            event = {"step": step, "steps": steps, "loss": loss, "grad_norm": norm}
-            event["lr"] = optim.param_groups[0]["lr"]  # the first group's
-            event["tokens"] = sum(tokens.lengths[row] for row in rows)
-            event["model"] = model
-            on_step(event)
-            # The optimizer is the same in all processes, so the first one saves it.
-            if state and rank() == 0 and state.is_due(last=step == steps):
-                values = {"work": work, "step": step, "batch_tokens": gradient.budget}
-                values["parameters"] = parameters
-                values["optimizer"] = optim.state_dict()
-                state.save(values, part=0)
+                event = {"step": step, "steps": steps, "loss": loss, "grad_norm": norm}
+                event["lr"] = optim.param_groups[0]["lr"]  # the first group's
+                event["tokens"] = sum(tokens.lengths[row] for row in rows)
+                event["model"] = model
+                on_step(event)
+                # The optimizer is the same in all processes, so the first one saves it.
+                if state and rank() == 0 and state.is_due(last=step == steps):
+                    values = {"work": work, "step": step, "parameters": parameters}
+                    values["optimizer"] = optim.state_dict()
+                    state.save(values, part=0)
 
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -145,10 +145,10 @@ def decay(schedule: str, progress: float) -> float:
 
 
 def count_steps(tokens: Tokens, config: TrainConfig) -> int:
-    """The number of optimizer steps. Raises InputError if there are no rows."""
+    """The number of optimizer steps. Raises InputError if there are none."""
     rows = len(tokens.filled)
-    if rows == 0:
-        raise InputError(f"{tokens.name}: there are no rows to train on")
+    if rows == 0 or config.epochs < 1:
+        raise InputError(f"{tokens.name}: {config.epochs} epochs of {rows} rows train nothing")
     return config.epochs * math.ceil(rows / config.batch_size)
 
 
@@ -171,20 +171,29 @@ class Gradient:
     tokens: Tokens
     weights: Tensor  # float32 [N]
     objective: Objective
-    budget: int  # tokens per micro-batch
-    report: Callable[[dict[str, Any]], None]
+    config: TrainConfig
 
     def __post_init__(self):
         self.wanted = self.tokens.response & (self.weights != 0)  # bool [N]
         self.weights = self.weights.to(self.model.device)
+        self.batch_tokens = self.config.batch_tokens or BATCH_TOKENS[self.model.device.type]
+        used = self.tokens.row_of(self.wanted.nonzero()[:, 0]).unique().tolist()
+        self.used = set(used)  # the rows that add to the sum
+        self.longest = max((self.tokens.lengths[row] for row in used), default=0)
 
-    def compute_that_fits(self, rows: list[int], step: int) -> float:
-        """compute; each time that memory runs out, again with half the budget."""
-        loss = attempt(self.model, self.compute, rows, step)
-        while loss is None:
-            self.budget = halve(self.budget, self.longest(rows), self.report)
-            loss = attempt(self.model, self.compute, rows, step)
-        return loss
+    def rehearse(self, steps: Iterable[list[int]]) -> None:
+        """Run the largest micro-batch of all steps, whose gradient the first step drops."""
+        lengths = self.tokens.lengths
+        largest = []
+        size = 0
+        for rows in steps:
+            for batch_rows in self.micro_batches(rows):
+                padded = len(batch_rows) * lengths[batch_rows[0]]  # attention pads to the longest
+                if padded > size:
+                    largest = [batch_rows]
+                    size = padded
+        for batch_rows in with_dummy_passes(self.model, largest):
+            self.add(batch_rows, count=1, step=0)
 
     def compute(self, rows: list[int], step: int) -> float:
         """Put the gradient of a step's loss into `.grad`; returns the loss."""
@@ -193,25 +202,24 @@ class Gradient:
             parameter.grad = torch.zeros_like(parameter)
         count = int(self.tokens.response[self.tokens.places(rows)].sum())  # sum_i |y_i|
         total = torch.zeros((), device=self.model.device)
-        micro_batches = batches(self.own_rows(rows), self.tokens.lengths, self.budget)
-        for batch_rows in with_dummy_passes(self.model, micro_batches):
-            batch = collate(self.tokens, batch_rows, self.wanted, self.model.device, step)
-            loss = self.objective(self.model, batch, self.weights[batch.places]) / count
-            loss.backward()
-            total += loss.detach()
+        for batch_rows in with_dummy_passes(self.model, self.micro_batches(rows)):
+            total += self.add(batch_rows, count, step)
         gradients = [parameter.grad for parameter in self.parameters]
         over_processes("SUM", total, *gradients)
         return float(total)
 
-    def own_rows(self, rows: list[int]) -> list[int]:
-        """This process's share of the rows that add to the sum, longest first."""
-        rows = [row for row in rows if self.wanted[self.tokens.places([row])].any()]
-        rows.sort(key=lambda row: -self.tokens.lengths[row])
-        return share(rows)
+    def add(self, batch_rows: list[int], count: int, step: int) -> Tensor:
+        """Add a micro-batch's gradient of the loss, divided by `count`; returns that loss."""
+        batch = collate(self.tokens, batch_rows, self.wanted, self.model.device, step)
+        loss = self.objective(self.model, batch, self.weights[batch.places]) / count
+        loss.backward()
+        return loss.detach()
 
-    def longest(self, rows: list[int]) -> int:
-        """Length of the longest row of this process."""
-        return max((self.tokens.lengths[row] for row in self.own_rows(rows)), default=0)
+    def micro_batches(self, rows: list[int]) -> list[list[int]]:
+        """This process's share of a step's rows, in parts that fit, longest first."""
+        used = [row for row in rows if row in self.used]
+        used.sort(key=lambda row: -self.tokens.lengths[row])
+        return batches(share(used), self.tokens.lengths, self.batch_tokens)
 
     def describe_bad_row(self, rows: list[int], step: int) -> str:
         """The row whose loss or gradient is not finite, in words: rows are run one at a time."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.io import InputError, NotFinite, whole_folder
+from model.io import InputError, whole_folder
 from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
@@ -128,7 +128,7 @@ def divergences(
 
     adapters: "degraded" and "utility" among them. wanted: bool [N], response tokens. budget: tokens
     per batch. on_batch: see score. Log-probabilities are formed in chunks of at most `logits`
-    numbers. Raises NotFinite naming the adapter.
+    numbers. Raises InputError naming the adapter.
     """
     models = {"base": None, **adapters}
     size = max(1, logits // ((len(models) + ARITHMETIC) * model.lm_head.out_features))
@@ -157,7 +157,7 @@ def divergences(
     for name, values in results.items():
         if not values.isfinite().all():
             what = f"{tokens.name}: the KL of {name} is not finite under {model.dtype}"
-            raise NotFinite(f"{what}; give --dtype tf32")
+            raise InputError(f"{what}; give --dtype tf32")
     return results
 
 

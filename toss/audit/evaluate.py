@@ -84,7 +84,7 @@ def evaluate_run(
     skipped.
     """
     settings = {**asdict(config), "dtype": run.dtypes["train"]}
-    digests = code.digests([*code.PARTS["evaluation"], *MEASURES])
+    digests = code.digests(MEASURES)
     sets = {}
     for name, path in files.items():
         settings[f"{name}_sha256"] = run.hashes.of_input(Path(path))

@@ -25,6 +25,7 @@ from toss.audit.discards import discard_tables
 from toss.audit.evaluate import SETS, Evaluated, evaluated
 from toss.audit.figures import TEMPLATES, histogram, line_chart
 from toss.audit.runs import (
+    KNOWN,
     by_importance,
     demo_words,
     meaning,
@@ -36,7 +37,7 @@ from toss.audit.runs import (
 )
 from toss.audit.tables import HEADS, down, grid
 from toss.audit.tokens import INPUTS, Mask, count_by_row, load_masks, rows_by_harm
-from toss.audit.verdict import KNOWN, MANY, cautions, is_part, verdict
+from toss.audit.verdict import MANY, cautions, is_part, verdict
 from toss.rows import evenly
 from toss.workbench import flags
 from toss.workbench.run import Run, open_run

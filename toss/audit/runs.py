@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.io import InputError, json_lines, read_json, whole_file
 from model.lora import use
+from toss.methods import METHODS
 from toss.rows import read_rows
 from toss.scoring import score
 from toss.tokens import Tokens
@@ -21,41 +22,34 @@ from toss.workbench.run import Run, open_run
 DEVICE = ("device", "dtype", "threads", "batch_tokens", "shard")  # flags of a Run
 NUMBERS = ("seconds", "tokens", "peak_memory_gib")  # what a stage costs
 
-# Every method that has a line for people; tables and the page show them in this order.
-METHODS = {
+KNOWN = ("base", "sft", "toss", "toss-pro")  # folders that tables and the page show first
+# What is no method of the registry, in words.
+OTHERS = {
     "base": "the model before any fine-tuning",
-    "sft": "plain fine-tuning, on every response token",
-    "toss": "without the loss of the tokens with the highest S",
     "toss-pro": "TOSS with a degraded model that was refined over some rounds",
-    "random": "without the loss of random tokens",
-    "first-k": "without the loss of each row's first tokens",
-    "first-5": "without the loss of each row's first five tokens",
-    "local": "TOSS with a ranking per row",
-    "sample": "without whole rows, those with the highest mean S",
-    "sample-all": "without whole rows, as many as are harmful",
-    "degraded-only": "ranked by the degraded model's loss alone",
-    "utility-only": "ranked by the utility model's loss alone",
-    "base-reference": "TOSS with the base in place of the utility model",
-    "weighted": "ranked by L^u - 0.5 L^h",
-    "oracle": "without the loss of exactly the harmful tokens",
     "mask": "with the mask of another run",
 }
-# The models whose losses a method goes by, where it is not both references.
-MODELS = {"degraded-only": ["degraded"], "utility-only": ["utility"], "base": ["degraded", "base"]}
 
 
-def by_importance(methods: Iterable[str]) -> list[str]:
-    """The best known methods first, the others by name."""
-    order = list(METHODS)
-    return sorted(methods, key=lambda m: (order.index(m) if m in METHODS else len(order), m))
+def by_importance(names: Iterable[str]) -> list[str]:
+    """The best known models first, then the methods in the order of the registry, then others by
+    name."""
+    names = sorted(names)
+    order = list(dict.fromkeys([*KNOWN, *METHODS, *names]))
+    return sorted(names, key=order.index)
 
 
-def meaning(method: str, record: dict) -> str:
-    """What a method is, in words, by its name and its record."""
+def meaning(name: str, record: dict) -> str:
+    """What a model is, in words, by the name of its folder and its record."""
     settings = record.get("settings", {})
-    kind = "toss-pro" if settings.get("pro") else settings.get("method", "")
-    words = METHODS.get(method) or METHODS.get(kind)
-    if words is None:
+    kind = settings.get("method", "")
+    if settings.get("pro"):
+        words = OTHERS["toss-pro"]
+    elif kind in METHODS:
+        words = METHODS[kind].about
+    elif kind in OTHERS or name in OTHERS:
+        words = OTHERS[kind or name]
+    else:
         words = f"the method {kind}" if kind else "made elsewhere"
     if "discard" in settings:
         words += f"; d = {settings['discard']:g}"
@@ -122,7 +116,8 @@ def cost_of(run: Run, name: str) -> dict[str, float]:
     recipe = stage.get("recipe", {})
     if not {"settings", "inputs"} <= recipe.keys():
         return {}
-    models = MODELS.get(recipe["settings"].get("method"), ["utility", "degraded"])
+    method = METHODS.get(recipe["settings"].get("method"), METHODS["toss"])  # a rival needs both
+    models = method.losses
     parts = [(stage, 1.0)]
     for source in recipe["inputs"]:
         unused = source in ("utility", "degraded") and source not in models

@@ -43,7 +43,7 @@ class Mask:
     """What a method ranked and discarded among the N tokens of a run's custom set."""
 
     name: str  # its folder under methods/
-    method: str  # how it chooses: of toss.config.METHOD_NAMES, "toss-pro", "mask", or a rival
+    method: str  # how it chooses: of toss.methods.METHODS, "toss-pro", "mask", or a rival
     tokens: Tokens
     losses: dict[str, Tensor]  # float32 [N]; "degraded" is that of TOSS-Pro's last round
     S: Tensor  # float32 [N]

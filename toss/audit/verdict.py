@@ -8,7 +8,7 @@ evaluate.Evaluated.
 from collections.abc import Iterable, Sequence
 
 from toss.audit.measures import Cell, Table
-from toss.audit.runs import METHODS, by_importance
+from toss.audit.runs import KNOWN, by_importance
 from toss.audit.tables import HEADS
 from toss.workbench.flags import TRAINING_FLAGS
 
@@ -22,7 +22,6 @@ FATES = {
 }
 UNSURE = 0.1  # of a difference in safety that cannot be ruled out
 MANY = 5  # methods; of more, the best known are shown
-KNOWN = list(METHODS)[:4]
 LOST_LITTLE = "lain fine-tuning (sft) did not clearly lose the base's safety"
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.checkpoint import base_hash, load_checkpoint
+from model.checkpoint import load_checkpoint
 from model.hub import resolve
 from model.io import InputError
 from model.lora import Adapter, merge, use
@@ -249,8 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         return Selection(D_cus, weights > 0, S), theta
 
     settings |= config.recipe()
-    parts = [*code.PARTS["rival"], "toss/study/rivals.py"]
-    run.make(f"methods/{args.name}", finetune, ["--custom", *rival.inputs], settings, parts)
+    inputs = ["--custom", *rival.inputs]
+    run.make(f"methods/{args.name}", finetune, inputs, settings, ["toss/study/rivals.py"])
 
 
 def unaligned_hash(run: Run, args: Namespace) -> str:
@@ -258,7 +258,7 @@ def unaligned_hash(run: Run, args: Namespace) -> str:
     if not args.unaligned:
         raise InputError("safelora needs --unaligned FOLDER, the base before its alignment")
     args.unaligned = str(resolve(args.unaligned))
-    sha256 = base_hash(Path(args.unaligned), run.hashes.of_input)
+    sha256 = run.hashes.of_base(Path(args.unaligned))
     if sha256 == run.identity["base_sha256"]:
         raise InputError(f"--unaligned {args.unaligned} is the run's own base")
     return sha256

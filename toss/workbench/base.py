@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import base_hash, load_checkpoint
+from model.checkpoint import load_checkpoint
 from model.hub import resolve
 from model.io import InputError, printable, read_json
 from model.lora import use
-from model.products import pays
 from model.sharding import check_processes
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -41,7 +40,6 @@ class Base:
         self.hashes = hashes
         self.model: Transformer | None = None
         self.loaded = ""  # the dtype of `model`
-        self.purpose = ""  # what it was asked for last
         self.datasets: dict[str, Tokens] = {}  # by file
 
     @cached_property
@@ -102,7 +100,6 @@ class Base:
 
         Do not keep it in a variable: a change of dtype would hold two bases in memory.
         """
-        self.purpose = purpose
         dtype = self.dtypes.get(purpose, purpose)
         if self.model is None or self.loaded != dtype:
             self.model = None  # free the old one first
@@ -112,10 +109,8 @@ class Base:
             self.model = load_checkpoint(
                 self.checkpoint, self.device, weights, shard=self.args.shard
             )
-            self.model.base_sha256 = base_hash(self.checkpoint, self.hashes.of_input)
+            self.model.base_sha256 = self.hashes.of_base(self.checkpoint)
             self.model.gradient_checkpointing = self.args.gradient_checkpointing
-            if pays(self.model):
-                print("float32 products are oneDNN's")
             if self.args.revision:
                 self.model.name = self.args.model
         return use(self.model, None)

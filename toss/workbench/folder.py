@@ -1,7 +1,6 @@
 """A run directory as later stages find it: places, recipes, and the results of earlier stages."""
 
 import re
-import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import base_hash
 from model.io import InputError, existing_file, made_from
 from model.lora import Adapter
 from model.peft import CONFIG, WEIGHTS, read_adapter
-from toss.config import METHOD_NAMES, TrainConfig
+from toss.config import TrainConfig
+from toss.methods import METHODS
 from toss.parallel import rank
 from toss.tokens import Tokens
 from toss.workbench import code, results
@@ -24,6 +23,8 @@ from toss.workbench.files import fingerprint, load_selection, read_scores
 from toss.workbench.flags import TRAINING_FLAGS, as_typed, command
 from toss.workbench.results import Hashes, differences, has_record, read_record
 from toss.workbench.runfile import FORM, INPUTS, REFERENCES, RunFile, as_listed
+
+MAKERS = {"degraded": "train.py", "utility": "train.py", "scores": "score.py"}  # else select.py
 
 
 class Folder(Base):
@@ -83,7 +84,7 @@ class Folder(Base):
         """
         tokenizer = self.tokenizer  # settles template and date
         return {
-            "base_sha256": base_hash(self.checkpoint, self.hashes.of_input),
+            "base_sha256": self.hashes.of_base(self.checkpoint),
             "tokenizer_sha256": tokenizer.fingerprint(),
             "template": self.args.template,
             "max_length": self.args.max_length,
@@ -163,12 +164,7 @@ class Folder(Base):
         changed += [key for key in identity if record.get(key) != identity[key]]
         if changed:
             what = f"{path} does not fit this run (changed: {', '.join(changed)})"
-            words = []
-            if stage not in REFERENCES:  # with some files train.py wants all
-                for key in changed:
-                    if key.startswith("--"):
-                        words += [key, str(self.source(key))]
-            advice = self.advice(stage, shlex.join([*words, "--overwrite"]))
+            advice = self.advice(stage, "--overwrite")
             raise InputError(f"{what}: {advice}, or choose another --run")
         # Code that was edited since is no error: the user decides whether it matters.
         digests = {part: code.digest(part) for part in record.get("code", {})}
@@ -179,7 +175,7 @@ class Folder(Base):
         return record
 
     def check_model(self, stage: str, only: Sequence[str] | None = None) -> None:
-        """The same of a method, which must have a model, and not a mask alone."""
+        """As check, of a method, which must have a model, and not a mask alone."""
         self.check(stage, only)
         if not self.has_model(stage):
             advice = "run the command that made it again, without --mask-only and with --overwrite"
@@ -216,27 +212,8 @@ class Folder(Base):
 
     def advice(self, stage: str, word: str) -> str:
         """What to run to make a result. word: "first", "again" or "--overwrite"."""
-        # How it was made: by its record, or by what run.json remembers of it.
-        settings = self.runfile.section("stages", stage, "recipe", "settings")
-        with suppress(InputError):  # a damaged record
-            settings = read_record(self.path(stage)).get("settings", settings)
-        inputs = ["--model", "--custom"]
-        if stage in REFERENCES:
-            program = "train.py"
-            inputs = ["--model", "--harmful", "--utility"]
-        elif stage == "scores":
-            program = "score.py --base" if settings.get("base") else "score.py"
-        else:
-            program = "-m toss.audit.rivals" if is_rival(settings) else "select.py"
-        # Inputs that the run does not know: without them the command would take the demo's.
-        words = [flag for flag in inputs if flag[2:] not in self.settings and flag not in word]
-        if self.args.demo:
-            words = []
-        elif words and stage in REFERENCES:  # with some of its inputs train.py wants all
-            words = inputs
-        if "/" in stage:
-            words = [*words, f"the flags of {Path(stage).name}"]
-        flags = f", with {', '.join(words)}" if words else ""
+        program = MAKERS.get(stage, "select.py")
+        flags = f", with the flags of {Path(stage).name}" if "/" in stage else ""
         return f"run {command(program, self.folder)} {word}{flags}"
 
     def adapter(self, name: str) -> Adapter | None:
@@ -365,31 +342,10 @@ class Folder(Base):
         elif moved:
             self.write_runfile(recipe, cost)
 
-    # What to do next
-
-    def suggest(self, program: str, **values: Any) -> None:
-        """Print the command that comes next."""
-        print(f"next: {command(program, self.folder, **values)}")
-
-    def suggest_after(self, stage: str) -> None:
-        """Print what comes after a method: its training, the one to compare it with, evaluation."""
-        name = Path(stage).name
-        if not self.has_model(stage):
-            self.suggest("-m toss.export", method=name, out=f"{name}.jsonl")
-        elif not self.path("methods/sft").exists():
-            self.suggest("select.py", method="sft")
-        elif self.args.demo:
-            self.suggest("-m toss.audit.compare")
-        else:
-            files = {
-                name: f"EVAL_{name.upper()}.jsonl" for name in ("harmful", "benign", "utility")
-            }
-            self.suggest("-m toss.audit.evaluate", **files)
-
 
 def is_rival(settings: dict[str, Any]) -> bool:
     """True if these are settings of a rival, which is more than its mask; see toss.audit.rivals."""
-    return settings.get("method", "mask") not in ("mask", *METHOD_NAMES)
+    return settings.get("method", "mask") not in ("mask", *METHODS)
 
 
 def role_of(stage: str) -> str:

@@ -1,6 +1,5 @@
 """A command as one of the processes that torchrun started: how it begins, and how it ends."""
 
-import ctypes
 import os
 import re
 import signal
@@ -18,8 +17,6 @@ def joined(main: Callable[[], int | None]) -> None:
 
     Only process 0 prints and hears signals. When a process fails, torchrun ends the others.
     """
-    with suppress(OSError, AttributeError):  # Linux: die with the parent, so as to leave no orphans
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.environ["RANK"] != "0":  # it ends with process 0
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -1,6 +1,7 @@
 """What is printed and noted of the work: a bar or a line, a log of the steps, and the cost."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -109,6 +110,23 @@ class StepLog:
         if whole != lines:
             with whole_file(self.file) as file:
                 file.write_bytes(b"".join(whole))
+
+    def describe(self, name: str, epochs: int) -> list[str]:
+        """What a finished training has learnt: its loss in the first and in the last epoch.
+
+        These are of the same rows. Of a single epoch the halves are compared.
+        """
+        if not self.file.is_file():  # an interrupted training had finished, and its log was removed
+            return []
+        losses = [json.loads(line)["loss"] for line in self.file.read_text().splitlines()]
+        count = math.ceil(len(losses) / max(epochs, 2))
+        first = sum(losses[:count]) / count
+        last = sum(losses[-count:]) / count
+        lines = [f"loss of {name}: {first:.3f} in its first {count} steps, {last:.3f} in the last"]
+        if last > 0.99 * first > 0:
+            advice = "give a higher --lr, more --epochs or a smaller --batch-size, and --overwrite"
+            lines.append(f"warning: {name} hardly learnt its rows: {advice}")
+        return lines
 
 
 class Cost:

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from model.io import (
 
 RECORD = "record.json"
 TENSORS = "tensors of "  # before a path: only the tensors of a file count
+BASE = "base in "  # before a path: it is the folder of a base
 Record = dict[str, Any]
 
 
@@ -75,18 +75,15 @@ def text_hash(value: object) -> str:
 
 
 def differences(record: Record, recipe: Record) -> list[str]:
-    """What differs between a record and a recipe: "lr 1e-05 there, 0.001 now"."""
+    """The names of what a record has otherwise than a recipe, its settings and inputs one by one.
+
+    Both values can be read: in record.json or the file's header, and on the command line.
+    """
     if not record:
         return ["it has no record"]
     recorded = flat({key: record.get(key) for key in recipe})
     wanted = flat(recipe)
-    differing = []
-    for key in {**recorded, **wanted}:
-        old = recorded.get(key)
-        new = wanted.get(key)
-        if old != new:
-            differing.append(f"{key} {shown(old)} there, {shown(new)} now")
-    return differing
+    return [name for name in {**recorded, **wanted} if recorded.get(name) != wanted.get(name)]
 
 
 def flat(recipe: Record) -> Record:
@@ -99,12 +96,6 @@ def flat(recipe: Record) -> Record:
         else:
             entries[key] = value
     return entries
-
-
-def shown(value: object) -> str:
-    """A value of a recipe as text; of a hash the beginning."""
-    text = str(value)
-    return text[:16] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def other_code(record: Record, code: dict[str, str]) -> list[str]:
@@ -174,16 +165,31 @@ class Hashes:
         return self.known[key][-1]
 
     def of_input(self, path: Path, tensors: bool = False) -> str:
-        """The same of an input; InputError if it is not what it was when first asked for."""
+        """The hash of an input; InputError if it is not what it was when first asked for."""
         value = self.of(path, tensors)
-        if self.inputs.setdefault(self.key(path, tensors), value) != value:
-            raise InputError(f"{path} was changed while the command ran: run it again")
+        self.compare(path, self.key(path, tensors), value)
         return value
+
+    def of_base(self, folder: Path) -> str:
+        """base_hash of a folder, which is an input, too."""
+        from model.checkpoint import base_hash  # imports torch
+
+        value = base_hash(folder)
+        self.compare(folder, f"{BASE}{folder.absolute()}", value)
+        return value
+
+    def compare(self, path: Path, key: str, value: str) -> None:
+        """Raise InputError if an input is not what it was when first asked for."""
+        if self.inputs.setdefault(key, value) != value:
+            raise InputError(f"{path} was changed while the command ran: run it again")
 
     def check_inputs(self) -> None:
         """Raise InputError if an input is not what it was when first asked for."""
         for key in list(self.inputs):
-            self.of_input(Path(key.removeprefix(TENSORS)), key.startswith(TENSORS))
+            if key.startswith(BASE):
+                self.of_base(Path(key.removeprefix(BASE)))
+            else:
+                self.of_input(Path(key.removeprefix(TENSORS)), key.startswith(TENSORS))
 
 
 # Making a result

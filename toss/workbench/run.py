@@ -10,23 +10,14 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from model.checkpoint import save_checkpoint, stored_dtype
-from model.io import (
-    DoesNotFit,
-    InputError,
-    NotFinite,
-    out_of_memory,
-    whole_file,
-    whole_folder,
-)
+from model.io import InputError, whole_file, whole_folder
 from model.lora import Adapter, merge, use
 from model.peft import WEIGHTS, read_adapter
 from toss.config import TrainConfig
 from toss.parallel import ignore, meet, rank
-from toss.rows import evenly
 from toss.scoring import score
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
@@ -40,8 +31,6 @@ from toss.workbench.results import held, read_record
 from toss.workbench.runfile import REFERENCES
 from toss.workbench.states import SavedState
 
-LEARNT_ROWS = 64  # at most, by which it is checked that an adapter has learnt
-
 
 class Run(Folder):
     """A run directory whose results are made."""
@@ -51,7 +40,6 @@ class Run(Folder):
         # Of the stage at work.
         self.state_folder = self.folder
         self.cost: Cost | None = None
-        self.overflowed = False  # in float16
         self.remarks: list[str] = []  # printed when it is done
 
     # Making a result
@@ -68,7 +56,8 @@ class Run(Folder):
 
         inputs: flags of files, and earlier results. build() returns what is to be written: of a
         reference an Adapter; of the scores the tokens and their losses; of a method a Selection and
-        an Adapter, or None. code_parts: what computes it (default: the script's; see code.py).
+        an Adapter, or None. code_parts: the files that compute it, beside those of
+        model/ and toss/ (default: the script).
         """
         for key in inputs:
             if key.startswith("methods/"):
@@ -96,7 +85,9 @@ class Run(Folder):
             _, _, verdict = self.look(stage, inputs, settings, code_parts)
             if not verdict.make:
                 raise InputError(f"{path} was made by another process meanwhile: run it again")
-            result = self.build(build)
+            self.cost = Cost(self.device)
+            self.remarks = []
+            result = build()
             self.hashes.check_inputs()
             meet()  # all have looked, and have read their states: the first may write and remove
             if rank() == 0:
@@ -120,7 +111,7 @@ class Run(Folder):
         if "pro" in settings or "mask_only" not in settings:  # no other mask depends on it
             settings = {**settings, "dtype": dtype}
         recipe = self.recipe(stage, inputs, settings)
-        digests = code.digests([*code_parts] or code.parts_of(stage, settings))
+        digests = code.digests(code_parts or [code.script_of(stage)])
         path = self.path(stage)
         verdict = results.judge(path, recipe, digests, self.args.overwrite, self.hashes)
         return recipe, digests, verdict
@@ -130,25 +121,6 @@ class Run(Folder):
         if rank() > 0:
             return nullcontext()
         return held(folder, self.folder)
-
-    def build(self, build: Callable[[], Any]) -> Any:
-        """What build() returns. If scoring in float16 overflows, it is made in TF32 instead."""
-        self.cost = Cost(self.device)
-        self.remarks = []
-        try:
-            return build()
-        except NotFinite as error:
-            if self.purpose != "score" or self.dtypes["score"] != "float16":
-                raise
-            print(f"warning: {error}; scoring again in tf32")
-        self.dtypes["score"] = "tf32"
-        self.overflowed = True
-        try:
-            return self.build(build)
-        except (DoesNotFit, RuntimeError) as error:
-            if isinstance(error, DoesNotFit) or out_of_memory(error):
-                raise DoesNotFit(f"{error}; or give --dtype bfloat16") from None
-            raise
 
     def train(
         self,
@@ -183,8 +155,8 @@ class Run(Folder):
             **options,
         )
         self.add_cost(state, tokens, config.epochs)
-        if "objective" not in options:  # another one need not lower the loss
-            self.check_learnt(name, tokens, weights, adapter)
+        if "objective" not in options and rank() == 0:  # another one need not lower the loss
+            self.remarks += progress.log.describe(name, config.epochs)
         return adapter
 
     def score(self, name: str, adapter: Adapter | str | None, tokens: Tokens) -> Tensor:
@@ -203,46 +175,11 @@ class Run(Folder):
         self.add_cost(state, tokens)
         return losses
 
-    def scored(self, needed: bool = True) -> tuple[Tokens, dict[str, Tensor]]:
-        """Folder.scored; scored again after an overflow: what is compared is scored alike."""
-        tokens, losses = super().scored(needed)
-        if needed and self.overflowed:
-            losses = {model: self.score(f"scores-{model}", model, tokens) for model in losses}
-        return tokens, losses
-
-    def check_learnt(self, name: str, tokens: Tokens, weights: Tensor, adapter: Adapter) -> None:
-        """Note how much of its rows an adapter has learnt; warn if it is next to nothing."""
-        # Rows that were trained on, spread over the dataset: others may not fit into the dtype.
-        weights = torch.where(tokens.response, weights.float().cpu(), 0)
-        trained_on = tokens.row_of(weights.nonzero()[:, 0]).unique().tolist()
-        rows = evenly(trained_on, LEARNT_ROWS)
-        if not rows or weights.min() < 0:  # nothing was learnt, or something unlearnt
-            return
-        sample = tokens.take(rows)
-        weights = weights[tokens.places(rows)]
-        try:
-            before = self.mean_loss(sample, weights, None)
-            after = self.mean_loss(sample, weights, adapter)
-        except NotFinite as error:  # of the last step's adapter, say
-            self.remarks.append(f"warning: {error}")
-            return
-        trained = f"loss of {name} on {len(rows)} of its rows"
-        self.remarks.append(f"{trained}: {before:.3f} before, {after:.3f} after")
-        if after > 0.99 * before:
-            advice = "give a higher --lr, more --epochs or a smaller --batch-size, and --overwrite"
-            self.remarks.append(f"warning: {name} hardly learnt its rows: {advice}")
-
-    def mean_loss(self, tokens: Tokens, weights: Tensor, adapter: Adapter | None) -> float:
-        """The mean loss in nats, weighted as in training and in its dtype."""
-        with use(self.base("train"), adapter) as model:
-            losses = score(model, tokens, self.args.batch_tokens)
-        return float((weights * losses).sum() / weights.sum())
-
     def progress(self, name: str) -> Progress:
         return Progress(name, self.folder / "log" / f"{name}.jsonl")
 
     def state(self, name: str, purpose: str) -> SavedState:
-        """Where a part of the stage at work is saved. After an overflow it begins anew in TF32."""
+        """Where a part of the stage at work is saved."""
         name = f"{name}-{self.dtypes[purpose]}"
         return SavedState(self.state_folder, name, self.args.save_every, self.begin)
 
