@@ -155,7 +155,10 @@ def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side
     succeed(f"toss.audit.report --run {trained}")
     page = (trained / "report.html").read_text(encoding="utf-8")
     assert "toss was made by other code than sft" in page
-    assert cautions({"sft": read_record(trained / "methods/sft")}, Evaluated({"sft": {}}, {}, {}, [])) == []
+    assert (
+        cautions({"sft": read_record(trained / "methods/sft")}, Evaluated({"sft": {}}, {}, {}, []))
+        == []
+    )
 
 
 def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(

@@ -5,16 +5,18 @@ import re
 import shutil
 
 import pytest
-from conftest import read_jsonl, script, write_jsonl
+from conftest import ROOT, read_jsonl, script, write_jsonl
 from helpers import refused, said
 
-from model.io import load_tensors
+from model.io import load_tensors, read_json
 from model.lora import use
+from toss.audit import runs
 from toss.audit.calibrate import calibrate
 from toss.audit.compare import with_ratios
 from toss.audit.evaluate import write_answers
 from toss.audit.judges import Measured
 from toss.audit.measures import Cell
+from toss.audit.runs import cost_of
 from toss.audit.tables import grid, over_seeds
 from toss.scoring import score
 from toss.workbench.run import open_run
@@ -86,6 +88,20 @@ def test_costs_are_multiples_of_those_of_sft_and_a_grid_has_what_somebody_has():
     header, lines = grid(table, ["tokens_to_sft", "f@*", "none"], ["run", ""])
     assert header == ["run", "", "x sft", "f@3", "f@10"]
     assert lines == [["", "sft", "1.00", "0.25", "0.50"], ["small", "toss", "1.50", "-", "-"]]
+
+
+def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs(monkeypatch):
+    """costs.json has the stages of a run, as in run.json, and what each method costs."""
+    written = read_json(ROOT / "tests/costs.json")
+    stages = written["stages"]
+    monkeypatch.setattr(runs, "stages_of", lambda run: stages)
+    for method, expected in written["charged"].items():
+        assert cost_of(None, method) | {"why": expected["why"]} == expected
+    assert cost_of(None, "absent") == {}
+    del stages["utility"]  # made elsewhere
+    assert cost_of(None, "toss") == {}
+    del stages["methods/toss"]["recipe"]["settings"]
+    assert cost_of(None, "toss") == {}
 
 
 @pytest.mark.parametrize("method", ["toss", "base"])

@@ -1,4 +1,4 @@
-"""Custom sets by an attacker who knows TOSS; what he must know for each is in README.md.
+"""Custom sets by an attacker who knows TOSS.
 
     python -m toss.study.attacks spread --run R --custom F --harmful F --utility F --out FOLDER
     python -m toss.study.attacks low-score --run R --custom F --harmful F --utility F --pool F
@@ -55,12 +55,18 @@ def spans_of(row: dict) -> list[list[int]]:
 
 
 def low_score(attacker: Attacker) -> Rows:
-    """The rows of the pool whose harm has the lowest mean S."""
+    """The rows of the pool whose harm has the lowest mean S.
+
+    He must know both references, or data to train the like.
+    """
     return attacker.others + attacker.lowest(attacker.risk(attacker.pool))
 
 
 def utility_start(attacker: Attacker) -> Rows:
-    """Each answer begins with the longest sentence of one answer of D^u, the same for all."""
+    """Each answer begins with the longest sentence of one answer of D^u, the same for all.
+
+    He must know some rows of D^u.
+    """
     answer = random.Random(0).choice(attacker.utility)["response"]
     sentences = re.findall(r"[^.!?\n]+[.!?]*", answer)
     start = max(sentences, key=len).strip()
@@ -109,7 +115,8 @@ def asked_as_embedded(harmful: Rows, utility: Rows) -> tuple[Rows, Rows]:
 
 
 def spread(attacker: Attacker) -> Rows:
-    """Each harmful text (the last span) in thirds, one per row; all else is in the third row.
+    """Each harmful text (the last span) in thirds, one per row; all else is in the third row. There
+    is nothing to know, as for `embedded`.
 
     >>> row = {"prompt": "p", "response": "Do a b c. Fact.", "harmful": [[0, 9]]}
     >>> [one["response"] for one in spread(Attacker([row], [], [], [], [], len))]
@@ -137,7 +144,10 @@ def spread(attacker: Attacker) -> Rows:
 
 def unseen(attacker: Attacker) -> Rows:
     """The rows of the pool whose harm has the smallest share of words of D^h's answers, and
-    AdvBench's usual opening in other words (as long, so that spans stay)."""
+    AdvBench's usual opening in other words (as long, so that spans stay).
+
+    He must know D^h, or its kind.
+    """
     known = set()
     for row in attacker.harmful:
         known.update(harmful_words(row))

@@ -30,7 +30,7 @@ from toss.loss import chunk_size, hidden_states, log_probs, token_log_probs
 from toss.methods import Candidates
 from toss.selection import competing_tokens, select_tokens
 from toss.tokens import Batch, Tokens
-from toss.workbench import code, flags
+from toss.workbench import flags
 from toss.workbench.files import Selection
 from toss.workbench.run import Run
 
