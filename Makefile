@@ -31,7 +31,7 @@ demo: .venv/ready
 	$(VENV) select.py $(SMALL) --lr 2e-3 --batch-size 32 --epochs 6 --pro 1
 	$(VENV) -m toss.audit.evaluate --run runs/demo-small --methods toss,toss-pro --words data/words.txt $(ASK)
 	$(VENV) -m toss.audit.compare runs/demo runs/demo-small --out runs/demo/comparison
-	$(VENV) -m toss.audit.diagnose --run runs/demo > runs/demo/diagnosis.txt
+	$(VENV) -m toss.audit.diagnose --run runs/demo --rows data/rows/harmful.jsonl data/rows/custom.jsonl > runs/demo/diagnosis.txt
 	$(VENV) -m toss.audit.report --run runs/demo
 	@echo
 	@echo "The page: runs/demo/report.html    The method in an hour: toss/walkthrough.ipynb"

@@ -2,15 +2,14 @@
 
 import csv
 
-import pytest
 import torch
 import torch.nn.functional as F
 from conftest import script, write_jsonl
 from helpers import random_adapter, said
-from scored_runs import rows_by_hand, scored
+from scored_runs import rows_by_hand
 
 from model.lora import use
-from toss.audit.diagnose import COLUMNS, divergences, kl_table, means, rows_of
+from toss.audit.diagnose import COLUMNS, divergences, kl_table, means
 from toss.tokens import Tokens
 from toss.workbench.run import open_run
 
@@ -62,12 +61,11 @@ def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):
     file = trained / "diagnosis/kl.csv"
     command = f"toss.audit.diagnose --run {trained} --positions 4"
     out = said(capsys, f"{command} --max-rows 6")
-    for words in ("benign: 6 of 8 rows of custom.jsonl", "mixed: 2 of 2", "reference: 5 of 5 rows"):
-        assert words in out
+    assert "custom: 6 of 10 rows of custom.jsonl" in out
     lines = list(csv.DictReader(file.read_text().splitlines()))
     assert list(lines[0]) == ["model", "rows", "position", "n", *COLUMNS]
     assert {line["model"] for line in lines} == {"sft", "toss", "degraded", "utility"}
-    assert {line["rows"] for line in lines} == {"benign", "harmful-reference"}  # mixed: too few
+    assert {line["rows"] for line in lines} == {"custom"}
     for line in lines:
         if line["model"] == "degraded":  # it went all the way to itself
             assert line["kl_base"] == line["toward_degraded"] > "0"
@@ -76,14 +74,4 @@ def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):
     assert open_run(trained).stale("diagnosis") == ["methods/sft"]
     rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
     said(capsys, f"{command} --rows {rows} --methods sft")
-    assert "\nsft,mine,0,4," in file.read_text() and "benign" not in file.read_text()
-
-
-@pytest.mark.parametrize(
-    ("harmful", "groups"),
-    [([], {"custom": 3, "harmful-reference": 3}), ([[0, 3]], {"harmful": 3})],
-)
-def test_rows_of_other_custom_sets(trained, harmful, groups):
-    rows = [{"prompt": "a", "response": f"b {i}", "harmful": harmful} for i in range(4)]
-    found = rows_of(scored(trained, rows), None, 3)
-    assert {name: tokens.rows for name, tokens in found.items()} == groups
+    assert "\nsft,mine,0,4," in file.read_text() and "custom" not in file.read_text()

@@ -6,8 +6,8 @@ The paper's diagnosis as we read it: the exact formula of its figure was not ava
 position j (0: the first response token; counted on over several turns), averaged over the rows that
 have one, in nats: kl_base, KL(base || tuned); toward_degraded, KL(base || degraded) -
 KL(tuned || degraded); and toward_utility. `tuned` is each method and, to compare, the references.
-Rows: each file of --rows; else the custom set's rows without harm, with some, and with nothing else
-by ground truth (EOS aside). Writes RUN/diagnosis/kl.csv, which the page of toss.audit.report draws.
+Rows: each file of --rows; else the custom set. Writes RUN/diagnosis/kl.csv, which the page of
+toss.audit.report draws.
 """
 
 import csv
@@ -24,7 +24,6 @@ from model.products import fast
 from model.transformer import Transformer
 from toss.audit.runs import opened
 from toss.audit.tables import markdown
-from toss.audit.tokens import rows_by_harm
 from toss.loss import LOGITS
 from toss.parallel import rank
 from toss.rows import evenly
@@ -48,9 +47,6 @@ def diagnose_run(
     files: of rows; None: the custom set. Raises InputError for a model that is missing or was made
     from something else.
     """
-    for name in ("base", *REFERENCES):
-        if name in methods:
-            raise InputError(f"{name} is no method: leave it out of --methods")
     model = run.base("score")
     adapters = {name: run.adapter(name) for name in (*methods, *REFERENCES)}
     groups = rows_of(run, files, max_rows)
@@ -74,40 +70,16 @@ def diagnose_run(
 
 
 def rows_of(run: Run, files: list[str] | None, most: int) -> dict[str, Tokens]:
-    """At most `most` rows of each file; of the custom set, of each kind that it has.
-
-    Without ground truth the kind is "custom". Where no row is wholly harmful, the harmful reference
-    set is one more.
-    """
+    """At most `most` rows of each file, by its name; or of the custom set, spread evenly."""
     if files:
-        names = [Path(file.removesuffix(".gz")).stem for file in files]
-        if len(set(names)) < len(names):
-            raise InputError(f"two files of --rows have the same name: {', '.join(names)}")
-        groups = {}
-        for name, file in zip(names, files):
-            tokens = run.tokens(file)
-            groups[name] = sample(name, tokens, tokens.filled, most)
-        return groups
-
-    tokens, _ = run.scored(needed=False)
-    if not tokens.harmful.any():
-        groups = {"custom": sample("custom", tokens, tokens.filled, most)}
+        groups = {Path(file.removesuffix(".gz")).stem: run.tokens(file) for file in files}
     else:
-        groups = {}
-        for name, rows in rows_by_harm(tokens, run.tokenizer.eos_id).items():
-            if rows.any():
-                groups[name] = sample(name, tokens, rows.nonzero()[:, 0].tolist(), most)
-    if run.args.harmful and "harmful" not in groups:
-        tokens = run.tokens(run.args.harmful)
-        groups["harmful-reference"] = sample("harmful-reference", tokens, tokens.filled, most)
+        groups = {"custom": run.scored(needed=False)[0]}
+    for name, tokens in groups.items():
+        chosen = evenly(tokens.filled, most)
+        print(f"{name}: {len(chosen)} of {len(tokens.filled)} rows of {Path(tokens.name).name}")
+        groups[name] = tokens.take(chosen)
     return groups
-
-
-def sample(name: str, tokens: Tokens, rows: list[int], most: int) -> Tokens:
-    """At most `most` of these rows, spread evenly."""
-    chosen = evenly(rows, most)
-    print(f"{name}: {len(chosen)} of {len(rows)} rows of {Path(tokens.name).name}")
-    return tokens.take(chosen)
 
 
 # Divergences
@@ -149,8 +121,9 @@ def divergences(
                 p[name] = torch.log_softmax(output.float(), dim=-1)
             for name in adapters:
                 moved = [kl(p["base"], p[name])]
-                for role in ("degraded", "utility"):
-                    moved.append(kl(p["base"], p[role]) - kl(p[name], p[role]))
+                for role in REFERENCES:
+                    closer = kl(p["base"], p[role]) - kl(p[name], p[role])
+                    moved.append(closer)
                 results[name][:, places] = torch.stack(moved).cpu().double()
         on_batch({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
 
@@ -182,9 +155,10 @@ def means(tokens: Tokens, moved: dict[str, Tensor], wanted: Tensor, most: int) -
         sums.index_add_(1, j, values[:, wanted])
         for position, n in enumerate(counts):
             if n >= FEWEST:
-                mean = (sums[:, position] / n).tolist()
                 line = {"model": name, "position": position, "n": n}
-                lines.append({**line, **dict(zip(COLUMNS, mean))})
+                for column, total in zip(COLUMNS, sums[:, position].tolist()):
+                    line[column] = round(total / n, 6)
+                lines.append(line)
     return lines
 
 
@@ -194,9 +168,7 @@ def write_csv(file: Path, lines: list[dict]) -> None:
         columns = ("model", "rows", "position", "n", *COLUMNS)
         table = csv.DictWriter(out, columns, lineterminator="\n")
         table.writeheader()
-        for line in lines:
-            numbers = {column: f"{line[column]:.6g}" for column in COLUMNS}
-            table.writerow({**line, **numbers})
+        table.writerows(lines)
 
 
 def kl_table(lines: list[dict]) -> str:
