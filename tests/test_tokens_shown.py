@@ -125,21 +125,21 @@ def test_the_picture_of_a_row(small, tmp_path, capsys):
 # All discards
 
 
-def test_discards_counted_by_hand(tokens, tokenizer, monkeypatch):
+def test_discards_counted_by_hand(tokens, monkeypatch):
     masks = [
         mask_over(tokens, "toss", [1, 6, 7, 8]),
         mask_over(tokens, "random", [8, 11]),
         mask_over(tokens, "sft", []),  # discards nothing
     ]
     sources = ["b", "", "a", ""]
-    tables = discard_tables(masks, tokenizer, sources)
+    tables = discard_tables(masks, sources)
     text = "\n\n".join(markdown(*table) for table in tables)
     assert text + "\n" == (TESTS / "discards.txt").read_text()
 
-    monkeypatch.setattr(discards, "SOURCES", 1)  # rare ones are counted together
-    [(_, lines)] = discard_tables(masks[:1], tokenizer, sources)
+    monkeypatch.setattr(discards, "SOURCES", 1)  # rare ones are left out
+    [(_, lines)] = discard_tables(masks[:1], sources)
     assert ["source: (none)", "0.000 (0 of 2)"] in lines  # of rows 1 (skipped) and 3
-    assert ["source: (others)", "0.571 (4 of 7)"] in lines
+    assert not any("source: b" in line for line in lines)
 
 
 def test_the_discards_of_a_run_by_source(small, capsys):
@@ -148,7 +148,7 @@ def test_the_discards_of_a_run_by_source(small, capsys):
     masked(run, "toss", run.scored()[0].response.nonzero()[:3, 0])
     masked(run, "sft", [])
     line = f"toss.audit.show --run {run.folder}"
-    assert "| source: web           | 0.750 (3 of 4) |" in said(capsys, line)
+    assert "| source: web         | 0.750 (3 of 4) |" in said(capsys, line)
     masked(run, "toss", [])
     assert "No method of the run discards a token." in said(capsys, line)
     Path(run.args.custom).unlink()

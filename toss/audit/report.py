@@ -243,7 +243,7 @@ def token_part(run: Run, masks: list[Mask]) -> dict:
         "harmful_rows": set(harmful_rows.tolist()),
         "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
         "charts": [spread(mask) for mask in by_S or masks[:1]],
-        "discards": discard_tables(masks, run.tokenizer, sources),
+        "discards": discard_tables(masks, sources),
     }
 
 

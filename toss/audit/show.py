@@ -3,7 +3,7 @@
     python -m toss.audit.show --run R
     python -m toss.audit.show --run R --row 12 [--method toss-pro] [--svg FILE]
 
-The first counts what each method discarded: by source, position and type of token, and by row; and
+The first counts what each method discarded: by source of the row and position, and by row; and
 how much of it others discarded too. Sources are read from the custom file, where it is there.
 
 Rows count from 0. Marks: [-discarded-], *harmful by ground truth*, · a space, ⏎ a line break, ◌ a
@@ -30,7 +30,7 @@ def show_discards(run) -> None:
     masks, lacking = load_masks(run, *run.scored())
     for line in lacking:
         print(f"left out: {line}")
-    tables = discard_tables(masks, run.tokenizer, sources_of(run))
+    tables = discard_tables(masks, sources_of(run))
     text = "\n\n".join(markdown(*table) for table in tables)
     print(text or "No method of the run discards a token.")
 
