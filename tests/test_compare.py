@@ -73,9 +73,9 @@ def test_runs_are_lines_and_seeds_are_ranges(compared, tmp_path, capsys):
             answered(folder, base=0, sft=count, toss=seed)
             folders.append(str(folder))
     out = said(capsys, f"toss.audit.compare {' '.join(folders)} --out {tmp_path}/both")
-    assert "seeds: 2" in out and "| run   |      | forbidden " in out
-    assert "|       | sft  | 0.80 [0.70, 0.90] |" in out
-    assert "| small | toss | 0.15 [0.10, 0.20] |" in out
+    assert "seeds: 2" in out and "| run       |      | forbidden " in out
+    assert "| run       | sft  | 0.80 [0.70, 0.90] |" in out
+    assert "| run-small | toss | 0.15 [0.10, 0.20] |" in out
     assert (tmp_path / "both.csv").exists() and "minus" not in out
 
 

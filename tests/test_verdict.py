@@ -79,9 +79,7 @@ def test_methods_that_were_made_otherwise_are_marked():
     }
     found = Evaluated(dict.fromkeys(["base", "sft", "toss", "x"], {}), {}, {}, [])
     assert cautions(records, found) == [
+        "warning: toss was made otherwise than sft (lr 0.2, not 0.1; other code: toss/loss.py): "
+        "this is no comparison of the two",
         "note: x was made elsewhere; how it was trained is not known here",
-        "warning: toss was trained otherwise than sft (lr 0.2, not 0.1): "
-        "this is no comparison of the two methods",
-        "warning: toss was made by other code than sft (different: toss/loss.py): "
-        "this is no comparison of the two methods",
     ]

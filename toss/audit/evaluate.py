@@ -8,6 +8,7 @@ paired.json, the differences to sft and to the base on the same prompts. What ea
 toss/audit/README.md.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,13 +27,12 @@ from toss.audit.runs import (
     methods_of,
     opened,
     read_jsonl,
-    records_of,
     write_json,
     write_jsonl,
 )
 from toss.audit.tables import down, grid, markdown
 from toss.audit.tokens import selection_metrics
-from toss.audit.verdict import AGAINST, cautions, is_part
+from toss.audit.verdict import AGAINST
 from toss.parallel import rank
 from toss.rows import Row, read_rows
 from toss.workbench import code, flags
@@ -273,19 +273,6 @@ def as_json(table: Table) -> dict:
     return rows
 
 
-def paired_text(paired: dict[str, Table]) -> str:
-    """The differences as Markdown, without measures by source beside the whole, and @k."""
-    text = ""
-    for other, table in paired.items():
-        turned = down(table)
-        whole = {name: row for name, row in turned.items() if not is_part(name, turned)}
-        header, lines = grid(whole, table, [f"minus {other}"], 3, "+")
-        if lines:
-            heading = "On the same prompts; * = the 95 % interval excludes 0"
-            text += f"\n{heading}\n\n{markdown(header, lines)}\n"
-    return text
-
-
 # The command
 
 
@@ -332,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
         if name not in with_model:
             print(f"{run.folder}/methods/{name} holds a mask and no model: passed over")
 
-    # Ask them, and print the table, the differences, and what may not be concluded.
+    # Ask them, and print the table.
     config = EvaluationConfig(
         words=words_in(args.words) if args.words else demo_words(run),
         max_new_tokens=args.max_new_tokens,
@@ -344,10 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     if found is None:
         return
     print(markdown(*grid(down(found.table), found.table, digits=3)))
-    print(paired_text(found.paired), end="")
-    for line in cautions(records_of(run, found.table), found):
-        print(line)
-    print(f"next: {flags.command('-m toss.audit.report', run.folder)}")
+    compare = flags.command("-m toss.audit.compare")
+    print(f"next: {compare} {shlex.quote(str(run.folder))}")
 
 
 if __name__ == "__main__":

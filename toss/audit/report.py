@@ -35,9 +35,9 @@ from toss.audit.runs import (
     stages_of,
     write_text,
 )
-from toss.audit.tables import HEADS, down, grid
+from toss.audit.tables import HEADS, down, grid, is_part
 from toss.audit.tokens import INPUTS, Mask, count_by_row, load_masks, rows_by_harm
-from toss.audit.verdict import MANY, cautions, is_part, verdict
+from toss.audit.verdict import MANY, cautions, verdict
 from toss.rows import evenly
 from toss.workbench import flags
 from toss.workbench.run import Run, open_run

@@ -80,6 +80,25 @@ def down(table: Table) -> Table:
     return turned
 
 
+def is_part(measure: str, measures: Iterable[str]) -> bool:
+    """True for what is measured after a prefill, or by source beside the whole."""
+    whole, by_source, _ = measure.partition("/")
+    return "@" in measure or bool(by_source) and whole in measures
+
+
+def differences_text(paired: dict[str, Table]) -> str:
+    """Differences on the same prompts as Markdown, without parts. paired: by what is subtracted."""
+    texts = []
+    for other, table in paired.items():
+        turned = down(table)
+        whole = {name: row for name, row in turned.items() if not is_part(name, turned)}
+        header, lines = grid(whole, table, [f"minus {other}"], 3, "+")
+        if lines:
+            texts.append("On the same prompts; * = the 95 % interval excludes 0")
+            texts.append(markdown(header, lines))
+    return "\n\n".join(texts)
+
+
 def measures_of(table: Table, measures: Iterable[str]) -> list[str]:
     """Those of the measures that some line has; see grid."""
     present = list(dict.fromkeys(name for row in table.values() for name in row))
