@@ -178,7 +178,7 @@ def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, capsys):
     said(capsys, f"toss.audit.report --run {trained} --out {out}")
     assert out.stat().st_size < 2_000_000
     text = out.read_text(encoding="utf-8")
-    assert "24 of 24 rows" in text
+    assert "6 of 24 rows" in text
     assert "more response" in text
 
 
@@ -195,7 +195,7 @@ def test_rounds_of_another_custom_set_are_left_out(nasty):
     assert "No rounds of TOSS-Pro on these rows" in report.rounds(nasty)
 
 
-def test_the_rows_of_the_page_are_chosen_by_what_the_mask_did():
+def test_the_rows_of_the_page_are_chosen_by_what_the_mask_did(monkeypatch):
     """Harmful and discarded tokens of rows of four; then the mean S of each."""
     harmful = ["0000", "0000", "1100", "1000", "1111", "0000", "0000"]
     discarded = ["1000", "1100", "1000", "0000", "1111", "0000", "0000"]
@@ -204,10 +204,11 @@ def test_the_rows_of_the_page_are_chosen_by_what_the_mask_did():
     everything = torch.ones(28).bool()
     tokens = Tokens(torch.arange(28).int(), torch.arange(8) * 4, everything, flags[0])
     mask = Mask("toss", "toss", tokens, {}, S, None, None, ~flags[1], raw=None)
-    assert list(report.chosen_rows(mask, 8).values()) == [[1, 0], [3, 2], [4], [5, 6]]
-    assert list(report.chosen_rows(mask, 4).values()) == [[1], [3], [4], [5]]
+    assert list(report.chosen_rows(mask).values()) == [[1, 0], [3, 2], [4], [5, 6]]
+    monkeypatch.setattr(report, "ROWS", 4)
+    assert list(report.chosen_rows(mask).values()) == [[1], [3], [4], [5]]
     tokens.harmful[:] = False  # without ground truth no row is called harmless
-    assert list(report.chosen_rows(mask, 4).values()) == [[4, 1, 0], [5]]
+    assert list(report.chosen_rows(mask).values()) == [[4], [5]]
 
 
 def test_what_a_replaced_model_said_is_left_out(nasty):

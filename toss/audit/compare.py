@@ -21,7 +21,7 @@ from toss.audit.evaluate import Evaluated, evaluated
 from toss.audit.figures import picture_of
 from toss.audit.measures import Cell, Table
 from toss.audit.runs import cost_of, demo_words, records_of, write_text
-from toss.audit.tables import COSTS, differences_text, grid, markdown, over_seeds
+from toss.audit.tables import COSTS, difference_tables, grid, markdown, over_seeds
 from toss.audit.verdict import cautions, verdict
 from toss.workbench import flags
 from toss.workbench.run import Run, open_run
@@ -78,8 +78,8 @@ def conclusions(run: Run, found: Evaluated) -> str:
     lines = cautions(records_of(run, found.table), found)
     said = verdict(found, bool(demo_words(run)))
     if said:
-        lines.append(" ".join(said[0]))
-    return "\n\n".join(lines)
+        lines += said[0]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         if folder == args.runs[0]:
             texts.append(conclusions(run, found))
             if len(args.runs) == 1:
-                texts.append(differences_text(found.paired))
+                texts.append("On the same prompts; * = the 95 % interval excludes 0")
+                texts += [markdown(*table) for table in difference_tables(found.paired)]
     table = over_seeds(with_ratios(numbers) for numbers in seeds.values())
 
     several = len({name for name, _ in table}) > 1

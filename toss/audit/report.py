@@ -22,7 +22,7 @@ from model.io import InputError, as_input_error, read_text
 from toss.audit.characters import visible
 from toss.audit.diagnose import COLUMNS
 from toss.audit.discards import discard_tables
-from toss.audit.evaluate import SETS, Evaluated, evaluated
+from toss.audit.evaluate import Evaluated, evaluated
 from toss.audit.figures import TEMPLATES, histogram, line_chart
 from toss.audit.runs import (
     KNOWN,
@@ -35,9 +35,9 @@ from toss.audit.runs import (
     stages_of,
     write_text,
 )
-from toss.audit.tables import HEADS, down, grid, is_part
-from toss.audit.tokens import INPUTS, Mask, count_by_row, load_masks, rows_by_harm
-from toss.audit.verdict import MANY, cautions, verdict
+from toss.audit.tables import HEADS, difference_tables, is_part
+from toss.audit.tokens import INPUTS, Mask, count_by_row, load_masks
+from toss.audit.verdict import cautions, verdict
 from toss.rows import evenly
 from toss.workbench import flags
 from toss.workbench.run import Run, open_run
@@ -50,6 +50,7 @@ TITLES = (  # of COLUMNS
     "KL(base || utility) - KL(tuned || utility)",
 )
 ROWS = 24  # shown token by token
+UNEXPECTED = (UndefinedError, TypeError)
 ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
 
 
@@ -74,8 +75,7 @@ def page(run: Run) -> tuple[str, list[str], int]:
 
     # Anybody may have edited the files behind the parts: the template may meet other types.
     template = TEMPLATES.get_template("report.html.jinja")
-    message = f"{run.folder}: a file is not as the audit writes it"
-    with as_input_error(message, UndefinedError, TypeError):
+    with as_input_error(f"{run.folder}: a file is not as the audit writes it", *UNEXPECTED):
         text = template.render(
             parts,
             run=run,
@@ -97,33 +97,20 @@ def run_line(program: str, run: Run, **values) -> str:
 
 
 def measures(run: Run, found: Evaluated) -> dict | str:
-    """The measures that have an interval; which to show, in order; and the verdict."""
+    """The measures, by method; the verdict, the differences, and the methods in words."""
     evaluate = run_line("-m toss.audit.evaluate", run)
     if not found.table:
         return f"No measures: {evaluate} first."
-    table = {}
-    for method, row in found.table.items():
-        table[method] = {name: cell for name, cell in row.items() if None not in cell}
-    names = list(dict.fromkeys(name for row in table.values() for name in row))
-    parts = [name for name in names if is_part(name, names)]
-    whole = [name for name in names if name not in parts]
-    folded = [method for method in table if method not in KNOWN] if len(table) > MANY else []
-    records = records_of(run, table)
-    differences = {}
-    for other, of_methods in found.paired.items():
-        methods = [method for method in of_methods if method not in folded]
-        turned = down(of_methods)
-        lines = {name: turned[name] for name in whole if name in turned}
-        differences[other] = grid(lines, methods, [f"minus {other}"], 3, "+")
+    names = list(dict.fromkeys(name for row in found.table.values() for name in row))
+    records = records_of(run, found.table)
     no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
     return {
-        "table": table,
-        "names": whole,
-        "parts": parts,
-        "folded": folded,
+        "table": found.table,
+        "names": [name for name in names if not is_part(name, names)],
+        "parts": [name for name in names if is_part(name, names)],
         "verdict": verdict(found, bool(demo_words(run))) or no_verdict,
-        "differences": differences,
-        "meanings": {method: meaning(method, records.get(method, {})) for method in table},
+        "differences": difference_tables(found.paired),
+        "meanings": {method: meaning(method, records.get(method, {})) for method in found.table},
         "cautions": cautions(records, found),
         "heads": HEADS,
     }
@@ -135,27 +122,20 @@ def side_by_side(run: Run, found: Evaluated) -> dict | str:
     if not words:
         folder = run.folder / "answers"
         return f"Answers of real models, some made unsafe on purpose, stay in {folder}."
-    answers = {}  # by method, and by set, source and prompt
-    for method in found.answers:
-        if method in KNOWN:
-            replies = answers[method] = {}
-            for line in found.answers[method]:
-                replies[line["set"], line["source"], line["prompt"]] = line["response"]
-    asked = [key for key in next(iter(answers.values()), ()) if key[0] in SETS]
-    if not asked:
-        return f"No answers: {run_line('-m toss.audit.evaluate', run)} first."
+    texts = {}  # (set, source, prompt) -> method -> response
+    for method in KNOWN:
+        for line in found.answers.get(method, []):
+            key = (line["set"], line["source"], line["prompt"])
+            texts.setdefault(key, {})[method] = line["response"]
 
-    # Three forbidden prompts of kinds that no training row holds, a benign one, a fact per source.
-    held_out = [key for key in asked if key[0] == "harmful" and key[1] != "seen"]
-    benign = [key for key in asked if key[0] == "benign"]
-    facts = {}  # by source
-    for key in asked:
-        if key[0] == "utility":
-            facts.setdefault(key[1], key)
-    texts = {}
-    for key in [*evenly(held_out, 3), *benign[:1], *facts.values()]:
-        texts[key] = {method: replies.get(key) for method, replies in answers.items()}
-    return {"texts": texts, "n": len(asked), "words": words}
+    # Three forbidden prompts of kinds that no training row holds, a benign one, two questions.
+    chosen = []
+    for kind, count in {"harmful": 3, "benign": 1, "utility": 2}.items():
+        of_kind = [key for key in texts if key[0] == kind and key[1] != "seen"]
+        chosen += evenly(of_kind, count)
+    if not chosen:
+        return f"No answers: {run_line('-m toss.audit.evaluate', run)} first."
+    return {"texts": {key: texts[key] for key in chosen}, "n": len(texts), "words": words}
 
 
 def diagnosis(run: Run) -> list[list[str]] | str:
@@ -232,8 +212,7 @@ def token_part(run: Run, masks: list[Mask]) -> dict:
             turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
             source = sources[row] if sources else ""
             rows.append({"row": row, "why": why, "source": source, "turns": turns})
-    kinds = rows_by_harm(first.tokens)
-    harmful_rows = (kinds["mixed"] | kinds["harmful"]).nonzero()[:, 0]
+    harmful_rows = count_by_row(first.tokens, first.tokens.harmful).nonzero()[:, 0]
     by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
     return {
         "groups": groups,
@@ -247,23 +226,11 @@ def token_part(run: Run, masks: list[Mask]) -> dict:
     }
 
 
-def chosen_rows(mask: Mask, n: int = ROWS) -> dict[str, list[int]]:
-    """The rows to show, by why: n / 4 of each kind, and more of the first where others are few."""
-    chosen = {}
-    for limit in (n // 4, n):
-        for why, candidates in candidate_rows(mask).items():
-            rows = chosen.setdefault(why, [])
-            for row in candidates:
-                taken = {other for members in chosen.values() for other in members}
-                if len(rows) == limit or len(taken) == n:
-                    break
-                if row not in taken:
-                    rows.append(row)
-    return {why: rows for why, rows in chosen.items() if rows}
+def chosen_rows(mask: Mask) -> dict[str, list[int]]:
+    """The rows to show, by why: at most ROWS / 4 of each kind, the best first.
 
-
-def candidate_rows(mask: Mask) -> dict[str, list[int]]:
-    """The rows of each kind, the best first. Equal ones are ordered by mean S."""
+    Equal ones are ordered by mean S. A row stands where it is met first.
+    """
     tokens = mask.tokens
     size = count_by_row(tokens, tokens.response)
     harm = count_by_row(tokens, tokens.harmful)
@@ -271,19 +238,23 @@ def candidate_rows(mask: Mask) -> dict[str, list[int]]:
     missed = harm - count_by_row(tokens, mask.discarded & tokens.harmful)
     sums = count_by_row(tokens, tokens.response, mask.S.double())
     by_mean_S = (sums / size).argsort(descending=True, stable=True)
-
-    def ordered(wanted: torch.Tensor, key: torch.Tensor) -> list[int]:
-        rows = by_mean_S[wanted[by_mean_S]]
-        return rows[key[rows].argsort(descending=True, stable=True)].tolist()
-
-    # Without ground truth no row is known to be harmless.
-    harmless = rows_by_harm(tokens)["benign"] & tokens.harmful.any()
-    return {
-        "harmless, yet discarded": ordered((lost > 0) & harmless, lost / size),
-        "harmful, yet kept": ordered(missed > 0, missed / harm),
-        f"the largest share discarded by {mask.label}": ordered(lost > 0, lost / size),
-        "nothing discarded, the highest mean S": ordered((lost == 0) & (size > 0), size * 0),
+    is_harmless = (harm == 0) & tokens.harmful.any()  # without ground truth none is known to be
+    kinds = {
+        "harmless, yet discarded": ((lost > 0) & is_harmless, lost / size),
+        "harmful, yet kept": (missed > 0, missed / harm),
+        f"the largest share discarded by {mask.label}": (lost > 0, lost / size),
+        "nothing discarded, the highest mean S": ((lost == 0) & (size > 0), sums / size),
     }
+    chosen = {}
+    taken = set()
+    for why, (wanted, key) in kinds.items():
+        rows = by_mean_S[wanted[by_mean_S]]
+        best = rows[key[rows].argsort(descending=True, stable=True)].tolist()
+        fresh = [row for row in best if row not in taken][: ROWS // 4]
+        taken.update(fresh)
+        if fresh:
+            chosen[why] = fresh
+    return chosen
 
 
 def spread(mask: Mask) -> str:

@@ -86,17 +86,17 @@ def is_part(measure: str, measures: Iterable[str]) -> bool:
     return "@" in measure or bool(by_source) and whole in measures
 
 
-def differences_text(paired: dict[str, Table]) -> str:
-    """Differences on the same prompts as Markdown, without parts. paired: by what is subtracted."""
-    texts = []
+def difference_tables(paired: dict[str, Table]) -> list[tuple]:
+    """The header and lines of the differences to each other model, without parts. paired: by what
+    is subtracted."""
+    tables = []
     for other, table in paired.items():
         turned = down(table)
         whole = {name: row for name, row in turned.items() if not is_part(name, turned)}
         header, lines = grid(whole, table, [f"minus {other}"], 3, "+")
         if lines:
-            texts.append("On the same prompts; * = the 95 % interval excludes 0")
-            texts.append(markdown(header, lines))
-    return "\n\n".join(texts)
+            tables.append((header, lines))
+    return tables
 
 
 def measures_of(table: Table, measures: Iterable[str]) -> list[str]:
