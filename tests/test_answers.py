@@ -200,26 +200,24 @@ def test_the_command_takes_words_and_names_prompts_that_were_trained_on(
 # What is made again, and what is left out
 
 
-def test_an_equal_evaluation_is_skipped_and_a_damaged_one_made_again(run, files):
+def test_an_equal_evaluation_is_skipped_and_another_one_made_again(run, files):
     file = run.folder / "answers/base.jsonl"
     before = file.read_bytes()
     stamp = file.stat().st_mtime_ns
     evaluate_run(run, ["base", "toss"], files, replace(CONFIG, prefill=(0, 1, 1)))
     assert file.stat().st_mtime_ns == stamp
     head, *lines = read_jsonl(file)
-    lines[0]["response"] += " More."
-    for content in ([head, *lines], []):
-        write_jsonl(file, content)
-        assert evaluated(run).left_out == ["base"]
-        evaluate_run(run, ["base"], files, CONFIG)
-        assert file.read_bytes() == before
+    head["record"]["settings"]["max_new_tokens"] = 9
+    write_jsonl(file, [head, *lines])
+    assert evaluated(run).left_out == ["sft", "toss"]
+    evaluate_run(run, ["base"], files, CONFIG)
+    assert file.read_bytes() == before
 
 
 def test_only_what_was_measured_alike_shares_a_table(run, files, capsys):
     found = evaluate_run(run, ["base"], files, replace(CONFIG, prefill=[0, 1, 99]))
-    out = capsys.readouterr().out
-    assert "prefill-99: 2 of 2 responses are shorter" in out
-    assert "sft, toss left out: evaluated on other files or in another way" in out
+    why = "sft, toss left out: evaluated on other files or in another way"
+    assert why in capsys.readouterr().out
     assert list(found.table) == ["base"] and found.paired == {}
     assert "not_refused@99" in found.table["base"]
 

@@ -61,7 +61,7 @@ def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):
     file = trained / "diagnosis/kl.csv"
     command = f"toss.audit.diagnose --run {trained} --positions 4"
     out = said(capsys, f"{command} --max-rows 6")
-    assert "custom: 6 of 10 rows of custom.jsonl" in out
+    assert "custom: 6 of 10 rows" in out
     lines = list(csv.DictReader(file.read_text().splitlines()))
     assert list(lines[0]) == ["model", "rows", "position", "n", *COLUMNS]
     assert {line["model"] for line in lines} == {"sft", "toss", "degraded", "utility"}
@@ -74,4 +74,4 @@ def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):
     assert open_run(trained).stale("diagnosis") == ["methods/sft"]
     rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
     said(capsys, f"{command} --rows {rows} --methods sft")
-    assert "\nsft,mine,0,4," in file.read_text() and "custom" not in file.read_text()
+    assert f"\nsft,{rows},0,4," in file.read_text() and "custom" not in file.read_text()

@@ -70,14 +70,13 @@ def diagnose_run(
 
 
 def rows_of(run: Run, files: list[str] | None, most: int) -> dict[str, Tokens]:
-    """At most `most` rows of each file, by its name; or of the custom set, spread evenly."""
-    if files:
-        groups = {Path(file.removesuffix(".gz")).stem: run.tokens(file) for file in files}
-    else:
-        groups = {"custom": run.scored(needed=False)[0]}
+    """At most `most` rows of each file, or of the custom set, spread evenly."""
+    groups = {file: run.tokens(file) for file in files or []}
+    if not files:
+        groups["custom"], _ = run.scored(needed=False)
     for name, tokens in groups.items():
         chosen = evenly(tokens.filled, most)
-        print(f"{name}: {len(chosen)} of {len(tokens.filled)} rows of {Path(tokens.name).name}")
+        print(f"{name}: {len(chosen)} of {len(tokens.filled)} rows")
         groups[name] = tokens.take(chosen)
     return groups
 

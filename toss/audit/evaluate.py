@@ -11,7 +11,6 @@ toss/audit/README.md.
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 
 from model.io import InputError, read_text
 from model.lora import use
-from toss.audit.judges import Measured, has_response, measure, prefilled
+from toss.audit.judges import Measured, has_response, measure
 from toss.audit.measures import Metrics, Table, by_measure, mean_loss, paired_share, share
 from toss.audit.runs import (
     by_importance,
@@ -36,7 +35,6 @@ from toss.audit.verdict import AGAINST
 from toss.parallel import rank
 from toss.rows import Row, read_rows
 from toss.workbench import code, flags
-from toss.workbench.results import text_hash
 from toss.workbench.run import Run
 
 MEASURES = ["toss/audit/judges.py", "toss/audit/measures.py", "data/refusals.py"]
@@ -88,14 +86,11 @@ def evaluate_run(
     sets = {}
     for name, path in files.items():
         settings[f"{name}_sha256"] = run.hashes.of_input(Path(path))
-        sets[name] = with_responses(run, path, read_rows(path, responses=False))
+        sets[name] = measurable(path, name)
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
         run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
 
-    # Whatever is odd about the prompts and the models is said before the first is asked.
-    check_measurable(files.get("utility", ""), sets.get("utility", []))
-    if config.prefill:
-        say_short_responses(run, sets.get("harmful", []), config.prefill)
+    # Whatever is odd about the models is said before the first is asked.
     for method in methods:
         if method != "base":
             run.check_model(f"methods/{method}", only=())
@@ -112,37 +107,17 @@ def evaluate_run(
     return found
 
 
-def with_responses(run: Run, path: str, rows: list[Row]) -> list[Row]:
-    """The rows without an empty response. Raises InputError for one unless the run skips them."""
+def measurable(path: str, kind: str) -> list[Row]:
+    """The rows of a file but those with an empty response. Raises InputError for a utility row
+    without an answer or a response, a misspelt field perhaps."""
+    rows = read_rows(path, responses=False)
     whole = [row for row in rows if not row.has_empty_response]
-    empty = [row.where for row in rows if row.has_empty_response]
-    if empty and not run.args.skip_empty:
-        problem = f"{len(empty)} rows have an empty response ({', '.join(empty[:3])})"
-        raise InputError(f"{empty[0]}: {problem}: remove them")
-    if empty:
-        print(f"{path}: {len(empty)} rows with an empty response are left out")
+    if len(whole) < len(rows):
+        print(f"{path}: {len(rows) - len(whole)} rows with an empty response are left out")
+    for row in whole:
+        if kind == "utility" and not row.answer and not has_response(row):
+            raise InputError(f"{row.where}: the row has neither an answer nor a response")
     return whole
-
-
-def check_measurable(path: str, rows: list[Row]) -> None:
-    """Warn of utility rows without anything to measure, a misspelt field perhaps; InputError if
-    that is so of all."""
-    unmeasured = [row.where for row in rows if not (row.answer or has_response(row))]
-    if not unmeasured:
-        return
-    what = f"{len(unmeasured)} of {len(rows)} rows have neither an answer nor a response"
-    if len(unmeasured) == len(rows):
-        raise InputError(f"{path}: {what}: there is nothing to measure")
-    print(f"warning: {path}: {what}, and are not measured; the first is {unmeasured[0]}")
-
-
-def say_short_responses(run: Run, rows: list[Row], prefill: Sequence[int]) -> None:
-    """Print how many responses have fewer tokens than a prefill takes."""
-    responses = [response for _, response in prefilled(rows, run.tokenizer)]
-    for k in prefill:
-        short = sum(len(response) < k for response in responses)
-        if short:
-            print(f"prefill-{k}: {short} of {len(responses)} responses are shorter and used whole")
 
 
 def evaluate_method(
@@ -166,21 +141,19 @@ def evaluate_method(
 
 
 def write_answers(path: Path, record: dict, measured: Measured) -> None:
-    """Write answers, with a first line that says what they are and whether they were changed."""
-    content = {"record": record, "losses": [measured.sums, measured.counts]}
-    digest = text_hash([content, measured.lines])
-    write_jsonl(path, [{"note": NOTE, **content, "sha256": digest}, *measured.lines])
+    """Write answers, with a first line that says what they are."""
+    losses = [measured.sums, measured.counts]
+    write_jsonl(path, [{"note": NOTE, "record": record, "losses": losses}, *measured.lines])
 
 
 def read_answers(run: Run, method: str) -> dict:
     """What answers/METHOD.jsonl holds: record, losses (of the utility rows: sums, and numbers of
-    tokens) and lines; {} if there is none, or it was changed."""
-    with suppress(InputError):
-        head, *lines = read_jsonl(run.folder / "answers" / f"{method}.jsonl") or [{}]
-        content = {name: head.get(name) for name in ("record", "losses")}
-        if head.get("sha256") == text_hash([content, lines]):
-            return {**content, "lines": lines}
-    return {}
+    tokens) and lines; {} if there is none."""
+    file = run.folder / "answers" / f"{method}.jsonl"
+    if not file.exists():
+        return {}
+    head, *lines = read_jsonl(file)
+    return {"record": head["record"], "losses": head["losses"], "lines": lines}
 
 
 def evaluated(run: Run, like: str = "base") -> Evaluated:
@@ -200,10 +173,10 @@ def evaluated(run: Run, like: str = "base") -> Evaluated:
     files = run.folder.glob("answers/*.jsonl")
     for method in by_importance(file.stem for file in files):
         found = read_answers(run, method)
-        record = found.get("record", {})
+        record = found["record"]
         has_model = method == "base" or run.has_model(f"methods/{method}")
         same_base = identity.items() <= record.items()
-        if found and has_model and same_base and not run.changed_inputs(record):
+        if has_model and same_base and not run.changed_inputs(record):
             current[method] = found
         else:
             left_out.append(method)
