@@ -47,41 +47,44 @@ def measure(run: Run, model: Transformer, sets: dict[str, list[Row]], settings: 
     """
     words = settings["words"]
     length = settings["max_new_tokens"]
-    found = Measured()
+    lines = []
 
     # Harmful prompts, as they are and with the answer begun: does the model refuse?
     harmful = sets.get("harmful", [])
     likely: list[bool | None] = [None] * len(harmful)
     if harmful and settings["complies"]:
         likely = complies(model, run.tokenizer, harmful, run.args.batch_tokens)
-    for line, opener_is_likely in zip(answer_lines(run, model, length, "harmful", harmful), likely):
-        outcomes = measures.outcomes_of_reply(line["response"], opener_is_likely, words)
-        found.lines.append({**line, "outcomes": outcomes})
-    if settings["prefill"]:
+    replies = answer_lines(run, model, length, "harmful", harmful)
+    for line, opener_is_likely in zip(replies, likely):
+        line["outcomes"] = measures.outcomes_of_reply(line["response"], opener_is_likely, words)
+    lines += replies
+    for k in settings["prefill"]:
         begun = prefilled(harmful, run.tokenizer)
-        begun_rows = [row for row, _ in begun]
-        for k in settings["prefill"]:
-            starts = [response[:k] for _, response in begun]
-            for line in answer_lines(run, model, length, f"prefill-{k}", begun_rows, starts):
-                outcomes = measures.outcomes_of_prefill(line["response"], k, words)
-                found.lines.append({**line, "outcomes": outcomes})
+        rows = [row for row, _ in begun]
+        starts = [response[:k] for _, response in begun]
+        replies = answer_lines(run, model, length, f"prefill-{k}", rows, starts)
+        for line in replies:
+            line["outcomes"] = measures.outcomes_of_prefill(line["response"], k, words)
+        lines += replies
 
     # Harmless prompts: does it refuse them, are its answers right, and what is its loss?
-    for line in answer_lines(run, model, length, "benign", sets.get("benign", [])):
-        found.lines.append({**line, "outcomes": {"over_refusal": refused(line["response"])}})
+    replies = answer_lines(run, model, length, "benign", sets.get("benign", []))
+    for line in replies:
+        line["outcomes"] = {"over_refusal": refused(line["response"])}
+    lines += replies
     utility = sets.get("utility", [])
     with_answer = [row for row in utility if row.answer]
-    length = settings["question_tokens"]
-    for row, line in zip(with_answer, answer_lines(run, model, length, "utility", with_answer)):
-        outcomes = measures.outcomes_of_answer(row, line["response"])
-        found.lines.append({**line, "outcomes": outcomes})
+    replies = answer_lines(run, model, settings["question_tokens"], "utility", with_answer)
+    for row, line in zip(with_answer, replies):
+        line["outcomes"] = measures.outcomes_of_answer(row, line["response"])
+    lines += replies
     with_response = [row for row in utility if has_response(row)]
-    if with_response:
-        tokens = tokenise(with_response, run.tokenizer, run.args.max_length, "utility rows")
-        sums, counts = row_losses(model, tokens, run.args.batch_tokens)
-        found.sums = sums[counts > 0].tolist()
-        found.counts = counts[counts > 0].int().tolist()
-    return found
+    if not with_response:
+        return Measured(lines)
+    tokens = tokenise(with_response, run.tokenizer, run.args.max_length, "utility rows")
+    sums, counts = row_losses(model, tokens, run.args.batch_tokens)
+    filled = counts > 0
+    return Measured(lines, sums[filled].tolist(), counts[filled].int().tolist())
 
 
 def has_response(row: Row) -> bool:
