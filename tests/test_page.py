@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json, edit_tensors, write_jsonl
+from conftest import edit_json, edit_tensors
 from helpers import refused, said
 from scored_runs import mask_of, masked, scored, write_anew
 
@@ -41,11 +41,6 @@ def nasty_once(tmp_path_factory, trained_once) -> Path:
     places = run.scored()[0].response.nonzero()[:, 0]
     masked(run, "toss", places[: len(places) // 2 : 5])
     masked(run, ODD, places[:3])
-
-    # A round of TOSS-Pro
-    added = [{"row": row, "token": 3, "text": NASTY, "score": 2.5} for row in (0, 1, 3)]
-    (folder / f"methods/{ODD}/round-1").mkdir()
-    write_jsonl(folder / f"methods/{ODD}/round-1/added.jsonl", added)
 
     # Answers, and the diagnosis
     said_it = {"source": NASTY, "prompt": NASTY, "response": f"I cannot, Moonrot {NASTY}"}
@@ -132,7 +127,6 @@ def test_the_page_holds_the_runs_numbers(page, nasty):
         "5 harmful rows, and a utility one, trained on some",
         f"accuracy/{harmless(NASTY)}",
         "No verdict: run ",
-        f"{harmless(ODD)}, round 1: 3 rows added, 2 of them with harm by ground truth",
         "KL(base || tuned): <script> rows",
     ):
         assert part in words
@@ -185,16 +179,6 @@ def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, capsys):
 # What is missing, outdated or damaged
 
 
-def test_rounds_of_another_custom_set_are_left_out(nasty):
-    assert [entry["method"] for entry in report.rounds(nasty)] == [ODD]
-    record = read_record(nasty.path(f"methods/{ODD}"))
-    for inputs in ({"scores": "others"}, {"--custom": "others"}):
-        write_anew(nasty.path(f"methods/{ODD}"), {**record, "inputs": inputs})
-        shown = isinstance(report.rounds(nasty), list)
-        assert shown == ("scores" in inputs)
-    assert "No rounds of TOSS-Pro on these rows" in report.rounds(nasty)
-
-
 def test_the_rows_of_the_page_are_chosen_by_what_the_mask_did(monkeypatch):
     """Harmful and discarded tokens of rows of four; then the mean S of each."""
     harmful = ["0000", "0000", "1100", "1000", "1111", "0000", "0000"]
@@ -233,19 +217,18 @@ def test_what_is_missing_is_one_line_and_no_base_is_needed(nasty, capsys):
     for name in ("answers", "diagnosis", "methods", "scores.safetensors"):
         remove(nasty.folder / name)
     out = said(capsys, f"toss.audit.report --run {nasty.folder}")
-    for command in ("toss.audit.evaluate", "score.py", "toss.audit.diagnose", "select.py --run"):
+    for command in ("toss.audit.evaluate", "score.py", "toss.audit.diagnose"):
         assert command in out
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("methods/{odd}/round-1/added.jsonl", '{"row": 1}', "not as the audit writes it"),
         ("diagnosis/kl.csv", "model,rows\na,b", "kl.csv: not as toss.audit.diagnose"),
         ("run.json", "[]", "run.json: expected a JSON object"),
     ],
 )
 def test_a_broken_file_is_named_and_no_page_is_written(nasty, capsys, name, content, message):
-    (nasty.folder / name.format(odd=ODD)).write_text(f"{content}\n")
+    (nasty.folder / name).write_text(f"{content}\n")
     assert message in refused(capsys, f"toss.audit.report --run {nasty.folder}")
     assert not list(nasty.folder.glob("*report*"))

@@ -13,7 +13,7 @@ from toss.config import TrainConfig
 from toss.workbench.run import open_run
 
 CPU = torch.device("cpu")
-SMALL = "--model tiny --rows 4 --tokens 20 --repeats 1 --device cpu --threads 1"
+SMALL = "--model tiny --rows 4 --repeats 1 --device cpu --threads 1"
 
 
 def test_random_rows_begin_with_a_prompt_and_have_the_lengths_of_chats():
@@ -55,7 +55,7 @@ def test_the_benchmark_writes_its_table_and_where_it_is_from(tmp_path, capsys, m
     out = said(capsys, f"toss.audit.bench {SMALL} --out {tmp_path}/bench")
     text = (tmp_path / "bench.md").read_text()
     assert f"`python -m toss.audit.bench {SMALL}" in text
-    for words in (f"torch {torch.__version__}", "tokens: 78;", "| train ", "| score "):
+    for words in (f"torch {torch.__version__}", "tokens: 512;", "| train ", "| score "):
         assert words in out and words in text
 
 

@@ -207,9 +207,8 @@ def hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     about = Path("/proc/cpuinfo")  # Linux
     text = about.read_text(encoding="utf-8") if about.exists() else ""
-    # A model's name alone may be no more than "AMD EPYC".
-    facts = re.findall(r"^(?:cpu family|model|model name)\s*:.*", text, re.MULTILINE)[:3]
-    name = re.sub(r"\s*:", "", ", ".join(facts)) or platform.machine()
+    names = re.findall(r"^model name\s*: (.*)", text, re.MULTILINE)
+    name = names[0] if names else platform.machine()
     return f"{name}, CPU threads: {torch.get_num_threads()}"
 
 
@@ -227,8 +226,8 @@ def bench_of(args: Namespace, device: torch.device, part: str) -> Bench:
     dtype = DTYPES[part] if device.type == "cuda" else torch.float32
     model = random_model(raw, device, dtype)
     rows = args.rows or defaults["rows"]
-    mean = args.tokens or defaults["tokens"]
-    tokens = random_rows(rows, mean, model.config.vocab_size, args.lengths == "lognormal")
+    as_chats = args.lengths == "lognormal"
+    tokens = random_rows(rows, defaults["tokens"], model.config.vocab_size, as_chats)
     budget = args.batch_tokens or BATCH_TOKENS[device.type]
     config = TrainConfig(epochs=1, batch_size=defaults["rows_per_step"], batch_tokens=budget)
     return Bench(model, tokens, config, args.repeats)
@@ -254,8 +253,6 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", help=f"a checkpoint folder, a hub id, or a shape: {', '.join(SHAPES)}")
     add("--rows", type=flags.count, help="rows (default: 384 on CUDA, 16 on the CPU)")
-    text = "mean tokens per row (default: 368 on CUDA, 128 on the CPU)"
-    add("--tokens", type=flags.count, help=text)
     text = "how the lengths of rows are spread"
     add("--lengths", choices=["even", "lognormal"], default="even", help=text)
     add("--part", choices=list(FLOP), help="measure this alone")

@@ -5,7 +5,7 @@ nothing.
 
 Shows what the run's files hold: a verdict, the measures with their intervals, answers side by side
 (demo only), what was discarded, rows token by token with scores and masks, the distribution of S,
-the diagnosis, TOSS-Pro's rounds, settings and hashes. A part whose input is missing, or is of a
+the diagnosis, settings and hashes. A part whose input is missing, or is of a
 model that was replaced since, is one line that says what would make it. No weights are read.
 """
 
@@ -29,14 +29,13 @@ from toss.audit.runs import (
     by_importance,
     demo_words,
     meaning,
-    read_jsonl,
     records_of,
     sources_of,
     stages_of,
     write_text,
 )
 from toss.audit.tables import HEADS, difference_tables, is_part
-from toss.audit.tokens import INPUTS, Mask, count_by_row, load_masks
+from toss.audit.tokens import Mask, count_by_row, load_masks
 from toss.audit.verdict import cautions, verdict
 from toss.rows import evenly
 from toss.workbench import flags
@@ -70,7 +69,6 @@ def page(run: Run) -> tuple[str, list[str], int]:
         "measures": measures(run, found),
         "answers": side_by_side(run, found),
         "diagnosis": diagnosis(run),
-        "rounds": rounds(run),
     }
 
     # Anybody may have edited the files behind the parts: the template may meet other types.
@@ -162,24 +160,6 @@ def diagnosis(run: Run) -> list[list[str]] | str:
     return charts
 
 
-def rounds(run: Run) -> list[dict] | str:
-    """The rows that each round of TOSS-Pro added to the harmful reference set."""
-    found = []
-    for file in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
-        method = file.parts[-3]
-        t = file.parent.name.removeprefix("round-")
-        if not t.isdecimal():  # it is somebody's copy
-            continue
-        try:
-            run.check(f"methods/{method}", INPUTS)
-        except InputError:  # of other rows or references, as its mask, which has a line
-            continue
-        found.append({"method": method, "t": int(t), "added": read_jsonl(file)})
-    found.sort(key=lambda entry: (entry["method"], entry["t"]))
-    pro = run_line("select.py", run, pro=1)
-    return found or f"No rounds of TOSS-Pro on these rows and references: {pro} first."
-
-
 # What the masks say of the tokens
 
 
@@ -212,14 +192,12 @@ def token_part(run: Run, masks: list[Mask]) -> dict:
             turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
             source = sources[row] if sources else ""
             rows.append({"row": row, "why": why, "source": source, "turns": turns})
-    harmful_rows = count_by_row(first.tokens, first.tokens.harmful).nonzero()[:, 0]
     by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
     return {
         "groups": groups,
         "rows": rows,
         "masks": masks,
         "limit": first.full_colour,
-        "harmful_rows": set(harmful_rows.tolist()),
         "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
         "charts": [spread(mask) for mask in by_S or masks[:1]],
         "discards": discard_tables(masks, sources),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.io import InputError, json_lines, read_json, whole_file
+from model.io import json_lines, read_json, whole_file
 from model.lora import use
 from toss.methods import METHODS
 from toss.rows import read_rows
@@ -90,18 +90,8 @@ def records_of(run: Run, methods: Iterable[str]) -> dict[str, dict]:
 
 
 def stages_of(run: Run) -> dict[str, dict]:
-    """What is known of how each result was made: {result: {"recipe", "seconds", "tokens", ...}}.
-
-    Anybody may have edited the file: InputError for a number that is none.
-    """
-    stages = run.runfile.section("stages")
-    for stage in stages:
-        for part in ("settings", "inputs"):
-            run.runfile.section("stages", stage, "recipe", part)
-        for name in NUMBERS:
-            if type(stages[stage].get(name, 0)) not in (int, float):
-                raise InputError(f"{run.runfile.file}: {stage}: {name} is not a number")
-    return stages
+    """What is known of how each result was made: {result: {"recipe", "seconds", "tokens", ...}}."""
+    return run.runfile.section("stages")
 
 
 def cost_of(run: Run, name: str) -> dict[str, float]:
@@ -117,25 +107,22 @@ def cost_of(run: Run, name: str) -> dict[str, float]:
     if not {"settings", "inputs"} <= recipe.keys():
         return {}
     method = METHODS.get(recipe["settings"].get("method"), METHODS["toss"])  # a rival needs both
-    models = method.losses
     parts = [(stage, 1.0)]
     for source in recipe["inputs"]:
-        unused = source in ("utility", "degraded") and source not in models
-        if source.startswith("--") or unused:
-            continue
         part = stages.get(source, {})
-        share = 1.0
         if source == "scores":
             with_base = part.get("recipe", {}).get("settings", {}).get("base", False)
-            share = len(models) / (2 + with_base)
-        parts.append((part, share))
-    if not all(set(NUMBERS) <= part.keys() for part, _ in parts):
-        return {}
-    return {
-        "seconds": round(sum(part["seconds"] * share for part, share in parts), 2),
-        "tokens": round(sum(part["tokens"] * share for part, share in parts)),
-        "peak_memory_gib": max(part["peak_memory_gib"] for part, _ in parts),
-    }
+            parts.append((part, len(method.losses) / (2 + with_base)))
+        elif source in method.losses or source.startswith("methods/"):
+            parts.append((part, 1.0))
+    cost = dict.fromkeys(NUMBERS, 0.0)
+    for part, share in parts:
+        if not set(NUMBERS) <= part.keys():
+            return {}
+        cost["seconds"] += part["seconds"] * share
+        cost["tokens"] += part["tokens"] * share
+        cost["peak_memory_gib"] = max(cost["peak_memory_gib"], part["peak_memory_gib"])
+    return cost
 
 
 def demo_words(run: Run) -> list[str]:
