@@ -52,7 +52,7 @@ def test_means_by_position_leave_out_what_few_rows_have(tokenizer):
     positions = [(line["position"], line["n"], line["kl_base"]) for line in lines]
     assert positions == [(0, 3, 2.0), (1, 3, 3.0)]
     table = kl_table([{"rows": "g", **line} for line in lines])
-    assert "| g    | sft   | 2.000          | 3.000" in table
+    assert "| g    | sft   | 2.500 [2.000, 3.000] |" in table
 
 
 def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):

@@ -11,8 +11,6 @@ measure means: toss/audit/README.md. Writes PREFIX.md, PREFIX.csv (a line per se
 measure) and, of the measures of --draw, PREFIX.svg.
 """
 
-import csv
-import io
 import sys
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from toss.audit.evaluate import Evaluated, evaluated
 from toss.audit.figures import picture_of
 from toss.audit.measures import Cell, Table
 from toss.audit.runs import cost_of, demo_words, records_of, write_text
-from toss.audit.tables import COSTS, difference_tables, grid, markdown, over_seeds
+from toss.audit.tables import COSTS, csv_text, difference_tables, grid, markdown, over_seeds
 from toss.audit.verdict import cautions, verdict
 from toss.workbench import flags
 from toss.workbench.run import Run, open_run
@@ -63,14 +61,12 @@ def with_ratios(table: Table) -> Table:
 
 def as_csv(seeds: dict[Path, Table]) -> str:
     """A line per number, with a head."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("seed", "run", "method", "measure", *Cell._fields))
+    lines = []
     for folder, table in seeds.items():
         for line, row in table.items():
             for measure, cell in row.items():
-                writer.writerow((folder.name, *line, measure, *cell))
-    return file.getvalue()
+                lines.append((folder.name, *line, measure, *cell))
+    return csv_text(("seed", "run", "method", "measure", *Cell._fields), lines)
 
 
 def conclusions(run: Run, found: Evaluated) -> str:

@@ -10,10 +10,8 @@ Rows: each file of --rows; else the custom set. Writes RUN/diagnosis/kl.csv, whi
 toss.audit.report draws.
 """
 
-import csv
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,8 +20,9 @@ from model.io import InputError, whole_folder
 from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
-from toss.audit.runs import opened
-from toss.audit.tables import markdown
+from toss.audit.measures import Cell
+from toss.audit.runs import opened, write_text
+from toss.audit.tables import csv_text, grid, markdown, over_seeds
 from toss.loss import LOGITS
 from toss.parallel import rank
 from toss.rows import evenly
@@ -52,7 +51,9 @@ def diagnose_run(
     groups = rows_of(run, files, max_rows)
 
     # A record by which the page knows of which models this is.
-    inputs = [*REFERENCES, *(f"methods/{method}" for method in methods)]
+    inputs = [*REFERENCES]
+    for method in methods:
+        inputs.append(f"methods/{method}")
     recipe = run.recipe("diagnosis", inputs, {"rows": list(groups), "positions": positions})
 
     # Of each group the first positions of the responses, under all models at once.
@@ -61,10 +62,13 @@ def diagnose_run(
         wanted = tokens.response & (tokens.positions() < positions)
         bar = Bar(f"diagnosis, {name}")
         moved = divergences(model, adapters, tokens, wanted, run.batch_tokens, bar.show)
-        lines += [{"rows": name, **line} for line in means(tokens, moved, wanted, positions)]
+        for line in means(tokens, moved, wanted, positions):
+            lines.append({"rows": name, **line})
     if rank() == 0:
         with whole_folder(run.folder / "diagnosis") as folder:
-            write_csv(folder / "kl.csv", lines)
+            columns = ("model", "rows", "position", "n", *COLUMNS)
+            values = [[line[column] for column in columns] for line in lines]
+            write_text(folder / "kl.csv", csv_text(columns, values))
             write_record(folder, recipe)
     return lines
 
@@ -153,38 +157,22 @@ def means(tokens: Tokens, moved: dict[str, Tensor], wanted: Tensor, most: int) -
         sums = torch.zeros(3, most, dtype=torch.float64)
         sums.index_add_(1, j, values[:, wanted])
         for position, n in enumerate(counts):
-            if n >= FEWEST:
-                line = {"model": name, "position": position, "n": n}
-                for column, total in zip(COLUMNS, sums[:, position].tolist()):
-                    line[column] = round(total / n, 6)
-                lines.append(line)
+            if n < FEWEST:
+                continue
+            line = {"model": name, "position": position, "n": n}
+            for column, total in zip(COLUMNS, sums[:, position].tolist()):
+                line[column] = round(total / n, 6)
+            lines.append(line)
     return lines
 
 
-def write_csv(file: Path, lines: list[dict]) -> None:
-    """kl.csv."""
-    with open(file, "w", newline="", encoding="utf-8") as out:
-        columns = ("model", "rows", "position", "n", *COLUMNS)
-        table = csv.DictWriter(out, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(lines)
-
-
 def kl_table(lines: list[dict]) -> str:
-    """Each model on each group: the first response position, and the mean over the later ones."""
-    curves = {}
+    """Each model on each group: mean [least, most] over the positions."""
+    tables = []
     for line in lines:
-        curves.setdefault((line["rows"], line["model"]), []).append(line)
-    table = []
-    for (rows, model), (first, *later) in curves.items():
-        cells = [rows, model]
-        for column in COLUMNS:
-            values = [line[column] for line in later]
-            mean = f"{sum(values) / len(values):.3f}" if values else ""
-            cells += [f"{first[column]:.3f}", mean]
-        table.append(cells)
-    header = [f"{column}, {where}" for column in COLUMNS for where in ("j = 0", "later")]
-    return markdown(["rows", "model", *header], table)
+        cells = {column: Cell(line[column], line["n"]) for column in COLUMNS}
+        tables.append({(line["rows"], line["model"]): cells})
+    return markdown(*grid(over_seeds(tables), COLUMNS, ["rows", "model"], 3))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -199,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     run, methods = opened(args)
     with run.holding(run.folder / ".state" / "diagnosis"):
         lines = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
-    print(f"\nMeans in nats; positions that fewer than {FEWEST} rows have are left out.\n")
+    print(f"\nNats, over the positions that {FEWEST} rows or more have.\n")
     print(f"{kl_table(lines)}\n\nwritten: {run.folder / 'diagnosis'}")
 
 

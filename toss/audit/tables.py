@@ -3,6 +3,8 @@
 A line is named by a text, or by several, one for each column that names it.
 """
 
+import csv
+import io
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -145,6 +147,15 @@ def on_one_line(item: object) -> str:
     'a b<1b>[2J'
     """
     return harmless(str(item)).replace("\n", " ")
+
+
+def csv_text(header: Sequence[object], lines: Iterable[Sequence[object]]) -> str:
+    """Lines of values with commas between them, below a head."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return file.getvalue()
 
 
 def over_seeds(tables: Iterable[Table]) -> Table:

@@ -203,21 +203,6 @@ def token_texts(raw: RawTokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
-def rows_by_harm(tokens: Tokens, eos_id: int | None = None) -> dict[str, Tensor]:
-    """Which rows with a response hold no harm by ground truth ("benign"), some ("mixed"), or
-    nothing else ("harmful"): bool [rows] each. eos_id: of a token that does not count."""
-    content = tokens.response
-    if eos_id is not None:
-        content = content & (tokens.input_ids != eos_id)
-    size = count_by_row(tokens, content)
-    harm = count_by_row(tokens, content & tokens.harmful)
-    return {
-        "benign": (count_by_row(tokens, tokens.response) > 0) & (harm == 0),
-        "mixed": (harm > 0) & (harm < size),
-        "harmful": (harm > 0) & (harm == size),
-    }
-
-
 def count_by_row(tokens: Tokens, marked: Tensor, values: Tensor | None = None) -> Tensor:
     """How many marked tokens each row has: int64 [rows]. marked: bool [N].
 
