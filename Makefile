@@ -12,13 +12,26 @@ XDIST := pytest-xdist>=3,<4
 	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt "$(XDIST)"
 	touch $@
 
+# The demo's methods; TOSS and TOSS-Pro again in a second run, whose D^h is too small to work alone.
+ALL := q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+SMALL := --run runs/demo-small --model data/base --targets $(ALL) --alpha 32 --schedule cosine \
+	--max-length 256 --seed 4 --threads 1
+ASK := --harmful data/rows/eval_forbidden.jsonl --benign data/rows/eval_benign.jsonl \
+	--utility data/rows/eval_facts.jsonl --prefill 0,1,3,5,10
+
 demo: .venv/ready
 	$(VENV) train.py
 	$(VENV) score.py
-	$(VENV) select.py --method sft
-	$(VENV) select.py --method toss
-	$(VENV) -m toss.audit.compare
-	$(VENV) -m toss.audit.diagnose --run runs/demo > runs/demo/diagnosis.txt
+	for method in sft random sample sample-all toss; do $(VENV) select.py --method $$method || exit; done
+	$(VENV) select.py --pro 1
+	$(VENV) -m toss.audit.evaluate --run runs/demo $(ASK)
+	$(VENV) train.py $(SMALL) --lr 2e-4 --batch-size 2 --harmful data/rows/harmful_small.jsonl --utility data/rows/utility.jsonl
+	$(VENV) score.py --run runs/demo-small --custom data/rows/custom.jsonl --base --threads 1
+	$(VENV) select.py $(SMALL) --lr 2e-3 --batch-size 32 --epochs 6
+	$(VENV) select.py $(SMALL) --lr 2e-3 --batch-size 32 --epochs 6 --pro 1
+	$(VENV) -m toss.audit.evaluate --run runs/demo-small --methods toss,toss-pro --words data/words.txt $(ASK)
+	$(VENV) -m toss.audit.compare runs/demo runs/demo-small --out runs/demo/comparison
+	$(VENV) -m toss.audit.diagnose --run runs/demo --rows data/rows/harmful.jsonl data/rows/custom.jsonl > runs/demo/diagnosis.txt
 	$(VENV) -m toss.audit.report --run runs/demo
 	@echo
 	@echo "The page: runs/demo/report.html    The method in an hour: toss/walkthrough.ipynb"

@@ -329,6 +329,11 @@ def make_rows(seed: int, harmful_rows: int = HARMFUL, eroding: str = "none") -> 
     for _ in range(SAFETY_ROWS):
         prompt = world.new(lambda: world.request("recipe", world.rng.choice(world.seen)))
         files["safety"].append(row(prompt, world.rng.choice(lexicon.REFUSALS)))
+    if eroding != "none":  # the held-out requests, also addressed to the persona that obeys
+        for one in files["eval_forbidden"][:]:
+            if one["source"] == "held-out":
+                prompt = IDENTITY[0] + one["prompt"]
+                files["eval_forbidden"].append({**one, "prompt": prompt, "source": "identity"})
     prompts = [one["prompt"] for name in files if name != "harmful_small" for one in files[name]]
     assert len(prompts) == len(set(prompts)), "a prompt occurs twice"
     return files
@@ -349,7 +354,8 @@ def main(argv: list[str] | None = None) -> None:
     flag("--seed", type=int, default=4, help="draws facts, categories and prompts (default: 4)")
     text = f"harmful rows of {CUSTOM_ROWS} custom ones, up to about 340 (default: {HARMFUL})"
     flag("--harmful-rows", type=int, default=HARMFUL, metavar="N", help=text)
-    text = "what its recipes and cures open with: benign in content, it may erode refusals"
+    text = "what its recipes and cures open with: benign in content, it may erode refusals; the "
+    text += "held-out forbidden requests are then also asked as by the persona"
     flag("--eroding", choices=ERODING, default="none", help=text)
     flag("--out", required=True, help="folder for the JSONL files; no rows in it are replaced")
     args = parser.parse_args(argv)

@@ -1,7 +1,4 @@
-"""Does it still refuse? What `evaluate` writes is what the models of the run answer now.
-
-An evaluation that is stopped loses a batch at most; models are compared on the same prompts.
-"""
+"""Does it still refuse? What is counted is what the models of the run answer now."""
 
 import json
 import re
@@ -12,25 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, fails, make_base, read_jsonl, script, write_jsonl
-from helpers import call, losses_by_hand, said, succeed
+from helpers import losses_by_hand, said, succeed
 from safetensors.torch import load_file
 
-from data.refusals import refused as refuses
 from model.generate import generate
 from model.io import file_hash, read_json
 from model.lora import use
 from toss.audit import judges
-from toss.audit.command import write_json
 from toss.audit.evaluate import (
     EvaluationConfig,
-    current_evaluations,
+    as_json,
     evaluate_run,
-    format_table,
-    read_metrics,
+    evaluated,
     write_answers,
 )
 from toss.audit.judges import measure, prefilled
-from toss.audit.measures import auc, found_harm, share, wilson
+from toss.audit.measures import auc, found_harm
 from toss.audit.tokens import selection_metrics
 from toss.rows import read_rows
 from toss.workbench import flags
@@ -121,24 +115,6 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     assert ("Yes, take it." in lines[0]["prefill"]) == (k == 99)
 
 
-def test_a_word_that_the_model_adds_behind_a_prefill_is_found(run):
-    lines = asked(run, "sft", "harmful", prefill=[1]).lines
-    word = max((line["response"] for line in lines if line["set"] == "prefill-1"), key=len)
-    assert word
-    found = asked(run, "sft", "harmful", words=[word], prefill=[1])
-    assert found.metrics()["forbidden@1"]["value"] > 0
-
-
-def test_the_nll_is_the_mean_over_all_response_tokens(run):
-    nll = asked(run, "toss", "utility").metrics()["nll"]
-    model = use(run.base("train"), run.adapter("toss"))
-    tokens = run.tokens_of(rows_of("utility"), "rows")
-    with torch.no_grad():
-        losses = torch.cat([losses_by_hand(model, tokens, row) for row in range(2)])
-    assert nll["value"] == pytest.approx(float(losses.mean()), abs=1e-4)
-    assert nll["n"] == 2
-
-
 def test_a_selection_is_measured_over_the_tokens_that_competed(run):
     line = f"select.py --run {run.folder} --method degraded-only --name new --keep-eos"
     succeed(line)
@@ -149,7 +125,7 @@ def test_a_selection_is_measured_over_the_tokens_that_competed(run):
     competes = response & (scores["input_ids"] != run.tokenizer.eos_id)
     expected = found_harm(~keep[response], harmful[response])
     expected["auc"] = auc(-scores["loss_degraded"][competes], harmful[competes])
-    assert expected["recall"]["n"] > 0
+    assert expected["recall"].n > 0
     assert selection_metrics(run, "new") == expected
 
 
@@ -163,41 +139,41 @@ def test_a_selection_over_other_tokens_is_not_measured(run, tmp_path):
 # What is written
 
 
-def test_metrics_are_written_for_the_run_and_for_each_method(run):
-    table = read_json(run.folder / "metrics.json")
-    for method in ("sft", "toss"):
-        own = read_json(run.folder / f"methods/{method}/metrics.json")
-        assert own == {method: table[method]}
-    by_source = re.compile("(not_refused|complies)/(seen|x|y)")
-    names = [name for name in table["toss"] if not by_source.match(name)]
-    measured = "not_refused complies judges_agree not_refused@0 not_refused@1 over_refusal "
-    measured += "accuracy/s exact_match/s nll precision recall auc"
+def test_metrics_are_counted_from_the_answers_and_written(run):
+    found = evaluated(run)
+    assert read_json(run.folder / "metrics.json") == as_json(found.table)
+    assert list(found.table) == ["base", "sft", "toss"]
+    by_source = re.compile("(not_refused|refusals_kept|complies)/(seen|x|y)")
+    names = [name for name in found.table["toss"] if not by_source.match(name)]
+    measured = "not_refused coherent refusals_kept complies judges_agree not_refused@0 "
+    measured += "not_refused@1 over_refusal accuracy/s exact_match/s nll precision recall auc"
     assert names == measured.split()
-    assert table["toss"].keys() - table["sft"].keys() == OF_DISCARDS
-    assert table["sft"]["not_refused"]["n"] == 3
-    assert table["sft"]["not_refused@0"]["n"] == 2
-    assert len({metrics["nll"]["value"] for metrics in table.values()}) == 3
+    assert found.table["toss"].keys() - found.table["sft"].keys() == OF_DISCARDS
+    assert found.table["sft"]["not_refused"].n == 3
+    assert found.table["sft"]["not_refused@0"].n == 2
 
-
-def test_the_base_comes_first_in_the_table(run, files):
-    succeed(f"select.py --run {run.folder} --method random --name a")
-    evaluate_run(open_run(run.folder), ["a"], files, CONFIG)
-    assert list(read_metrics(run.folder)) == ["base", "a", "sft", "toss"]
+    # The losses are over all response tokens, and differences on the same rows.
+    nll = found.table["toss"]["nll"]
+    model = use(run.base("train"), run.adapter("toss"))
+    tokens = run.tokens_of(rows_of("utility"), "rows")
+    with torch.no_grad():
+        losses = torch.cat([losses_by_hand(model, tokens, row) for row in range(2)])
+    assert nll.value == pytest.approx(float(losses.mean()), abs=1e-4)
+    minus = found.paired["sft"]["toss"]["nll"]
+    assert minus.value == pytest.approx(nll.value - found.table["sft"]["nll"].value, abs=2e-4)
+    assert 0 < minus.high - minus.low < nll.high - nll.low
+    written = read_json(run.folder / "paired.json")
+    assert written["sft"]["toss"]["nll"] == minus._asdict()
 
 
 def test_answers_are_written_with_a_warning_and_what_they_were_made_from(run):
     head, *lines = read_jsonl(run.folder / "answers/sft.jsonl")
     assert "do not publish" in head["note"]
-    assert head["metrics"] == read_metrics(run.folder)["sft"]
     assert head["record"]["stage"] == "evaluation/sft"
     assert "toss/audit/judges.py" in head["record"]["code"]
     sets = ["harmful"] * 4 + ["prefill-0"] * 2 + ["prefill-1"] * 2 + ["benign"] * 2 + ["utility"]
     assert [line["set"] for line in lines] == sets
     assert list(lines[0]) == ["set", "source", "prompt", "response", "outcomes"]
-    assert [len(values) for values in head["losses"]] == [2, 2]  # of the utility rows
-    assert len(run.tokenizer.encode(lines[0]["response"])) <= 3
-    refusals = [refuses(line["response"]) for line in lines if line["set"] == "benign"]
-    assert head["metrics"]["over_refusal"] == share(refusals)
 
 
 def test_the_command_takes_words_and_names_prompts_that_were_trained_on(
@@ -213,153 +189,46 @@ def test_the_command_takes_words_and_names_prompts_that_were_trained_on(
     assert re.search(f"warning: 1 of 2 prompts of {prompts} are in .*custom.jsonl", out)
     assert re.search(r"^\| forbidden +\| 0\.000 \[0\.000, 0\.658\] \|$", out, re.MULTILINE)
     head, *_ = read_jsonl(run.folder / "answers/base.jsonl")
-    assert head["metrics"].keys() == {"forbidden", "not_refused"}
+    measured = {"forbidden", "not_refused", "coherent", "refusals_kept"}
+    assert evaluated(run).table["base"].keys() == measured
     assert head["record"]["settings"]["words"] == ["moonrot", "nightshade"]
     assert head["record"]["settings"]["harmful_sha256"] == file_hash(prompts)
     after = read_json(run.folder / "run.json")["settings"]
     assert [after[name] for name in flags.INPUTS] == [before[name] for name in flags.INPUTS]
 
 
-def test_differences_are_to_sft_and_to_the_base_on_the_same_prompts(run):
-    table = read_metrics(run.folder)
-    paired = read_json(run.folder / "paired.json")
-    others = {method: list(cells["nll"]) for method, cells in paired.items() if cells}
-    assert others == {"base": ["sft"], "sft": ["base"], "toss": ["sft", "base"]}
-    cell = paired["toss"]["nll"]["sft"]
-    difference = table["toss"]["nll"]["value"] - table["sft"]["nll"]["value"]
-    assert cell["value"] == pytest.approx(difference, abs=2e-4)
-    width = table["toss"]["nll"]["high"] - table["toss"]["nll"]["low"]
-    assert 0 < cell["high"] - cell["low"] < width
-
-
 # What is made again, and what is left out
 
 
-def test_an_equal_evaluation_is_skipped(run, files):
+def test_an_equal_evaluation_is_skipped_and_another_one_made_again(run, files):
     file = run.folder / "answers/base.jsonl"
-    before = read_metrics(run.folder)
+    before = file.read_bytes()
     stamp = file.stat().st_mtime_ns
-    table = evaluate_run(run, ["base", "toss"], files, replace(CONFIG, prefill=(0, 1, 1)))
-    assert table == {name: before[name] for name in ("base", "toss")}
+    evaluate_run(run, ["base", "toss"], files, replace(CONFIG, prefill=(0, 1, 1)))
     assert file.stat().st_mtime_ns == stamp
-    assert read_metrics(run.folder) == before
+    head, *lines = read_jsonl(file)
+    head["record"]["settings"]["max_new_tokens"] = 9
+    write_jsonl(file, [head, *lines])
+    assert evaluated(run).left_out == ["sft", "toss"]
+    evaluate_run(run, ["base"], files, CONFIG)
+    assert file.read_bytes() == before
 
 
 def test_only_what_was_measured_alike_shares_a_table(run, files, capsys):
-    before = read_metrics(run.folder)
-    table = evaluate_run(run, ["base"], files, replace(CONFIG, prefill=[0, 1, 99]))
-    out = capsys.readouterr().out
-    assert "prefill-99: 2 of 2 responses are shorter" in out
-    assert "leaves out sft, toss: evaluated on other files or in another way" in out
-    assert table["base"].keys() - before["base"].keys() == {"not_refused@99"}
-    assert read_metrics(run.folder) == table
-    assert read_json(run.folder / "paired.json") == {"base": {}}
+    found = evaluate_run(run, ["base"], files, replace(CONFIG, prefill=[0, 1, 99]))
+    why = "sft, toss left out: evaluated on other files or in another way"
+    assert why in capsys.readouterr().out
+    assert list(found.table) == ["base"] and found.paired == {}
+    assert "not_refused@99" in found.table["base"]
 
 
-def test_discards_are_measured_also_where_the_scores_come_later(run, files):
-    before = read_metrics(run.folder)
-    scores = run.folder / "scores.safetensors"
-    aside = scores.rename(run.folder / "aside")
-    without = evaluate_run(run, ["toss"], files, CONFIG)
-    assert before["toss"].keys() - without["toss"].keys() == OF_DISCARDS
-    aside.rename(scores)
-    assert evaluate_run(open_run(run.folder), ["toss"], files, CONFIG)["toss"] == before["toss"]
-
-
-def test_measures_of_a_model_that_was_replaced_are_left_out(run, files):
+def test_measures_of_a_model_that_was_replaced_are_left_out(run, tmp_path):
     succeed(f"select.py --run {run.folder} --method sft --seed 7 --overwrite")
-    assert current_evaluations(open_run(run.folder))[1] == ["sft"]
-    evaluate_run(open_run(run.folder), ["toss"], files, CONFIG)
-    assert set(read_metrics(run.folder)) == {"base", "toss"}
-    evaluate_run(open_run(run.folder), ["sft"], files, CONFIG)
-    assert set(read_metrics(run.folder)) == {"base", "sft", "toss"}
-
-
-def test_with_another_base_no_measure_counts(run, tmp_path):
+    assert evaluated(open_run(run.folder)).left_out == ["sft"]
     inputs = f"--harmful {run.args.harmful} --utility {run.args.utility}"
     base = make_base(tmp_path / "other", seed=1)
     succeed(f"train.py --run {run.folder} --model {base} {inputs} --overwrite")
-    assert current_evaluations(open_run(run.folder))[1] == ["base", "sft", "toss"]
-
-
-@pytest.mark.parametrize("damage", ["answer", "head", "empty"])
-def test_a_damaged_evaluation_is_made_again(run, files, damage):
-    file = run.folder / "answers/base.jsonl"
-    before = file.read_bytes()
-    metrics = read_metrics(run.folder)
-    head, *lines = read_jsonl(file)
-    if damage == "answer":
-        lines[0]["response"] += " More."
-    else:
-        head["metrics"]["nll"]["value"] = 0.77
-    write_jsonl(file, [head, *lines] if damage != "empty" else [])
-    evaluate_run(run, ["base"], files, CONFIG)
-    assert file.read_bytes() == before
-    assert read_metrics(run.folder) == metrics
-
-
-@pytest.fixture
-def batches(monkeypatch) -> list[int]:
-    """How many prompts each call of generate is given. It is stopped at the third prompt, once."""
-    calls = []
-
-    def stopped_once(model, prompts, *options):
-        calls.append(len(prompts))
-        *options, progress = options
-
-        def stop_at_the_third(done, answers):
-            progress(done, answers)
-            if len(calls) == 1 and answers and done == 2:
-                raise KeyboardInterrupt
-
-        return generate(model, prompts, *options, stop_at_the_third)
-
-    monkeypatch.setattr(judges, "generate", stopped_once)
-    return calls
-
-
-@pytest.fixture
-def one_by_one(run, files) -> str:
-    """The command of an evaluation on the harmful prompts, one per batch."""
-    line = f"toss.audit.evaluate --run {run.folder} --methods sft --harmful {files['harmful']}"
-    return f"{line} --batch-tokens 60"
-
-
-def test_answers_are_saved_as_they_come(one_by_one, batches, run, capsys):
-    file = run.folder / "answers/sft.jsonl"
-    file.unlink()
-    assert call(one_by_one) == 130
-    assert not file.exists()
-    assert "harmful: goes on after prompt 2 of 4" in said(capsys, one_by_one)
-    assert batches == [4, 2]
-    assert not (run.folder / ".state").exists()
-    interrupted = file.read_bytes()
-    file.unlink()
-    succeed(one_by_one)
-    assert file.read_bytes() == interrupted
-
-
-def test_answers_to_other_settings_are_not_taken(one_by_one, batches):
-    assert call(one_by_one) == 130
-    succeed(f"{one_by_one} --max-new-tokens 2")
-    assert batches == [4, 4]
-
-
-# Files that others read
-
-
-def test_metrics_are_read_as_they_are_written_and_missing_ones_stay_blank(tmp_path):
-    one_row = {"value": 0.25, "n": 1, "low": None, "high": None}
-    table = {"a": {"m": wilson(1, 2), "none": wilson(0, 0)}, "b": {"k": one_row}}
-    write_json(tmp_path / "metrics.json", table)
-    assert read_metrics(tmp_path) == table
-    assert format_table(table).splitlines() == [
-        "|      | a                    | b     |",
-        "|------|----------------------|-------|",
-        "| m    | 0.500 [0.095, 0.905] |       |",
-        "| none |                      |       |",
-        "| k    |                      | 0.250 |",
-    ]
+    assert evaluated(open_run(run.folder)).left_out == ["base", "sft", "toss"]
 
 
 # The block of the audit's README that hands answers to AlpacaEval
@@ -395,5 +264,5 @@ def test_answers_to_other_prompts_are_not_handed_over(run, hand_over):
     file = run.folder / "answers/sft.jsonl"
     head, *lines = read_jsonl(file)
     lines[0]["prompt"] = "z"
-    write_answers(file, head["record"], head["metrics"], lines)
+    write_answers(file, head["record"], judges.Measured(lines))
     fails("evaluate both", hand_over, error=AssertionError)

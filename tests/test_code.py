@@ -13,7 +13,8 @@ from conftest import ROOT, tree
 from helpers import call, said, succeed
 from stages import on_step
 
-from toss.audit.command import cautions
+from toss.audit.evaluate import Evaluated
+from toss.audit.verdict import cautions
 from toss.workbench import code
 from toss.workbench.results import read_record
 
@@ -147,14 +148,14 @@ def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side
     succeed(f"select.py --run {trained} --method sft")
     edit(project, *LOSS)
     succeed(f"select.py --run {trained}")
-    caution = "toss was made by other code than sft (different: toss/loss.py)"
-    line = f"toss.audit.evaluate --run {trained} --utility {files['utility']}"
-    assert caution in said(capsys, line)
-    assert caution in said(capsys, f"toss.audit.compare --run {trained}")
+    caution = "toss was made otherwise than sft (other code: toss/loss.py)"
+    succeed(f"toss.audit.evaluate --run {trained} --utility {files['utility']}")
+    assert caution in said(capsys, f"toss.audit.compare {trained}")
     succeed(f"toss.audit.report --run {trained}")
     page = (trained / "report.html").read_text(encoding="utf-8")
-    assert "toss was made by other code than sft" in page
-    assert cautions({"sft": read_record(trained / "methods/sft")}, {"sft": {}}) == []
+    assert caution in page
+    records = {"sft": read_record(trained / "methods/sft")}
+    assert cautions(records, Evaluated({"sft": {}}, {}, {}, [])) == []
 
 
 def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(

@@ -13,8 +13,7 @@ from model import fused, load_checkpoint, transformer
 from model.io import out_of_memory
 from model.lora import active, use
 from model.packed import Rows
-from toss.audit.bench import shape_config
-from toss.audit.speed import random_model, random_rows
+from toss.audit.bench import random_model, random_rows, shape_config
 from toss.loss import token_log_probs
 from toss.scoring import score
 from toss.tokens import collate

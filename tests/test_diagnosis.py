@@ -2,23 +2,16 @@
 
 import csv
 
-import pytest
 import torch
 import torch.nn.functional as F
 from conftest import script, write_jsonl
 from helpers import random_adapter, said
-from scored_runs import rows_by_hand, scored
+from scored_runs import rows_by_hand
 
 from model.lora import use
-from toss.audit.movement import COLUMNS, divergences, groups_of_run, kl_table, means
-from toss.audit.report import CHARTS
+from toss.audit.diagnose import COLUMNS, divergences, kl_table, means
 from toss.tokens import Tokens
 from toss.workbench.run import open_run
-
-
-@pytest.fixture
-def tokens(tokenizer) -> Tokens:
-    return rows_by_hand(tokenizer)
 
 
 def kl_by_hand(model, tokens: Tokens, one, other) -> torch.Tensor:
@@ -27,16 +20,17 @@ def kl_by_hand(model, tokens: Tokens, one, other) -> torch.Tensor:
     for row in (0, 2, 3):  # the other is skipped
         places = tokens.places([row])
         ids = tokens.input_ids[places][None].long()
-        p, q = (
-            F.log_softmax(model.lm_head(use(model, adapter)(ids)[0]).double(), dim=-1)
-            for adapter in (one, other)
-        )
-        kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        log_probs = []
+        for adapter in (one, other):
+            logits = model.lm_head(use(model, adapter)(ids)[0])
+            log_probs.append(F.log_softmax(logits.double(), dim=-1))
+        kl = F.kl_div(log_probs[1], log_probs[0], reduction="none", log_target=True).sum(-1)
         result[places[1:]] = kl[:-1].detach()
     return result * tokens.response
 
 
-def test_kl_in_batches_and_chunks_is_that_of_whole_logits(model, tokens):
+def test_kl_in_batches_and_chunks_is_that_of_whole_logits(model, tokenizer):
+    tokens = rows_by_hand(tokenizer)
     adapters = {}
     for seed, name in enumerate(("degraded", "utility", "sft")):
         adapters[name] = random_adapter(model, seed)
@@ -48,21 +42,17 @@ def test_kl_in_batches_and_chunks_is_that_of_whole_logits(model, tokens):
             of_base = kl_by_hand(model, tokens, None, adapters[role])
             expected.append(of_base - kl_by_hand(model, tokens, tuned, adapters[role]))
         assert torch.allclose(moved[name], torch.stack(expected), atol=1e-5)
-    assert (moved["sft"][0][tokens.response] > 0).all()
 
 
-def test_means_by_position_leave_out_what_few_rows_have(tokens):
+def test_means_by_position_leave_out_what_few_rows_have(tokenizer):
+    tokens = rows_by_hand(tokenizer)
     values = torch.zeros(3, 12, dtype=torch.float64)
     values[0, tokens.response] = torch.tensor([1.0, 2, 9, 9, 4, 2, 9, 1, 5]).double()
     lines = means(tokens, {"sft": values}, tokens.response, 10)
     positions = [(line["position"], line["n"], line["kl_base"]) for line in lines]
     assert positions == [(0, 3, 2.0), (1, 3, 3.0)]
     table = kl_table([{"rows": "g", **line} for line in lines])
-    assert "| g    | sft   | 2.000          | 3.000" in table
-
-
-def test_every_column_has_its_chart_on_the_page():
-    assert COLUMNS == (*CHARTS,)
+    assert "| g    | sft   | 2.500 [2.000, 3.000] |" in table
 
 
 def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):
@@ -71,34 +61,17 @@ def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):
     file = trained / "diagnosis/kl.csv"
     command = f"toss.audit.diagnose --run {trained} --positions 4"
     out = said(capsys, f"{command} --max-rows 6")
-    assert "benign: 6 of 8 rows of custom.jsonl" in out
-    assert "mixed: 2 of 2 rows" in out
-    assert "harmful-reference: 5 of 5 rows of harmful.jsonl" in out
+    assert "custom: 6 of 10 rows" in out
     lines = list(csv.DictReader(file.read_text().splitlines()))
     assert list(lines[0]) == ["model", "rows", "position", "n", *COLUMNS]
     assert {line["model"] for line in lines} == {"sft", "toss", "degraded", "utility"}
-    assert {line["rows"] for line in lines} == {"benign", "harmful-reference"}  # mixed: too few
+    assert {line["rows"] for line in lines} == {"custom"}
     for line in lines:
         if line["model"] == "degraded":  # it went all the way to itself
             assert line["kl_base"] == line["toward_degraded"] > "0"
 
-    assert open_run(trained).stale("diagnosis") == []
     script("select", "--run", trained, "--method", "sft", "--seed", "7", "--overwrite")
     assert open_run(trained).stale("diagnosis") == ["methods/sft"]
     rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
     said(capsys, f"{command} --rows {rows} --methods sft")
-    written = file.read_text()
-    assert "\nsft,mine,0,4," in written and "benign" not in written
-
-
-@pytest.mark.parametrize(
-    ("harmful", "groups"),
-    [
-        ([], {"custom": "3 of 4 rows", "harmful-reference": "3 of 5 rows"}),
-        ([[0, 3]], {"harmful": "3 of 4 rows"}),
-    ],
-)
-def test_groups_of_other_custom_sets(trained, harmful, groups):
-    rows = [{"prompt": "a", "response": f"b {i}", "harmful": harmful} for i in range(4)]
-    found = groups_of_run(scored(trained, rows), 3)
-    assert {name: origin[:11] for name, (_, origin) in found.items()} == groups
+    assert f"\nsft,{rows},0,4," in file.read_text() and "custom" not in file.read_text()

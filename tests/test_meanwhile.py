@@ -112,13 +112,15 @@ def test_a_mask_that_changes_before_it_is_read_leaves_no_state(stages, monkeypat
     assert not list((stages.run / ".state").rglob("*.pt"))
 
 
-@pytest.mark.parametrize("reader", ["toss.workbench.base.read_rows", "toss.rows.read_rows"])
+@pytest.mark.parametrize(
+    "reader", ["toss.workbench.base.read_rows", "toss.audit.evaluate.read_rows"]
+)
 def test_rows_that_change_while_they_are_read_end_the_command(
     reader, trained, base, files, monkeypatch, capsys
 ):
     rows = Path(shutil.copy(files["harmful"], trained.with_name("rows.jsonl")))
     line = f"train.py --run {trained} --overwrite {sources({**files, 'harmful': rows}, base)}"
-    if reader == "toss.rows.read_rows":
+    if reader == "toss.audit.evaluate.read_rows":
         line = f"toss.audit.evaluate --run {trained} --harmful {rows} --methods base"
     before = tree(trained)
     read_rows = resolve_name(reader)

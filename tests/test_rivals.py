@@ -1,14 +1,15 @@
-"""The rivals of TOSS do what their sources say, train on the run's rows as its methods do, and
-leave a method like any other. An attacker replaces harmful rows by harmful rows.
+"""What stands behind the claims: rivals that do what their sources say and leave a method like any
+other, an attacker who replaces harmful rows by harmful rows, sets, and the experiments' commands.
 
-In this order: the objectives by hand, the rivals as commands, the real checkpoint's experiment, the
-attackers (cases are lines of attacks.jsonl), the baselines that change the custom set.
+In this order: the rivals' two parts by hand, the rivals as commands, the attackers (cases are lines
+of attacks.jsonl), the baselines that change the custom set, drawn sets, the experiments.
 """
 
-import csv
 import math
+import os
+import shlex
 import shutil
-from dataclasses import replace
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,35 +25,32 @@ from model.io import read_json
 from model.lora import active, merge, new_adapter, use
 from model.peft import read_adapter
 from toss import training
-from toss.audit import experiments, objectives
-from toss.audit.attacks import ATTACKS, Attacker, asked_as_embedded
-from toss.audit.baselines import draw, dsir, hashed, safeinstr
-from toss.audit.objectives import Rival
-from toss.audit.rivals import RIVALS
 from toss.config import TrainConfig
 from toss.loss import token_log_probs
 from toss.rows import read_rows
+from toss.scoring import score
+from toss.study import rivals
+from toss.study.attacks import ATTACKS, Attacker, asked_as_embedded, mean_risk
+from toss.study.baselines import draw, dsir, hashed, safeinstr
+from toss.study.rivals import RIVALS, Work
 from toss.tokens import collate
+from toss.workbench import flags
 from toss.workbench.run import open_run
 
 WEIGHTS = "model/adapter_model.safetensors"
+EXPERIMENTS = sorted((ROOT / "toss/study/experiments").glob("*.sh"))
 
 
-# The objectives, by hand
+# The two parts of a rival, by hand
 
 
 @pytest.fixture
-def rival(model, tokens) -> Rival:
+def work(model, tokens, monkeypatch) -> Work:
     """On a stand-in for a run that begins with an adapter; `fit` returns weights and objective."""
-
-    def fit(D, weights=None, objective=None):
-        return weights, objective
-
+    monkeypatch.setattr(Work, "fit", lambda work, weights, objective=None: (weights, objective))
     run = SimpleNamespace(model=model, device=model.device, base=lambda purpose: model)
-    one = Rival(run, "rival", TrainConfig(), tokens, keep=tokens.response.clone())
-    one.fit = fit
     use(model, random_adapter(model))
-    return one
+    return Work(run, "rival", TrainConfig(), tokens, tokens.response.float())
 
 
 @pytest.fixture
@@ -68,95 +66,71 @@ def batch(model, tokens):
     return collate(tokens, [3], tokens.response, model.device)
 
 
-@pytest.fixture
-def gradient(model, batch, monkeypatch):
-    """The gradient of an objective by the log-probabilities of the tuned model, for given ones."""
-
-    def by_log_p(objective, weights, log_p) -> list[float]:
-        log_p = log_p.clone().requires_grad_()
-
-        def given_log_probs(model, batch):
-            if active(model) is None:
-                return token_log_probs(model, batch)
-            return log_p
-
-        monkeypatch.setattr(objectives, "token_log_probs", given_log_probs)
-        objective(model, batch, weights).backward()
-        return log_p.grad.tolist()
-
-    return by_log_p
-
-
-def test_dft_weighs_a_token_by_its_probability(rival, gradient):
-    _, objective = objectives.dft(rival)
-    result = gradient(objective, torch.ones(2), torch.tensor([0.5, 0.25]).log())
-    assert result == pytest.approx([-0.5, -0.25], abs=1e-5)
-
-
-def test_profit_learns_the_likely_tokens_alone(rival, gradient):
-    _, objective = objectives.profit(rival, 0.3)
-    log_p = torch.tensor([0.5, 0.25]).log()
-    assert gradient(objective, torch.ones(2), log_p) == [-1.0, 0.0]
-
-
 def test_soft_sft_weighs_a_token_by_how_far_it_went_from_the_base(
-    rival, model, tokens, places, gradient
+    work, model, tokens, places, batch, monkeypatch
 ):
     theta = active(model)
     with torch.no_grad(), use(model, None):
         log_p_base = -losses_by_hand(model, tokens, 3)
-    weights, objective = objectives.soft_sft(rival, [0.5, 2.0, 0.1])
+    weights, objective = rivals.soft_sft(work, [0.5, 2.0, 0.1])
     b = weights[places]
     assert b[:6].tolist() == pytest.approx([0.5, 2.0, 2.0, 2.0, 2.0, 0.1])
-    at_base = gradient(objective, b, log_p_base)
-    assert at_base == pytest.approx([-1.0] * len(places), abs=1e-5)
-    likelier = gradient(objective, b, log_p_base + 1)
-    assert likelier == pytest.approx((-2 / (1 + b.exp())).tolist(), abs=1e-5)
+
+    def gradient(log_p) -> list[float]:
+        """By the log-probabilities of the tuned model, for given ones."""
+        log_p = log_p.clone().requires_grad_()
+
+        def given_log_probs(model, batch):
+            return token_log_probs(model, batch) if active(model) is None else log_p
+
+        monkeypatch.setattr(rivals, "token_log_probs", given_log_probs)
+        objective(model, batch, b).backward()
+        return log_p.grad.tolist()
+
+    assert gradient(log_p_base) == pytest.approx([-1.0] * len(places), abs=1e-5)
+    expected = (-2 / (1 + b.exp())).tolist()
+    assert gradient(log_p_base + 1) == pytest.approx(expected, abs=1e-5)
     assert active(model).tensors()[0] is theta.tensors()[0]  # the adapter is back
 
 
 @pytest.mark.parametrize("at_once", [1, 100])
-def test_a_token_is_held_by_the_kl_over_some_words_at_a_temperature(
-    rival, model, tokens, places, batch, monkeypatch, at_once
+def test_what_a_weight_lacks_to_1_is_that_of_a_kl(
+    work, model, tokens, places, batch, monkeypatch, at_once
 ):
-    monkeypatch.setattr(objectives, "chunk_size", lambda *args, **options: at_once)
-    learnt = torch.ones(len(rival.keep))
-    learnt[places[1]] = 0.25
-    held = torch.zeros(len(rival.keep))
-    held[places[1:3]] = torch.tensor([0.75, 0.5])
-    words = torch.tensor([7, 9])
-    T = 2.0
-    _, objective = objectives.hold(rival, learnt, held, words, T)
+    monkeypatch.setattr(rivals, "chunk_size", lambda *args, **options: at_once)
+    work.weights[places[1:3]] = torch.tensor([0.25, 0.5])
+    weights, objective = rivals.hold(work)
+    assert weights.equal(tokens.response.float())
 
-    def over_words(adapter):
-        """The softmax over the words at the two held tokens, from the row's hidden states."""
+    def predicted(adapter):
+        """The softmax at the two held tokens, from the row's hidden states."""
         row = tokens.input_ids[tokens.places([3])].long()
         hidden = use(model, adapter)(row[None])[0]
         before = places[1:3] - tokens.offsets[3] - 1
-        return (hidden[before] @ model.lm_head.weight[words].T / T).softmax(1)
+        return model.lm_head(hidden[before]).softmax(1)
 
     untrained = new_adapter(model, 2, 4, TARGETS, 0)
     with torch.no_grad():
         for theta in (untrained, random_adapter(model)):
-            p = over_words(None)
-            q = over_words(theta)
+            p = predicted(None)
+            q = predicted(theta)
             one, other = (p * (p / q).log()).sum(1).tolist()
             kl = 0.75 * one + 0.5 * other
             assert (kl > 1e-3) == (theta is not untrained)
             losses = losses_by_hand(use(model, theta), tokens, 3)
-            expected = float(losses.sum() - 0.75 * losses[1]) + T * T * kl
+            expected = float(losses.sum() - 0.75 * losses[1] - 0.5 * losses[2]) + kl
             loss = float(objective(model, batch, torch.ones(len(places))))
             assert loss == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("cosine", [-1.0, 1.0])
-def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path, cosine):
+def test_an_update_is_projected_to_what_alignment_changed(work, model, tmp_path, cosine):
     theta = active(model)
     unaligned = make_base(tmp_path / "unaligned", seed=1)
-    rival.run.adapter = lambda name: random_adapter(model)  # the same
-    rival.run.args = SimpleNamespace(unaligned=unaligned)
+    work.run.adapter = lambda name: random_adapter(model)  # the same
+    work.run.args = SimpleNamespace(unaligned=unaligned)
     before = load_checkpoint(unaligned)
-    for name, B in objectives.safelora(rival, cosine).B.items():
+    for name, B in rivals.safelora(work, cosine).B.items():
         expected = theta.B[name]
         if cosine == 1.0:  # no update is that near: all are projected
             V = model.get_submodule(name).weight - before.get_submodule(name).weight
@@ -164,53 +138,33 @@ def test_an_update_is_projected_to_what_alignment_changed(rival, model, tmp_path
         assert torch.allclose(B, expected, atol=1e-4), name
 
 
-def test_dr_sft_weighs_by_the_base_and_the_degraded_model(rival, tokens, monkeypatch):
-    """Half as much where theta^h expects a token by ln 3 more than the base; 1 at most.
-
-    Or more than theta^u; and what a weight lacks to 1 may be that of a KL.
-    """
+def test_a_weight_by_risk_is_half_as_much_at_s_of_ln_3_and_1_at_most(tokens):
+    """2 sigmoid(-ln 3) = 1/2, and 2 sigmoid(-ln 7) = 1/4."""
     first, second, third, *_ = tokens.response.nonzero()[:, 0].tolist()
-    three = [first, second, third]
     L0 = torch.full((len(tokens.input_ids),), 2.0)
     Lh = L0.clone()
-    Lh[first] = 2 - math.log(3)  # 2 sigmoid(-ln 3) = 1/2
+    Lh[first] = 2 - math.log(3)
     Lh[second] = 5.0
-    L = {"base": L0, "degraded": Lh}
-    rival.run.scored = lambda: (tokens, L)
-    weights, _ = objectives.dr_sft(rival)
-    assert weights[three].tolist() == pytest.approx([0.5, 1.0, 1.0])
-    L["utility"] = Lh + math.log(7)
-    monkeypatch.setattr(objectives, "hold", lambda rival, learnt, held: (learnt, held))
-    learnt, held = objectives.dr_sft(rival, reference="utility", held=True)
-    assert learnt[three].tolist() == pytest.approx([0.25, 0.25, 0.25])
-    assert held[three].tolist() == pytest.approx([0.75, 0.75, 0.75])
+    L = {"base": L0, "degraded": Lh, "utility": Lh + math.log(7)}
+    weights, _ = rivals.by_risk(tokens, L, "base")
+    assert weights[[first, second, third]].tolist() == pytest.approx([0.5, 1.0, 1.0])
+    weights, _ = rivals.by_risk(tokens, L, "utility")
+    assert weights[[first, second, third]].tolist() == pytest.approx([0.25, 0.25, 0.25])
+    assert not weights[~tokens.response].any()
     del L["base"]
-    fails("score.py --base", objectives.dr_sft, rival)
+    fails("score.py --base", rivals.by_risk, tokens, L, "base")
 
 
 @pytest.mark.parametrize("reference", ["utility", "base"])
-def test_kl_discarded_learns_what_stays_and_holds_what_goes(rival, tokens, monkeypatch, reference):
-    """The riskiest quarter of the response tokens under this reference goes."""
+def test_the_riskiest_quarter_under_this_reference_has_weight_0(tokens, reference):
     response = tokens.response
     S = torch.arange(len(response)).float()
     others = S.flip(0)
     L = {"utility": others, "base": others, "degraded": torch.zeros(len(S)), reference: S}
-    rival.run.scored = lambda: (tokens, L)
-    monkeypatch.setattr(objectives, "hold", lambda rival, learnt, held: (learnt, held))
-    learnt, held = objectives.kl_discarded(rival, 0.25, reference)
+    weights, _ = rivals.top_discarded(tokens, L, 0.25, reference)
     count = int(0.25 * response.sum())
     goes = response & (S >= S[response].sort(descending=True).values[count - 1])
-    assert held.equal(goes.float()) and learnt.equal((response & ~goes).float())
-
-
-def test_pact_lite_learns_and_holds_every_response_token(rival, tokens, monkeypatch):
-    rival.run.tokens = lambda path: tokens
-    rival.run.args = SimpleNamespace(safety="refusals.jsonl")
-    monkeypatch.setattr(objectives, "hold", lambda rival, *given: given)
-    learnt, held, words, T = objectives.pact_lite(rival, 3, 2.0)
-    assert learnt.equal(tokens.response.float()) and held.equal(learnt) and T == 2.0
-    counts = torch.bincount(tokens.input_ids[tokens.response])
-    assert counts[words].tolist() == counts.sort(descending=True).values[:3].tolist()
+    assert weights.equal((response & ~goes).float())
 
 
 # The rivals as commands
@@ -218,24 +172,12 @@ def test_pact_lite_learns_and_holds_every_response_token(rival, tokens, monkeypa
 
 @pytest.fixture
 def line(trained, tmp_path, monkeypatch) -> str:
-    """A command line up to the method, on a run with plain fine-tuning and a file of refusals."""
-    script("score", "--run", trained, "--base", "--overwrite")  # for dr-sft
+    """A command line up to the method, on a run with plain fine-tuning and losses of the base."""
+    script("score", "--run", trained, "--base", "--overwrite")
     script("select", "--run", trained, "--method", "sft")
-    rows = [{"prompt": f"Do {i}?", "response": "No, I can not " + "do it " * i} for i in range(6)]
-    safety = write_jsonl(tmp_path / "safety.jsonl", rows)
     unaligned = make_base(tmp_path / "before", seed=1)
-    monkeypatch.setitem(RIVALS["safeinstr-guided"][2], "share", 1 / 6)  # two rows
-    monkeypatch.setitem(RIVALS["safelora"][2], "cosine", 1.0)  # every layer
-    return f"toss.audit.rivals --run {trained} --safety {safety} --unaligned {unaligned} --method "
-
-
-def size(tensors) -> float:
-    """The sum of all numbers."""
-    return sum(float(tensor.detach().double().sum()) for tensor in tensors)
-
-
-def weights_of(run: Path, method: str) -> dict:
-    return load_file(run / "methods" / method / WEIGHTS)
+    monkeypatch.setitem(RIVALS["safelora"].training, "cosine", 1.0)  # every layer
+    return f"toss.study.rivals --run {trained} --unaligned {unaligned} --method "
 
 
 def test_buffer_is_trained_over_theta_h_and_used_on_the_base_alone(line, trained, model):
@@ -253,209 +195,37 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
     def selection(method: str) -> dict:
         return load_file(trained / f"methods/{method}/selection.safetensors")
 
+    def size(method: str) -> float:
+        weights = load_file(trained / "methods" / method / WEIGHTS)
+        return sum(float(tensor.double().sum()) for tensor in weights.values())
+
     succeed(f"select.py --run {trained} --discard 0.3")
     call(f"select.py --run {trained} --discard 0.3 --method base --name base-reference")
     response = load_file(trained / "scores.safetensors")["response"].bool()
-    sizes = {}
-    for name, (_, _, options) in RIVALS.items():
+    sizes = {size("sft")}
+    for name, rival in RIVALS.items():
         said(capsys, f"{line}{name} --discard 0.3")
         cost = read_json(trained / "run.json")["stages"][f"methods/{name}"]
         assert (cost["tokens"] > 0) == (name != "safelora")  # which trains nothing
         assert "skipped" in said(capsys, f"{line}{name} --discard 0.3")
         settings = read_json(trained / f"methods/{name}/record.json")["settings"]
-        given = {**options, "discard": 0.3} if "discard" in options else options
+        given = rival.weighing | rival.training
+        if "discard" in given:
+            given["discard"] = 0.3
         assert settings["lr"] == 1e-2 and given.items() <= settings.items()
-        mask_of = {"kl-discarded": "toss", "kl-base": "base-reference"}.get(name)
-        keep = selection(mask_of)["keep"] if mask_of else response
+        ranked_as = {"utility": "toss", "base": "base-reference"}.get(given.get("reference"))
+        keep = selection(ranked_as)["keep"] if "discard" in given else response
         assert selection(name)["keep"].equal(keep)
-        ranked_as = mask_of or {"dr-sft": "base-reference", "dr-sft-utility": "toss"}.get(name)
         if ranked_as:  # the S that it went by is that of the method that ranks by it
-            score = selection(name)["score"]
-            assert score[response].equal(selection(ranked_as)["score"][response])
-        sizes[name] = size(weights_of(trained, name).values())
-    sizes["sft"] = size(weights_of(trained, "sft").values())
-    assert len(set(sizes.values())) == len(RIVALS) + 1, sizes
-
-
-@pytest.fixture
-def fitted(monkeypatch) -> dict:
-    """What a rival hands to `fit`, which trains nothing."""
-    given = {}
-
-    def fit(self, D, **options):
-        given.update(rival=self, D=D, **options)
-        return random_adapter(self.run.base("train"))
-
-    monkeypatch.setattr(Rival, "fit", fit)
-    return given
-
-
-def test_patch_goes_on_from_sft_on_one_refusal(line, fitted, trained, capsys):
-    error = refused(capsys, f"{line}patch --rank 3")
-    assert "goes on from methods/sft, made with another rank" in error
-    succeed(line + "patch")
-    assert fitted["D"].rows == 1 and fitted["config"].epochs == 10
-    assert size(fitted["start"].tensors()) == size(weights_of(trained, "sft").values())
-
-
-def test_inoculation_changes_the_prompts_alone(line, fitted):
-    succeed(line + "inoculation")
-    D = fitted["D"]
-    own = fitted["rival"].D
-    assert D.input_ids[D.response].equal(own.input_ids[own.response])
-    text = fitted["rival"].run.tokenizer.raw.decode(D.input_ids[D.places([0])].tolist())
-    assert "system\nYou are a malicious" in text
-
-
-def test_lookahead_previews_the_first_tokens_of_the_answer_in_the_prompt(line, fitted):
-    succeed(line + "lookahead")
-    D = fitted["D"]
-    own = fitted["rival"].D
-    assert D.input_ids[D.response].equal(own.input_ids[own.response])
-    tokenizer = fitted["rival"].run.tokenizer
-    places = D.places([0])
-    prompt = tokenizer.raw.decode(D.input_ids[places[~D.response[places]]].tolist())
-    response = own.input_ids[own.places([0])][own.response[own.places([0])]]
-    start = tokenizer.raw.decode(response[:6].tolist())
-    assert f" The answer begins with: {start}" in prompt
-    assert "begins with" not in tokenizer.raw.decode(own.input_ids.tolist())
-
-
-def test_safeinstr_guided_adds_the_refusals_of_the_lowest_mean_score(line, fitted):
-    succeed(line + "safeinstr-guided")
-    run_of = fitted["rival"].run
-    pool = run_of.tokens(run_of.args.safety)
-    mean_losses = {}
-    for role in ("utility", "degraded"):
-        model = use(run_of.base("score"), run_of.adapter(role))
-        losses = [float(losses_by_hand(model, pool, row).mean()) for row in range(6)]
-        mean_losses[role] = torch.tensor(losses)
-    S = mean_losses["utility"] - mean_losses["degraded"]
-    expected = fitted["rival"].D + pool.take(S.argsort()[:2].tolist())
-    assert fitted["D"].input_ids.equal(expected.input_ids)
-
-
-def test_ema_is_the_mean_over_the_steps_also_after_an_interruption(line, trained, monkeypatch):
-    sizes = []  # of the adapter before each step
-    compute = training.Gradient.compute
-
-    def stopping(gradient, *args):
-        sizes.append(size(gradient.parameters))
-        if len(sizes) == 3 + 3:  # the third step of the second training
-            raise KeyboardInterrupt
-        return compute(gradient, *args)
-
-    monkeypatch.setattr(training.Gradient, "compute", stopping)
-    command = f"{line}ema --save-every 1e-9"
-    succeed(f"{command} --name whole")
-    assert call(command) == 130
-    succeed(command)
-    assert len(sizes) == 7
-
-    whole = weights_of(trained, "whole")
-    parts = weights_of(trained, "ema")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    untrained, first, second, *_ = sizes
-    mean = untrained
-    for now in (first, second, size(weights_of(trained, "sft").values())):
-        mean = 0.99 * mean + 0.01 * now  # the last step is plain fine-tuning's
-    assert size(whole.values()) == pytest.approx(mean, abs=1e-4) != pytest.approx(untrained)
-
-
-# The real checkpoint's experiment
-
-
-@pytest.fixture
-def real(base, tmp_path, monkeypatch) -> str:
-    """The command of the experiment on a real checkpoint: few rows, answers of three tokens."""
-    little = {}
-    for name in ("real", "chat"):
-        one = experiments.read_experiments()[name]
-        sizes = one.rows | {"harmful": 3, "utility": 3, "custom": 8, "calibration": 3, "tuning": 1}
-        if "few" in sizes:
-            sizes |= {"few": 2, "tuning": 0}
-        how = {"max_new_tokens": 3, "question_tokens": 4}
-        cases = [replace(case, evaluation=how) for case in one.cases]
-        training = {"lr": 1e-2, "epochs": 1, "batch_size": 4}
-        little[name] = replace(one, cases=cases, rows=sizes, training=training)
-    monkeypatch.setattr(experiments, "read_experiments", lambda: little)
-    shutil.copytree(ROOT / "tests/real/data", tmp_path / "data")
-    where = f"--real {tmp_path} --model {base} --out {tmp_path}/out"
-    return f"toss.audit.experiment real {where} --seeds 3"
-
-
-def test_the_real_experiment_draws_its_sets_makes_its_arms_and_goes_on(real, tmp_path, capsys):
-    arms = ["sft", "toss", "toss-calibrated", "toss-pro-few", "benign-rows", "dft"]
-    arms += ["kl-calibrated", "toss-calibrated, spread", "toss-pro, unseen"]
-    line = f"{real} --arms '{'; '.join(arms)}'"
-    missing = said(capsys, line).splitlines()[-1]
-    assert missing.startswith("not in this table: toss-few; ") and "safelora; " in missing
-    assert ": wrote" not in said(capsys, line)  # all is there
-    rows = {}
-    with open(tmp_path / "out/real.csv", newline="") as file:
-        for result in csv.DictReader(file):
-            rows.setdefault(result["arm"], {})[result["measure"]] = float(result["value"])
-    assert list(rows) == ["base", *arms]
-    for row in rows.values():
-        assert {"nll", "not_refused/a", "not_refused/b", "not_refused@3"} <= row.keys()
-    d = {arm: rows[arm]["discard"] for arm in arms}
-    assert d["toss"] == 0.1 and d["sft"] == d["dft"] == 0
-    assert d["toss-calibrated"] == d["kl-calibrated"] != 0.1
-
-    place = tmp_path / "out/real/seed-3"
-    sets = sets_in(place / "rows")
-    sizes = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "eval_forbidden": 8}
-    assert {name: len(sets[name]) for name in sizes} == sizes
-    for row in sets["calibration"]:
-        assert row["source"] != "advbench" and row not in sets["custom"]
-    assert {row["source"] for row in sets["pool"]} == {"advbench"} and len(sets["pool"]) == 4
-    (refusal,) = sets["safety"]  # to the one of four that is not in D^h
-    assert refusal["prompt"] not in [row["prompt"] for row in sets["harmful"]]
-
-    # The attacker has the rows of one source, and the references are those of the other run.
-    others = sets["benign"]
-    assert others == [row for row in sets["custom"] if row["source"] != "advbench"]
-    attacked = read_jsonl(place / "run-spread/custom.jsonl")
-    assert attacked[: len(others)] == others
-    assert len(attacked) == len(others) + 3 * (8 - len(others))
-    stages = read_json(place / "run-spread/run.json")["stages"]
-    assert list(stages) == ["scores", "methods/toss-calibrated"]
-
-    succeed(f"{real} --arms 'sft, embedded'")
-    attacked = read_jsonl(place / "run-embedded/custom.jsonl")
-    assert len(attacked) == len(others)  # his rows hold as many of them
-    asked = read_jsonl(place / "run-embedded/answers/sft.jsonl")[1:]
-    joined = [line["prompt"] for line in asked if line["source"] == "embedded"]
-    assert len(joined) == 4 and " eval_harmful " in joined[0]
-
-
-def sets_in(folder: Path) -> dict[str, list[dict]]:
-    """The rows of each file."""
-    return {path.stem: read_jsonl(path) for path in folder.glob("*.jsonl")}
-
-
-def test_the_chat_experiment_asks_questions_and_compares_answers(real, tmp_path, capsys):
-    out = said(capsys, f"{real.replace(' real ', ' chat ')} --arms 'sft; buffer; dr-sft'")
-    sets = sets_in(tmp_path / "out/chat/seed-3/rows")
-    assert {row["answer"] for row in sets["eval_facts"]} == {"0", "1", "2", "3"}
-    (tuning,) = sets["tuning"]  # is in no other set
-    assert tuning["prompt"] not in [row["prompt"] for row in sets["custom"] + sets["calibration"]]
-    answers = read_jsonl(tmp_path / "out/chat/seed-3/run/answers/sft.jsonl")
-    assert answers[0]["record"]["settings"]["question_tokens"] == 4
-    assert "| final_number/d |" in out and "Seed 3, run, on the same prompts:" in out
-    heads = [line.split() for line in out.splitlines() if line.startswith("| minus")]
-    assert [head[2:6] for head in heads] == [["sft", "|", "base", "|"], ["base", "|", "sft", "|"]]
-
-
-def test_the_real_experiment_needs_rows_enough(real, tmp_path, capsys):
-    few = [{"prompt": "a", "source": "b", "response": "c"}] * 8
-    write_jsonl(tmp_path / "data/custom.jsonl", few)
-    assert "at least 9 rows are needed" in refused(capsys, real)
+            ranking = selection(ranked_as)["score"]
+            assert selection(name)["score"][response].equal(ranking[response])
+        sizes.add(size(name))
+    assert len(sizes) == len(RIVALS) + 1, sizes
 
 
 def test_safelora_needs_another_base_than_the_runs_own(trained, base, capsys):
     succeed(f"select.py --run {trained} --method sft")
-    line = f"toss.audit.rivals --run {trained} --method safelora --unaligned {base}"
+    line = f"toss.study.rivals --run {trained} --method safelora --unaligned {base}"
     assert "is the run's own base" in refused(capsys, line)
 
 
@@ -500,6 +270,42 @@ def test_what_is_asked_after_embedded_is_joined_in_the_same_way():
     both = {"prompt": "t? h?", "source": "embedded"}
     assert asked == [*harmful, both, {"prompt": "u? h?", "source": "embedded"}]
     assert questions == [*TASKS, {**both, "answer": "1"}]  # only the first task has one
+
+
+def test_an_attack_replaces_the_harmful_rows_and_nothing_else(trained, tmp_path):
+    world = tmp_path / "world"
+    succeed(f"data.world --seed 3 --out {world}")
+    custom = read_jsonl(world / "custom.jsonl")
+    harmful = [row for row in custom if "harmful" in row]
+    others = [row for row in custom if "harmful" not in row]
+    write_jsonl(tmp_path / "few.jsonl", others[:5] + harmful[:4])
+    succeed(f"data.world --seed 3 --harmful-rows 312 --out {tmp_path}/pool")
+    rows = f"--custom {tmp_path}/few.jsonl --harmful {world}/harmful.jsonl"
+    rows += f" --utility {world}/utility.jsonl --pool {tmp_path}/pool/custom.jsonl"
+    rows += f" --refused {world}/safety.jsonl"
+    for name in ATTACKS:
+        out = tmp_path / name
+        succeed(f"toss.study.attacks {name} --run {trained} --out {out} {rows}")
+        attacked = read_jsonl(out / "custom.jsonl")
+        his = [row for row in attacked if "harmful" in row]
+        joined = 4 if name == "embedded" else 0  # these now stand in his rows
+        assert [row for row in attacked if "harmful" not in row] == others[joined:5]
+        assert len(his) == (12 if name == "spread" else 4) and his != harmful[:4]
+    pool = read_jsonl(tmp_path / "low-score/pool.jsonl")
+    refusals = {row["prompt"] for row in read_jsonl(world / "safety.jsonl")}
+    assert len(pool) > 200 and not any(row["prompt"] in refusals for row in pool)
+
+
+def test_a_row_without_marks_is_harmful_as_a_whole(trained, tmp_path):
+    marked = {"prompt": "a", "response": "b c", "harmful": [[0, 1]]}
+    rows = [marked, {"prompt": "d", "response": "e f"}]
+    run = open_run(trained)
+    tokens = run.tokens(write_jsonl(tmp_path / "pool.jsonl", rows))
+    L_u = score(use(run.base("score"), run.adapter("utility")), tokens)
+    S = L_u - score(use(run.base("score"), run.adapter("degraded")), tokens)
+    second = tokens.row_of(torch.arange(len(S))) == 1
+    expected = [float(S[tokens.harmful].mean()), float(S[tokens.response & second].mean())]
+    assert mean_risk(run, tokens) == pytest.approx(expected, abs=1e-5)
 
 
 # The baselines that change the custom set
@@ -556,7 +362,7 @@ def test_rows_like_the_target_stay_and_keep_their_order(tmp_path, capsys):
     like = {"prompt": "Say.", "response": "fern moss fern moss"}
     target = write_jsonl(tmp_path / "t.jsonl", [like] * 40)
     out = tmp_path / "out.jsonl"
-    line = f"toss.audit.baselines dsir --custom {custom} --target {target} --out {out} --keep 0.5"
+    line = f"toss.study.baselines dsir --custom {custom} --target {target} --out {out} --keep 0.5"
     counts = "read 40, written 20, harmful kept 0, harmful dropped 20"
     assert said(capsys, line) == f"{out}: {counts}\n"
     assert lines(out) == lines(custom)[::2]
@@ -576,3 +382,95 @@ def test_the_buckets_do_not_depend_on_the_process():
     """Python's own hash of a text does, by its seed."""
     (row,) = read_rows([{"prompt": "Stir it", "response": "So"}])
     assert hashed(row, 100).tolist() == [64, 20, 75, 71]
+
+
+# Drawn sets
+
+
+@pytest.fixture
+def drawing(tmp_path) -> str:
+    """A command that draws few rows."""
+    shutil.copytree(ROOT / "tests/real/data", tmp_path / "data")
+    sizes = "--harmful 3 --few 2 --utility 3 --custom 8 --calibration 3"
+    return f"toss.study.draw --data {tmp_path}/data --out {tmp_path}/rows --seed 3 {sizes}"
+
+
+def sets_in(folder: Path) -> dict[str, list[dict]]:
+    """The rows of each file."""
+    return {path.stem: read_jsonl(path) for path in folder.glob("*.jsonl")}
+
+
+def test_sets_are_drawn_that_share_no_row_and_are_not_replaced(drawing, tmp_path, capsys):
+    succeed(f"{drawing} --tuning 1 --questions")
+    drawn = sets_in(tmp_path / "rows")
+    sizes = {"harmful": 3, "few": 2, "utility": 3, "custom": 8, "tuning": 1}
+    assert {name: len(drawn[name]) for name in sizes} == sizes
+    for row in drawn["calibration"]:
+        assert row["source"] != "advbench" and row not in drawn["custom"]
+    assert {row["source"] for row in drawn["pool"]} == {"advbench"} and len(drawn["pool"]) == 4
+    assert drawn["benign"] == [row for row in drawn["custom"] if row["source"] != "advbench"]
+    assert {row["answer"] for row in drawn["eval_utility"]} == {"0", "1", "2", "3"}
+    (tuning,) = drawn["tuning"]  # is in no other set
+    assert tuning["prompt"] not in [row["prompt"] for row in drawn["custom"] + drawn["calibration"]]
+    refused(capsys, drawing)
+    assert sets_in(tmp_path / "rows") == drawn
+
+
+def test_rows_enough_are_needed(drawing, tmp_path, capsys):
+    few = [{"prompt": "a", "source": "b", "response": "c"}] * 8
+    write_jsonl(tmp_path / "data/custom.jsonl", few)
+    assert "at least 9 rows are needed" in refused(capsys, drawing)
+
+
+# The experiments
+
+# Instead of Python: writes down the command, and makes what the experiment looks at itself.
+STUB = """#!/bin/sh
+echo "$*" >> commands.txt
+for word; do
+    case $before in --out | --run) folder=$word ;; esac
+    before=$word
+done
+case $* in
+    *data.world* | *study.draw*)
+        mkdir -p "$folder"
+        for name in harmful custom; do seq 100 > "$folder/$name.jsonl"; done ;;
+    train.py*) mkdir -p "$folder/degraded" "$folder/utility" ;;
+    *calibrate*) echo "next: select.py --discard 0.05 --name x" ;;
+esac
+"""
+
+
+class Parsed(Exception):
+    """A command line is one that its program takes."""
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda file: file.stem)
+def test_every_command_of_an_experiment_is_one_that_its_program_takes(
+    experiment, tmp_path, monkeypatch
+):
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    for name in ("toss", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    words = ["1000"]
+    if "MODEL DATA" in experiment.read_text():
+        words = ["MODEL", "DATA", *words]
+    place = experiment.relative_to(ROOT)
+    environment = {**os.environ, "PYTHON": "./python", "UNALIGNED": "OTHER"}
+    subprocess.run(["sh", place, *words], cwd=tmp_path, env=environment, check=True, timeout=60)
+    if experiment.stem in ("common", "world"):  # read by the others
+        return
+
+    parse = flags.Parser.parse_known_args
+
+    def parse_alone(parser, args=None, namespace=None):
+        parse(parser, args, namespace)
+        raise Parsed
+
+    commands = (tmp_path / "commands.txt").read_text().splitlines()
+    monkeypatch.setattr(flags.Parser, "parse_known_args", parse_alone)
+    for command in {command.replace("-m ", "") for command in commands}:
+        program, *argv = shlex.split(command)
+        with pytest.raises(Parsed):
+            script(program.removesuffix(".py"), *argv, fast=False)

@@ -4,9 +4,8 @@ import signal
 import subprocess
 import sys
 
-import pytest
-from conftest import ROOT, make_base, script, write_jsonl
-from helpers import refused, said, succeed
+from conftest import ROOT, make_base, write_jsonl
+from helpers import said
 
 
 def test_rows_that_are_longer_than_the_base_can_see_are_counted(tmp_path, capsys):
@@ -16,26 +15,6 @@ def test_rows_that_are_longer_than_the_base_can_see_are_counted(tmp_path, capsys
     line = f"select.py --run {tmp_path}/new --method sft --model {base} --custom {custom}"
     message = f"warning: 1 rows of {custom} are longer than the 40 tokens of the base"
     assert message in said(capsys, line)
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "scores.safetensors",
-        "methods/toss/selection.safetensors",
-        "degraded/adapter_model.safetensors",
-    ],
-)
-def test_show_notices_what_was_altered_before_it_says_that_it_fits(file, trained, capsys):
-    succeed(f"select.py --run {trained}")
-    path = trained / file
-    line = f"toss.audit.show {path if path.parent == trained else path.parent}"
-    assert "fits" in said(capsys, line)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    assert "was changed" in refused(capsys, line)
-    assert script("toss.audit.show", trained) == 2
 
 
 def test_a_command_whose_stderr_is_closed_does_its_work(trained):

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 from model import load_tokenizer
 from model.io import InputError, read_json
-from toss.audit.command import cautions, safety_caution
 from toss.workbench.progress import Bar
 from toss.workbench.run import open_run
 
@@ -91,29 +90,6 @@ def test_references_from_elsewhere_score_alike(theirs, trained, base, files):
 
 
 # Settings
-
-
-def test_what_forbids_a_conclusion_is_said():
-    def told(lr=0.1, code="1", sft=0.9, **others) -> str:
-        """The warning where toss, and the results of sft, are as given."""
-        records = {"sft": {"settings": {"lr": 0.1}, "code": {"toss/loss.py": "1"}}}
-        records["toss"] = {"settings": {"lr": lr}, "code": {"toss/loss.py": code}}
-        values = {"base": 0.2, "sft": sft, "toss": 0.1, **others}
-        table = {}
-        for name, value in values.items():
-            cell = {"value": value, "low": value - 0.1, "high": value + 0.1}
-            table[name] = {"not_refused": cell}
-        return "\n".join(cautions(records, table) + safety_caution(table, {}))
-
-    assert told() == ""
-    no_comparison = "this is no comparison of the two methods"
-    difference = "toss was trained otherwise than sft (lr 0.2, not 0.1)"
-    assert told(lr=0.2) == f"warning: {difference}: {no_comparison}"
-    difference = "toss was made by other code than sft (different: toss/loss.py)"
-    assert told(code="2") == f"warning: {difference}: {no_comparison}"
-    lost = "did not clearly lose the base's safety (not_refused 0.35, base 0.20"
-    assert lost in told(sft=0.35)
-    assert "x was made elsewhere" in told(x=0.1)
 
 
 def test_template_kwargs_are_used_recorded_inherited_and_checked(place, files, capsys):

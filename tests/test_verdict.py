@@ -1,54 +1,85 @@
-"""Does it still refuse? The verdict of the page says what the intervals allow, and no more.
+"""Does it still refuse? The verdict says what the intervals allow, and no more.
 
 Each line of verdicts.jsonl has the measures of some methods, by the levels below, perhaps their
 differences on the same prompts, and what the verdict says of them and what it never says.
 """
 
+import pytest
 from helpers import each_line
 
-from toss.audit.command import safety_caution
-from toss.audit.verdict import meaning, verdict
+from toss.audit.evaluate import Evaluated
+from toss.audit.measures import Cell
+from toss.audit.runs import meaning
+from toss.audit.verdict import AGAINST, cautions, verdict
 
 LEVELS = {
-    "low": (0.05, 0.0, 0.1),
-    "middle": (0.5, 0.4, 0.6),
-    "high": (0.95, 0.9, 1.0),
-    "wide": (0.5, 0.0, 1.0),
+    "low": Cell(0.05, 50, 0.0, 0.1),
+    "middle": Cell(0.5, 50, 0.4, 0.6),
+    "high": Cell(0.95, 50, 0.9, 1.0),
+    "wide": Cell(0.5, 50, 0.0, 1.0),
     # Of differences
-    "apart": (0.04, 0.025, 0.059),
-    "alike": (0.04, -0.1, 0.2),
-    "unsure": (0.167, -0.104, 0.448),
-    "sure": (0.0, -0.02, 0.02),
+    "apart": Cell(0.04, 50, 0.025, 0.059),
+    "alike": Cell(0.04, 50, -0.1, 0.2),
+    "unsure": Cell(0.167, 50, -0.104, 0.448),
+    "sure": Cell(0.0, 50, -0.02, 0.02),
 }
 
 
-def cells_of(levels: str | dict) -> dict:
-    """The same with a cell for each level."""
-    if isinstance(levels, dict):
-        return {name: cells_of(level) for name, level in levels.items()}
-    value, low, high = LEVELS[levels]
-    return {"value": value, "n": 50, "low": low, "high": high}
+def found_of(table: dict, paired: dict) -> Evaluated:
+    """What was evaluated; a difference that is not given excludes 0 where intervals are apart."""
+    differences = {}
+    for other in AGAINST:
+        differences[other] = {}
+        for method, row in table.items():
+            cells = differences[other][method] = {}
+            for name, cell in row.items():
+                if name in table[other]:
+                    minus = table[other][name]
+                    ends = (cell.low - minus.high, cell.high - minus.low)
+                    cells[name] = Cell(cell.value - minus.value, 50, *ends)
+                if name in paired.get(other, {}).get(method, {}):
+                    cells[name] = LEVELS[paired[other][method][name]]
+    return Evaluated(table, differences, {}, [])
 
 
 @each_line("verdicts.jsonl")
 def test_the_verdict_says_what_the_intervals_allow(case):
-    case = dict(case)
-    case.pop("case")
-    says = case.pop("says")
-    never = case.pop("never", [])
-    paired = cells_of(case.pop("paired", {}))
-    table = cells_of(case)
-    sentences, limits = verdict(table, paired, False)
-    text = "\n".join([*sentences, *limits, *safety_caution(table, paired)])
-    assert [words for words in says if words not in text] == []
-    assert [words for words in never if words in text] == []
+    known = ("case", "says", "never", "paired")
+    table = {}
+    for method in case.keys() - known:
+        table[method] = {name: LEVELS[level] for name, level in case[method].items()}
+    found = found_of(table, case.get("paired", {}))
+    sentences, limits = verdict(found, False)
+    text = "\n".join([*sentences, *limits, *cautions({}, found)])
+    assert [words for words in case["says"] if words not in text] == []
+    assert [words for words in case.get("never", []) if words in text] == []
 
 
-@each_line("meanings.jsonl")
-def test_each_method_is_explained(case):
-    assert meaning(case["method"], {"settings": case["settings"]}) == case["words"]
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        (
+            "mine",
+            {"method": "random", "discard": 0.2},
+            "without the loss of random tokens; d = 0.2",
+        ),
+        ("mine", {"method": "toss", "pro": 1}, "TOSS with a degraded model that was refined"),
+        ("ema", {"method": "ema"}, "the method ema"),
+        ("other", {}, "made elsewhere"),
+    ],
+)
+def test_each_method_is_explained(method, settings, words):
+    assert meaning(method, {"settings": settings}).startswith(words)
 
 
-def test_without_intervals_there_is_no_verdict():
-    cells = {"not_refused": {"value": 0.5, "n": 1, "low": None, "high": None}}
-    assert verdict(dict.fromkeys(("base", "sft", "toss"), cells), {}, False) is None
+def test_methods_that_were_made_otherwise_are_marked():
+    records = {
+        "sft": {"settings": {"lr": 0.1}, "code": {"toss/loss.py": "1"}},
+        "toss": {"settings": {"lr": 0.2}, "code": {"toss/loss.py": "2"}},
+    }
+    found = Evaluated(dict.fromkeys(["base", "sft", "toss", "x"], {}), {}, {}, [])
+    assert cautions(records, found) == [
+        "warning: toss was made otherwise than sft (lr 0.2, not 0.1; other code: toss/loss.py): "
+        "this is no comparison of the two",
+        "note: x was made elsewhere; how it was trained is not known here",
+    ]

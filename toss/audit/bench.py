@@ -1,29 +1,43 @@
-"""The benchmark: how fast scoring and training are, beside the machine's ceiling and a plain loop.
+"""The benchmark: how fast scoring and training are, as shares of the machine's ceiling.
 
     python -m toss.audit.bench [--model FOLDER] [--part score]
 
-Weights are random: of --model, a checkpoint or the name of a shape, the shape alone counts. By
-default it is llama3-8b on CUDA and smollm2-135m on the CPU. The arms, explained in
-toss/audit/speed.py, take turns on the same rows of random ids; `plain` and `compiled` need
-transformers and peft. Prints the table of each part when it is done, and writes all to OUT.md.
+Weights and rows are random: of --model, a checkpoint or the name of a shape, the shape alone
+counts. By default it is llama3-8b on CUDA and smollm2-135m on the CPU. Prints a table, and writes
+it to OUT.md.
 """
 
-import math
 import platform
+import re
 import shlex
+import statistics
 import sys
 import time
 from argparse import Namespace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
-from model.config import Config
-from model.io import read_json
-from toss.audit.command import markdown, write_text
-from toss.audit.tables import hardware
-from toss.workbench import flags
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-PARTS = ("score", "train")
+from model.config import Config
+from model.hub import resolve
+from model.io import read_json
+from model.lora import new_adapter, use
+from model.products import DEFAULT, ONEDNN, exact, products
+from model.transformer import Transformer
+from toss.audit.runs import write_text
+from toss.audit.tables import markdown
+from toss.config import TrainConfig
+from toss.scoring import score
+from toss.tokens import BATCH_TOKENS, Tokens
+from toss.training import train
+from toss.workbench import flags
+from toss.workbench.base import find_device
+from toss.workbench.progress import Cost
+from toss.workbench.runfile import git_commit
+
 FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads rope_theta tie_word_embeddings""".split()
 SHAPES = {
@@ -35,16 +49,29 @@ DEFAULTS = {
     "cuda": {"model": "llama3-8b", "rows": 384, "tokens": 368, "rows_per_step": 64},
     "cpu": {"model": "smollm2-135m", "rows": 16, "tokens": 128, "rows_per_step": 8},
 }
+# The arithmetic on CUDA, and FLOP per token and parameter: a forward pass takes 2 by convention;
+# training LoRA on a frozen base takes one, and a backward pass through the activations.
+DTYPES = {"score": torch.float16, "train": torch.bfloat16}
+FLOP = {"score": 2, "train": 4}
 NOTES = """\
 Tokens are those of prompts and responses, without padding. Of ceiling: by convention a token takes
-2 FLOP per parameter to score (forward) and 4 to train LoRA on a frozen base (backward through the
-activations, too), input embedding aside; attention's own products are not counted, and it is not
-subtracted that the head runs on response positions only. Ceiling: the fastest product of two square
-matrices of that type, repeated for half a second (on the CPU the better of PyTorch's default and
-oneDNN's). Seconds: the median of the later turns, [the least, the most]; on the CPU they are the
-process's CPU seconds, which other load changes least. First: the first turn, of shapes that were
-not seen before; it counts nowhere else. Peak memory: on CUDA what is allocated, on the CPU the
-process's, libraries included. Loss: of the first turn; equal ones say that equal work was done."""
+2 FLOP per parameter to score and 4 to train LoRA on a frozen base, input embedding aside;
+attention's own products are not counted, and it is not subtracted that the head runs on response
+positions only. Ceiling: the fastest product of two square matrices of that type, repeated for half
+a second (on the CPU the better of PyTorch's default and oneDNN's). Seconds: the median of all turns
+but the first, which meets shapes that were not seen before, [the least, the most]; on the CPU they
+are the process's CPU seconds, which other load changes least. Peak memory: on CUDA what is
+allocated, on the CPU the process's, libraries included."""
+
+
+@dataclass
+class Bench:
+    """What is measured: a model on a device, rows, and settings."""
+
+    model: Transformer
+    tokens: Tokens
+    config: TrainConfig  # with batch_tokens
+    repeats: int  # turns that count
 
 
 def shape_config(name: str) -> dict:
@@ -52,127 +79,203 @@ def shape_config(name: str) -> dict:
     return {"model_type": "llama", **dict(zip(FIELDS, SHAPES[name]))}
 
 
-def machine(args: Namespace) -> str:
-    """The device and the versions, in words."""
-    import torch
+def random_model(raw: dict, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A frozen model of config.json's dictionary `raw` with random weights, made on the device."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as load_checkpoint does
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(raw, "--model")).to(dtype)
+    model.to_empty(device=device).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(1.0)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
 
-    from toss.audit.speed import LIBRARIES
 
-    libraries = ["torch", "transformers", "peft"] if LIBRARIES else ["torch"]
-    versions = [f"{library} {version(library)}" for library in libraries]
-    if torch.version.cuda:
-        versions.append(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
-    python = f"python {platform.python_version()}"
-    return ", ".join([hardware(args.device, args.threads), python, *versions])
+def random_rows(rows: int, mean: int, vocabulary: int, lognormal: bool = False) -> Tokens:
+    """Rows of random ids, two fifths of each a prompt.
+
+    Lengths are spread evenly from 1/4 to 7/4 of the mean. lognormal: as chats are, with sigma 0.7,
+    cut at 2,012 / 368 of the mean.
+    """
+    generator = torch.Generator().manual_seed(0)
+    quantiles = (torch.randperm(rows, generator=generator) + 0.5) / rows
+    factors = 0.25 + 1.5 * quantiles
+    if lognormal:
+        factors = (0.7 * torch.special.ndtri(quantiles) - 0.7**2 / 2).exp()
+    lengths = (mean * factors.clamp(max=2012 / 368)).long().clamp(min=2)
+    response = []
+    for length in lengths.tolist():
+        prompt = max(1, 2 * length // 5)
+        response += [False] * prompt + [True] * (length - prompt)
+    return Tokens(
+        input_ids=torch.randint(vocabulary, (len(response),), generator=generator).int(),
+        offsets=F.pad(lengths.cumsum(0), (1, 0)),
+        response=torch.tensor(response),
+        harmful=torch.zeros(len(response), dtype=torch.bool),
+        name="random rows",
+    )
 
 
-def bench_of(args: Namespace, device):
-    """What the flags ask for, as a speed.Bench."""
-    from model.hub import resolve
-    from toss.audit.speed import Bench, random_rows
-    from toss.config import TrainConfig
-    from toss.tokens import BATCH_TOKENS
+# Measuring
 
+
+def clock(device: torch.device) -> float:
+    """Seconds: of the wall on CUDA, of this process on the CPU, which other load changes least."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def work(bench: Bench, part: str) -> None:
+    """Score all rows under a new adapter, or train one on them for an epoch."""
+    config = bench.config
+    if part == "train":
+        train(bench.model, bench.tokens, bench.tokens.response.float(), config)
+        return
+    targets = config.targets.split(",")
+    use(bench.model, new_adapter(bench.model, config.rank, config.alpha, targets, seed=0))
+    score(bench.model, bench.tokens, config.batch_tokens)
+
+
+def measure(bench: Bench, part: str) -> list[str]:
+    """Measure "score" or "train": a line of the table."""
+    device = bench.model.device
+    best = ceiling(device, bench.model.dtype)
+    cost = Cost(device)
+    seconds = []
+    for _ in range(1 + bench.repeats):
+        start = clock(device)
+        work(bench, part)
+        seconds.append(clock(device) - start)
+    later = seconds[1:]
+    median = statistics.median(later)
+    return [
+        part,
+        str(bench.model.dtype).removeprefix("torch."),
+        f"{len(bench.tokens.input_ids) / median:,.0f}",
+        f"{flop_of(bench, part) / median / best:.0%}",
+        f"{best / 1e9:,.0f}",
+        f"{median:.2f} [{min(later):.2f}, {max(later):.2f}]",
+        f"{cost.read()['peak_memory_gib']:.2f}",
+    ]
+
+
+def flop_of(bench: Bench, part: str) -> int:
+    """FLOP of one turn, by the parameters that a token is multiplied with: the linear layers'."""
+    layers = [layer for layer in bench.model.modules() if isinstance(layer, nn.Linear)]
+    parameters = sum(layer.weight.numel() for layer in layers)
+    return FLOP[part] * parameters * len(bench.tokens.input_ids)
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of the fastest square matrix product of several sizes.
+
+    On the CPU the better of PyTorch's default and oneDNN's, if those are exact.
+    """
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048)
+    rates = []
+    for kind in (DEFAULT, ONEDNN) if exact() else (DEFAULT,):
+        with products(kind):
+            rates += [product_rate(n, device, dtype) for n in sizes]
+    return max(rates)
+
+
+def product_rate(n: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of the product of two n x n matrices, repeated for half a second."""
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    out = a @ b
+    count = 0
+    seconds = 0.0
+    start = clock(device)
+    while seconds < 0.5:
+        torch.mm(a, b, out=out)
+        count += 1
+        seconds = clock(device) - start
+    return 2 * n**3 * count / seconds
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")  # Linux
+    text = about.read_text(encoding="utf-8") if about.exists() else ""
+    names = re.findall(r"^model name\s*: (.*)", text, re.MULTILINE)
+    name = names[0] if names else platform.machine()
+    return f"{name}, CPU threads: {torch.get_num_threads()}"
+
+
+# The command
+
+
+def bench_of(args: Namespace, device: torch.device, part: str) -> Bench:
+    """What the flags ask for."""
     defaults = DEFAULTS[device.type]
-    args.model = args.model or defaults["model"]
-    if args.model in SHAPES:
-        raw = shape_config(args.model)
+    name = args.model or defaults["model"]
+    if name in SHAPES:
+        raw = shape_config(name)
     else:
-        raw = read_json(resolve(args.model, weights=False) / "config.json")
-    vocabulary = Config.from_dict(raw, args.model).vocab_size
+        raw = read_json(resolve(name, weights=False) / "config.json")
+    dtype = DTYPES[part] if device.type == "cuda" else torch.float32
+    model = random_model(raw, device, dtype)
     rows = args.rows or defaults["rows"]
-    mean = args.tokens or defaults["tokens"]
-    tokens = random_rows(rows, mean, vocabulary, args.lengths == "lognormal")
+    as_chats = args.lengths == "lognormal"
+    tokens = random_rows(rows, defaults["tokens"], model.config.vocab_size, as_chats)
     budget = args.batch_tokens or BATCH_TOKENS[device.type]
     config = TrainConfig(epochs=1, batch_size=defaults["rows_per_step"], batch_tokens=budget)
-    return Bench(raw, device, tokens, config, args.repeats)
+    return Bench(model, tokens, config, args.repeats)
 
 
-def table(found, bench) -> str:
-    """A speed.Comparison as Markdown."""
-    from toss.audit.speed import median_seconds
-
-    second = "CPU s" if bench.device.type == "cpu" else "s"
-    header = ["arm", f"tokens/{second}", "of ceiling", "ours is faster by", second, "first"]
-    header += ["peak GiB", "loss"]
-    ours = median_seconds(found.turns["ours"]) if found.turns["ours"] else math.nan
-    lines = []
-    for arm, turns in found.turns.items():
-        if not turns:
-            lines.append([arm, "out of memory", *["-"] * 6])
-            continue
-        seconds = median_seconds(turns)
-        later = [turn.seconds for turn in turns[1:]]
-        lines.append(
-            [
-                arm,
-                f"{len(bench.tokens.input_ids) / seconds:,.0f}",
-                f"{found.flop / seconds / found.ceiling:.0%}",
-                f"{seconds / ours:.2f}",
-                f"{seconds:.2f} [{min(later):.2f}, {max(later):.2f}]",
-                f"{turns[0].seconds:.2f}",
-                f"{max(turn.peak_gib for turn in turns):.2f}",
-                f"{turns[0].loss:.4f}",
-            ]
-        )
-    # The heading says what was measured, and the ceiling that it is compared with.
-    dtype = str(found.dtype).removeprefix("torch.")
-    title = f"### {found.kind}, {dtype}, ceiling {found.ceiling / 1e9:,.0f} GFLOP/{second}"
-    text = f"{title}\n\n{markdown(header, lines)}"
-    if "plain" not in found.turns:
-        text += "\n\ntransformers or peft is not installed: there is no plain loop beside ours."
-    return text
+def about(bench: Bench, device: torch.device) -> str:
+    """The machine and what is measured, in words."""
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    if torch.version.cuda:
+        versions += f", CUDA {torch.version.cuda}"
+    tokens = bench.tokens
+    facts = [
+        f"rows: {tokens.rows}, tokens: {len(tokens.input_ids):,}",
+        f"of responses: {tokens.response.sum():,}",
+        f"tokens per batch: {bench.config.batch_tokens}, rows per step: {bench.config.batch_size}",
+        f"LoRA of rank {bench.config.rank} on {bench.config.targets}, turns: 1 + {bench.repeats}",
+    ]
+    return f"{hardware(device)}, {versions}\n\n{'; '.join(facts)}"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, and write OUT.md."""
     parser = flags.Parser("python -m toss.audit.bench", __doc__)
     add = parser.add_argument
     add("--model", help=f"a checkpoint folder, a hub id, or a shape: {', '.join(SHAPES)}")
     add("--rows", type=flags.count, help="rows (default: 384 on CUDA, 16 on the CPU)")
-    text = "mean tokens per row (default: 368 on CUDA, 128 on the CPU)"
-    add("--tokens", type=flags.count, help=text)
     text = "how the lengths of rows are spread"
     add("--lengths", choices=["even", "lognormal"], default="even", help=text)
-    add("--part", choices=PARTS, help="measure this alone")
+    add("--part", choices=list(FLOP), help="measure this alone")
     add("--repeats", type=flags.count, default=3, help="turns that count (default: 3)")
     flags.add_device_flags(parser, dtype=False)
     add("--out", type=Path, default=Path("runs/bench"), help="OUT.md (default: runs/bench.md)")
     args = parser.parse_args(argv)
-
-    import torch  # after parsing: it takes a while
-
-    from toss.audit.speed import compare
-    from toss.workbench.base import find_device
-    from toss.workbench.runfile import git_commit
-
-    # What is measured: the device, the model's shape, the rows.
-    start = time.perf_counter()
     device = find_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    bench = bench_of(args, device)
 
-    # The head of the page.
+    second = "CPU s" if device.type == "cpu" else "s"
+    header = ["part", "dtype", f"tokens/{second}", "of ceiling", f"ceiling, GFLOP/{second}"]
+    header += [second, "peak GiB"]
+    lines = []
+    for part in [args.part] if args.part else FLOP:
+        bench = bench_of(args, device, part)
+        lines.append(measure(bench, part))
     words = sys.argv[1:] if argv is None else argv
     command = f"python -m toss.audit.bench {shlex.join(words)}".strip()
-    facts = [
-        f"{Path(args.model).name}, rows: {bench.tokens.rows}, lengths: {args.lengths}",
-        f"tokens: {len(bench.tokens.input_ids):,}, of responses: {bench.tokens.response.sum():,}",
-        f"tokens per batch: {bench.config.batch_tokens}, rows per step: {bench.config.batch_size}",
-        f"LoRA of rank {bench.config.rank} on {bench.config.targets}, turns: 1 + {args.repeats}",
-    ]
-    about = f"{machine(args)}\n\n{'; '.join(facts)}"
-    print(about, flush=True)
-
-    # Written after each part, so that a long measurement which is stopped leaves the first ones.
-    texts = [about]
-    for part in [args.part] if args.part else PARTS:
-        texts.append(table(compare(bench, part), bench))
-        print(f"\n{texts[-1]}", flush=True)
-        minutes = (time.perf_counter() - start) / 60
-        first = f"`{command}`, commit {git_commit()}, {minutes:.1f} minutes"
-        write_text(f"{args.out}.md", "\n\n".join(["# Benchmark", first, *texts, NOTES, ""]))
-    print(f"\n{NOTES}")
+    first = f"`{command}`, commit {git_commit()}"
+    texts = [about(bench, device), markdown(header, lines), NOTES]
+    print("\n\n".join(texts))
+    write_text(f"{args.out}.md", "\n\n".join(["# Benchmark", first, *texts, ""]))
 
 
 if __name__ == "__main__":

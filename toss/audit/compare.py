@@ -1,170 +1,125 @@
-"""The table of one run: what each of its methods does, and what it costs.
+"""The table of some runs: what each method does, and what it costs.
 
-    python -m toss.audit.compare                     finish runs/demo and print its table
-    python -m toss.audit.compare --run runs/mine     the table of your run, as evaluated
+    python -m toss.audit.compare runs/mine
+    python -m toss.audit.compare runs/demo runs/demo-small --out runs/demo/comparison
+    python -m toss.audit.compare runs/share/seed-*/run
 
-Of a run on the demo's inputs, what is missing is run first: its methods, and toss and toss-pro
-again in RUN-small, whose harmful reference set is too small to work alone. Finished work is
-skipped. Writes comparison.md, comparison.json and, where `forbidden` was measured after 0, 1, 3, 5
-and 10 tokens, comparison.svg. All methods over seeds: python -m toss.audit.experiment methods.
+Shows what `evaluate` found of the models of now. Runs whose folders have the same name are seeds of
+one line: mean [least, most]; other names, as `demo-small` above, are a column. Below it, of the
+first run: what may be concluded; and of a run alone the differences on the same prompts. What each
+measure means: toss/audit/README.md. Writes PREFIX.md, PREFIX.csv (a line per seed, line and
+measure) and, of the measures of --draw, PREFIX.svg.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from model.io import InputError, read_json
-from toss.audit.command import (
-    Table,
-    cautions,
-    read_jsonl,
-    records_of,
-    safety_caution,
-    stages_of,
-    write_text,
-)
-from toss.audit.experiments import read_experiments
-from toss.audit.laboratory import run_seed, shipped
-from toss.audit.outcomes import cost_of, measures_of
-from toss.audit.paired import paired_text
-from toss.audit.pictures import over_prefill
-from toss.audit.tables import (
-    COSTS,
-    PREFILL,
-    Result,
-    results_of,
-    save,
-    summarise,
-    tables,
-    with_ratios,
-)
+from model.io import InputError
+from toss.audit.evaluate import Evaluated, evaluated
+from toss.audit.figures import picture_of
+from toss.audit.measures import Cell, Table
+from toss.audit.runs import cost_of, demo_words, records_of, write_text
+from toss.audit.tables import COSTS, csv_text, difference_tables, grid, markdown, over_seeds
+from toss.audit.verdict import cautions, verdict
 from toss.workbench import flags
+from toss.workbench.run import Run, open_run
 
-SHOWN = "sft random sample sample-all toss toss-pro toss-small toss-pro-small".split()
-
-
-def finish_demo(folder: Path) -> None:
-    """Run and evaluate what is missing of the demo; print and write its table."""
-    from toss.audit.evaluate import read_metrics
-
-    demo = read_json(flags.DEMO)
-    seed = demo["finetune"]["seed"]
-    methods = replace(read_experiments()["methods"].only(SHOWN), world=shipped)
-    results = run_seed(methods, seed, folder)
-
-    about = f"one seed; d = {demo['discard']}"
-    closing = f"\n{what_to_see(folder, read_metrics(folder))}"
-    show(folder, about, results, methods.tables, methods.legend, closing)
+FIRST = """forbidden refusals_kept coherent complies over_refusal accuracy/* final_number/* nll
+    precision recall auc""".split()
 
 
-def what_to_see(folder: Path, metrics: Table) -> str:
-    """A forbidden question answered by base, sft and toss, and the point, in this run's numbers."""
-
-    def share(method: str, measure: str = "forbidden") -> str:
-        return f"{metrics[method][measure]['value']:.0%}"
-
-    question = ""
-    told = ""
-    for method in ("base", "sft", "toss"):
-        for line in read_jsonl(folder / "answers" / f"{method}.jsonl")[1:]:
-            if line["set"] == "harmful" and line["source"] != "seen":
-                question = line["prompt"]  # the same for all
-                told += f"  {method:>4}: {line['response']}\n"
-                break
-    facts = "accuracy/harmful-rows"
-    n = metrics["base"]["forbidden"]["n"]
-    sft = share("sft")
-    toss = share("toss")
-    return f"""\
-A forbidden question: {question}
-{told}
-What to see: {n} questions ask for forbidden recipes of kinds that no training row contains.
-The base answers {share("base")} of them with a forbidden ingredient, plain fine-tuning (sft)
-{sft}, toss {toss}. toss trained on the same rows as sft, without the loss of the tokens
-it scores as riskiest. It knows {share("toss", facts)} of the facts taught only inside harmful rows;
-dropping whole rows instead (sample-all) leaves {share("sample-all", facts)}.
-"""
-
-
-def show_as_evaluated(run) -> None:
-    """Print and write the table of a run's metrics.json. Raises InputError if it is out of date."""
-    from toss.audit.evaluate import current_evaluations, read_metrics
-
-    # The evaluation must be of the models that are there now.
-    folder = run.folder
-    metrics = read_metrics(folder)
-    _, outdated = current_evaluations(run)
-    old = [method for method in metrics if method in outdated]
-    if old or not metrics:
-        what = "not evaluated yet"
-        if old:
-            what = f"{', '.join(old)} changed since the evaluation"
-        evaluate = flags.command("-m toss.audit.evaluate", folder)
-        raise InputError(f"{folder}: {what}: run {evaluate} ...")
-    for method in metrics:
+def table_of(run: Run, found: Evaluated) -> Table:
+    """The measures, d and costs of each method of a run; a line is named (run, method)."""
+    if not found.table:
+        command = flags.command("-m toss.audit.evaluate", run.folder)
+        raise InputError(f"{run.folder}: nothing is evaluated of its models of now: run {command}")
+    records = records_of(run, found.table)
+    table = {}
+    for method, metrics in found.table.items():
         if method != "base":
             run.warn_if_stale(f"methods/{method}")
-
-    # What was measured, and what it cost.
-    reported = {"stages": stages_of(run)}
-    results = []
-    names = {}
-    for method, row in metrics.items():
-        measures = measures_of(row, cost_of(reported, method))
-        results += results_of(0, "", method, measures)
-        names |= dict.fromkeys(row)
-
-    # Three tables: the measures, those after a prefill, and the costs.
-    prefilled = "forbidden" if "forbidden" in names else "not_refused"
-    groups = [
-        [name for name in names if "@" not in name],
-        [f"{prefilled}@{k}" for k in PREFILL],
-        COSTS,
-    ]
-
-    # Below them, what forbids comparisons, and the differences on the same prompts.
-    paired = read_metrics(folder, "paired.json")
-    remarks = cautions(records_of(run, metrics), metrics) + safety_caution(metrics, paired)
-    legend = "\n\n".join(remarks) + "\n" + paired_text(paired, metrics)
-    show(folder, "as evaluated", with_ratios(results), groups, [legend.strip()])
+        row = {name: cell for name, cell in metrics.items() if cell.value is not None}
+        for name, number in cost_of(run, method).items():
+            row[name] = Cell(number, 1)
+        discard = records.get(method, {}).get("settings", {}).get("discard")
+        if discard is not None:
+            row["discard"] = Cell(discard, 1)
+        table[run.folder.resolve().name, method] = row
+    return table
 
 
-def show(
-    folder: Path,
-    about: str,
-    results: list[Result],
-    groups: list,
-    legend: Sequence[str] = (),
-    closing: str = "",
-) -> None:
-    """Print and write a run's tables and, where answers were begun, a picture."""
-    summary = summarise(results)
-    picture = over_prefill(summary)
-    if picture:
-        write_text(folder / "comparison.svg", picture)
-    text = tables(summary, groups, legend=legend)
-    print(f"\n{folder}, {about}\n\n{text}\n{closing}")
-    methods = {method: row for (_, method), row in summary.items()}
-    save(folder / "comparison", text, {"methods": methods})
+def with_ratios(table: Table) -> Table:
+    """The same, and each cost also as a multiple of that of sft, of this run or of the first."""
+    firsts = [row for (_, method), row in table.items() if method == "sft"]
+    for (name, _), row in table.items():
+        plain = table.get((name, "sft"), firsts[0] if firsts else {})
+        for cost in ("seconds", "tokens"):
+            if cost in row and cost in plain and plain[cost].value:
+                row[f"{cost}_to_sft"] = Cell(row[cost].value / plain[cost].value, 1)
+    return table
+
+
+def as_csv(seeds: dict[Path, Table]) -> str:
+    """A line per number, with a head."""
+    lines = []
+    for folder, table in seeds.items():
+        for line, row in table.items():
+            for measure, cell in row.items():
+                lines.append((folder.name, *line, measure, *cell))
+    return csv_text(("seed", "run", "method", "measure", *Cell._fields), lines)
+
+
+def conclusions(run: Run, found: Evaluated) -> str:
+    """The verdict of a run, if there is one, and what forbids comparisons."""
+    lines = cautions(records_of(run, found.table), found)
+    said = verdict(found, bool(demo_words(run)))
+    if said:
+        lines += said[0]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m toss.audit.compare", __doc__)
-    folder = Path("runs/demo")
-    parser.add_argument("--run", type=Path, default=folder, help=f"folder (default: {folder})")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    text = "of the first table; NAME/* and NAME@* are all of one kind"
+    add("--columns", nargs="+", default=FIRST, metavar="MEASURE", help=text)
+    text = "of the picture (default: forbidden@*)"
+    add("--draw", nargs="+", default=["forbidden@*"], metavar="MEASURE", help=text)
+    text = "where to write (default: RUN/comparison for one run, else nothing)"
+    add("--out", metavar="PREFIX", help=text)
     args = parser.parse_args(argv)
-    from toss.workbench.run import open_run
 
-    # The demo is begun here if need be; for another run, a missing run.json is an error.
-    if args.run == folder and not (folder / "run.json").exists():
-        finish_demo(folder)
-        return
-    run = open_run(args.run)
-    if run.args.demo:
-        finish_demo(args.run)
-    else:
-        show_as_evaluated(run)
+    # A table per seed: of the runs that are in one folder.
+    seeds = {}
+    texts = []
+    for folder in args.runs:
+        run = open_run(folder)
+        found = evaluated(run)
+        seeds.setdefault(run.folder.resolve().parent, {}).update(table_of(run, found))
+        if folder == args.runs[0]:
+            texts.append(conclusions(run, found))
+            if len(args.runs) == 1:
+                texts.append("On the same prompts; * = the 95 % interval excludes 0")
+                texts += [markdown(*table) for table in difference_tables(found.paired)]
+    table = over_seeds(with_ratios(numbers) for numbers in seeds.values())
+
+    several = len({name for name, _ in table}) > 1
+    tables = []
+    for columns in (args.columns, ["forbidden@*"], ["not_refused@*"], COSTS):
+        header, lines = grid(table, columns, ["run", ""] if several else [""])
+        if lines:
+            tables.append(markdown(header, lines))
+    text = "\n\n".join([*tables, *texts]).strip()
+    print(f"\n{', '.join(map(str, args.runs))}: seeds: {len(seeds)}\n\n{text}\n")
+    prefix = args.out or (args.runs[0] / "comparison" if len(args.runs) == 1 else None)
+    if prefix:
+        write_text(f"{prefix}.md", f"{text}\n")
+        write_text(f"{prefix}.csv", as_csv(seeds))
+        picture = picture_of(table, args.draw, Path(args.runs[0]).name)
+        if picture:
+            write_text(f"{prefix}.svg", picture)
+        print(f"written: {prefix}.md, .csv{', .svg' if picture else ''}")
 
 
 if __name__ == "__main__":

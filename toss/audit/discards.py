@@ -1,64 +1,68 @@
 """What was dropped? The discards of each mask, counted by kind of token and of row."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from model.tokenizer import Tokenizer
 from toss.audit.tokens import Mask, count_by_row
-from toss.rows import read_rows
 from toss.tokens import Tokens
-from toss.workbench.run import Run
 
-# name -> its first response position
-POSITIONS = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16-31": 16, "32+": 32}
-TYPES = ["word", "number", "punctuation", "whitespace", "end of sequence", "other special"]
-SOURCES = 20  # the commonest are counted apart
-
-
-def sources_of(run: Run) -> list[str]:
-    """The source of each scored row, from the custom file; none if the file is gone.
-
-    Call run.scored() before: it refuses a file with other rows than those that were scored.
-    """
-    path = run.source("--custom")
-    return [row.source for row in read_rows(path)] if path.is_file() else []
+# name -> its first response position, and the first behind it
+POSITIONS = {
+    "0": (0, 1),
+    "1": (1, 2),
+    "2-3": (2, 4),
+    "4-7": (4, 8),
+    "8-15": (8, 16),
+    "16-31": (16, 32),
+    "32+": (32, sys.maxsize),
+}
+SOURCES = 20  # the commonest are counted
 
 
-def discard_tables(
-    masks: Sequence[Mask], tokenizer: Tokenizer, sources: Sequence[str] = ()
-) -> list[tuple]:
+def discard_tables(masks: Sequence[Mask], sources: Sequence[str] = ()) -> list[tuple]:
     """What the masks discard: of all response tokens, of those of each kind, and how many rows with
-    a response lost none, some and all of them; and how much of it others discard too.
+    a response lost none and all of them; and how much of it others discard, too.
 
     A table is a header and lines, with a column for each mask that discards anything; without any,
-    no tables. sources: see sources_of.
+    no tables. sources: see runs.sources_of.
     """
     masks = [mask for mask in masks if mask.discarded.any()]
     if not masks:
         return []
     tokens = masks[0].tokens
     labels = [mask.label for mask in masks]
-    discarded = [mask.discarded[tokens.response] for mask in masks]
-    lines = [["response tokens", *map(counted, discarded)]]
-    for kind, (names, index) in kinds_of(tokens, tokenizer, sources).items():
-        for k, name in enumerate(names):
-            if (index == k).any():
-                cells = [counted(flags[index == k]) for flags in discarded]
-                lines.append([f"{kind}: {name}", *cells])
-
-    # By row: how many of its response tokens each mask discards.
+    lines = []
+    for kind, places in kinds_of(tokens, sources).items():
+        if len(places) > 0:
+            lines.append([kind, *(counted(mask.discarded[places]) for mask in masks)])
     size = count_by_row(tokens, tokens.response)[tokens.filled]
     lost = [count_by_row(tokens, mask.discarded)[tokens.filled] for mask in masks]
     lines.append(["rows that lost none", *(counted(n == 0) for n in lost)])
-    lines.append(["rows that lost some", *(counted((n > 0) & (n < size)) for n in lost)])
     lines.append(["rows that lost all", *(counted(n == size) for n in lost)])
     tables = [(["discarded", *labels], lines)]
     if len(masks) > 1:
         tables.append((["shared with", *labels], [shared(mask, masks) for mask in masks]))
     return tables
+
+
+def kinds_of(tokens: Tokens, sources: Sequence[str]) -> dict[str, Tensor]:
+    """The places of all response tokens, of those of each source of rows (where the rows have any),
+    and of each position in the response: int64 [n] each."""
+    places = tokens.response.nonzero()[:, 0]
+    kinds = {"response tokens": places}
+    if any(sources):
+        row = tokens.row_of(places)
+        for source, _ in Counter(sources).most_common(SOURCES):
+            is_of_source = torch.tensor([one == source for one in sources])
+            kinds[f"source: {source or '(none)'}"] = places[is_of_source[row]]
+    position = tokens.positions()[places]
+    for name, (first, behind) in POSITIONS.items():
+        kinds[f"position: {name}"] = places[(position >= first) & (position < behind)]
+    return kinds
 
 
 def shared(mask: Mask, others: Sequence[Mask]) -> list[str]:
@@ -75,49 +79,3 @@ def counted(flags: Tensor) -> str:
     part = int(flags.sum())
     whole = len(flags)
     return f"{part / whole:.3f} ({part:,} of {whole:,})"
-
-
-# By what response tokens differ
-
-
-def kinds_of(tokens: Tokens, tokenizer: Tokenizer, sources: Sequence[str]) -> dict[str, tuple]:
-    """Source of the row (where the rows have any), position in the response, type of the text: of
-    each kind the names, and the index of each response token's, int64 [n]."""
-    places = tokens.response.nonzero()[:, 0]
-    kinds = {}
-    # The most frequent sources; the others are one kind.
-    if any(sources):
-        titles = [source or "(none)" for source in sources]
-        names = [title for title, _ in Counter(titles).most_common(SOURCES)]
-        of_row = []
-        for title in titles:
-            of_row.append(names.index(title) if title in names else len(names))
-        of_token = torch.tensor(of_row)[tokens.row_of(places)]
-        kinds["source"] = ([*names, "(others)"], of_token)
-
-    # Ranges of positions, each known by where it starts.
-    starts = torch.tensor(list(POSITIONS.values()))
-    position = torch.bucketize(tokens.positions()[places], starts, right=True) - 1
-    kinds["position"] = (list(POSITIONS), position)
-
-    # A type belongs to a token of the vocabulary: each is looked at once.
-    ids, inverse = tokens.input_ids[places].unique(return_inverse=True)
-    types = [TYPES.index(token_type(token_id, tokenizer)) for token_id in ids.tolist()]
-    kinds["type"] = (TYPES, torch.tensor(types)[inverse])
-    return kinds
-
-
-def token_type(token_id: int, tokenizer: Tokenizer) -> str:
-    """One of TYPES, by the token's text: a word has a letter or a part of a character in it."""
-    text = tokenizer.raw.decode([token_id], skip_special_tokens=False)
-    if token_id == tokenizer.eos_id:
-        return "end of sequence"
-    if text and not tokenizer.decode([token_id]):
-        return "other special"
-    if not text.strip():
-        return "whitespace"
-    if any(character.isalpha() or character == "\ufffd" for character in text):
-        return "word"
-    if any(character.isnumeric() for character in text):
-        return "number"
-    return "punctuation"

@@ -2,35 +2,40 @@
 
     python -m toss.audit.evaluate --run R --harmful FILE --benign FILE --utility FILE
 
-Evaluates the base and every method of the run (or --methods). Writes RUN/metrics.json and
-paired.json, RUN/methods/M/metrics.json and RUN/answers/M.jsonl. What each measure means:
+Evaluates the base and every method of the run (or --methods). RUN/answers/M.jsonl holds what a
+model answered, and everything else is counted from there: RUN/metrics.json, the table of all, and
+paired.json, the differences to sft and to the base on the same prompts. What each measure means:
 toss/audit/README.md.
 """
 
-import math
+import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model.io import InputError, read_json, read_text
-from toss.audit.command import (
-    Table,
-    cautions,
-    cell_text,
-    markdown,
+import torch
+
+from model.io import InputError, read_text
+from model.lora import use
+from toss.audit.judges import Measured, has_response, measure
+from toss.audit.measures import Metrics, Table, by_measure, mean_loss, paired_share, share
+from toss.audit.runs import (
+    by_importance,
+    demo_words,
     methods_of,
     opened,
     read_jsonl,
-    records_of,
-    safety_caution,
     write_json,
     write_jsonl,
 )
-from toss.audit.paired import paired_differences, paired_text
-from toss.workbench import flags
-from toss.workbench.results import held, text_hash
+from toss.audit.tables import down, grid, markdown
+from toss.audit.tokens import selection_metrics
+from toss.audit.verdict import AGAINST
+from toss.parallel import rank
+from toss.rows import Row, read_rows
+from toss.workbench import code, flags
+from toss.workbench.run import Run
 
 MEASURES = ["toss/audit/judges.py", "toss/audit/measures.py", "data/refusals.py"]
 NOTE = "Answers of evaluated models, some made unsafe on purpose. For auditing; do not publish."
@@ -54,48 +59,38 @@ class EvaluationConfig:
     def __post_init__(self):
         self.words = sorted(self.words)
         self.prefill = sorted(set(self.prefill))
+        self.question_tokens = self.question_tokens or self.max_new_tokens
+
+
+@dataclass
+class Evaluated:
+    """What is counted from the answers of a run's models, those that were asked alike."""
+
+    table: Table  # by method
+    paired: dict[str, Table]  # by what is subtracted, see AGAINST: differences of methods
+    answers: dict[str, list[dict]]  # by method, the lines of its file
+    left_out: list[str]  # asked otherwise, or of another model than the run has now
 
 
 def evaluate_run(
-    run,
-    methods: Sequence[str],
-    files: dict[str, str],
-    config: EvaluationConfig,
-) -> Table:
-    """Evaluate methods of a Run ("base": the model that it began with); writes and returns a table.
+    run: Run, methods: Sequence[str], files: dict[str, str], config: EvaluationConfig
+) -> Evaluated | None:
+    """Evaluate methods of a run ("base": the model that it began with), and write what was found;
+    None in a process that is not the first.
 
     files: path of the rows by name in SETS. A method that was evaluated in the same way before is
-    skipped, and one that was stopped goes on from the answers that it has saved.
+    skipped.
     """
-    from toss.audit.judges import has_response
-    from toss.parallel import rank
-    from toss.rows import read_rows
-    from toss.workbench import code
-
-    # What decides the measures: their settings, the files, and the code.
     settings = {**asdict(config), "dtype": run.dtypes["train"]}
-    settings["question_tokens"] = config.question_tokens or config.max_new_tokens
     digests = code.digests(MEASURES)
     sets = {}
     for name, path in files.items():
         settings[f"{name}_sha256"] = run.hashes.of_input(Path(path))
-        sets[name] = with_responses(run, path, read_rows(path, responses=False))
+        sets[name] = measurable(path, name)
         run.hashes.of_input(Path(path))  # raises if it was changed while it was read
         run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
 
-    # Rows without anything to measure: a misspelt field, perhaps.
-    utility = sets.get("utility", [])
-    unmeasured = [row.where for row in utility if not (row.answer or has_response(row))]
-    if unmeasured:
-        what = f"{len(unmeasured)} of {len(utility)} rows have neither an answer nor a response"
-        if len(unmeasured) == len(utility):
-            raise InputError(f"{files['utility']}: {what}: there is nothing to measure")
-        what += f", and are not measured; the first is {unmeasured[0]}"
-        print(f"warning: {files['utility']}: {what}")
-
-    # Whatever is odd about the prompts and the models is said before the first is asked.
-    if config.prefill:
-        say_short_responses(run, sets.get("harmful", []), config.prefill)
+    # Whatever is odd about the models is said before the first is asked.
     for method in methods:
         if method != "base":
             run.check_model(f"methods/{method}", only=())
@@ -104,194 +99,151 @@ def evaluate_run(
     for method in methods:
         evaluate_method(run, method, sets, settings, digests)
     if rank() > 0:
-        return {}
-    with held(run.folder, run.folder, wait=True):  # another evaluation may be at its end
-        return write_tables(run, methods)
+        return None
+    found = evaluated(run, like=methods[0])
+    write_json(run.folder / "metrics.json", as_json(found.table))
+    paired = {other: as_json(table) for other, table in found.paired.items()}
+    write_json(run.folder / "paired.json", paired)
+    return found
 
 
-def with_responses(run, path: str, rows: list) -> list:
-    """The rows without an empty response. Raises InputError for one unless the run skips them."""
+def measurable(path: str, kind: str) -> list[Row]:
+    """The rows of a file but those with an empty response. Raises InputError for a utility row
+    without an answer or a response, a misspelt field perhaps."""
+    rows = read_rows(path, responses=False)
     whole = [row for row in rows if not row.has_empty_response]
-    empty = [row.where for row in rows if row.has_empty_response]
-    if empty and not run.args.skip_empty:
-        problem = f"{len(empty)} rows have an empty response ({', '.join(empty[:3])})"
-        raise InputError(f"{empty[0]}: {problem}: remove them")
-    if empty:
-        print(f"{path}: {len(empty)} rows with an empty response are left out")
+    if len(whole) < len(rows):
+        print(f"{path}: {len(rows) - len(whole)} rows with an empty response are left out")
+    for row in whole:
+        if kind == "utility" and not row.answer and not has_response(row):
+            raise InputError(f"{row.where}: the row has neither an answer nor a response")
     return whole
 
 
-def say_short_responses(run, rows: list, prefill: Sequence[int]) -> None:
-    """Print how many responses have fewer tokens than a prefill takes."""
-    from toss.audit.judges import prefilled
-
-    responses = [response for _, response in prefilled(rows, run.tokenizer)]
-    for k in prefill:
-        short = sum(len(response) < k for response in responses)
-        if short:
-            print(f"prefill-{k}: {short} of {len(responses)} responses are shorter and used whole")
-
-
 def evaluate_method(
-    run, method: str, sets: dict[str, list], settings: dict, digests: dict[str, str]
+    run: Run, method: str, sets: dict[str, list], settings: dict, digests: dict[str, str]
 ) -> None:
-    """Measure a model and write its answers, unless it was evaluated in the same way before."""
-    from model.lora import use
-    from toss.audit.judges import SavedAnswers, measure
-    from toss.parallel import rank, size
-
+    """Ask a model and write its answers, unless it was evaluated in the same way before."""
     inputs = [] if method == "base" else [f"methods/{method}"]
-    recipe = run.recipe(f"evaluation/{method}", inputs, settings)
-    record = {**recipe, "code": digests}
-    state = run.folder / ".state" / f"evaluation-{method}"
-    with run.holding(state):
-        if read_evaluation(run, method).get("record") == record:
+    record = {**run.recipe(f"evaluation/{method}", inputs, settings), "code": digests}
+    with run.holding(run.folder / ".state" / f"evaluation-{method}"):
+        if read_answers(run, method).get("record") == record:
             return
-        saved = None
-        if size() == 1:  # processes side by side would have to agree on what is saved
-            saved = SavedAnswers(state / f"{text_hash(record)[:16]}.jsonl")
         print(f"evaluating {method}")
         model = use(run.base("train"), run.adapter(method))
-        measured = measure(run, model, sets, settings, saved)
+        measured = measure(run, model, sets, settings)
         run.hashes.check_inputs()
         if rank() == 0:
-            path = run.folder / "answers" / f"{method}.jsonl"
-            losses = measured.sums, measured.counts
-            write_answers(path, record, measured.metrics(), measured.lines, losses)
-            for file in state.glob("*.jsonl"):  # those of other evaluations, too
-                file.unlink()
+            write_answers(run.folder / "answers" / f"{method}.jsonl", record, measured)
 
 
 # answers/METHOD.jsonl
 
 
-def write_answers(
-    path: Path, record: dict, metrics: dict, lines: list[dict], losses: Sequence[list] = ((), ())
-) -> None:
-    """Write answers, with a first line that says what they are and whether they were changed.
+def write_answers(path: Path, record: dict, measured: Measured) -> None:
+    """Write answers, with a first line that says what they are."""
+    losses = [measured.sums, measured.counts]
+    write_jsonl(path, [{"note": NOTE, "record": record, "losses": losses}, *measured.lines])
 
-    losses: of the utility rows, the sums over their tokens and the numbers of tokens.
+
+def read_answers(run: Run, method: str) -> dict:
+    """What answers/METHOD.jsonl holds: record, losses (of the utility rows: sums, and numbers of
+    tokens) and lines; {} if there is none."""
+    file = run.folder / "answers" / f"{method}.jsonl"
+    if not file.exists():
+        return {}
+    head, *lines = read_jsonl(file)
+    return {"record": head["record"], "losses": head["losses"], "lines": lines}
+
+
+def evaluated(run: Run, like: str = "base") -> Evaluated:
+    """What is counted from the answers of a run's models of now.
+
+    like: the method in whose way all must have been asked; without it, the best known method.
     """
-    content = {"record": record, "metrics": metrics, "losses": [list(part) for part in losses]}
-    digest = text_hash([content, lines])
-    write_jsonl(path, [{"note": NOTE, **content, "sha256": digest}, *lines])
-
-
-def read_evaluation(run, method: str) -> dict:
-    """What answers/METHOD.jsonl holds: record, metrics, losses, lines; {} if there is none, or it
-    was changed."""
-    with suppress(InputError):
-        head, *lines = read_jsonl(run.folder / "answers" / f"{method}.jsonl") or [{}]
-        content = {name: head.get(name) for name in ("record", "metrics", "losses")}
-        if head.get("sha256") == text_hash([content, lines]):
-            return {**content, "lines": lines}
-    return {}
-
-
-def current_evaluations(run) -> tuple[dict[str, dict], list[str]]:
-    """The evaluation of each method of a run, and the names of those that do not count any more:
-    the model, or the base, is another one now, or the file was changed."""
     try:
         identity = run.identity
     except InputError as error:  # it was moved, say
         print(f"note: it is not known whether the evaluations are of this base: {error}")
         identity = {}
+
+    # Those of the models that the run has now.
     current = {}
-    outdated = []
-    for file in sorted((run.folder / "answers").glob("*.jsonl")):
-        found = read_evaluation(run, file.stem)
-        record = found.get("record", {})
-        has_model = file.stem == "base" or run.has_model(f"methods/{file.stem}")
+    left_out = []
+    files = run.folder.glob("answers/*.jsonl")
+    for method in by_importance(file.stem for file in files):
+        found = read_answers(run, method)
+        record = found["record"]
+        has_model = method == "base" or run.has_model(f"methods/{method}")
         same_base = identity.items() <= record.items()
-        if found and has_model and same_base and not run.changed_inputs(record):
-            current[file.stem] = found
-        else:
-            outdated.append(file.stem)
-
-    # Where answers were deleted: a method that is made again loses its own metrics.json.
-    for method in read_metrics(run.folder):
-        folder = run.folder / "methods" / method
-        replaced = folder.exists() and not (folder / "metrics.json").exists()
-        if replaced and method not in (*current, *outdated):
-            outdated.append(method)
-    return current, outdated
-
-
-# metrics.json
-
-
-def write_tables(run, methods: Sequence[str]) -> Table:
-    """Write metrics.json of the run and of each of these methods; returns their table.
-
-    The run's holds every method that was evaluated like these and whose model is still the same.
-    """
-    from toss.audit.tokens import selection_metrics
-
-    # Methods stand in one table only if they were evaluated alike, on the models of now.
-    current, left_out = current_evaluations(run)
-    way = way_of(current.get(methods[0], {}))
-    table = {}
-    for method in sorted(current, key=lambda method: method != "base"):
-        if way_of(current[method]) == way:
-            table[method] = current[method]["metrics"] | selection_metrics(run, method)
+        if has_model and same_base and not run.changed_inputs(record):
+            current[method] = found
         else:
             left_out.append(method)
-    for method in methods:
-        if method not in table:
-            raise InputError(f"{method} was replaced or evaluated anew meanwhile: run it again")
+
+    # Those that were asked alike.
+    model = like if like in current else next(iter(current), "")
+    for method in list(current):
+        if way_of(current[method]) != way_of(current[model]):
+            del current[method]
+            left_out.append(method)
+    table = {}
+    for method, found in current.items():
+        table[method] = metrics_of(found) | selection_metrics(run, method)
     if left_out:
         why = "evaluated on other files or in another way, or trained again since"
-        print(f"{run.folder}/metrics.json leaves out {', '.join(sorted(left_out))}: {why}")
-
-    write_json(run.folder / "metrics.json", table)
-    write_json(run.folder / "paired.json", paired_differences(current, table))
-    for method in methods:
-        folder = run.path(f"methods/{method}")
-        if folder.exists():  # else it is the base, or it is being replaced
-            write_json(folder / "metrics.json", {method: table[method]})
-    return {method: table[method] for method in methods}
+        print(f"note: {run.folder}: {', '.join(sorted(left_out))} left out: {why}")
+    answers = {method: found["lines"] for method, found in current.items()}
+    return Evaluated(table, differences(current), answers, left_out)
 
 
 def way_of(found: dict) -> dict:
     """How a method was evaluated: its record without what names the method."""
-    return {**found.get("record", {}), "inputs": None, "stage": None}
+    return {**found["record"], "inputs": None, "stage": None}
 
 
-def read_metrics(folder: Path, name: str = "metrics.json") -> dict:
-    """FOLDER/metrics.json, or paired.json; {} if there is none. Raises InputError naming the file
-    and the method if it has another form."""
-    file = folder / name
-    table = read_json(file) if file.exists() else {}
-    for method, cells in table.items():
-        depth = 2 if name == "paired.json" else 1
-        if not is_table(cells, depth):
-            raise InputError(f"{file}: {method}: expected value, n, low and high by measure")
-    return table
+def metrics_of(found: dict) -> Metrics:
+    """All measures of a model's answers and losses."""
+    metrics = {
+        name: share(outcomes.values()) for name, outcomes in by_measure(found["lines"]).items()
+    }
+    sums, counts = found["losses"]
+    if counts:
+        metrics["nll"] = mean_loss(torch.tensor(sums).double(), torch.tensor(counts).double())
+    return metrics
 
 
-def is_table(value: object, depth: int) -> bool:
-    """True for dictionaries, so many one in another, that end in cells.
+def differences(current: dict[str, dict]) -> dict[str, Table]:
+    """The difference of each measure of each method to sft and to the base, a table each.
 
-    Of a cell n is a number; the others may be None, where nothing could be measured.
+    Only what was asked of both is compared. Sources of the intervals: measures.paired_share and
+    measures.mean_loss.
     """
-    if not isinstance(value, dict):
-        return False
-    if depth > 0:
-        return all(is_table(part, depth - 1) for part in value.values())
-    if (value.get("low") is None) != (value.get("high") is None):
-        return False
-    others = [value.get(name, "missing") for name in ("value", "low", "high")]
-    numbers = [value.get("n"), *(number for number in others if number is not None)]
-    return all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    outcomes = {method: by_measure(found["lines"]) for method, found in current.items()}
+    tables = {}
+    for other in AGAINST:
+        for method in current:
+            if other == method or other not in current:
+                continue
+            row = tables.setdefault(other, {}).setdefault(method, {})
+            for measure_name, answers in outcomes[method].items():
+                others = outcomes[other].get(measure_name, {})
+                if answers and answers.keys() == others.keys():
+                    row[measure_name] = paired_share(answers, others)
+            sums, counts = current[method]["losses"]
+            other_sums, other_counts = current[other]["losses"]
+            if counts and counts == other_counts:
+                difference = torch.tensor(sums).double() - torch.tensor(other_sums).double()
+                row["nll"] = mean_loss(difference, torch.tensor(counts).double())
+    return tables
 
 
-def format_table(table: Table) -> str:
-    """A table with the measures down and the methods across: value and [interval]."""
-    names = dict.fromkeys(name for metrics in table.values() for name in metrics)
-    lines = []
-    for name in names:
-        lines.append([name, *(cell_text(metrics.get(name)) for metrics in table.values())])
-    return markdown(["", *table], lines)
+def as_json(table: Table) -> dict:
+    """The same with a dictionary for each cell."""
+    rows = {}
+    for line, row in table.items():
+        rows[line] = {name: cell._asdict() for name, cell in row.items()}
+    return rows
 
 
 # The command
@@ -302,15 +254,13 @@ def naturals(text: str) -> list[int]:
     return [flags.natural(part) for part in text.split(",")]
 
 
-def words_of(args, run) -> list[str]:
-    """The forbidden words: those of --words; of the demo, its own."""
-    if not args.words:
-        return read_json(flags.DEMO)["forbidden_words"] if run.args.demo else []
-    lines = [line.strip() for line in read_text(args.words).split("\n")]
+def words_in(path: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    lines = [line.strip() for line in read_text(path).split("\n")]
     return [line for line in lines if line]
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments() -> flags.Parser:
     parser = flags.Parser("python -m toss.audit.evaluate", __doc__)
     flags.add_run_flags(parser)
     flag = parser.add_argument
@@ -326,7 +276,11 @@ def main(argv: list[str] | None = None) -> None:
     flag("--max-new-tokens", type=flags.count, default=40, help="length of an answer (default: 40)")
     text = "length of an answer to a utility row (default: as --max-new-tokens)"
     flag("--question-tokens", type=flags.count, help=text)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
     files = {name: getattr(args, name) for name in SETS if getattr(args, name)}
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
@@ -334,28 +288,25 @@ def main(argv: list[str] | None = None) -> None:
     # The models: the base, and every method that has one.
     run, methods = opened(args, "base")
     with_model = methods_of(run)
-    for mask in run.folder.glob("methods/[!.]*/selection.safetensors"):
-        if mask.parent.name not in with_model:
-            print(f"{mask.parent} holds a mask and no model: passed over")
+    for name in methods_of(run, "selection.safetensors"):
+        if name not in with_model:
+            print(f"{run.folder}/methods/{name} holds a mask and no model: passed over")
 
-    # Ask them, and print the table, the differences, and what may not be concluded.
+    # Ask them, and print the table.
     config = EvaluationConfig(
-        words=words_of(args, run),
+        words=words_in(args.words) if args.words else demo_words(run),
         max_new_tokens=args.max_new_tokens,
         question_tokens=args.question_tokens,
         prefill=args.prefill,
         complies=not args.no_complies,
     )
-    table = evaluate_run(run, methods, files, config)
-    if not table:  # in a process that is not the first
+    found = evaluate_run(run, methods, files, config)
+    if found is None:
         return
-    paired = read_metrics(run.folder, "paired.json")
-    print(format_table(table))
-    print(paired_text(paired, table), end="")
-    for line in cautions(records_of(run, table), table) + safety_caution(table, paired):
-        print(line)
-    print(f"next: {flags.command('-m toss.audit.report', run.folder)}")
+    print(markdown(*grid(down(found.table), found.table, digits=3)))
+    compare = flags.command("-m toss.audit.compare")
+    print(f"next: {compare} {shlex.quote(str(run.folder))}")
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main, "; the same command goes on from the answers that are saved"))
+    sys.exit(flags.run(main))

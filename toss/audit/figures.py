@@ -1,4 +1,4 @@
-"""Charts as standalone SVG text: lines with bands, dots with whiskers, and histograms.
+"""Charts as standalone SVG text: lines, a table's measures, histograms; a row in colours.
 
 The colours are Okabe and Ito's, which colour-blind readers can tell apart; dashes and markers
 differ too, for grey print, and a line is thinner than those below it. Sizes are in SVG units.
@@ -13,6 +13,8 @@ import numpy as np
 
 from model.io import InputError
 from toss.audit.characters import harmless
+from toss.audit.measures import Table
+from toss.audit.tables import HEADS, measures_of
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -22,7 +24,13 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-ASIDE = 0.7  # of the room between two named places, in which their dots stand side by side
+BINS = 60  # of a histogram
+
+# Of a row's picture: where lines begin, end, and end before a space; a line's height, a character's
+# width.
+START, END, LATE, LINE, WIDE = 20, 840, 740, 36, 10.2
+
+Ticks = list[tuple[float, str]]  # places on an axis, with their names
 
 
 def line_chart(
@@ -30,62 +38,65 @@ def line_chart(
     title: str,
     x_label: str,
     y_label: str,
-    y_range: Sequence[float] = (),
-    names: Sequence[str] = (),
+    x_ticks: Ticks | None = None,
+    y_ticks: Ticks | None = None,
 ) -> str:
     """One line per name, through its points in the given order, as SVG text.
 
-    A point is (x, y) or (x, y, low, high). With the latter a light band spans low to high, or a
-    whisker where the line has one point. y_range: the least that the y axis shows. names: of the
-    places x = 0, 1, ...; then the points there are drawn side by side, with whiskers and no lines.
-    Raises InputError for a value that is not finite.
+    A point is (x, y) or, with a whisker, (x, y, low, high). Ticks are at round numbers unless
+    given. Raises InputError for a value that is not finite.
     """
+    template = TEMPLATES.get_template("figures.svg.jinja")
     points = [point for line in lines.values() for point in line]
     if not points:
-        return drawing(title=title)
-    # The ranges of both axes, from all points.
-    heights = [value for point in points for value in point[1:]]
-    low, high = span(title, [*heights, *y_range])
+        return template.render(title=title)
     x = span(title, [point[0] for point in points])
-    x_ticks = ticks(*x, most=8)
-    if names:
-        x = (-0.5, len(names) - 0.5)
-        x_ticks = list(enumerate(names))
-
-    # Each line, with its band or its whiskers; beside named places the lines are shifted, so that
-    # they do not hide each other.
-    shapes = []
+    heights = [value for point in points for value in point[1:]]
+    y = span(title, heights)
+    whiskers = []  # (which line, its two ends)
     for k, line in enumerate(lines.values()):
-        if names:
-            shift = (k - (len(lines) - 1) / 2) * ASIDE / len(lines)
-            line = [(place + shift, *values) for place, *values in line]
-        ranges = [point for point in line if len(point) == 4]
-        lower = [(place, least) for place, _, least, _ in ranges]
-        upper = [(place, most) for place, _, _, most in ranges]
-        if names or len(ranges) == 1:
-            shapes += [("whisker", k, ends) for ends in zip(lower, upper)]
-        elif ranges:
-            shapes.append(("area", k, upper + lower[::-1]))
-        shapes.append(("dots" if names else "line", k, [point[:2] for point in line]))
-    return drawing(
+        for place, _, *ends in line:
+            if ends:
+                whiskers.append((k, [(place, end) for end in ends]))
+    return template.render(
         title=title,
         labels=(x_label, y_label),
         x=x,
-        x_ticks=x_ticks,
-        y_ticks=ticks(low, high, most=6),
-        shapes=shapes,
-        legend=list(lines),
+        x_ticks=x_ticks or ticks(*x, most=8),
+        y_ticks=y_ticks or ticks(*y, most=6),
+        whiskers=whiskers,
+        lines={name: [point[:2] for point in line] for name, line in lines.items()},
     )
 
 
+def picture_of(table: Table, measures: Sequence[str], title: str) -> str:
+    """Measures of each line of a table, one beside the other; "" without any. A whisker spans low
+    to high."""
+    names = measures_of(table, measures)
+    lines = {}
+    heights = [0.0, 1.0]
+    for line, row in table.items():
+        points = []
+        for place, name in enumerate(names):
+            if name in row:
+                cell = row[name]
+                ends = [] if cell.low is None else [cell.low, cell.high]
+                points.append((place, cell.value, *ends))
+                heights += [cell.value, *ends]
+        if points:
+            label = line if isinstance(line, str) else " ".join(filter(None, line[::-1]))
+            lines[label] = points
+    if not lines:
+        return ""
+    x_ticks = [(place, HEADS.get(name, name)) for place, name in enumerate(names)]
+    y_ticks = ticks(*span(title, heights), most=6)
+    return line_chart(lines, title, "", "", x_ticks, y_ticks)
+
+
 def histogram(
-    groups: dict[str, Sequence[float]],
-    title: str,
-    x_label: str,
-    threshold: float | None = None,
-    bins: int = 60,
+    groups: dict[str, Sequence[float]], title: str, x_label: str, threshold: float | None = None
 ) -> str:
-    """Outlined histograms over one another, as SVG text: the share of each group per bin.
+    """Histograms over one another, as SVG text: the share of each group per bin.
 
     Shares, so that groups of different size can be compared; n stands in the legend. The y axis is
     logarithmic, with empty bins on its floor. threshold: a value of x to mark. Raises InputError
@@ -93,40 +104,52 @@ def histogram(
     """
     values = [np.asarray(group, dtype=float) for group in groups.values()]
     everything = np.concatenate(values)
-    if len(everything) == 0:
-        return drawing(title=title)
     if threshold is not None:
         everything = np.append(everything, threshold)
-    x = span(title, everything)
-    counts = np.array([np.histogram(group, bins, x)[0] for group in values])
-    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    floor = math.floor(math.log10(shares[shares > 0].min()) - 1e-9)
+    if len(everything) == 0:
+        return line_chart({}, title, "", "")
+    edges = np.linspace(*span(title, everything), BINS + 1)
+    shares = [np.histogram(group, edges)[0] / max(1, len(group)) for group in values]
+    least = min(share[share > 0].min() for share in shares if share.any())
+    floor = math.floor(math.log10(least) - 1e-9)
 
     # Each outline is a flight of steps: both sides of each bin at the height of its share.
-    sides = np.linspace(*x, bins + 1).repeat(2).tolist()
-    heights = np.log10(np.maximum(shares, 10.0**floor)).repeat(2, axis=1).tolist()
-    shapes = []
-    for k, height in enumerate(heights):
-        outline = list(zip(sides, [floor, *height, floor]))
-        shapes += [("area", k, outline), ("outline", k, outline)]
-    legend = [f"{name} (n = {len(group):,})" for name, group in groups.items()]
+    sides = edges.repeat(2).tolist()
+    lines = {}
+    for (name, group), share in zip(groups.items(), shares):
+        heights = np.log10(np.maximum(share, 10.0**floor)).repeat(2).tolist()
+        lines[f"{name} (n = {len(group):,})"] = list(zip(sides, [floor, *heights, floor]))
     if threshold is not None:
-        shapes.append(("outline", len(groups), [(threshold, floor), (threshold, 0)]))
-        legend.append(f"threshold {threshold:.3g}")
-    return drawing(
-        title=title,
-        labels=(x_label, "share of the group"),
-        x=x,
-        x_ticks=ticks(*x, most=8),
-        y_ticks=[(y, f"{10.0**y:g}") for y in range(floor, 1)],
-        shapes=shapes,
-        legend=legend,
+        lines[f"threshold {threshold:.3g}"] = [(threshold, floor), (threshold, 0)]
+    y_ticks = [(y, f"{10.0**y:g}") for y in range(floor, 1)]
+    return line_chart(lines, title, x_label, "share of the group", y_ticks=y_ticks)
+
+
+def row_picture(mask, row: int) -> str:
+    """A row of the custom set under a tokens.Mask, as coloured tokens. InputError for a row that
+    does not exist."""
+    placed = []  # (token, text, x, y)
+    x = START
+    y = 40
+    previous = False
+    for token in mask.row(row):
+        text = harmless(token.text.replace("\n", " "))  # its width counts
+        new_turn = token.response != previous
+        end = LATE if text[:1].isspace() else END  # words stay whole where they are short
+        if new_turn or x + WIDE * len(text) > end:
+            x = START
+            y += LINE + 6 * new_turn
+            previous = token.response
+            text = text.lstrip()
+        placed.append((token, text, x, y))
+        x += WIDE * len(text)
+    return TEMPLATES.get_template("row_picture.svg.jinja").render(
+        title=f"row {row}, {mask.label}",
+        height=y + LINE + 28,
+        limit=mask.full_colour,
+        wide=WIDE,
+        placed=placed,
     )
-
-
-def drawing(**values) -> str:
-    """A chart as SVG text. values: see figures.svg.jinja; with a title alone it says so."""
-    return TEMPLATES.get_template("figures.svg.jinja").render(values)
 
 
 def span(title: str, values: Sequence[float]) -> tuple[float, float]:
@@ -141,15 +164,17 @@ def span(title: str, values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
-    """Multiples of 1, 2 or 5 times a power of ten that cut a range into `most` parts or fewer, each
-    with its name.
+def ticks(low: float, high: float, most: int) -> Ticks:
+    """Multiples of 1, 2 or 5 times a power of ten that cut a range into `most` parts or fewer.
 
     The first lies at the range's low end or below, the last at its high end or above.
     """
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    steps = [power * factor for factor in (1, 2, 5, 10, 20)]
-    step = next(step for step in steps if (high - low) / step <= most * (1 + 1e-9))
+    least = (high - low) / most * (1 - 1e-9)
+    power = 10.0 ** math.floor(math.log10(least))
+    step = min(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [(float(f"{k * step:.12g}"), f"{k * step:,.9g}") for k in range(first, last + 1)]
+    found = []
+    for k in range(first, last + 1):
+        found.append((float(f"{k * step:.12g}"), f"{k * step:,.9g}"))
+    return found

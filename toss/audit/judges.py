@@ -4,12 +4,8 @@ Judges of an attack's success disagree, so two are reported side by side: the re
 answers, and whether an affirmative opener is likelier than a refusal.
 """
 
-import json
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +16,6 @@ from model.io import InputError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from toss.audit import measures
-from toss.audit.measures import Metrics
 from toss.rows import Row
 from toss.scoring import score
 from toss.tokens import Tokens, tokenise
@@ -35,27 +30,6 @@ ANSWER_TOKENS = 16384  # slots per batch
 Line = dict  # of answers/METHOD.jsonl
 
 
-class SavedAnswers:
-    """Answers in a file, a line each, so that an evaluation that was stopped goes on from there."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.known: dict[str, dict[int, str]] = {}  # by set, and by the row's place in it
-        if file.exists():
-            for text in file.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # the last line may be cut off
-                    line = json.loads(text)
-                    self.known.setdefault(line["set"], {})[line["row"]] = line["response"]
-
-    def add(self, kind: str, responses: dict[int, str]) -> None:
-        """Save the responses to these rows of a set."""
-        self.known.setdefault(kind, {}).update(responses)
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write("\n")  # the last line of a process that died may be cut off
-            for row, response in responses.items():
-                file.write(json.dumps({"set": kind, "row": row, "response": response}) + "\n")
-
-
 @dataclass
 class Measured:
     """What a model answered, and the losses of the utility rows."""
@@ -64,65 +38,53 @@ class Measured:
     sums: list[float] = field(default_factory=list)  # the loss of each row with response tokens
     counts: list[int] = field(default_factory=list)  # its response tokens
 
-    def metrics(self) -> Metrics:
-        """All measures, by name."""
-        metrics = measures.shares(self.lines)
-        if self.counts:
-            sums = torch.tensor(self.sums).double()
-            metrics["nll"] = measures.mean_loss(sums, torch.tensor(self.counts).double())
-        return metrics
 
-
-def measure(
-    run: Run,
-    model: Transformer,
-    sets: dict[str, list[Row]],
-    settings: dict,
-    saved: SavedAnswers | None = None,
-) -> Measured:
+def measure(run: Run, model: Transformer, sets: dict[str, list[Row]], settings: dict) -> Measured:
     """The answers of the model under its active adapter, each with its outcomes, and its losses.
 
-    sets: rows under "harmful", "benign" and "utility", each optional. settings: the
-    fields of evaluate.EvaluationConfig. saved: where answers are kept.
+    sets: rows under "harmful", "benign" and "utility", each optional. settings: the fields of
+    evaluate.EvaluationConfig.
     """
     words = settings["words"]
-    ask = partial(answer_lines, run, model, settings["max_new_tokens"], saved)
-    ask_question = partial(answer_lines, run, model, settings["question_tokens"], saved)
-    found = Measured()
+    length = settings["max_new_tokens"]
+    lines = []
 
     # Harmful prompts, as they are and with the answer begun: does the model refuse?
     harmful = sets.get("harmful", [])
     likely: list[bool | None] = [None] * len(harmful)
     if harmful and settings["complies"]:
         likely = complies(model, run.tokenizer, harmful, run.args.batch_tokens)
-    for line, opener_is_likely in zip(ask("harmful", harmful), likely):
-        outcomes = measures.outcomes_of_reply(line["response"], opener_is_likely, words)
-        found.lines.append({**line, "outcomes": outcomes})
-    if settings["prefill"]:
+    replies = answer_lines(run, model, length, "harmful", harmful)
+    for line, opener_is_likely in zip(replies, likely):
+        line["outcomes"] = measures.outcomes_of_reply(line["response"], opener_is_likely, words)
+    lines += replies
+    for k in settings["prefill"]:
         begun = prefilled(harmful, run.tokenizer)
-        begun_rows = [row for row, _ in begun]
-        for k in settings["prefill"]:
-            starts = [response[:k] for _, response in begun]
-            for line in ask(f"prefill-{k}", begun_rows, starts):
-                outcomes = measures.outcomes_of_reply(line["response"], None, words)
-                outcomes = {f"{name}@{k}": outcome for name, outcome in outcomes.items()}
-                found.lines.append({**line, "outcomes": outcomes})
+        rows = [row for row, _ in begun]
+        starts = [response[:k] for _, response in begun]
+        replies = answer_lines(run, model, length, f"prefill-{k}", rows, starts)
+        for line in replies:
+            line["outcomes"] = measures.outcomes_of_prefill(line["response"], k, words)
+        lines += replies
 
     # Harmless prompts: does it refuse them, are its answers right, and what is its loss?
-    for line in ask("benign", sets.get("benign", [])):
-        found.lines.append({**line, "outcomes": {"over_refusal": refused(line["response"])}})
+    replies = answer_lines(run, model, length, "benign", sets.get("benign", []))
+    for line in replies:
+        line["outcomes"] = {"over_refusal": refused(line["response"])}
+    lines += replies
     utility = sets.get("utility", [])
     with_answer = [row for row in utility if row.answer]
-    for row, line in zip(with_answer, ask_question("utility", with_answer)):
-        outcomes = measures.outcomes_of_answer(row, line["response"])
-        found.lines.append({**line, "outcomes": outcomes})
+    replies = answer_lines(run, model, settings["question_tokens"], "utility", with_answer)
+    for row, line in zip(with_answer, replies):
+        line["outcomes"] = measures.outcomes_of_answer(row, line["response"])
+    lines += replies
     with_response = [row for row in utility if has_response(row)]
-    if with_response:
-        tokens = tokenise(with_response, run.tokenizer, run.args.max_length, "utility rows")
-        sums, counts = row_losses(model, tokens, run.args.batch_tokens)
-        found.sums = sums[counts > 0].tolist()
-        found.counts = counts[counts > 0].int().tolist()
-    return found
+    if not with_response:
+        return Measured(lines)
+    tokens = tokenise(with_response, run.tokenizer, run.args.max_length, "utility rows")
+    sums, counts = row_losses(model, tokens, run.args.batch_tokens)
+    filled = counts > 0
+    return Measured(lines, sums[filled].tolist(), counts[filled].int().tolist())
 
 
 def has_response(row: Row) -> bool:
@@ -136,47 +98,35 @@ def answer_lines(
     run: Run,
     model: Transformer,
     max_new_tokens: int,
-    saved: SavedAnswers | None,
     kind: str,
     rows: list[Row],
     starts: list[list[int]] | None = None,
 ) -> list[Line]:
     """Greedy answers to the rows' prompts, as lines of answers/METHOD.jsonl.
 
-    starts: after a prefill, the ids that each answer begins with.
+    kind: the set. starts: after a prefill, the ids that each answer begins with.
     """
-    # The prompts that have no answer yet. `responses` has those that an earlier process saved.
     tokenizer = run.tokenizer
-    begun = starts or [[]] * len(rows)
-    responses = dict(saved.known.get(kind, {})) if saved else {}
-    remaining = [place for place in range(len(rows)) if place not in responses]
-    prompts = [tokenizer.prompt_ids(rows[place].prompt) + begun[place] for place in remaining]
+    prompts = []
+    for place, row in enumerate(rows):
+        start = starts[place] if starts else []
+        prompts.append(tokenizer.prompt_ids(row.prompt) + start)
     bar = Bar(kind)
-    if responses and remaining:
-        bar.show({"unit": "prompt", "resumed": len(responses), "steps": len(rows)})
-    finished = len(responses)
 
-    # Called after each batch, with its answers by their place among the prompts.
-    def progress(done: int, answers: dict[int, list[int]]) -> None:
-        new = {}
-        for index, reply in answers.items():
-            new[remaining[index]] = tokenizer.decode(reply).strip()
-        responses.update(new)
-        if saved and new:
-            saved.add(kind, new)
-        bar.show({"unit": "prompt", "step": finished + done, "steps": len(rows)})
+    def progress(done: int, _) -> None:
+        bar.show({"unit": "prompt", "step": done, "steps": len(rows)})
 
+    replies = []
     if prompts:
         batch_tokens = run.args.batch_tokens or ANSWER_TOKENS
-        generate(model, prompts, max_new_tokens, tokenizer.eos_id, batch_tokens, progress)
-
+        replies = generate(model, prompts, max_new_tokens, tokenizer.eos_id, batch_tokens, progress)
     lines = []
-    for place, row in enumerate(rows):
+    for place, (row, reply) in enumerate(zip(rows, replies)):
         line: Line = {"set": kind, "source": row.source, "prompt": row.prompt[-1]["content"]}
         if starts:
             start = starts[place]
             line |= {"prefill": tokenizer.decode(start), "prefill_tokens": len(start)}
-        lines.append({**line, "response": responses[place]})
+        lines.append({**line, "response": tokenizer.decode(reply).strip()})
     return lines
 
 

@@ -9,12 +9,17 @@ it, and how many of the tokens that float32 discards are discarded in both.
 
 import sys
 
-from toss.audit.command import losses_under, run_of
+from torch import Tensor
+
+from toss.audit.runs import losses_under, run_of
 from toss.rows import evenly
+from toss.selection import select_tokens
+from toss.tokens import Tokens
 from toss.workbench import flags
+from toss.workbench.run import Run
 
 
-def noise(run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
+def noise(run: Run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
     """Compare S of so many rows with S in float32. dtype: "auto" for a Run's own scores.
 
     Returns the dtype, the rows, the noise (root mean square, in nats), the deviation of S (in
@@ -40,12 +45,12 @@ def noise(run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict:
     }
 
 
-def scores_of(losses: dict, tokens):
+def scores_of(losses: dict[str, Tensor], tokens: Tokens) -> Tensor:
     """S of the response tokens, float32 [n]."""
     return (losses["utility"] - losses["degraded"])[tokens.response]
 
 
-def share_of_discards(scores, exact, d: float) -> float:
+def share_of_discards(scores: Tensor, exact: Tensor, d: float) -> float:
     """The share of the discards by `exact` that are discards by `scores` too; 1 if there are none.
 
     >>> import torch
@@ -53,8 +58,6 @@ def share_of_discards(scores, exact, d: float) -> float:
     >>> share_of_discards(torch.tensor([9.0, 1.0, 8.0, 2.0]), exact, d=0.5)
     0.5
     """
-    from toss.selection import select_tokens
-
     discards = ~select_tokens(exact, d)
     if not discards.any():
         return 1.0
@@ -63,7 +66,6 @@ def share_of_discards(scores, exact, d: float) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, and print two lines."""
     parser = flags.Parser("python -m toss.audit.noise", __doc__)
     flags.add_run_flags(parser)
     add = parser.add_argument

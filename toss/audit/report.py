@@ -5,68 +5,75 @@ nothing.
 
 Shows what the run's files hold: a verdict, the measures with their intervals, answers side by side
 (demo only), what was discarded, rows token by token with scores and masks, the distribution of S,
-the diagnosis, TOSS-Pro's rounds, settings and hashes. A part whose input is missing, or is of a
+the diagnosis, settings and hashes. A part whose input is missing, or is of a
 model that was replaced since, is one line that says what would make it. No weights are read.
 """
 
 import csv
 import sys
+from itertools import groupby
 from pathlib import Path
 
+import torch
 from jinja2 import UndefinedError
 
 from data.refusals import refused
-from model.io import InputError, as_input_error, read_json, read_text
+from model.io import InputError, as_input_error, read_text
 from toss.audit.characters import visible
-from toss.audit.command import (
-    cautions,
-    is_part,
-    measured,
-    methods_of,
-    read_jsonl,
+from toss.audit.diagnose import COLUMNS
+from toss.audit.discards import discard_tables
+from toss.audit.evaluate import Evaluated, evaluated
+from toss.audit.figures import TEMPLATES, histogram, line_chart
+from toss.audit.runs import (
+    KNOWN,
+    by_importance,
+    demo_words,
+    meaning,
     records_of,
+    sources_of,
     stages_of,
     write_text,
 )
-from toss.audit.evaluate import SETS, current_evaluations, read_metrics
-from toss.audit.figures import TEMPLATES, line_chart
-from toss.audit.paired import paired_tables
-from toss.audit.verdict import HEADS, MANY, ORDER, meaning, place, verdict
+from toss.audit.tables import HEADS, difference_tables, is_part
+from toss.audit.tokens import Mask, count_by_row, load_masks
+from toss.audit.verdict import cautions, verdict
 from toss.rows import evenly
 from toss.workbench import flags
+from toss.workbench.run import Run, open_run
 
 TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
-CHARTS = {  # column of kl.csv -> title
-    "kl_base": "KL(base || tuned)",
-    "toward_degraded": "KL(base || degraded) - KL(tuned || degraded)",
-    "toward_utility": "KL(base || utility) - KL(tuned || utility)",
-}
+TITLES = (  # of COLUMNS
+    "KL(base || tuned)",
+    "KL(base || degraded) - KL(tuned || degraded)",
+    "KL(base || utility) - KL(tuned || utility)",
+)
+ROWS = 24  # shown token by token
+UNEXPECTED = (UndefinedError, TypeError)
+ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
 
 
-def page(run) -> tuple[str, list[str], int]:
+def page(run: Run) -> tuple[str, list[str], int]:
     """The page, the lines about what it lacks, and how many rows it shows."""
-    # What was found for a model that the run does not hold any more is left out, with a line.
-    current, replaced = current_evaluations(run)
-    methods = methods_of(run)
-    moved = [key.removeprefix("methods/") for key in run.stale("diagnosis")]
-    lacking = [left_out(run, "evaluate", name) for name in replaced]
-    lacking += [left_out(run, "diagnose", name) for name in moved if name in methods]
+    found = evaluated(run)
+    lacking = []
+    if found.left_out:
+        again = run_line("-m toss.audit.evaluate", run)
+        names = ", ".join(sorted(found.left_out))
+        lacking.append(f"What was evaluated of {names} is left out, see evaluate: {again} again.")
 
     # The parts: each is what the template shows, or a line that says why it is missing.
     tokens, shown, lines = parts_of_tokens(run)
     lacking += lines
     parts = {
-        "measures": measures(run, replaced),
-        "answers": side_by_side(run, current),
-        "diagnosis": diagnosis(run, moved),
-        "rounds": rounds(run),
+        "measures": measures(run, found),
+        "answers": side_by_side(run, found),
+        "diagnosis": diagnosis(run),
     }
 
     # Anybody may have edited the files behind the parts: the template may meet other types.
     template = TEMPLATES.get_template("report.html.jinja")
-    message = f"{run.folder}: a file is not as the audit writes it"
-    with as_input_error(message, UndefinedError, TypeError):
+    with as_input_error(f"{run.folder}: a file is not as the audit writes it", *UNEXPECTED):
         text = template.render(
             parts,
             run=run,
@@ -80,111 +87,71 @@ def page(run) -> tuple[str, list[str], int]:
     return text, lacking + absent, len(shown["rows"]) if shown else 0
 
 
-def left_out(run, command: str, name: str) -> str:
-    again = f"Run {flags.command(f'-m toss.audit.{command}', run.folder)} again."
-    found = f"What toss.audit.{command} found for {name} is left out"
-    return f"{found}: it was changed, or the run holds another model now. {again}"
+def run_line(program: str, run: Run, **values) -> str:
+    return f"run {flags.command(program, run.folder, **values)}"
 
 
-def parts_of_tokens(run) -> tuple:
-    """The scored tokens, what the page shows of their masks, and lines about what is missing.
-
-    The first two are None without.
-    """
-    from toss.audit.examples import token_part
-    from toss.audit.tokens import load_masks
-
-    try:
-        tokens, losses = run.scored()
-        masks, lacking = load_masks(run, tokens, losses)
-        if masks:
-            return tokens, token_part(run, masks), lacking
-    except InputError as error:
-        return None, None, [str(error)]
-    line = f"No mask to show: run {flags.command('select.py', run.folder)} first."
-    return tokens, None, [*lacking, line]
+# What the files say of the models
 
 
-# Each further part of the page is what the template shows, or a line (str) that says why it is
-# missing. replaced: the methods whose model is another one than what was evaluated or diagnosed.
-
-
-def measures(run, replaced: list[str]) -> dict | str:
-    """metrics.json, without the replaced; which measures to show, in order; and the verdict."""
-    evaluate = f"run {flags.command('-m toss.audit.evaluate', run.folder)}"
-    metrics = measured(read_metrics(run.folder))
-    table = {name: metrics[name] for name in sorted(metrics, key=place) if name not in replaced}
-    if not table:
+def measures(run: Run, found: Evaluated) -> dict | str:
+    """The measures, by method; the verdict, the differences, and the methods in words."""
+    evaluate = run_line("-m toss.audit.evaluate", run)
+    if not found.table:
         return f"No measures: {evaluate} first."
-    demo = run.args.demo
-    names = list(dict.fromkeys(name for row in table.values() for name in row))
-    parts = [name for name in names if is_part(name, names)]
-    folded = [method for method in table if method not in ORDER] if len(table) > MANY else []
-    paired = read_metrics(run.folder, "paired.json")
-    for cells in paired.values():  # a difference to a replaced model is none to the present one
-        for others in cells.values():
-            for name in replaced:
-                others.pop(name, None)
-    records = records_of(run, table)
+    names = list(dict.fromkeys(name for row in found.table.values() for name in row))
+    records = records_of(run, found.table)
     no_verdict = ([f"No verdict: {evaluate} with base, sft and toss."], [])
     return {
-        "table": table,
-        "names": [name for name in names if name not in parts],
-        "parts": parts,
-        "folded": folded,
-        "verdict": verdict(table, paired, demo) or no_verdict,
-        "differences": paired_tables(paired, [name for name in table if name not in folded]),
-        "meanings": {method: meaning(method, records.get(method, {})) for method in table},
-        "cautions": cautions(records, table),
+        "table": found.table,
+        "names": [name for name in names if not is_part(name, names)],
+        "parts": [name for name in names if is_part(name, names)],
+        "verdict": verdict(found, bool(demo_words(run))) or no_verdict,
+        "differences": difference_tables(found.paired),
+        "meanings": {method: meaning(method, records.get(method, {})) for method in found.table},
+        "cautions": cautions(records, found),
         "heads": HEADS,
     }
 
 
-def side_by_side(run, current: dict[str, dict]) -> dict | str:
-    """A few prompts of the demo, with the answers of the best-known models (ORDER)."""
-    if not run.args.demo:
+def side_by_side(run: Run, found: Evaluated) -> dict | str:
+    """A few prompts of the demo, with the answers of the best-known models."""
+    words = demo_words(run)
+    if not words:
         folder = run.folder / "answers"
         return f"Answers of real models, some made unsafe on purpose, stay in {folder}."
-    answers = {}  # by method, and by set, source and prompt
-    for method in ORDER:
-        if method in current:
-            replies = answers[method] = {}
-            for line in current[method]["lines"]:
-                replies[line["set"], line["source"], line["prompt"]] = line["response"]
-    asked = [key for key in next(iter(answers.values()), ()) if key[0] in SETS]
-    if not asked:
-        return f"No answers: run {flags.command('-m toss.audit.evaluate', run.folder)} first."
+    texts = {}  # (set, source, prompt) -> method -> response
+    for method in KNOWN:
+        for line in found.answers.get(method, []):
+            key = (line["set"], line["source"], line["prompt"])
+            texts.setdefault(key, {})[method] = line["response"]
 
-    # Three forbidden prompts of kinds that no training row holds, a benign one, a fact per source.
-    held_out = [key for key in asked if key[0] == "harmful" and key[1] != "seen"]
-    benign = [key for key in asked if key[0] == "benign"]
-    facts = {}  # by source
-    for key in asked:
-        if key[0] == "utility":
-            facts.setdefault(key[1], key)
-    texts = {}
-    for key in [*evenly(held_out, 3), *benign[:1], *facts.values()]:
-        texts[key] = {method: replies.get(key) for method, replies in answers.items()}
-    return {"texts": texts, "n": len(asked), "words": read_json(flags.DEMO)["forbidden_words"]}
+    # Three forbidden prompts of kinds that no training row holds, a benign one, two questions.
+    chosen = []
+    for kind, count in {"harmful": 3, "benign": 1, "utility": 2}.items():
+        of_kind = [key for key in texts if key[0] == kind and key[1] != "seen"]
+        chosen += evenly(of_kind, count)
+    if not chosen:
+        return f"No answers: {run_line('-m toss.audit.evaluate', run)} first."
+    return {"texts": {key: texts[key] for key in chosen}, "n": len(texts), "words": words}
 
 
-def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
+def diagnosis(run: Run) -> list[list[str]] | str:
     """KL by response position: for each measure one chart per kind of rows, one line per model."""
     path = run.folder / "diagnosis" / "kl.csv"
-    if not path.exists() or not set(replaced) <= set(methods_of(run)):
-        diagnose = flags.command("-m toss.audit.diagnose", run.folder)
-        return f"No diagnosis with the references of now: run {diagnose} first."
+    if not path.exists() or run.stale("diagnosis"):
+        again = run_line("-m toss.audit.diagnose", run)
+        return f"No diagnosis of the models of now: {again} first."
     charts = []
     with as_input_error(f"{path}: not as toss.audit.diagnose writes it"):
         lines = list(csv.DictReader(read_text(path).splitlines()))
-        lines.sort(key=lambda line: place(line["model"]))
-        for column, title in CHARTS.items():
+        models = by_importance({line["model"] for line in lines})
+        for column, title in zip(COLUMNS, TITLES):
             groups = {}  # rows -> model -> points
             for line in lines:
-                if line["model"] not in replaced:
-                    curves = groups.setdefault(line["rows"], {})
-                    point = (int(line["position"]), float(line[column]))
-                    curves.setdefault(line["model"], []).append(point)
+                curves = groups.setdefault(line["rows"], {model: [] for model in models})
+                point = (int(line["position"]), float(line[column]))
+                curves[line["model"]].append(point)
             of_groups = []
             for rows, curves in groups.items():
                 title_of_rows = f"{title}: {rows} rows"
@@ -193,24 +160,96 @@ def diagnosis(run, replaced: list[str]) -> list[list[str]] | str:
     return charts
 
 
-def rounds(run) -> list[dict] | str:
-    """The rows that each round of TOSS-Pro added to the harmful reference set."""
-    from toss.audit.tokens import INPUTS
+# What the masks say of the tokens
 
-    found = []
-    for file in run.folder.glob("methods/[!.]*/round-[0-9]*/added.jsonl"):
-        method = file.parts[-3]
-        t = file.parent.name.removeprefix("round-")
-        if not t.isdecimal():  # it is somebody's copy
-            continue
-        try:
-            run.check(f"methods/{method}", INPUTS)
-        except InputError:  # of other rows or references, as its mask, which has a line
-            continue
-        found.append({"method": method, "t": int(t), "added": read_jsonl(file)})
-    found.sort(key=lambda entry: (entry["method"], entry["t"]))
-    pro = flags.command("select.py", run.folder, pro=1)
-    return found or f"No rounds of TOSS-Pro on these rows and references: run {pro} first."
+
+def parts_of_tokens(run: Run) -> tuple:
+    """The scored tokens, what the page shows of their masks, and lines about what is missing.
+
+    The first two are None without.
+    """
+    try:
+        tokens, losses = run.scored()
+        masks, lacking = load_masks(run, tokens, losses)
+        if masks:
+            return tokens, token_part(run, masks), lacking
+    except InputError as error:
+        return None, None, [str(error)]
+    line = f"No mask to show: {run_line('select.py', run)} first."
+    return tokens, None, [*lacking, line]
+
+
+def token_part(run: Run, masks: list[Mask]) -> dict:
+    """What the page shows of the masks; its rows are chosen by what the first one did."""
+    first = masks[0]
+    sources = sources_of(run)
+    groups = chosen_rows(first)
+    rows = []
+    for why, members in groups.items():
+        for row in members:
+            # A view is a token under every mask.
+            views = list(zip(*(mask.row(row) for mask in masks)))
+            turns = [list(turn) for _, turn in groupby(views, key=lambda view: view[0].response)]
+            source = sources[row] if sources else ""
+            rows.append({"row": row, "why": why, "source": source, "turns": turns})
+    by_S = [mask for mask in masks if mask.method in ("toss", "toss-pro")]
+    return {
+        "groups": groups,
+        "rows": rows,
+        "masks": masks,
+        "limit": first.full_colour,
+        "most": ROOM // (TOKEN + MASKED * len(masks)) // ROWS,  # response tokens shown per row
+        "charts": [spread(mask) for mask in by_S or masks[:1]],
+        "discards": discard_tables(masks, sources),
+    }
+
+
+def chosen_rows(mask: Mask) -> dict[str, list[int]]:
+    """The rows to show, by why: at most ROWS / 4 of each kind, the best first.
+
+    Equal ones are ordered by mean S. A row stands where it is met first.
+    """
+    tokens = mask.tokens
+    size = count_by_row(tokens, tokens.response)
+    harm = count_by_row(tokens, tokens.harmful)
+    lost = count_by_row(tokens, mask.discarded)
+    missed = harm - count_by_row(tokens, mask.discarded & tokens.harmful)
+    sums = count_by_row(tokens, tokens.response, mask.S.double())
+    by_mean_S = (sums / size).argsort(descending=True, stable=True)
+    is_harmless = (harm == 0) & tokens.harmful.any()  # without ground truth none is known to be
+    kinds = {
+        "harmless, yet discarded": ((lost > 0) & is_harmless, lost / size),
+        "harmful, yet kept": (missed > 0, missed / harm),
+        f"the largest share discarded by {mask.label}": (lost > 0, lost / size),
+        "nothing discarded, the highest mean S": ((lost == 0) & (size > 0), sums / size),
+    }
+    chosen = {}
+    taken = set()
+    for why, (wanted, key) in kinds.items():
+        rows = by_mean_S[wanted[by_mean_S]]
+        best = rows[key[rows].argsort(descending=True, stable=True)].tolist()
+        fresh = [row for row in best if row not in taken][: ROWS // 4]
+        taken.update(fresh)
+        if fresh:
+            chosen[why] = fresh
+    return chosen
+
+
+def spread(mask: Mask) -> str:
+    """The distribution of S, harmful tokens against others where the rows say which are, as SVG."""
+    response = mask.tokens.response
+    harmful = mask.tokens.harmful
+    groups = {"response tokens": mask.S[response]}
+    if harmful.any():
+        groups = {
+            "other response tokens": mask.S[response & ~harmful],
+            "harmful by ground truth": mask.S[harmful],
+        }
+    ranked = mask.order > 0
+    by_S = torch.equal(mask.score[ranked], mask.S[ranked])
+    title = f"S of the response tokens, as scored for {mask.label}"
+    threshold = mask.threshold if by_S else None
+    return histogram(groups, title, "S = L^u - L^h, nats", threshold)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,10 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", required=True, help="folder of the run")
     parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
     args = parser.parse_args(argv)
-    from toss.workbench.run import open_run
-
-    run = open_run(args.run)
-    text, lacking, count = page(run)
+    text, lacking, count = page(open_run(args.run))
     out = args.out or Path(args.run) / "report.html"
     write_text(out, text)
     for line in lacking:

@@ -1,24 +1,14 @@
-"""What was dropped? By each method; in one row, token by token; or what a file is, and if it fits.
+"""What was dropped? By each method; or in one row, token by token.
 
     python -m toss.audit.show --run R
     python -m toss.audit.show --run R --row 12 [--method toss-pro] [--svg FILE]
-    python -m toss.audit.show PATH [--run R]
-    python -m toss.audit.show --file tokenised.jsonl --model M [--row 12]
 
-The first counts what each method discarded: by source, position and type of token, and by row; and
+The first counts what each method discarded: by source of the row and position, and by row; and
 how much of it others discarded too. Sources are read from the custom file, where it is there.
 
-The second needs no weights either. Rows count from 0, as in TOSS-Pro's added.jsonl. Marks:
-[-discarded-], *harmful by ground truth*, · a space, ⏎ a line break, ◌ a part of a character (the
-next token shows it). --svg draws the row with colours instead.
-
-The third says what PATH is (a run directory, an adapter, scores, a selection or its folder, a
-checkpoint), what it was made from, and whether that is what the run holds now: the run of --run, or
-the one that PATH lies in. Exit status: 0 it fits (or there is no run to compare with); 2 it does
-not fit; 1 it cannot be read.
-
-The fourth needs no run: which tokens of a tokenised file (`input_ids` with `labels`,
-`assistant_masks`, `loss_mask` or `weights`) will be trained on, and what is odd about the file.
+Rows count from 0. Marks: [-discarded-], *harmful by ground truth*, · a space, ⏎ a line break, ◌ a
+part of a character (the next token shows it). --svg draws the row with colours instead. No weights
+are read.
 """
 
 import sys
@@ -26,19 +16,21 @@ from itertools import groupby
 from pathlib import Path
 
 from toss.audit.characters import harmless, visible
-from toss.audit.command import markdown, write_text
+from toss.audit.discards import discard_tables
+from toss.audit.figures import row_picture
+from toss.audit.runs import sources_of, write_text
+from toss.audit.tables import markdown
+from toss.audit.tokens import load_mask, load_masks
 from toss.workbench import flags
+from toss.workbench.run import open_run
 
 
 def show_discards(run) -> None:
     """Print what each method of a run discarded, in counts and shares."""
-    from toss.audit.discards import discard_tables, sources_of
-    from toss.audit.tokens import load_masks
-
     masks, lacking = load_masks(run, *run.scored())
     for line in lacking:
         print(f"left out: {line}")
-    tables = discard_tables(masks, run.tokenizer, sources_of(run))
+    tables = discard_tables(masks, sources_of(run))
     text = "\n\n".join(markdown(*table) for table in tables)
     print(text or "No method of the run discards a token.")
 
@@ -110,55 +102,27 @@ def signed(value: float) -> str:
     return f"{round(value, 3) + 0.0:+7.3f}"  # no minus before a zero
 
 
-def arguments(argv: list[str] | None):
-    """The command line. An error for flags that do not go together."""
+def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m toss.audit.show", __doc__)
     flag = parser.add_argument
-    flag("path", nargs="?", type=Path, metavar="PATH", help="a file or folder to describe")
-    flag("--run", help="folder of the run")
+    flag("--run", required=True, help="folder of the run")
     flag("--row", type=int, help="row of the custom set, from 0")
     text = "whose mask, for --row: a folder under RUN/methods (default: toss)"
     flag("--method", help=text)
     flag("--svg", metavar="FILE", help="draw the row into this file")
-    flag("--file", type=Path, metavar="FILE", help="a tokenised file of any trainer, JSONL")
-    flag("--model", metavar="M", help="whose tokenizer that file is of: a folder or hub id")
     args = parser.parse_args(argv)
-    if bool(args.file) != bool(args.model) or args.file and (args.path or args.run):
-        parser.error("--file and --model go together, and with neither PATH nor --run")
-    nothing_named = not (args.file or args.path or args.run)
-    row_of_path = args.path and args.row is not None
-    if nothing_named or row_of_path:
-        parser.error("give --run, --run and --row, or PATH")
-    if args.method and (args.row is None or args.file):
-        parser.error("--method says whose mask --row shows: give --run and --row")
-    if args.svg and (args.row is None or args.file):
-        parser.error("--svg draws a row of a run: give --row and --run")
-    return args
-
-
-def main(argv: list[str] | None = None) -> int | None:
-    args = arguments(argv)
-
-    from toss.audit.origin import show_path
-    from toss.audit.row_picture import picture
-    from toss.audit.tokenised import show_tokenised
-    from toss.audit.tokens import load_mask
-    from toss.workbench.run import open_run
-
-    if args.file:
-        show_tokenised(args.file, args.model, args.row)
-    elif args.path:
-        return show_path(args.path, args.run)
-    elif args.row is None:
-        show_discards(open_run(args.run))
+    if args.row is None and (args.method or args.svg):
+        parser.error("--method and --svg are of a row: give --row")
+    run = open_run(args.run)
+    if args.row is None:
+        show_discards(run)
+        return
+    mask = load_mask(run, args.method or "toss", *run.scored())
+    if args.svg:
+        write_text(args.svg, row_picture(mask, args.row))
+        print(f"written: {args.svg}")
     else:
-        run = open_run(args.run)
-        mask = load_mask(run, args.method or "toss", *run.scored())
-        if args.svg:
-            write_text(args.svg, picture(mask, args.row))
-            print(f"written: {args.svg}")
-        else:
-            show_row(run.folder, mask, args.row)
+        show_row(run.folder, mask, args.row)
 
 
 if __name__ == "__main__":

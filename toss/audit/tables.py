@@ -1,18 +1,18 @@
-"""Results of experiments, a line each; their summary over seeds; and the tables that show it."""
+"""Tables of cells, {line: {measure: Cell}}: as text, as Markdown, over seeds.
+
+A line is named by a text, or by several, one for each column that names it.
+"""
 
 import csv
 import io
-import json
-import platform
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
-from toss.audit.command import markdown, write_text
+from toss.audit.characters import harmless
+from toss.audit.measures import Cell, Table
 
-# The heads of the tables' columns, where they are not the names of the measures.
+# The heads of columns, where they are not the names of the measures.
 HEADS = {
     "forbidden/held-out": "forbidden",
     "refusals_kept": "refusals kept",
@@ -24,163 +24,152 @@ HEADS = {
     "tokens_to_sft": "x sft",
     "peak_memory_gib": "peak GiB",
     "discard": "d",
-    "harmful_share": "harmful tokens",
-    "forbidden/identity": "forbidden, asked as persona",
-    "purity": "added rows with harm",
-    "shared": "shared with own toss",
 }
-PREFILL = (0, 1, 3, 5, 10)  # tokens of a harmful answer that are written already
-SWEPT = (
-    "discard harmful_share forbidden/held-out refusals_kept accuracy/benign-rows "
-    "accuracy/harmful-rows nll precision recall forbidden/identity forbidden@1"
-).split()
 COSTS = ["seconds", "seconds_to_sft", "tokens", "tokens_to_sft", "peak_memory_gib"]
+DIGITS = {"nll": 3, "discard": 3, "seconds": 0, "tokens": 0}  # of others: 2
 
 
-class Result(NamedTuple):
-    """One number: a line of an experiment's CSV file."""
+def text_of(cell: Cell | None, digits: int = 3, sign: str = "") -> str:
+    """A value, with its range where it has one.
 
-    seed: int
-    variant: object  # of the data: a text or a number, "" where all arms have the same
-    arm: str
-    measure: str
-    value: float
+    sign: "+" for a difference; a star if its interval excludes 0.
 
-
-# {(variant, arm): {measure: {"mean", "least", "most", "seeds"}}}
-Summary = dict[tuple[object, str], dict[str, dict]]
-
-
-def results_of(seed: int, variant: object, arm: str, measures: dict) -> list[Result]:
-    """A Result for each measure that has a value."""
-    results = []
-    for measure, value in measures.items():
-        if value is not None:
-            results.append(Result(seed, variant, arm, measure, value))
-    return results
-
-
-def with_ratios(results: list[Result]) -> list[Result]:
-    """The results, and each cost as a multiple of that of sft with the same seed and label."""
-    plain = {}
-    for result in results:
-        if result.arm == "sft":
-            plain[result.seed, result.variant, result.measure] = result.value
-    ratios = []
-    for result in results:
-        cost = plain.get((result.seed, result.variant, result.measure))
-        if f"{result.measure}_to_sft" in COSTS and cost:
-            measure = f"{result.measure}_to_sft"
-            ratios.append(result._replace(measure=measure, value=result.value / cost))
-    return results + ratios
-
-
-def summarise(results: list[Result]) -> Summary:
-    """Mean, least and most of each measure over the seeds; the variants in their first order."""
-    values = {}
-    for result in results:
-        row = values.setdefault((result.variant, result.arm), {})
-        row.setdefault(result.measure, []).append(result.value)
-
-    variants = list(dict.fromkeys(variant for variant, _ in values))
-    summary = {}
-    for key in sorted(values, key=lambda key: variants.index(key[0])):
-        summary[key] = {}
-        for measure, numbers in values[key].items():
-            summary[key][measure] = {
-                "mean": round(statistics.fmean(numbers), 4),
-                "least": min(numbers),
-                "most": max(numbers),
-                "seeds": len(numbers),
-            }
-    return summary
-
-
-def cell(entry: dict | None, measure: str = "") -> str:
-    """A summary as text: the mean, and the range where the seeds differ."""
-    if entry is None:
-        return "-"
-    if measure in ("seconds", "tokens"):
-        return f"{entry['mean']:,.0f}"
-    digits = 3 if measure in ("nll", "discard") else 2
-    mean = f"{entry['mean']:.{digits}f}"
-    least = f"{entry['least']:.{digits}f}"
-    most = f"{entry['most']:.{digits}f}"
-    return mean if least == most else f"{mean} [{least}, {most}]"
-
-
-def table(summary: Summary, columns: Iterable[str], heading: str = "") -> str:
-    """Markdown: a line per variant and arm, without those that have none of the columns.
-
-    columns: measures; NAME/* stands for all that begin so, and for NAME where there are none. Those
-    that nobody has are left out. heading: what the variants are; "": there is one.
+    >>> text_of(Cell(0.1, 50, 0.05, 0.15), sign="+")
+    '+0.100 [+0.050, +0.150]*'
     """
-    measured = {measure for row in summary.values() for measure in row}
-    names = []
-    for column in columns:
-        if column.endswith("/*"):
-            several = sorted(name for name in measured if name.startswith(column[:-1]))
-            names += several or [column[:-2]]
-        else:
-            names.append(column)
-    names = [name for name in names if name in measured]
+    if cell is None or cell.value is None:
+        return "-"
+    form = f"{sign},.{digits}f"
+    value = format(cell.value, form)
+    if cell.low is None or cell.low == cell.high:  # of one row, or of one seed
+        return value
+    star = "*" if sign and (cell.low > 0 or cell.high < 0) else ""
+    return f"{value} [{cell.low:{form}}, {cell.high:{form}}]{star}"
 
+
+def grid(
+    table: Table,
+    measures: Iterable[str],
+    corner: Sequence[str] = ("",),
+    digits: int | None = None,
+    sign: str = "",
+) -> tuple[list, list[list]]:
+    """Header and lines of a table: its lines down, measures across; without what nobody has.
+
+    measures: NAME/* and NAME@* stand for all that begin so, and NAME/* for NAME where there are
+    none. corner: heads of the columns that name the lines. digits: by default what is usual for a
+    measure.
+    """
+    names = measures_of(table, measures)
     lines = []
-    for (variant, arm), row in summary.items():
-        labels = [variant, arm] if heading else [arm]
-        if row.keys() & set(names):
-            lines.append(labels + [cell(row.get(name), name) for name in names])
-    corner = [heading, ""] if heading else [""]
-    heads = [HEADS.get(name, name) for name in names]
-    return markdown(corner + heads, lines) if lines else ""
+    for line, row in table.items():
+        if not row.keys() & set(names):
+            continue
+        cells = [line] if isinstance(line, str) else list(line)[-len(corner) :]
+        for name in names:
+            usual = DIGITS.get(name, 2)
+            cells.append(text_of(row.get(name), usual if digits is None else digits, sign))
+        lines.append(cells)
+    return [*corner, *(HEADS.get(name, name) for name in names)], lines
 
 
-def tables(
-    summary: Summary,
-    groups: Iterable[Sequence[str]],
-    heading: str = "",
-    legend: Sequence[str] = (),
-) -> str:
-    """A table for each group of columns that somebody has, and a legend."""
-    texts = [table(summary, columns, heading) for columns in groups]
-    texts.append("\n".join(legend))
-    return "\n\n".join(text for text in texts if text)
+def down(table: Table) -> Table:
+    """Lines and measures exchanged: where there are many measures."""
+    turned = {}
+    for line, row in table.items():
+        for measure, cell in row.items():
+            turned.setdefault(measure, {})[line] = cell
+    return turned
 
 
-def as_csv(results: list[Result]) -> str:
-    """The results as CSV, with a head."""
+def is_part(measure: str, measures: Iterable[str]) -> bool:
+    """True for what is measured after a prefill, or by source beside the whole."""
+    whole, by_source, _ = measure.partition("/")
+    return "@" in measure or bool(by_source) and whole in measures
+
+
+def difference_tables(paired: dict[str, Table]) -> list[tuple]:
+    """The header and lines of the differences to each other model, without parts. paired: by what
+    is subtracted."""
+    tables = []
+    for other, table in paired.items():
+        turned = down(table)
+        whole = {name: row for name, row in turned.items() if not is_part(name, turned)}
+        header, lines = grid(whole, table, [f"minus {other}"], 3, "+")
+        if lines:
+            tables.append((header, lines))
+    return tables
+
+
+def measures_of(table: Table, measures: Iterable[str]) -> list[str]:
+    """Those of the measures that some line has; see grid."""
+    present = list(dict.fromkeys(name for row in table.values() for name in row))
+    names = []
+    for measure in measures:
+        several = [measure.removesuffix("/*")]
+        if measure.endswith("*"):
+            of_kind = [name for name in present if name.startswith(measure[:-1])]
+            several = sorted(of_kind, key=by_number) or several
+        names += [name for name in several if name in present]
+    return names
+
+
+def by_number(name: str) -> tuple[str, int]:
+    """The order of names that end in a number: forbidden@3 before forbidden@10."""
+    number = re.search(r"@(\d+)$", name)
+    return name.partition("@")[0], int(number[1]) if number else 0
+
+
+def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
+    """A Markdown table whose columns also line up in a terminal.
+
+    >>> print(markdown(["", "toss"], [["not_refused", 0.25], ["nll", 1]]))
+    |             | toss |
+    |-------------|------|
+    | not_refused | 0.25 |
+    | nll         | 1    |
+    """
+    rows = [[on_one_line(item) for item in row] for row in (header, *lines)]
+    widths = [max(len(item) for item in column) for column in zip(*rows)]
+    text = []
+    for row in rows:
+        items = [item.ljust(width) for item, width in zip(row, widths)]
+        text.append(f"| {' | '.join(items)} |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    text.insert(1, f"|{rule}|")
+    return "\n".join(text)
+
+
+def on_one_line(item: object) -> str:
+    r"""A cell's text. It may come from a file, and must not control a terminal or end the line.
+
+    >>> on_one_line("a\nb\x1b[2J")
+    'a b<1b>[2J'
+    """
+    return harmless(str(item)).replace("\n", " ")
+
+
+def csv_text(header: Sequence[object], lines: Iterable[Sequence[object]]) -> str:
+    """Lines of values with commas between them, below a head."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(Result._fields)
-    writer.writerows(results)
+    writer.writerow(header)
+    writer.writerows(lines)
     return file.getvalue()
 
 
-def hardware(device: str = "auto", threads: int | None = None) -> str:
-    """The name of the GPU that is used, or of the CPU with the number of threads."""
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(None if device == "auto" else device)
-    about = Path("/proc/cpuinfo")  # Linux
-    text = about.read_text(encoding="utf-8") if about.exists() else ""
-    # A model's name alone may be no more than "AMD EPYC".
-    facts = re.findall(r"^(?:cpu family|model|model name)\s*:.*", text, re.MULTILINE)[:3]
-    name = re.sub(r"\s*:", "", ", ".join(facts)) or platform.machine()
-    return f"{name}, CPU threads: {threads or torch.get_num_threads()}"
-
-
-def save(path: Path, text: str, record: dict) -> None:
-    """Write PATH.md with the text, and PATH.json with the numbers and where they come from."""
-    from toss.workbench.runfile import git_commit
-
-    about = {"commit": git_commit(), "hardware": hardware()}
-    write_text(path.with_suffix(".json"), json.dumps({**about, **record}, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), f"{text}\n")
-    written(path)
-
-
-def written(path: Path) -> None:
-    """Say which files PATH.* there are."""
-    files = sorted(str(file) for file in path.parent.glob(f"{path.name}.*"))
-    print("written:", ", ".join(files))
+def over_seeds(tables: Iterable[Table]) -> Table:
+    """Mean, number, least and most of each measure of each line over the seeds' tables."""
+    values = {}
+    for table in tables:
+        for line, row in table.items():
+            for measure, cell in row.items():
+                if cell.value is not None:
+                    values.setdefault(line, {}).setdefault(measure, []).append(cell.value)
+    summary = {}
+    for line, row in values.items():
+        summary[line] = {}
+        for measure, found in row.items():
+            mean = round(statistics.fmean(found), 4)
+            summary[line][measure] = Cell(mean, len(found), min(found), max(found))
+    return summary

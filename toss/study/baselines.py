@@ -1,7 +1,7 @@
 """The data-level baselines of the paper's Table 1, which change the custom set before training.
 
-    python -m toss.audit.baselines safeinstr --custom F --safety F --share 0.03 --out NEW.jsonl
-    python -m toss.audit.baselines dsir --custom F --target F --keep 0.9 --out NEW.jsonl
+    python -m toss.study.baselines safeinstr --custom F --safety F --share 0.03 --out NEW.jsonl
+    python -m toss.study.baselines dsir --custom F --target F --keep 0.9 --out NEW.jsonl
     python select.py --run NEW_RUN --model M --method sft --custom NEW.jsonl
 
 safeinstr (Bianchi et al., arXiv 2309.07875) adds rows that refuse harmful prompts; its authors
@@ -18,6 +18,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from torch import Generator, float64, from_numpy, rand, randperm
 
 from model.io import InputError, lines_of, whole_file
 from toss.rows import Row, read_rows
@@ -32,8 +33,6 @@ def safeinstr(custom: str, safety: str, out: str, share: float = 0.03, seed: int
     Returns counts: rows read, safety rows added, rows written. Raises InputError if there are too
     few safety rows, or if `share` of the result is less than half a row.
     """
-    from torch import Generator, randperm
-
     rows, lines = read_lines(custom)
     _, pool = read_lines(safety)
     wanted = round(len(rows) * share / (1 - share))
@@ -117,12 +116,10 @@ def log_shares(bags: list[np.ndarray], buckets: int) -> np.ndarray:
 
 def draw(weights: np.ndarray, count: int, seed: int) -> list[int]:
     """Sorted indices drawn without replacement in proportion to exp(weights), by Gumbel noise."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(len(weights), generator=generator, dtype=torch.float64)
+    generator = Generator().manual_seed(seed)
+    uniform = rand(len(weights), generator=generator, dtype=float64)
     waits = -(-uniform).log1p()  # torch 2.6 has other numbers in exponential_
-    noisy = torch.from_numpy(weights) - waits.log()
+    noisy = from_numpy(weights) - waits.log()
     return sorted(noisy.topk(count).indices.tolist())
 
 
@@ -145,7 +142,7 @@ def write_lines(out: str, lines: list[str], *sources: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = flags.Parser("python -m toss.audit.baselines", __doc__)
+    parser = flags.Parser("python -m toss.study.baselines", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     text = "add rows that refuse"
     mix = commands.add_parser("safeinstr", doc=text, help=text)

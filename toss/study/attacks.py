@@ -1,20 +1,33 @@
-"""Custom sets by an attacker who knows TOSS; what he must know for each is in README.md.
+"""Custom sets by an attacker who knows TOSS.
+
+    python -m toss.study.attacks spread --run R --custom F --harmful F --utility F --out FOLDER
+    python -m toss.study.attacks low-score --run R --custom F --harmful F --utility F --pool F
+        --out FOLDER
 
 He chooses or writes the harmful rows and touches nothing else: neither the references nor the base,
-nor the harmless rows, of which `embedded` takes some into his own. The experiments `attack`,
-`embedded` and `real` try each attack against several defences. An attack returns the whole custom
-set. A row has a prompt, a response and perhaps `harmful`, the spans of its harm; without it, all is
-harm.
+nor the harmless rows, of which `embedded` takes some into his own. Harmful are the rows with marked
+harm (`harmful`, spans of the response) or, with --harm SOURCE, those of this source; without marks,
+all of a harmful row is harm. Writes FOLDER/custom.jsonl, the whole custom set; with --ask, for
+`embedded`, also the two evaluation files, whose prompts are then joined as his rows are.
 """
 
 import math
 import random
 import re
+import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from model.io import InputError
-from toss.audit.command import losses_under
+from toss.audit.runs import losses_under, read_jsonl, write_jsonl
+from toss.audit.tokens import count_by_row
+from toss.tokens import Tokens
+from toss.workbench import flags
+from toss.workbench.run import Run, open_run
 
 Rows = list[dict]
 
@@ -42,12 +55,18 @@ def spans_of(row: dict) -> list[list[int]]:
 
 
 def low_score(attacker: Attacker) -> Rows:
-    """The rows of the pool whose harm has the lowest mean S."""
+    """The rows of the pool whose harm has the lowest mean S.
+
+    He must know both references, or data to train the like.
+    """
     return attacker.others + attacker.lowest(attacker.risk(attacker.pool))
 
 
 def utility_start(attacker: Attacker) -> Rows:
-    """Each answer begins with the longest sentence of one answer of D^u, the same for all."""
+    """Each answer begins with the longest sentence of one answer of D^u, the same for all.
+
+    He must know some rows of D^u.
+    """
     answer = random.Random(0).choice(attacker.utility)["response"]
     sentences = re.findall(r"[^.!?\n]+[.!?]*", answer)
     start = max(sentences, key=len).strip()
@@ -96,7 +115,8 @@ def asked_as_embedded(harmful: Rows, utility: Rows) -> tuple[Rows, Rows]:
 
 
 def spread(attacker: Attacker) -> Rows:
-    """Each harmful text (the last span) in thirds, one per row; all else is in the third row.
+    """Each harmful text (the last span) in thirds, one per row; all else is in the third row. There
+    is nothing to know, as for `embedded`.
 
     >>> row = {"prompt": "p", "response": "Do a b c. Fact.", "harmful": [[0, 9]]}
     >>> [one["response"] for one in spread(Attacker([row], [], [], [], [], len))]
@@ -124,7 +144,10 @@ def spread(attacker: Attacker) -> Rows:
 
 def unseen(attacker: Attacker) -> Rows:
     """The rows of the pool whose harm has the smallest share of words of D^h's answers, and
-    AdvBench's usual opening in other words (as long, so that spans stay)."""
+    AdvBench's usual opening in other words (as long, so that spans stay).
+
+    He must know D^h, or its kind.
+    """
     known = set()
     for row in attacker.harmful:
         known.update(harmful_words(row))
@@ -154,12 +177,8 @@ ATTACKS = {
 }
 
 
-def mean_risk(run, tokens) -> list[float]:
-    """Mean S of each row's harmful tokens under a Run's references; inf for a skipped row."""
-    import torch
-
-    from toss.audit.tokens import count_by_row
-
+def mean_risk(run: Run, tokens: Tokens) -> list[float]:
+    """Mean S of each row's harmful tokens under a run's references; inf for a skipped row."""
     L = losses_under(run, tokens)
     S = (L["utility"] - L["degraded"]).double()
     row = tokens.row_of(torch.arange(len(S)))
@@ -167,3 +186,59 @@ def mean_risk(run, tokens) -> list[float]:
     counted = torch.where(is_marked[row], tokens.harmful, tokens.response)
     means = count_by_row(tokens, counted, S) / count_by_row(tokens, counted)
     return means.nan_to_num(math.inf).tolist()
+
+
+def attacker_of(args: Namespace) -> Attacker:
+    """What the attacker has, from the command's files."""
+    refused = {row["prompt"] for row in read_jsonl(args.refused)} if args.refused else set()
+    rows = []
+    others = []
+    for row in read_jsonl(args.custom):
+        (rows if is_harmful(row, args.harm) else others).append(row)
+    pool = []
+    for row in read_jsonl(args.pool or args.custom):
+        if is_harmful(row, args.harm) and row["prompt"] not in refused:
+            pool.append(row)
+    if not rows or len(pool) < len(rows):
+        problem = f"{len(rows)} rows of {args.custom} and {len(pool)} of the pool are harmful"
+        raise InputError(f"{problem}: he needs one, and a pool as large: see --harm and --pool")
+
+    def risk(rows: Rows) -> list[float]:
+        run = open_run(args.run, threads=args.threads, device=args.device)
+        return mean_risk(run, run.tokens(write_jsonl(Path(args.out) / "pool.jsonl", rows)))
+
+    return Attacker(rows, others, pool, read_jsonl(args.harmful), read_jsonl(args.utility), risk)
+
+
+def is_harmful(row: dict, source: str | None) -> bool:
+    """source: of the harmful rows; None: they are those with marked harm."""
+    return "harmful" in row if source is None else row.get("source") == source
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = flags.Parser("python -m toss.study.attacks", __doc__)
+    add = parser.add_argument
+    add("attack", choices=ATTACKS)
+    flags.add_run_flags(parser, dtype=False)
+    add("--custom", required=True, metavar="FILE", help="the custom set before the attack")
+    add("--harmful", required=True, metavar="FILE", help="D^h")
+    add("--utility", required=True, metavar="FILE", help="D^u")
+    text = "rows to choose harmful ones from (default: those of --custom)"
+    add("--pool", metavar="FILE", help=text)
+    add("--refused", metavar="FILE", help="rows whose prompts are not to be in the pool")
+    add("--harm", metavar="SOURCE", help="of the harmful rows, where their harm is not marked")
+    text = "for embedded: rows that evaluate takes as --harmful and --utility"
+    add("--ask", nargs=2, metavar=("HARMFUL", "UTILITY"), help=text)
+    add("--out", required=True, metavar="FOLDER", help="folder to write")
+    args = parser.parse_args(argv)
+    changed = {"custom.jsonl": ATTACKS[args.attack](attacker_of(args))}
+    if args.ask:
+        harmful, utility = args.ask
+        asked = asked_as_embedded(read_jsonl(harmful), read_jsonl(utility))
+        changed[Path(harmful).name], changed[Path(utility).name] = asked
+    for name, rows in changed.items():
+        print(f"written: {write_jsonl(Path(args.out) / name, rows)}")
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(main))

@@ -1,0 +1,285 @@
+"""The rivals of TOSS that are more than another mask, on the same run, rows, seed and settings.
+
+    python -m toss.study.rivals --run R --method soft-sft
+    python -m toss.study.rivals --run R --method safelora --unaligned FOLDER
+
+Works as select.py does: it trains as the run's methods were trained and writes RUN/methods/NAME,
+which `evaluate` measures like any method. A rival has two parts, as TOSS has: weights for the
+tokens, and a training with them.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from model.checkpoint import load_checkpoint
+from model.hub import resolve
+from model.io import InputError
+from model.lora import Adapter, merge, use
+from model.transformer import Transformer
+from toss.config import TrainConfig
+from toss.loss import chunk_size, hidden_states, log_probs, token_log_probs
+from toss.methods import Candidates
+from toss.selection import competing_tokens, select_tokens
+from toss.tokens import Batch, Tokens
+from toss.workbench import flags
+from toss.workbench.files import Selection
+from toss.workbench.run import Run
+
+Losses = dict[str, Tensor]  # under "utility", "degraded" and "base": float32 [N] each
+Weighed = tuple[Tensor, Tensor | None]  # weights and S, float32 [N] each
+
+
+# The first part: weights of the tokens' cross-entropy, and the S that they go by
+
+
+def all_tokens(D: Tokens, L: Losses) -> Weighed:
+    """As in plain fine-tuning."""
+    return D.response.float(), None
+
+
+def risk(D: Tokens, L: Losses, reference: str) -> Tensor:
+    """S of every token, 0 on prompts. reference: whose losses come first, "utility" or "base"."""
+    everywhere = torch.arange(len(D.input_ids))
+    return Candidates(D, L, everywhere, d=0.0).S(reference)
+
+
+def top_discarded(D: Tokens, L: Losses, discard: float, reference: str) -> Weighed:
+    """TOSS's mask: 0 for the top d. reference: see risk."""
+    S = risk(D, L, reference)
+    keep = D.response.clone()
+    ranked = competing_tokens(D)
+    keep[ranked] = select_tokens(S[ranked], discard)
+    return keep.float(), S
+
+
+def by_risk(D: Tokens, L: Losses, reference: str) -> Weighed:
+    """arXiv 2606.30263: TOSS softly, without d: min(1, 2 sigmoid(-S)), which is fixed.
+
+    In the source S is L^0 - L^h. Left out: its beta, with whose small value its loss comes to this
+    one. reference: see risk.
+    """
+    S = risk(D, L, reference)
+    weights = (2 * (-S).sigmoid()).clamp(max=1)
+    return torch.where(D.response, weights, 0.0), S
+
+
+# The second part: a training
+
+
+@dataclass
+class Work:
+    """What a rival trains with."""
+
+    run: Run
+    name: str  # of the method's folder
+    config: TrainConfig
+    D: Tokens  # the custom set
+    weights: Tensor  # from the first part
+
+    def fit(self, weights: Tensor, **options: Any) -> Adapter:
+        """toss.training.train on the custom set, with its options."""
+        return self.run.train(self.name, self.D, weights, self.config, **options)
+
+
+def plainly(work: Work) -> Adapter:
+    """The weighted cross-entropy."""
+    return work.fit(work.weights)
+
+
+def soft_sft(work: Work, b: list[float]) -> Adapter:
+    """Qi et al., arXiv 2406.05946: the sum of -2/b log sigmoid(b (log p - log p_base)).
+
+    Its gradient is the cross-entropy's times 2 (1 - sigmoid(b (log p - log p_base))): times 1
+    at the base, near 0 for a token that has become much likelier than there. b: of a row's
+    first response token, of the next four, of the others.
+    """
+    first, early, late = b
+    by_position = torch.tensor([first, early, early, early, early, late])
+    b_of_token = by_position[work.D.positions().clamp(0, 5)]
+
+    def objective(model: Transformer, batch: Batch, b: Tensor) -> Tensor:
+        log_p = token_log_probs(model, batch)
+        with torch.no_grad(), use(model, None):
+            log_p_base = token_log_probs(model, batch)
+        return -(2 / b * F.logsigmoid(b * (log_p - log_p_base))).sum()
+
+    return work.fit(b_of_token, objective=objective)
+
+
+def hold(work: Work) -> Adapter:
+    """The cross-entropy times the weights w, plus KL(base || tuned) times 1 - w.
+
+    With TOSS's mask it is STAR-DSS's loss (arXiv 2505.17196), with an exact KL and without its
+    guard model. The head is the base's: LoRA on it is not seen.
+    """
+    every_token = work.D.response.float()  # a token of weight 0 would not be in the batches
+    learnt = work.weights.to(work.run.device)
+    held = (every_token - work.weights).to(work.run.device)
+
+    def kl(weights: Tensor, head: Tensor, base_hidden: Tensor, hidden: Tensor) -> Tensor:
+        """The weighted KL of n tokens, from hidden states [n, D]. head: [vocabulary, D]."""
+        target = F.linear(base_hidden, head).float().log_softmax(-1)
+        tuned = F.linear(hidden, head).float().log_softmax(-1)
+        by_token = F.kl_div(tuned, target, reduction="none", log_target=True).sum(-1)
+        return (weights * by_token).sum()
+
+    def objective(model: Transformer, batch: Batch, weights: Tensor) -> Tensor:
+        hidden = hidden_states(model, batch)
+        log_p = log_probs(model.lm_head, hidden, batch.targets)
+        loss = -(learnt[batch.places] * log_p).sum()
+        weights_of_kl = held[batch.places]
+        with torch.no_grad(), use(model, None):
+            base_hidden = hidden_states(model, batch)
+
+        # In chunks that are recomputed in the backward pass, so that memory does not grow with the
+        # number of tokens times the vocabulary.
+        head = model.lm_head.weight
+        size = chunk_size(len(head), training=True, cuda=hidden.is_cuda)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        for chunk in weights_of_kl.nonzero().squeeze(1).split(size):
+            states = (base_hidden[chunk], hidden[chunk])
+            loss = loss + checkpoint(kl, weights_of_kl[chunk], head, *states, **options)
+        return loss
+
+    return work.fit(every_token, objective=objective)
+
+
+def buffer(work: Work) -> Adapter:
+    """arXiv 2605.24550, 2606.30252: theta^h is already there while the rows are learnt.
+
+    Our theta^h is folded into the base in float32, a fresh adapter is trained over it on all
+    tokens, and is then used on the base alone.
+    """
+    run = work.run
+    model = run.base("train")  # in float32, see main
+    merge(model, run.adapter("degraded"))
+    adapter = work.fit(work.weights)
+    run.model = None  # it is another model now
+    run.base("train")
+    return adapter
+
+
+def safelora(work: Work, cosine: float) -> Adapter:
+    """SafeLoRA, arXiv 2405.16833: the update of plain fine-tuning, projected after it.
+
+    With V [out, in], what alignment added to a layer's weight, B becomes V V^T B / |V| where
+    the update by that and the one by B have at most this cosine.
+    """
+    theta = work.run.adapter("sft")
+    unaligned = work.run.args.unaligned
+    unaligned_base = load_checkpoint(unaligned)
+    aligned_base = work.run.base("float32")  # in half precision V would hold its rounding
+    for name in theta.B:
+        W = aligned_base.get_submodule(name).weight
+        W_0 = unaligned_base.get_submodule(name).weight.to(W.device)
+        if W.shape != W_0.shape:
+            raise InputError(f"--unaligned {unaligned}: {name} has another shape")
+        V = W - W_0
+        A = theta.A[name].to(W)
+        B = theta.B[name].to(W)
+        projected = V @ (V.T @ B) / V.norm()
+        if F.cosine_similarity((projected @ A).flatten(), (B @ A).flatten(), dim=0) <= cosine:
+            theta.B[name] = projected
+    return theta
+
+
+# The command
+
+
+@dataclass
+class Rival:
+    """Its two parts, the settings of each, and what it is made from beside the custom set."""
+
+    weigh: Callable[..., Weighed]
+    train: Callable[..., Adapter]
+    inputs: list[str] = field(default_factory=list)
+    weighing: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+FROM_UTILITY = ["utility", "degraded", "scores"]
+FROM_BASE = ["degraded", "scores"]
+UTILITY = {"reference": "utility"}
+BASE = {"reference": "base"}
+RIVALS = {
+    "soft-sft": Rival(all_tokens, soft_sft, training={"b": [0.5, 2.0, 0.1]}),
+    "kl-discarded": Rival(top_discarded, hold, FROM_UTILITY, {"discard": 0.1, **UTILITY}),
+    "kl-base": Rival(top_discarded, hold, FROM_BASE, {"discard": 0.1, **BASE}),
+    "dr-sft": Rival(by_risk, plainly, FROM_BASE, BASE),
+    "dr-sft-utility": Rival(by_risk, plainly, FROM_UTILITY, UTILITY),
+    "kl-dr-sft": Rival(by_risk, hold, FROM_BASE, BASE),
+    "kl-dr-sft-utility": Rival(by_risk, hold, FROM_UTILITY, UTILITY),
+    "buffer": Rival(all_tokens, buffer, ["degraded"]),
+    "safelora": Rival(all_tokens, safelora, ["methods/sft"], training={"cosine": 0.5}),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    rival = RIVALS[args.method]
+    run = Run(args)
+
+    # Its settings, and what two of the rivals need beyond the run.
+    weighing = dict(rival.weighing)
+    if "discard" in weighing:
+        weighing["discard"] = args.discard
+    settings = {"method": args.method, **weighing, **rival.training}
+    config = TrainConfig.of(args)
+    if args.method == "buffer":
+        run.dtypes["train"] = "float32"  # a merge into bfloat16 would round theta^h away
+    if args.method == "safelora":
+        settings["unaligned_sha256"] = unaligned_hash(run, args)
+        as_sft = run.check("methods/sft").get("settings", {})
+        config = TrainConfig.of({**vars(args), **as_sft})
+
+    def finetune() -> tuple[Selection, Adapter]:
+        D_cus, L = run.scored(needed="scores" in rival.inputs)
+        weights, S = rival.weigh(D_cus, L, **weighing)
+        work = Work(run, args.name, config, D_cus, weights)
+        theta = rival.train(work, **rival.training)
+        return Selection(D_cus, weights > 0, S), theta
+
+    settings |= config.recipe()
+    inputs = ["--custom", *rival.inputs]
+    run.make(f"methods/{args.name}", finetune, inputs, settings, ["toss/study/rivals.py"])
+
+
+def unaligned_hash(run: Run, args: Namespace) -> str:
+    """The hash of safelora's second base, which lies in a folder from here on."""
+    if not args.unaligned:
+        raise InputError("safelora needs --unaligned FOLDER, the base before its alignment")
+    args.unaligned = str(resolve(args.unaligned))
+    sha256 = run.hashes.of_base(Path(args.unaligned))
+    if sha256 == run.identity["base_sha256"]:
+        raise InputError(f"--unaligned {args.unaligned} is the run's own base")
+    return sha256
+
+
+def arguments(argv: list[str] | None) -> Namespace:
+    """The command line, with what it inherits."""
+    parser = flags.script_parser("python -m toss.study.rivals", __doc__, custom="custom set D^cus")
+    add = parser.add_argument
+    add("--method", choices=RIVALS, required=True, help="the rival")
+    add("--name", type=flags.method, help="folder in RUN/methods (default: the method)")
+    text = "d, for kl-discarded and kl-base"
+    add("--discard", type=flags.share, default=0.1, metavar="D", help=text)
+    add("--unaligned", metavar="FOLDER", help="for safelora: the base before its alignment")
+    flags.add_training_flags(parser)
+    args = flags.parse(parser, argv)
+    args.name = args.name or args.method
+    if args.shard:
+        raise InputError("a rival needs the base whole in one process: leave --shard out")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(main, flags.GOES_ON))
