@@ -184,9 +184,13 @@ def arguments(argv):
 
 def settings_of(args):
     """The settings that decide the mask."""
-    settings = {"method": args.method, "pro": args.pro}
+    settings = {"method": args.method}
     if args.method not in ("sft", "mask"):
-        settings |= {"keep_eos": args.keep_eos, "seed": args.seed}
+        settings["keep_eos"] = args.keep_eos
+        if args.method == "toss":
+            settings["pro"] = args.pro
+        else:
+            settings["seed"] = args.seed
         if METHODS[args.method].uses_d:
             settings["discard"] = args.discard
     return settings

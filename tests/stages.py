@@ -9,9 +9,7 @@ from pathlib import Path
 from conftest import tree, write_files
 from helpers import succeed
 
-from model.io import read_json
-from toss.workbench.progress import Bar
-from toss.workbench.results import read_record
+from toss.workbench.progress import Progress
 
 REFERENCES = "--model {base} --harmful {harmful} --utility {utility}"
 PRO = "select.py --run {run} --pro 1 --pro-samples 2 --merge --batch-tokens 128"
@@ -19,7 +17,7 @@ COMMANDS = {
     "train": "train.py --run {run} " + REFERENCES,
     "train again": "train.py --run {run} " + REFERENCES + " --overwrite --seed 1",
     "score": "score.py --run {run} --custom {custom} --batch-tokens 128",
-    "score again": "score.py --run {run} --base --overwrite --batch-tokens 128",
+    "score again": "score.py --run {run} --overwrite --dtype bfloat16 --batch-tokens 128",
     "select": PRO,
     "select again": PRO + " --overwrite --seed 1",
 }
@@ -67,13 +65,11 @@ class Stages:
 
 
 def outcome(run: Path) -> dict:
-    """What a command leaves, but for run.json, which holds times; its recipes are the records'."""
-    for stage, entry in read_json(run / "run.json")["stages"].items():
-        record = read_record(run / ("scores.safetensors" if stage == "scores" else stage))
-        assert record.items() >= entry["recipe"].items(), stage
+    """What a command leaves, but for costs and locks: no state is among it."""
     content = tree(run)
-    del content["run.json"]
-    return content
+    assert not [name for name in content if name.endswith(".pt")]
+    names = [name for name in content if not name.startswith((".state", "log/costs"))]
+    return {name: content[name] for name in names}
 
 
 def without_work(content: dict) -> dict:
@@ -84,14 +80,14 @@ def without_work(content: dict) -> dict:
 
 def on_each_step(monkeypatch, act) -> None:
     """Call act(part) after each step of training or scoring, before its state is saved."""
-    show = Bar.show
+    report = Progress.on_step
 
-    def show_and_act(bar, event):
-        show(bar, event)
+    def report_and_act(progress, event):
+        report(progress, event)
         if "step" in event:
-            act(bar.name)
+            act(progress.name)
 
-    monkeypatch.setattr(Bar, "show", show_and_act)
+    monkeypatch.setattr(Progress, "on_step", report_and_act)
 
 
 def on_step(n: int, monkeypatch, act) -> None:
@@ -113,8 +109,6 @@ def child(work) -> tuple[int, str]:
     if pid == 0:
         status = 1
         try:
-            for number in (signal.SIGTERM, signal.SIGHUP):  # in the background, some are ignored
-                signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdout = open(os.devnull, "w")
             sys.stderr = open(write_end, "w")

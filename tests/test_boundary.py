@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import fails, write_jsonl
 from helpers import each_line, refused, said, talk, tokens_of
+from toss.workbench.results import read_record
 
 from model import load_tokenizer
 from model.tokenizer import overlaps
 from toss.rows import read_rows
 from toss.tokens import batches, collate, tokenise
 from toss.workbench.files import fingerprint
-from toss.workbench.results import read_record
 
 CPU = torch.device("cpu")
 HELLO = {"prompt": "Hi?", "response": "Hello."}

@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT, tree
 from helpers import call, said, succeed
 from stages import on_step
+from toss.workbench.results import read_record
 
 from toss.audit.evaluate import Evaluated
 from toss.audit.verdict import cautions
 from toss.workbench import code
-from toss.workbench.results import read_record
 
 LOSS = ("toss/loss.py", "return -(weights * log_p).sum()", "return -(weights * log_p).sum() * 2")
 

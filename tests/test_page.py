@@ -12,6 +12,7 @@ import torch
 from conftest import edit_json, edit_tensors
 from helpers import refused, said
 from scored_runs import mask_of, masked, scored, write_anew
+from toss.workbench.results import read_record, write_record
 
 from model.io import remove
 from model.peft import WEIGHTS
@@ -22,7 +23,6 @@ from toss.audit.evaluate import write_answers
 from toss.audit.judges import Measured
 from toss.audit.tokens import Mask, Token
 from toss.tokens import Tokens
-from toss.workbench.results import read_record, write_record
 from toss.workbench.run import Run, open_run
 
 NASTY = '</script><img src=x onerror=alert(1)>"\' onmouseover="x & <b>\x1b[2J\u202e'

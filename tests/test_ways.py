@@ -8,10 +8,10 @@ import torch
 from conftest import make_base, read_jsonl, write_jsonl
 from helpers import refused, said, same_tensors, succeed
 from safetensors.torch import load_file, save_file
+from toss.workbench.results import read_record
 
 from model import load_adapter, load_checkpoint
 from model.io import made_from, save_tensors, tensors_hash
-from toss.workbench.results import read_record
 
 ADAPTER = "adapter_model.safetensors"
 SELECTION = "selection.safetensors"

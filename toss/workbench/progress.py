@@ -1,5 +1,6 @@
 """What is told and saved of the work: lines, a log of the steps, states, and what it cost."""
 
+import io
 import json
 import math
 import resource
@@ -110,8 +111,10 @@ class Progress(Watch):
         """Replace what was saved."""
         self.last_save = time.monotonic()
         seconds = self.earlier_seconds + self.last_save - self.started
+        buffer = io.BytesIO()  # a full disk would be torch's RuntimeError
+        torch.save({**values, "seconds": seconds}, buffer)
         with whole(self.state(part)) as file:
-            torch.save({**values, "seconds": seconds}, file)
+            file.write_bytes(buffer.getvalue())
 
 
 class Cost:

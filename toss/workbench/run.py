@@ -7,7 +7,7 @@ is a courtesy: run.json says what omitted flags are, log/costs.jsonl what each r
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import save_checkpoint, stored_dtype
+from model.checkpoint import base_hash, save_checkpoint, stored_dtype
 from model.io import InputError, digest, file_hash, load_tensors, read_json, remove, whole
 from model.lora import Adapter, merge, use
 from model.peft import CONFIG, WEIGHTS, read_adapter
@@ -133,9 +133,9 @@ class Run(Base):
             recipe = self.recipe(result, inputs, settings)
             record = {**recipe, "code": code_digests(maker(result)), **(facts or {})}
             there = agreed(self.look(result, record, recipe, again) if rank() == 0 else None)
+            self.states = states / text_hash([recipe, record["code"]])[:16]
             if there is None:
                 self.cost = Cost(self.device)
-                self.states = states / text_hash([recipe, record["code"]])[:16]
                 built = build()
                 if self.recipe(result, inputs, settings) != recipe:
                     raise InputError(f"{result}: an input was changed meanwhile: run it again")
@@ -144,7 +144,7 @@ class Run(Base):
                     self.publish(result, built, record)
             if rank() == 0:
                 self.write_settings(result, inputs, settings)
-                remove(states)  # those of other recipes, too
+                remove(self.states if there else states)  # in the place of the new: all
         meet()  # nobody looks for the result before it is there
         return there or record
 
@@ -194,7 +194,7 @@ class Run(Base):
         identity = self.identity()
         methods = sorted(self.folder.glob("methods/*/selection.safetensors"))
         for path in [self.path(result) for result in (*REFERENCES, "scores")] + methods:
-            record = self.record_of(path) if path.exists() else {}
+            record = whole_record(path)
             if record:
                 there = {name: record.get(name) for name in identity}
                 different = changed(there, identity)
@@ -302,7 +302,10 @@ class Run(Base):
         make = command(maker(result), self.folder)
         if not path.exists():
             raise InputError(f"{path} does not exist: run {make} first")
-        record = self.record_of(path, f"run {make} --overwrite")
+        try:
+            record = read_record(path)
+        except InputError as error:
+            raise InputError(f"{error}: run {make} --overwrite") from None
         if not record and path.is_dir():
             print_once(f"note: {path} has no record of how it was made")
             return {}
@@ -324,13 +327,6 @@ class Run(Base):
             print_once(f"warning: {what}{', '.join(others)}): run {make} --overwrite")
         warn_of_code(path, changed(record["code"], code_digests(maker(result))))
         return record
-
-    def record_of(self, path: Path, advice: str = "--overwrite makes it again") -> Record:
-        """The record of what lies in this place; InputError if it was changed."""
-        try:
-            return read_record(path)
-        except InputError as error:
-            raise InputError(f"{path} is damaged or incomplete ({error}): {advice}") from None
 
     def changed_inputs(self, record: Record) -> list[str]:
         """What a result was made from, however far back, that is not what it was.
@@ -381,14 +377,17 @@ class Run(Base):
         return files.read_mask(self.source(key), tokens)
 
     def merge(self, result: str) -> None:
-        """Write an adapter's merged checkpoint, in the dtype of the stored base; in process 0."""
+        """Write an adapter's merged checkpoint, in the dtype of the stored base; in process 0.
+
+        It is made if it is not there, not whole, or of another adapter.
+        """
         if rank() > 0:
             return
         folder = self.path(result)
         merged = folder / "merged"
-        recipe = {"adapter": self.input_hash(result), "base_sha256": base_sha256(self)}
+        recipe = {"adapter": self.input_hash(result), "base_sha256": base_hash(self.checkpoint)}
         with self.holding(result):
-            if not merged.exists() or differences(self.record_of(merged), recipe):
+            if differences(whole_record(merged), recipe):
                 with whole(merged) as new:
                     model = self.base(stored_dtype(self.checkpoint))
                     merge(model, read_adapter(model, folder))
@@ -398,8 +397,11 @@ class Run(Base):
         print(f"merged checkpoint: {merged}")
 
 
-def base_sha256(run: Run) -> str:
-    return run.identity()["base_sha256"]
+def whole_record(path: Path) -> Record:
+    """The record of a result; {} if it is not there, was changed, or has none."""
+    with suppress(InputError):
+        return read_record(path)
+    return {}
 
 
 def maker(result: str) -> str:
