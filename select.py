@@ -141,7 +141,7 @@ def arguments(argv):
     add = parser.add_argument_group("selection").add_argument
     add("--method", choices=METHODS, default="toss", help="which tokens to discard")
     text = "use the mask in this selection.safetensors, also of another run"
-    add("--mask", metavar="FILE", help=text)
+    add("--mask", type=flags.path, metavar="FILE", help=text)
     text = "folder in RUN/methods (default: the method, or toss-pro)"
     add("--name", type=flags.method, help=text)
     text = "d, share of tokens to discard"

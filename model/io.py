@@ -70,7 +70,8 @@ def run_command(main: Callable[[], int | None]) -> int:
 def printable(text: str, limit: int = 1000) -> str:
     """The start of a text on one line, with nothing that a terminal obeys."""
     line = " ".join(text[:limit].splitlines())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line[:limit]
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -16,6 +16,8 @@ from toss.loss import token_log_probs
 from toss.rows import read_rows
 from toss.tokens import Tokens, collate, tokenise
 from toss.workbench import flags
+from toss.workbench.progress import Progress
+from toss.workbench.run import print_once
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -32,6 +34,7 @@ def call(line: str, fast: bool = True) -> int:
     def main():
         return script(name.removesuffix(".py"), *words, fast=fast)
 
+    print_once.cache_clear()  # a command is a process of its own
     try:
         status = flags.run(main)
     except SystemExit as stop:
@@ -44,6 +47,13 @@ def call(line: str, fast: bool = True) -> int:
 def succeed(line: str, fast: bool = True) -> None:
     """Run a command that must succeed."""
     assert call(line, fast) == 0
+
+
+def results_in(run: Path) -> dict:
+    """All that is in a run, but for logs, locks and states."""
+    content = tree(run)
+    names = [name for name in content if not name.startswith((".state", "log"))]
+    return {name: content[name] for name in names}
 
 
 def said(capsys, line: str, fast: bool = True) -> str:
@@ -67,6 +77,23 @@ def refused(capsys, line: str, fast: bool = True) -> str:
     assert "\x1b" not in error
     assert len(error) < 1100
     return error
+
+
+class Noted(Progress):
+    """Notes the events of training and scoring, and saves each step if it is given a folder.
+
+    act(event) is called before a step is saved, and may end the work.
+    """
+
+    def __init__(self, states: Path | None = None, act=None):
+        super().__init__("work", states=states, minutes=0)
+        self.events = []
+        self.act = act
+
+    def on_step(self, event):
+        self.events.append(event)
+        if self.act:
+            self.act(event)
 
 
 # Tokens, losses and adapters
@@ -171,11 +198,12 @@ def session(cases: list[tuple[str, str]], folder: Path, capsys) -> None:
             subprocess.run(shlex.split(expected.format(**places)), check=True)
             continue
         before = tree(folder)
+        folders = ("new",)  # of a run that has nothing but a lock
         run = refused if expected.startswith("error:") else said
         output = run(capsys, command.format(**places), fast=False)
         assert re.search(expected, output, re.DOTALL), (command, output)
         changed = [name for name, _ in tree(folder).items() ^ before.items()]
-        changed = [name for name in changed if ".state" not in name]  # locks
+        changed = [name for name in changed if ".state" not in name and name not in folders]
         if run == refused:
             assert not changed, command
         if "skipped" in expected:

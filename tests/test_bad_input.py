@@ -37,7 +37,7 @@ SCORE = "score.py --run {run} --overwrite --custom {tmp}/"
 LONG = [
     ("[" * 100_000, "not JSON"),
     ('{"prompt": "a", "response": "b", "n": ' + "9" * 5000 + "}", "not JSON"),
-    ('{"messages": [{"role": "' + "\\u001b[31m\\n" * 10**5 + '"}]}', r"role '\\x1b\[31m.* \.\.\. "),
+    ('{"messages": [{"role": "' + "\\u001b[31m\\n" * 10**5 + '"}]}', r"role '\\x1b\[31m"),
 ]
 
 
@@ -90,14 +90,9 @@ def test_a_mask_that_does_not_fit_is_refused(place, capsys):
         session([(line, f"error: .*{message}")], place, capsys)
 
     keep = {"keep": response}
-    refuse("it has no tensor `keep`", {"score": response.float()})
-    refuse("keep has the shape", {"keep": response[1:].clone()})
-    refuse("keep has the dtype", {"keep": response.float()})
-    refuse("other values than 0 and 1", {"keep": response.byte() * 2})
-    refuse("score is not float32, or not finite", {**keep, "score": response / 0})
-    refuse("holds weights", {**keep, "weight": response / 2})
-    # Over other tokens: the error says what made the difference.
-    refuse("the rows, or their length", keep, tokens_sha256="")
-    for name in ("template", "max_length", "tokenizer_sha256"):
-        refuse(f"different: {name}", keep, tokens_sha256="", **{name: "other"})
-    refuse("different: --custom", keep, tokens_sha256="", inputs={"--custom": ""})
+    refuse("is no mask that says over which token ids it is", {"score": response.float()})
+    refuse("keep has another dtype or shape", {"keep": response[1:].clone()})
+    refuse("keep has another dtype or shape", {"keep": response.float()})
+    refuse("score is not finite", {**keep, "score": response / 0})
+    refuse("weights has another dtype or shape", {**keep, "weights": response.long()})
+    refuse("is a mask over other token ids", keep, tokens_sha256="")

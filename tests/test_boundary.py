@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import fails, write_jsonl
 from helpers import each_line, refused, said, talk, tokens_of
-from toss.workbench.results import read_record
 
 from model import load_tokenizer
 from model.tokenizer import overlaps
 from toss.rows import read_rows
 from toss.tokens import batches, collate, tokenise
 from toss.workbench.files import fingerprint
+from toss.workbench.records import read_record
 
 CPU = torch.device("cpu")
 HELLO = {"prompt": "Hi?", "response": "Hello."}
@@ -158,10 +158,9 @@ def test_a_run_that_was_begun_with_skip_empty_has_it_throughout(tmp_path, base, 
     run = tmp_path / "run"
     begin = f"select.py --run {run} --method sft --model {base} --custom {rows}"
     assert "--skip-empty" in refused(capsys, begin)
-    skipped = "1 rows skipped, 0 cut; of the skipped rows, 1 have an empty response"
-    assert skipped in said(capsys, f"{begin} --skip-empty")
-    assert read_record(run / "methods/sft")["skip_empty"] is True
-    assert "skip_empty = True" in said(capsys, f"select.py --run {run} --method random")
+    assert "1 rows skipped, 0 cut" in said(capsys, f"{begin} --skip-empty")
+    assert read_record(run / "methods/sft/model")["skip_empty"] is True
+    assert "1 rows skipped" in said(capsys, f"select.py --run {run} --method random")
     line = f"toss.audit.evaluate --run {run} --methods base --utility {rows} --max-new-tokens 2"
     assert "1 rows with an empty response are left out" in said(capsys, line)
 

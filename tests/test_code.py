@@ -9,21 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tree
-from helpers import call, said, succeed
+from conftest import ROOT
+from helpers import call, results_in, said, succeed
 from stages import on_step
-from toss.workbench.results import read_record
 
+from model import load_tokenizer
 from toss.audit.evaluate import Evaluated
 from toss.audit.verdict import cautions
-from toss.workbench import code
+from toss.workbench import records
+from toss.workbench.records import code_digest, code_digests, read_record
 
 LOSS = ("toss/loss.py", "return -(weights * log_p).sum()", "return -(weights * log_p).sum() * 2")
 
 
 def forget_digests() -> None:
-    code.digest.cache_clear()
-    code.read_all.cache_clear()
+    code_digest.cache_clear()
 
 
 def edit(folder: Path, name: str, old: str, new: str) -> None:
@@ -44,7 +44,7 @@ def project(tmp_path, monkeypatch):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     for name in ("train.py", "score.py", "select.py"):
         shutil.copy(ROOT / name, folder / name)
-    monkeypatch.setattr(code, "ROOT", folder)
+    monkeypatch.setattr(records, "ROOT", folder)
     forget_digests()
     yield folder
     forget_digests()
@@ -62,25 +62,25 @@ def test_a_fork_that_edits_the_loss_is_told(project, trained):
 def test_a_file_of_ones_own_is_part_of_the_code(project):
     own = project / "toss/methods_of_mine.py"
     own.write_text("GAMMA = 2\n")
-    before = code.digests(["select.py"])
+    before = code_digests("select.py")
     edit(project, "toss/methods_of_mine.py", "2", "3")
-    after = code.digests(["select.py"])
+    after = code_digests("select.py")
     assert [part for part in after if after[part] != before[part]] == ["toss/methods_of_mine.py"]
 
 
 def test_what_other_code_made_is_skipped_with_a_warning_or_made_again(project, trained, capsys):
     succeed(f"select.py --run {trained}")
-    before = tree(trained)
+    before = results_in(trained)
     edit(project, *LOSS)
     for line in ("train.py", "score.py", "select.py"):
         output = said(capsys, f"{line} --run {trained}")
         assert "inputs, skipped" in output
         assert "other code (different: toss/loss.py)" in output
-    assert tree(trained) == before
+    assert results_in(trained) == before
 
     # The references and the scores were made by the old loss, too: they fit, with a warning.
     output = said(capsys, f"select.py --run {trained} --overwrite")
-    assert "methods/toss: wrote" in output
+    assert "methods/toss/model: wrote" in output
     assert f"{trained}/scores.safetensors was made by other code" in output
 
     # What was made again is skipped the next time, so that a killed command goes on.
@@ -112,8 +112,8 @@ EDITS = [
     ("toss/methods.py", "select_tokens(S_of_row,", "select_tokens(2 * S_of_row,", "select.py"),
     ("model/transformer.py", "eps=eps)", "eps=2 * eps)", "train.py score.py select.py"),
     ("train.py", 'make("degraded"', 'make("degraded", *()', "train.py"),
-    ("score.py", "args.base}", "not args.base}", "score.py"),
-    ("select.py", "keep[ranked], scores", "keep[~ranked], scores", "select.py"),
+    ("score.py", "if args.base:", "if not args.base:", "score.py"),
+    ("select.py", "keep[ranked], values", "keep[~ranked], values", "select.py"),
 ]
 
 
@@ -165,13 +165,13 @@ def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(
     file = project / "toss/scoring.py"
     text = file.read_text(encoding="utf-8")
 
-    def edit_file(*_):
+    def edit_and_load(*arguments, **options):
         file.write_text(text.replace("CHECK_EVERY = 16", "CHECK_EVERY = 17"), encoding="utf-8")
-        return []
+        return load_tokenizer(*arguments, **options)
 
     # Right after the command line was read, before anything of the run is looked at.
-    monkeypatch.setattr("toss.workbench.flags.described", edit_file)
-    succeed(f"score.py --run {trained} --base --overwrite")
+    monkeypatch.setattr("toss.workbench.base.load_tokenizer", edit_and_load)
+    succeed(f"score.py --run {trained} --dtype bfloat16 --overwrite")
     assert "CHECK_EVERY = 17" in file.read_text(encoding="utf-8")
     assert read_record(trained / "scores.safetensors")["code"] == original
 
@@ -189,4 +189,4 @@ class Plain:
 
 def test_every_version_of_python_gives_the_same_digest(project):
     (project / "snippet.py").write_text(SNIPPET, encoding="utf-8")
-    assert code.digest("snippet.py") == "2ff0ce14f72fb78e"
+    assert code_digest(project / "snippet.py") == "2ff0ce14f72fb78e"

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import fails, make_base, make_run
-from helpers import micro_batch, overflowing, random_adapter, succeed
+from helpers import Noted, micro_batch, overflowing, random_adapter, succeed
 from safetensors.torch import load_file
 
 from model import fused, load_checkpoint
@@ -46,16 +46,16 @@ def shaped(name: str, gpu, dtype, **fields):
 
 def score_rows(model, rows, budget=None):
     """The losses, and what was reported."""
-    events = []
-    return score(model, rows, budget, on_batch=events.append), str(events)
+    watch = Noted()
+    return score(model, rows, budget, watch), str(watch.events)
 
 
 def train_rows(model, rows, budget=None):
     """The adapter as one tensor on the CPU, and what was reported."""
-    events = []
+    watch = Noted()
     config = replace(CONFIG, batch_tokens=budget)
-    adapter = train(model, rows, rows.response.float(), config, on_step=events.append)
-    return torch.cat([tensor.flatten() for tensor in adapter.tensors()]).cpu(), str(events)
+    adapter = train(model, rows, rows.response.float(), config, watch=watch)
+    return torch.cat([tensor.flatten() for tensor in adapter.tensors()]).cpu(), str(watch.events)
 
 
 KERNELS = [(FLOAT16, 0, "flash"), (BFLOAT16, 0, "flash")]

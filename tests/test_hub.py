@@ -189,7 +189,7 @@ def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, base, tmp_path, file
     hub.close()  # the rest needs no network
     succeed(score)
     succeed(f"select.py --run {run} --merge")
-    settings = read_json(run / "run.json")["settings"]
+    settings = read_json(run / "run.json")
     assert settings["model"] == "someone/model"
     assert settings["revision"] == commit
     adapter = run / "methods/toss/model"

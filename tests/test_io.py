@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model import save_checkpoint
-from model.io import load_tensors, made_from, save_tensors, whole_file
+from model.io import load_tensors, made_from, save_tensors, whole
 
 ONE = torch.arange(6.0)
 OTHERS = [("two", ONE), ("one", ONE.view(2, 3)), ("one", ONE.view(torch.int32)), ("one", ONE + 1)]
@@ -42,7 +42,7 @@ def test_files_have_the_users_permissions_and_a_killed_write_leaves_one_file(tmp
     """safetensors' own writer has mode 0600, and leaves a file .tmpXXXXXX if it is killed."""
     before = os.umask(0o022)
     try:
-        with whole_file(tmp_path / "tensors") as new:
+        with whole(tmp_path / "tensors") as new:
             save_tensors({"one": ONE}, new, {})
         save_checkpoint(model, tmp_path / "merged", like=model.source)
     finally:
@@ -52,7 +52,7 @@ def test_files_have_the_users_permissions_and_a_killed_write_leaves_one_file(tmp
     for path in files:
         assert path.stat().st_mode & 0o777 == 0o644, path
 
-    with suppress(KeyboardInterrupt), whole_file(tmp_path / "tensors") as new:
+    with suppress(KeyboardInterrupt), whole(tmp_path / "tensors") as new:
         save_tensors({"one": ONE}, new, {})
         assert {path.name for path in tmp_path.iterdir()} == {".tensors.new", "tensors", "merged"}
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from agreement import GOLDENS
-from helpers import losses_by_hand, random_adapter
+from helpers import Noted, losses_by_hand, random_adapter
 
 import toss.loss
 from model import load_checkpoint
@@ -83,10 +83,10 @@ def test_a_row_without_a_kept_token_adds_zero_and_its_length(model, tokens, weig
 
 
 def test_a_training_without_a_kept_token_moves_nothing(model, tokens):
-    events = []
+    watch = Noted()
     w = torch.zeros(len(tokens.input_ids))
-    adapter = train(model, tokens, w, TrainConfig(lr=1, rank=2), on_step=events.append)
-    assert {event["loss"] for event in events} == {0.0}  # and no NaN
+    adapter = train(model, tokens, w, TrainConfig(lr=1, rank=2), watch=watch)
+    assert {event["loss"] for event in watch.events} == {0.0}  # and no NaN
     assert not any(B.any() for B in adapter.B.values())
 
 

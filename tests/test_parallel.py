@@ -78,7 +78,7 @@ def test_two_processes_do_what_one_does(tmp_path, base, files, trained):
     failing = f"score --run {tmp_path}/new --model {base} --custom {files['custom']}"
     done = job(tmp_path, [*two[:2], f"{two[2]} --merge", again, failing])
 
-    assert done.stdout.count(": wrote ") == 5, done.stderr  # one process speaks
+    assert done.stdout.count(": wrote ") == 8, done.stderr  # one process speaks
     assert scores.read_bytes() == expected  # under equal adapters, equal to the bit
     assert_same_runs(tmp_path / "one", tmp_path / "two")
 
@@ -99,14 +99,16 @@ Path(f"{folder}/part-{{rank}}").write_text(str(sum(part.numel() for part in part
 """
 RESUME = """
 from toss.scoring import score
-from toss.workbench.files import read_scores
-tokens, losses = read_scores(Path("{run}/scores.safetensors"), "rows")
+from toss.parallel import Watch
+from toss.workbench.files import read_losses
+saved = read_losses(Path("{run}/scores.safetensors"), "rows")
+expected = saved.losses["utility"]
 
-class BothSavedAll:
+class BothSavedAll(Watch):
     def load(self, part):
-        return {{"losses": losses["utility"]}}
+        return {{"losses": expected}}
 
-assert score(model, tokens, state=BothSavedAll()).equal(losses["utility"])
+assert score(model, saved.tokens, watch=BothSavedAll()).equal(expected)
 """
 
 
@@ -145,14 +147,14 @@ def test_a_base_spread_over_two_processes_does_what_a_whole_one_does(tmp_path, f
 
 
 LATE = """
-from toss.workbench.states import SavedState
-load = SavedState.load
+from toss.workbench.progress import Progress
+load = Progress.load
 
 def load_late(self, part):
     time.sleep(0.7 * rank)
     return load(self, part)
 
-SavedState.load = load_late
+Progress.load = load_late
 script(*{line!r}.split())
 """
 
@@ -173,5 +175,5 @@ def test_nothing_is_removed_before_a_late_process_has_read_its_state(
     done = job(tmp_path, [], LATE.format(line=line))
 
     assert done.returncode == 0, done.stderr
-    assert "degraded: goes on after step 2 of 2" in done.stdout
+    assert "degraded: step 2 of 2 was reached before" in done.stdout
     assert done.stdout.count(": wrote ") == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl
+from conftest import ROOT
 from helpers import said, succeed
 from safetensors.torch import load_file
 
@@ -21,6 +21,7 @@ from toss.scoring import score
 from toss.selection import riskiest_rows, select_tokens
 from toss.tokens import tokenise
 from toss.training import train
+from toss.workbench.records import read_record
 
 REFERENCE = TrainConfig(lr=1e-2, epochs=1, batch_size=4, rank=2)  # as train.py is called in tests
 FINAL = TrainConfig(lr=0.1, epochs=2, batch_size=4, rank=4)
@@ -77,16 +78,9 @@ def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, t
     for t in range(1, rounds + 1):
         folder = trained / "methods/new" / f"round-{t}"
         riskiest = riskiest_rows(S[ranked], D_cus.row_of(ranked), added, K)
-        for line, (row, i) in zip(read_jsonl(folder / "added.jsonl"), riskiest, strict=True):
-            place = int(ranked[i])  # of the token that brought the row in
-            token = [int(D_cus.input_ids[place])]
-            assert line == {
-                "row": row,
-                "token": place - int(D_cus.offsets[row]),
-                "text": tokenizer.raw.decode(token, skip_special_tokens=False),
-                "score": round(float(S[place]), 4),
-            }
-            added.append(row)
+        recorded = read_record(folder / "degraded")["added"]  # of all rounds: row, and token
+        assert recorded[len(added) :] == [[row, int(ranked[i])] for row, i in riskiest]
+        added = [row for row, _ in recorded]
         assert len(set(added)) == K * t
         rows = D_h + D_cus.take(added)
         theta_h = train(model, rows, rows.response.float(), REFERENCE)
@@ -107,4 +101,16 @@ def test_the_scripts_are_the_papers_steps_and_k_is_6_percent_of_the_rows(trained
     custom = ROOT / "data/rows/calibration.jsonl"  # 80 rows
     succeed(f"score.py --run {trained} --custom {custom} --overwrite")
     output = said(capsys, f"select.py --run {trained} --pro 1 --mask-only")
-    assert "TOSS-Pro round 1: 5 rows added" in output
+    assert "TOSS-Pro round 1: 5 rows join D^h" in output
+
+
+def test_a_round_that_is_there_is_not_made_again(trained, capsys):
+    line = f"select.py --run {trained} --pro 1 --pro-samples 2"
+    succeed(line)
+    output = said(capsys, line.replace("--pro 1", "--pro 2") + " --overwrite")
+    written = [name.split(": ")[0] for name in output.splitlines() if ": wrote " in name]
+    rounds = ["round-2/degraded", "round-2/scores", "selection", "model"]
+    assert written == [f"methods/toss-pro/{name}" for name in rounds]
+    folders = [trained / f"methods/toss-pro/round-{t}/degraded" for t in (1, 2)]
+    first, second = (read_record(folder)["added"] for folder in folders)
+    assert second[:2] == first

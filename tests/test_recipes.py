@@ -82,10 +82,10 @@ def test_a_loss_that_runs_the_base_beside_the_model_keeps_it_nearer(first):
     assert 0 < near < (losses(first["theta"]) - of_base).abs().mean()
 
 
-def test_another_optimizer_trains_and_leaves_no_state(first, tmp_path, monkeypatch):
+def test_another_optimizer_trains_and_saves_its_state(first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not any(equal_weights(run(OPTIMIZER, first), first))
-    assert not (tmp_path / "runs/sgd").exists()
+    assert (tmp_path / "runs/sgd/sgd-0.pt").exists()
 
 
 def test_scores_from_anything_else_reach_select_by_a_mask(first, tmp_path, monkeypatch):

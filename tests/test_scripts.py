@@ -19,23 +19,21 @@ from conftest import (
     run,
     script_module,
     sources,
-    tree,
     write_jsonl,
 )
-from helpers import paragraphs, refused, said, session, succeed
+from helpers import paragraphs, refused, results_in, said, session, succeed
 from safetensors.torch import load_file
 
-from model.io import file_hash, made_from, read_json, tensors_hash
-from model.lora import active
+from model.io import digest, file_hash, made_from, read_json
 from toss.config import TrainConfig
-from toss.workbench import flags, runfile
-from toss.workbench.progress import Cost
-from toss.workbench.results import read_record
-from toss.workbench.run import open_run
+from toss.workbench import flags
+from toss.workbench.records import read_record
 
 ADAPTER = "adapter_model.safetensors"
 SELECTION = "selection.safetensors"
 SESSIONS = paragraphs("sessions.txt")
+FAST_LR = {"rank": 2, "lr": 1e-2}  # of conftest.FAST
+FINETUNE = {**FAST_LR, "epochs": 1, "batch_size": 4}
 
 
 @pytest.mark.parametrize("title", SESSIONS)
@@ -67,23 +65,27 @@ def test_each_result_says_what_it_was_made_from(trained, files):
     mask = trained / "methods/toss" / SELECTION
     degraded = read_record(trained / "degraded")
     scores = read_record(trained / "scores.safetensors")
-    method = read_record(trained / "methods/toss")
+    method = read_record(mask)
+    model = read_record(trained / "methods/toss/model")
     for record, name in ((degraded, "train.py"), (scores, "score.py"), (method, "select.py")):
         assert name in record["code"]
-        assert not {"seconds", "commit"} & record.keys()  # costs are in run.json alone
+        assert not {"seconds", "commit"} & record.keys()  # costs are in log/costs.jsonl alone
 
-    inputs = {"--custom": file_hash(files["custom"])}
-    for role in ("utility", "degraded"):
-        inputs[role] = tensors_hash(trained / role / ADAPTER)
+    custom = file_hash(files["custom"])
+    losses = load_file(trained / "scores.safetensors")
     assert degraded["inputs"] == {"--harmful": file_hash(files["harmful"])}
-    assert scores["inputs"] == inputs
-    assert method["inputs"] == {**inputs, "scores": tensors_hash(trained / "scores.safetensors")}
-    expected = {"method": "toss", "discard": 0.2, "keep_eos": True, "lr": 1e-2, "seed": 0}
-    assert method["settings"].items() >= expected.items()
+    assert scores["inputs"].keys() == {"--custom", "utility", "degraded"}
+    assert scores["inputs"]["--custom"] == custom
+    assert method["inputs"] == {"--custom": custom, "scores": digest(losses, {})}
+    selection = {"--custom": custom, "methods/toss/selection": digest(load_file(mask), {})}
+    assert model["inputs"] == selection
+    expected = {"method": "toss", "pro": 0, "discard": 0.2, "keep_eos": True}
+    assert method["settings"] == expected
+    settings = {**FINETUNE, "dtype": "float32"}
+    assert model["settings"].items() >= settings.items()
 
     # A folder's record has the hashes of its files, a file's header one of record and tensors.
-    assert method.pop("files")[SELECTION] == file_hash(mask)
-    assert read_record(mask) == method
+    assert model["files"][ADAPTER] == file_hash(trained / "methods/toss/model" / ADAPTER)
 
 
 def test_the_degraded_adapter_warns_of_itself(trained):
@@ -93,18 +95,35 @@ def test_the_degraded_adapter_warns_of_itself(trained):
         assert (trained / role / "README.md").exists() == (role == "degraded")
 
 
-def test_run_json_says_what_is_inherited_and_what_each_stage_took(trained, files, base):
+def test_run_json_has_the_form_of_the_demos_file(trained, files, base):
     content = read_json(trained / "run.json")
-    assert content.keys() >= {"demo", "commit", "versions"}
-    inherited = {"model": str(base), "template": "chat", "max_length": 2048}
-    assert content["settings"].items() >= {**files, **inherited}.items()
-    assert content["inputs"].keys() >= {*files.values(), f"base in {base}"}
-    assert content["inputs"][files["custom"]] == file_hash(files["custom"])
-    stages = content["stages"]
-    assert stages.keys() == {"degraded", "utility", "scores"}
-    assert stages["scores"].keys() >= {"seconds", "peak_memory_gib", "torch", "threads"}
+    assert content.items() >= {**files, "model": str(base), "template": "chat"}.items()
+    assert content["max_length"] == 2048
+    assert content["reference"] == {**TrainConfig().recipe(), **FINETUNE}
+    assert "finetune" not in content
+    succeed(f"select.py --run {trained} --lr 0.5 --method sft")
+    assert read_json(trained / "run.json")["finetune"]["lr"] == 0.5
+    demo = read_json(flags.DEMO)
+    others = {"skip_empty", "template", "finetune", "reference", *files, "model", "max_length"}
+    assert content.keys() <= demo.keys() | others
+
+
+def test_a_run_that_is_begun_without_inputs_has_a_copy_of_the_demos_file(tmp_path):
+    run = tmp_path / "run"
+    succeed(f"train.py --run {run} --epochs 1 --batch-size 99")
+    content = read_json(run / "run.json")
+    demo = read_json(flags.DEMO)
+    assert content["reference"] == {**demo["reference"], "epochs": 1, "batch_size": 99, **FAST_LR}
+    same = demo.keys() - {"reference"}
+    assert {name: content[name] for name in same} == {name: demo[name] for name in same}
+
+
+def test_each_result_has_a_line_of_what_it_cost(trained):
+    costs = {line["stage"]: line for line in read_jsonl(trained / "log/costs.jsonl")}
+    assert costs.keys() == {"degraded", "utility", "scores"}
+    assert costs["scores"].keys() >= {"seconds", "peak_memory_gib", "torch", "threads"}
     tokens = len(load_file(trained / "scores.safetensors")["input_ids"])
-    assert stages["scores"]["tokens"] == 2 * tokens
+    assert costs["scores"]["tokens"] == 2 * tokens
 
 
 def test_the_log_of_a_stage_holds_each_step_once(trained):
@@ -123,11 +142,10 @@ def test_what_was_made_from_something_else_is_refused(trained, files, capsys):
     write_jsonl(files["harmful"], [{"prompt": "a", "response": "b"}])
     for name in ("score", "select"):
         error = refused(capsys, f"{name}.py --run {trained}")
-        assert "degraded does not fit this run (changed: --harmful)" in error
+        assert "was made from other inputs (changed since: " in error
     succeed(f"train.py --run {trained} --overwrite")
-    assert open_run(trained).stale("scores") == ["degraded"]
     error = refused(capsys, f"select.py --run {trained}")
-    assert "scores.safetensors does not fit this run (changed: degraded)" in error
+    assert "scores.safetensors was made from other inputs (changed since: degraded)" in error
 
 
 def test_an_earlier_result_of_another_base_is_refused(trained, tmp_path, files, capsys):
@@ -137,7 +155,7 @@ def test_an_earlier_result_of_another_base_is_refused(trained, tmp_path, files, 
     succeed(f"train.py --run {run} {sources(files, other)}")
     shutil.copytree(trained / "utility", run / "utility", dirs_exist_ok=True)
     error = refused(capsys, f"score.py --run {run} --custom {files['custom']}")
-    assert "utility does not fit this run (changed: base_sha256)" in error
+    assert "utility was made from other inputs (changed since: base_sha256)" in error
 
 
 def test_the_settings_of_an_adapter_without_a_record_are_part_of_what_it_is(
@@ -153,13 +171,9 @@ def test_the_settings_of_an_adapter_without_a_record_are_part_of_what_it_is(
 
 
 def test_run_json_decides_nothing(trained, capsys):
-    """What it says of a stage, or of no stage, does not count beside the stage's own record."""
-    stages = read_json(trained / "run.json")["stages"]
-    stages["scores"]["recipe"]["settings"]["base"] = True
-    edit_json(trained / "run.json", stages=stages)
-    assert "skipped" in said(capsys, f"score.py --run {trained}")
-    absent = dict.fromkeys(("stages", "hashes", "inputs"), "absent")
-    edit_json(trained / "run.json", **absent)
+    """What it says of settings does not count beside a result's own record."""
+    edit_json(trained / "run.json", reference={"lr": 0.5})
+    assert "different: lr" in refused(capsys, f"train.py --run {trained}", fast=False)
     assert "skipped" in said(capsys, f"score.py --run {trained}")
 
 
@@ -173,7 +187,8 @@ def settings_of(line: str) -> dict:
         return vars(script_module("select").arguments(words))
     parser = flags.script_parser(name, "", harmful="", utility="", custom="")
     flags.add_training_flags(parser)
-    return vars(flags.parse(parser, words, references=name == "train.py"))
+    section = "reference" if name == "train.py" else "finetune"
+    return vars(flags.parse(parser, words, section))
 
 
 SETTINGS = (ROOT / "tests/settings.jsonl").read_text().replace("{root}", str(ROOT)).splitlines()
@@ -183,8 +198,7 @@ SETTINGS = (ROOT / "tests/settings.jsonl").read_text().replace("{root}", str(ROO
 def test_the_defaults_are_the_papers_below_the_run_and_the_command_line(line, tmp_path):
     case = json.loads(line)
     if "run" in case:
-        content = {"format": runfile.FORMAT, **case["run"]}
-        (tmp_path / "run.json").write_text(json.dumps(content))
+        (tmp_path / "run.json").write_text(json.dumps(case["run"]))
     args = settings_of(f"{case['command']} --run {tmp_path}")
     assert args.items() >= case["settings"].items()
 
@@ -195,7 +209,8 @@ def test_the_defaults_are_the_papers_below_the_run_and_the_command_line(line, tm
 def test_without_inputs_the_demos_settings_apply_under_the_command_line(script, stage, tmp_path):
     demo = read_json(flags.DEMO)
     args = settings_of(f"{script} --run {tmp_path}/new")
-    assert args.items() >= {**demo[stage], "demo": True, "discard": demo["discard"]}.items()
+    assert args.items() >= {**demo[stage], "max_length": demo["max_length"]}.items()
+    assert args.get("discard", 0.1) == demo["discard"]
     inputs = ("model", "harmful", "utility") if script == "train.py" else ("model", "custom")
     for name in inputs:
         assert args[name] == str(ROOT / demo[name])
@@ -207,30 +222,17 @@ def test_without_inputs_the_demos_settings_apply_under_the_command_line(script, 
 
 def test_training_that_diverges_leaves_what_was_there(trained, capsys):
     succeed(f"select.py --run {trained}")
-    before = tree(trained / "methods")
+    before = results_in(trained)
     line = f"select.py --run {trained} --lr 1e30 --batch-size 1 --epochs 9"
     assert "not finite" in refused(capsys, f"{line} --overwrite")
-    assert "not finite" in refused(capsys, f"{line} --name new")
-    assert tree(trained / "methods") == before
-
-
-def test_training_is_watched_and_leaves_the_base_alone(trained):
-    run = open_run(trained)
-    tokens, _ = run.scored()
-    run.cost = Cost(run.device)  # as make does for each result
-    steps = []
-    weights = tokens.response.float()
-    run.train("mine", tokens, weights, TrainConfig(lr=0.01), on_step=steps.append)
-    assert [event["step"] for event in steps] == [1, 2]
-    assert active(run.model) is None
-    assert run.remarks[0].startswith("loss of mine: ")
+    assert results_in(trained) == before
 
 
 def test_a_stage_fails_as_a_program(trained):
     """One that succeeds as a program is in test_code.py."""
     done = run("score.py", "--run", trained, "--template", "human")
     assert done.returncode == 1
-    assert re.fullmatch("error: .* was begun with --template chat, .*\n", done.stderr)
+    assert re.fullmatch("error: .* was begun with another base or prompt form .*\n", done.stderr)
 
 
 ASYNC = "import select, subprocess, asyncio; assert select.select([], [], [], 0) == ([], [], [])"

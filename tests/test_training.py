@@ -3,12 +3,12 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import fails, make_base, sources
 from helpers import (
+    Noted,
     losses_by_hand,
     micro_batch,
     overflowing,
@@ -26,20 +26,18 @@ from toss.loss import token_loss
 from toss.scoring import score
 from toss.tokens import batches
 from toss.training import adamw, train, training_steps
-from toss.workbench.progress import Cost
 from toss.workbench.run import open_run
-from toss.workbench.states import SavedState
 
 CONFIG = TrainConfig(lr=1e-2, batch_size=4, rank=2, alpha=4, targets="q_proj,v_proj,down_proj")
 
 
 def fit(model, tokens, config=CONFIG, **options):
     """The adapter, flat, and the events of training on every response token."""
-    events = []
     w = tokens.response.float()
-    adapter = train(model, tokens, w, config, on_step=events.append, **options)
+    watch = options.pop("watch", None) or Noted()
+    adapter = train(model, tokens, w, config, watch=watch, **options)
     assert active(model) is None  # the base is left alone
-    return flat(adapter.tensors()), events
+    return flat(adapter.tensors()), watch.events
 
 
 def flat(tensors):
@@ -74,16 +72,6 @@ def test_the_seed_draws_the_order_of_the_rows(tokens):
     second_epoch = steps[2] + steps[3]
     assert sorted(first_epoch) == sorted(second_epoch) == [0, 2, 3, 4, 5, 6, 7]
     assert first_epoch != second_epoch
-
-
-def test_training_goes_on_from_a_given_adapter_and_leaves_it_as_it_is(model, tokens):
-    start = random_adapter(model)
-    before = flat(random_adapter(model).tensors())
-    use(model, start)
-    still, _ = fit(model, tokens, replace(CONFIG, lr=1e-9), start=start)
-    assert torch.allclose(still, before, atol=1e-6)
-    fit(model, tokens, start=start)
-    assert torch.equal(flat(start.tensors()), before)
 
 
 def papers(parameters, config):
@@ -239,13 +227,13 @@ def test_running_out_of_memory_names_a_smaller_batch_before_the_first_step(model
     """Scoring begins with the longest rows; training rehearses its largest micro-batch."""
     small_memory(model, 150)
     words = "out of memory with 1000 tokens per batch, .*give --batch-tokens 500; .*goes on"
-    events = []
-    fails(words, score, model, tokens, 1000, on_batch=events.append)
+    watch = Noted()
+    fails(words, score, model, tokens, 1000, watch)
     w = tokens.response.float()
     config = replace(CONFIG, batch_tokens=1000)
     small_memory(model, 150, CUBLAS)
-    fails(words, train, model, tokens, w, config, on_step=events.append)
-    assert events == []
+    fails(words, train, model, tokens, w, config, watch=watch)
+    assert watch.events == []
     score(model, tokens, 150)
     train(model, tokens, w, replace(CONFIG, batch_tokens=100))
 
@@ -278,27 +266,17 @@ def test_a_single_row_that_does_not_fit_says_what_to_do_unless_it_is_unused(mode
     fails(words, train, model, long, everywhere, replace(CONFIG, batch_tokens=100))
 
 
-def test_the_peak_memory_of_a_stage_is_its_own():
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("only Linux can forget the peak")
-    cpu = torch.device("cpu")
-    big = torch.ones(2**26)  # 256 MiB
-    first = Cost(cpu).read()["peak_memory_gib"]
-    del big
-    assert Cost(cpu).read()["peak_memory_gib"] < first - 0.2
-
-
 # Interrupted work
 
 
 @pytest.fixture
-def state(tmp_path):
+def states(tmp_path):
     """Where the work is saved after every step."""
-    return SavedState(tmp_path / "states", "work", minutes=0)
+    return tmp_path / "states"
 
 
 def interrupt_at(step):
-    """For on_step and on_batch: ends the work in this step, before it is saved."""
+    """Ends the work in this step, before it is saved."""
 
     def stop(event):
         if event["step"] == step:
@@ -307,45 +285,44 @@ def interrupt_at(step):
     return stop
 
 
-def interrupt_training(model, tokens, config=CONFIG, **options):
+def interrupt_training(model, tokens, states, config=CONFIG, **options):
     """Train for two steps of four."""
     w = tokens.response.float()
     with pytest.raises(KeyboardInterrupt):
-        train(model, tokens, w, config, on_step=interrupt_at(3), **options)
+        train(model, tokens, w, config, watch=Noted(states, interrupt_at(3)), **options)
     assert active(model) is None
 
 
-def test_an_interrupted_training_goes_on_and_ends_equal_to_the_bit(model, tokens, state):
+def test_an_interrupted_training_goes_on_and_ends_equal_to_the_bit(model, tokens, states):
     expected, events = fit(model, tokens, optimizer=two_rates)
-    interrupt_training(model, tokens, optimizer=two_rates, state=state)
-    again, later_events = fit(model, tokens, optimizer=two_rates, state=state)
+    interrupt_training(model, tokens, states, optimizer=two_rates)
+    again, later_events = fit(model, tokens, optimizer=two_rates, watch=Noted(states))
     assert torch.equal(again, expected)
     assert later_events == [{"resumed": 2, "steps": 4}, *events[2:]]
 
 
-def test_an_interrupted_scoring_goes_on_and_ends_equal_to_the_bit(model, tokens, state):
-    events = []
-    expected = score(model, tokens, 100, on_batch=events.append)
-    finished = [event["step"] for event in events]
+def test_an_interrupted_scoring_goes_on_and_ends_equal_to_the_bit(model, tokens, states):
+    whole = Noted()
+    expected = score(model, tokens, 100, whole)
+    finished = [event["step"] for event in whole.events]
     assert finished[-1] == sum(tokens.lengths)
     with pytest.raises(KeyboardInterrupt):
-        score(model, tokens, 100, state, interrupt_at(finished[2]))
+        score(model, tokens, 100, Noted(states, interrupt_at(finished[2])))
 
-    later_events = []
-    again = score(model, tokens, 100, state, later_events.append)
-    assert torch.equal(again, expected)
+    later = Noted(states)
+    assert torch.equal(score(model, tokens, 100, later), expected)
     resumed = {"resumed": finished[1], "steps": finished[-1], "unit": "token"}
-    assert later_events == [resumed, *events[2:]]
+    assert later.events == [resumed, *whole.events[2:]]
 
 
 def test_a_loss_that_was_saved_as_nan_is_refused_by_all_processes(
-    model, tokens, state, monkeypatch
+    model, tokens, states, monkeypatch
 ):
     """A maximum over processes drops the NaN of one of them, since the others have 0 there."""
     losses = torch.zeros(len(tokens.input_ids))
     losses[tokens.response] = 1.0
     losses[tokens.response.nonzero()[2]] = torch.nan
-    state.save({"losses": losses}, part=0)
+    Noted(states).save({"losses": losses}, part=0)
 
     def beside_another_process(operation, *tensors):
         for tensor in tensors:
@@ -353,29 +330,24 @@ def test_a_loss_that_was_saved_as_nan_is_refused_by_all_processes(
 
     monkeypatch.setattr("toss.scoring.over_processes", beside_another_process)
     with pytest.raises(InputError, match="of row 0 "):
-        score(model, tokens, 100, state)
+        score(model, tokens, 100, Noted(states))
 
 
-def test_a_resumed_training_may_have_smaller_batches(model, tokens, state):
-    interrupt_training(model, tokens, replace(CONFIG, batch_tokens=4096), state=state)
+def test_a_resumed_training_may_have_smaller_batches(model, tokens, states):
+    interrupt_training(model, tokens, states, replace(CONFIG, batch_tokens=4096))
     calls = []
     config = replace(CONFIG, batch_tokens=64)
-    fit(model, tokens, config, objective=noting(calls), state=state)
+    fit(model, tokens, config, objective=noting(calls), watch=Noted(states))
     assert calls[1:] == [(step, rows) for step, rows in planned(tokens, 64) if step > 2]
 
 
-def test_a_state_from_elsewhere_is_not_used(tmp_path):
-    SavedState(tmp_path / "one", "degraded", minutes=2).save({"step": 1}, part=0)
-    (tmp_path / "one").rename(tmp_path / "other")
-    assert SavedState(tmp_path / "other", "degraded", minutes=2).load(part=0) is None
-
-
-def test_a_state_of_other_weights_or_settings_is_refused(model, tokens, state):
+def test_a_state_of_other_weights_or_settings_is_refused(model, tokens, states):
     weights = tokens.response.float()
-    train(model, tokens, weights, CONFIG, state=state)
+    watch = Noted(states)
+    train(model, tokens, weights, CONFIG, watch=watch)
     words = "other rows, weights or settings"
-    fails(words, train, model, tokens, weights / 2, CONFIG, state=state)
-    fails(words, train, model, tokens, weights, replace(CONFIG, lr=0.5), state=state)
+    fails(words, train, model, tokens, weights / 2, CONFIG, watch=watch)
+    fails(words, train, model, tokens, weights, replace(CONFIG, lr=0.5), watch=watch)
 
 
 # What is not finite
@@ -383,14 +355,14 @@ def test_a_state_of_other_weights_or_settings_is_refused(model, tokens, state):
 
 def test_an_overflow_ends_a_long_pass_early(model, tokens):
     many = tokens.take([*range(8)] * 6)
-    events = []
+    watch = Noted()
 
     def spoil(norm, inputs, hidden):
-        return hidden * torch.nan if len(events) == 3 else hidden
+        return hidden * torch.nan if len(watch.events) == 3 else hidden
 
     model.model.norm.register_forward_hook(spoil)
-    fails("not finite", score, model, many, 1, on_batch=events.append)
-    assert len(events) == 17  # of 48: after the 1st, the 17th, ... it looks
+    fails("not finite", score, model, many, 1, watch)
+    assert len(watch.events) == 17  # of 48: after the 1st, the 17th, ... it looks
 
 
 def test_a_loss_that_is_not_finite_names_the_row(model, tokens):
@@ -419,7 +391,7 @@ def test_an_adapter_that_ends_in_infinities_is_an_error(model, tokens):
     weights = tokens.response.float()
     config = replace(CONFIG, epochs=1, batch_size=99)
     words = "rows: the trained adapter is not finite; lower --lr"
-    fails(words, train, model, tokens, weights, config, on_step=spoil)
+    fails(words, train, model, tokens, weights, config, watch=Noted(act=spoil))
 
 
 # Overflow in float16
@@ -461,7 +433,7 @@ def test_an_overflow_in_float16_is_an_error_that_names_what_holds_it(tmp_path, f
     error = refused(capsys, f"{line} --dtype float16")
     assert re.search("token .* of row .* is not finite in torch.float16: give --dtype tf32", error)
     succeed(f"{line} --dtype tf32")
-    assert made_from(run / "scores.safetensors")["dtype"] == "tf32"
+    assert made_from(run / "scores.safetensors")["settings"]["dtype"] == "tf32"
 
     # What a GPU would do
     on_gpu = open_run(run)

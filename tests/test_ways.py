@@ -8,10 +8,10 @@ import torch
 from conftest import make_base, read_jsonl, write_jsonl
 from helpers import refused, said, same_tensors, succeed
 from safetensors.torch import load_file, save_file
-from toss.workbench.results import read_record
 
 from model import load_adapter, load_checkpoint
 from model.io import made_from, save_tensors, tensors_hash
+from toss.workbench.records import read_record
 
 ADAPTER = "adapter_model.safetensors"
 SELECTION = "selection.safetensors"
@@ -35,10 +35,19 @@ def test_plain_fine_tuning_gives_the_same_without_references_and_scores(tmp_path
     assert same_tensors(plain / adapter, trained / adapter)
 
 
-def test_the_base_takes_the_utility_models_place_and_reference_sets_may_be_gone(trained, files):
+def test_the_base_takes_the_utility_models_place_and_reference_sets_may_be_gone(
+    trained, files, capsys
+):
     Path(files["harmful"]).unlink()
     Path(files["utility"]).unlink()
-    succeed(f"score.py --run {trained} --base --overwrite")
+    succeed(f"select.py --run {trained}")
+    losses = load_file(trained / "scores.safetensors")
+    succeed(f"score.py --run {trained} --base")  # adds them, and no selection is stale
+    scores = load_file(trained / "scores.safetensors")
+    assert scores.keys() - losses.keys() == {"loss_base"}
+    assert all(torch.equal(losses[name], scores[name]) for name in losses)
+    assert "skipped" in said(capsys, f"score.py --run {trained} --base")
+    assert "skipped" in said(capsys, f"select.py --run {trained}")
     succeed(f"select.py --run {trained} --method base")
     scores = load_file(trained / "scores.safetensors")
     score = load_file(trained / "methods/base-reference" / SELECTION)["score"]
@@ -80,8 +89,8 @@ def test_a_mask_travels_to_another_model(mask, trained, tmp_path, capsys):
     succeed(line)
     method = tmp_path / "new/methods/mask"
     assert same_tensors(mask, method / SELECTION)
-    record = read_record(method)
-    assert record["settings"]["method"] == "mask"
+    record = read_record(method / SELECTION)
+    assert record["settings"] == {"method": "mask"}
     assert record["inputs"]["--mask"] == tensors_hash(mask)
     assert record["base_sha256"] != read_record(mask)["base_sha256"]
 

@@ -152,9 +152,11 @@ class Base:
         def key(row: Row) -> str:
             return json.dumps(row.prompt if prompts_only else row.messages)
 
-        for other in (self.args.harmful, self.args.utility, self.args.custom):
-            if other == path and not prompts_only:
-                return
+        others = [self.args.harmful, self.args.utility, self.args.custom]
+        if path in others and not prompts_only:  # up to its own, last, place
+            last = max(index for index, other in enumerate(others) if other == path)
+            others = others[:last]
+        for other in others:
             if other is None or not Path(other).is_file():
                 continue
             known = {key(row) for row in read_rows(other)}

@@ -28,6 +28,7 @@ INPUTS = ("model", "harmful", "utility", "custom")
 # What a run keeps: its inputs, and how text becomes ids.
 FORM = ("revision", "template", "date", "max_length", "chat_template_kwargs", "skip_empty")
 KEPT = (*INPUTS, *FORM)
+OTHERS = ("discard", "base", "threads")  # what only data/demo.json sets
 TRAINING_FLAGS = tuple(f.name for f in fields(TrainConfig) if f.metadata)
 # What a script has where it has no such flag.
 DEFAULTS = {**dict.fromkeys((*INPUTS, "mask")), "gradient_checkpointing": False}
@@ -196,7 +197,7 @@ def parse(parser: Parser, argv: list[str] | None = None, section: str = "finetun
 
     section: which training settings of run.json count; "reference" is train.py, which begins runs.
     Beside the flags the result has `typed`, the names of those on the command line; `settings`,
-    what run.json or demo.json holds; and `section`.
+    what run.json or demo.json holds; `section`; and `anew`, if train.py replaces the run.
     """
     code_digests("train.py", "score.py", "select.py")  # as they are now, before anyone edits them
     argv = sys.argv[1:] if argv is None else argv
@@ -213,9 +214,11 @@ def parse(parser: Parser, argv: list[str] | None = None, section: str = "finetun
     if not file.exists() and not inputs:
         source = DEMO
     settings = read_run(source) if source.exists() else {}
-    if begins and "overwrite" in typed:  # the run is begun anew
-        settings = {}
-    values = {**settings, **settings.get(section, settings.get("reference", {}))}
+    anew = begins and "overwrite" in typed  # the run is begun anew, and inherits nothing
+    values = {}
+    if not anew:
+        values = {name: settings[name] for name in (*KEPT, *OTHERS) if name in settings}
+        values |= settings.get(section, settings.get("reference", {}))
     if typed.get("model", values.get("model")) != values.get("model"):
         values.pop("revision", None)  # it is of the hub id that the base had
 
@@ -231,6 +234,7 @@ def parse(parser: Parser, argv: list[str] | None = None, section: str = "finetun
     args.typed = set(typed)
     args.settings = settings
     args.section = section
+    args.anew = anew
     return args
 
 
@@ -241,7 +245,7 @@ def read_run(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} was written by an earlier version: choose another --run")
     for section in ("reference", "finetune"):
         if not isinstance(content.get(section, {}), dict):
-            raise InputError(f"{file}: {section} is no object: is the file damaged?")
+            raise InputError(f"{file}: {section} is no object; is the file damaged?")
     return content
 
 

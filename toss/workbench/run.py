@@ -143,6 +143,9 @@ class Run(Base):
                 if rank() == 0:
                     self.publish(result, built, record)
             if rank() == 0:
+                if self.args.anew and not there:  # of the old run nothing is kept
+                    self.args.settings = {}
+                    self.args.anew = False
                 self.write_settings(result, inputs, settings)
                 remove(self.states if there else states)  # in the place of the new: all
         meet()  # nobody looks for the result before it is there
