@@ -86,7 +86,8 @@ def test_an_adapter_beside_a_mask_is_evaluated_and_not_replaced(masked, files, c
     assert "give --overwrite" in refused(capsys, f"select.py --run {masked}")
     assert tree(model) == before
     line = f"toss.audit.evaluate --run {masked} --harmful {files['harmful']} --max-new-tokens 2"
-    assert "note: toss was made elsewhere" in said(capsys, line)
+    said(capsys, line)
+    assert "note: toss was made elsewhere" in said(capsys, f"toss.audit.compare {masked}")
 
 
 def test_a_model_that_was_replaced_by_a_mask_is_no_longer_shown(trained, files, capsys):

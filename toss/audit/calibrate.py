@@ -38,8 +38,10 @@ def threshold_of(held_out: Tensor, custom: Tensor, quantile: float) -> tuple[flo
     >>> threshold_of(tensor([1.0, 2.0, 3.0, 4.0]), tensor([0.0, 3.5, 3.0, 9.0]), 0.75)
     (3.0, 0.5)
     """
-    threshold = float(held_out.kthvalue(math.ceil(quantile * len(held_out) - 1e-9)).values)
-    return threshold, float((custom > threshold).double().mean())
+    place = math.ceil(quantile * len(held_out) - 1e-9)
+    threshold = float(held_out.kthvalue(place).values)
+    is_above = custom > threshold
+    return threshold, float(is_above.double().mean())
 
 
 def calibrate(

@@ -39,23 +39,28 @@ def table_of(run: Run, found: Evaluated) -> Table:
         if method != "base":
             run.warn_if_stale(f"methods/{method}")
         row = {name: cell for name, cell in metrics.items() if cell.value is not None}
-        for name, number in cost_of(run, method).items():
+        numbers = cost_of(run, method)
+        settings = records.get(method, {}).get("settings", {})
+        if "discard" in settings:
+            numbers["discard"] = settings["discard"]
+        for name, number in numbers.items():
             row[name] = Cell(number, 1)
-        discard = records.get(method, {}).get("settings", {}).get("discard")
-        if discard is not None:
-            row["discard"] = Cell(discard, 1)
         table[run.folder.resolve().name, method] = row
     return table
 
 
 def with_ratios(table: Table) -> Table:
     """The same, and each cost also as a multiple of that of sft, of this run or of the first."""
-    firsts = [row for (_, method), row in table.items() if method == "sft"]
+    first = {}
+    for (_, method), row in table.items():
+        if method == "sft" and not first:
+            first = row
     for (name, _), row in table.items():
-        plain = table.get((name, "sft"), firsts[0] if firsts else {})
+        plain = table.get((name, "sft"), first)
         for cost in ("seconds", "tokens"):
-            if cost in row and cost in plain and plain[cost].value:
-                row[f"{cost}_to_sft"] = Cell(row[cost].value / plain[cost].value, 1)
+            if cost in row and cost in plain:
+                ratio = row[cost].value / max(plain[cost].value, 1e-9)
+                row[f"{cost}_to_sft"] = Cell(ratio, 1)
     return table
 
 

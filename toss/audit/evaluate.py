@@ -214,28 +214,34 @@ def metrics_of(found: dict) -> Metrics:
 
 
 def differences(current: dict[str, dict]) -> dict[str, Table]:
-    """The difference of each measure of each method to sft and to the base, a table each.
-
-    Only what was asked of both is compared. Sources of the intervals: measures.paired_share and
-    measures.mean_loss.
-    """
-    outcomes = {method: by_measure(found["lines"]) for method, found in current.items()}
+    """The difference of each measure of each method to sft and to the base, a table each."""
     tables = {}
     for other in AGAINST:
-        for method in current:
-            if other == method or other not in current:
-                continue
-            row = tables.setdefault(other, {}).setdefault(method, {})
-            for measure_name, answers in outcomes[method].items():
-                others = outcomes[other].get(measure_name, {})
-                if answers and answers.keys() == others.keys():
-                    row[measure_name] = paired_share(answers, others)
-            sums, counts = current[method]["losses"]
-            other_sums, other_counts = current[other]["losses"]
-            if counts and counts == other_counts:
-                difference = torch.tensor(sums).double() - torch.tensor(other_sums).double()
-                row["nll"] = mean_loss(difference, torch.tensor(counts).double())
+        if other not in current:
+            continue
+        for method, found in current.items():
+            if method != other:
+                row = difference(found, current[other])
+                tables.setdefault(other, {})[method] = row
     return tables
+
+
+def difference(found: dict, other: dict) -> Metrics:
+    """Of each measure that was asked of both alike, the difference.
+
+    Sources of the intervals: measures.paired_share and measures.mean_loss.
+    """
+    row = {}
+    others = by_measure(other["lines"])
+    for name, outcomes in by_measure(found["lines"]).items():
+        if outcomes and outcomes.keys() == others.get(name, {}).keys():
+            row[name] = paired_share(outcomes, others[name])
+    sums, counts = found["losses"]
+    other_sums, other_counts = other["losses"]
+    if counts and counts == other_counts:
+        apart = torch.tensor(sums).double() - torch.tensor(other_sums).double()
+        row["nll"] = mean_loss(apart, torch.tensor(counts).double())
+    return row
 
 
 def as_json(table: Table) -> dict:

@@ -109,7 +109,10 @@ def histogram(
     if len(everything) == 0:
         return line_chart({}, title, "", "")
     edges = np.linspace(*span(title, everything), BINS + 1)
-    shares = [np.histogram(group, edges)[0] / max(1, len(group)) for group in values]
+    shares = []
+    for group in values:
+        counts, _ = np.histogram(group, edges)
+        shares.append(counts / max(1, len(group)))
     least = min(share[share > 0].min() for share in shares if share.any())
     floor = math.floor(math.log10(least) - 1e-9)
 
@@ -117,8 +120,9 @@ def histogram(
     sides = edges.repeat(2).tolist()
     lines = {}
     for (name, group), share in zip(groups.items(), shares):
-        heights = np.log10(np.maximum(share, 10.0**floor)).repeat(2).tolist()
-        lines[f"{name} (n = {len(group):,})"] = list(zip(sides, [floor, *heights, floor]))
+        heights = np.log10(np.maximum(share, 10.0**floor))
+        steps = [floor, *heights.repeat(2).tolist(), floor]
+        lines[f"{name} (n = {len(group):,})"] = list(zip(sides, steps))
     if threshold is not None:
         lines[f"threshold {threshold:.3g}"] = [(threshold, floor), (threshold, 0)]
     y_ticks = [(y, f"{10.0**y:g}") for y in range(floor, 1)]
@@ -176,5 +180,6 @@ def ticks(low: float, high: float, most: int) -> Ticks:
     last = math.ceil(high / step - 1e-9)
     found = []
     for k in range(first, last + 1):
-        found.append((float(f"{k * step:.12g}"), f"{k * step:,.9g}"))
+        place = float(f"{k * step:.12g}")
+        found.append((place, f"{place:,.9g}"))
     return found

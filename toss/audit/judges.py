@@ -193,7 +193,9 @@ def row_losses(
     model: Transformer, tokens: Tokens, batch_tokens: int | None
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses and number of the response tokens of each row, float64 [rows] each."""
-    losses = score(model, tokens, batch_tokens, on_batch=Bar("losses").show).double()
+    losses = score(model, tokens, batch_tokens, on_batch=Bar("losses").show)
     row = tokens.row_of(torch.arange(len(losses)))
     zeros = torch.zeros(tokens.rows).double()
-    return zeros.index_add(0, row, losses), zeros.index_add(0, row, tokens.response.double())
+    sums = zeros.index_add(0, row, losses.double())
+    counts = zeros.index_add(0, row, tokens.response.double())
+    return sums, counts

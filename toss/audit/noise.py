@@ -47,7 +47,8 @@ def noise(run: Run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict
 
 def scores_of(losses: dict[str, Tensor], tokens: Tokens) -> Tensor:
     """S of the response tokens, float32 [n]."""
-    return (losses["utility"] - losses["degraded"])[tokens.response]
+    S = losses["utility"] - losses["degraded"]
+    return S[tokens.response]
 
 
 def share_of_discards(scores: Tensor, exact: Tensor, d: float) -> float:
