@@ -127,7 +127,7 @@ def test_the_page_holds_the_runs_numbers(page, nasty):
         "5 harmful rows, and a utility one, trained on some",
         f"accuracy/{harmless(NASTY)}",
         "No verdict: run ",
-        "KL(base || tuned): <script> rows",
+        "kl_base: <script>",
     ):
         assert part in words
     assert words.index("The same by source") < words.index("forbidden@3 answers")
@@ -205,7 +205,7 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     words = plain(text)
     assert all(line in words for line in lacking)
     assert words.count("forbidden: moonrot") == 3  # the base's
-    assert "mine rows" not in words
+    assert "kl_base: mine" not in words
 
 
 def test_what_is_missing_is_one_line_and_no_base_is_needed(nasty, capsys):

@@ -13,11 +13,9 @@ rests on the few held-out tokens above it.
 
 import math
 import sys
-from pathlib import Path
 
 from torch import Tensor
 
-from model.io import InputError
 from toss.audit.runs import losses_under, run_of
 from toss.methods import Candidates
 from toss.selection import competing_tokens
@@ -56,11 +54,6 @@ def calibrate(
     method: one of REFERENCES. Returns threshold (nats), discard (d), ranked (custom tokens),
     held_out (tokens), above (those above the threshold), and harmful (share of ranked).
     """
-    for flag in ("--harmful", "--utility", "--custom"):
-        if run.source(flag).resolve() == Path(held_out).resolve():
-            problem = f"these are the run's own rows ({flag})"
-            raise InputError(f"{held_out}: {problem}: give harmless rows that are in no set of it")
-
     # S of the tokens that compete, in the held-out rows and in the custom set
     tokens, losses = run.scored()
     reference = REFERENCES[method]

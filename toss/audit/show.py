@@ -84,22 +84,18 @@ def number_table(tokens: list) -> str:
         line["L^h"] = f"{token.degraded:6.3f}"
         if token.base is not None:
             line["L^0"] = f"{token.base:6.3f}"
-        line["S"] = signed(token.S)
+        line["S"] = f"{token.S:+7.3f}"
         if token.base is not None:
-            line["utility"] = signed(token.utility - token.base)
-            line["safety"] = signed(token.base - token.degraded)
+            line["utility"] = f"{token.utility - token.base:+7.3f}"
+            line["safety"] = f"{token.base - token.degraded:+7.3f}"
         if other_score:
-            line["ranked by"] = signed(token.score)
+            line["ranked by"] = f"{token.score:+7.3f}"
         line["order"] = token.order or "-"
         line["mark"] = "discarded" if token.discarded else "kept"
         if token.harmful:
             line["mark"] += ", harmful"
         lines.append(line)
     return markdown(list(line), [list(line.values()) for line in lines])
-
-
-def signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+7.3f}"  # no minus before a zero
 
 
 def main(argv: list[str] | None = None) -> None:
