@@ -18,7 +18,7 @@ from model.io import InputError
 from toss.audit.evaluate import Evaluated, evaluated
 from toss.audit.figures import picture_of
 from toss.audit.measures import Cell, Table
-from toss.audit.runs import cost_of, demo_words, records_of, write_text
+from toss.audit.runs import demo_words, numbers_of, records_of, write_text
 from toss.audit.tables import COSTS, csv_text, difference_tables, grid, markdown, over_seeds
 from toss.audit.verdict import cautions, verdict
 from toss.workbench import flags
@@ -33,17 +33,12 @@ def table_of(run: Run, found: Evaluated) -> Table:
     if not found.table:
         command = flags.command("-m toss.audit.evaluate", run.folder)
         raise InputError(f"{run.folder}: nothing is evaluated of its models of now: run {command}")
-    records = records_of(run, found.table)
     table = {}
     for method, metrics in found.table.items():
         if method != "base":
             run.warn_if_stale(f"methods/{method}")
         row = {name: cell for name, cell in metrics.items() if cell.value is not None}
-        numbers = cost_of(run, method)
-        settings = records.get(method, {}).get("settings", {})
-        if "discard" in settings:
-            numbers["discard"] = settings["discard"]
-        for name, number in numbers.items():
+        for name, number in numbers_of(run, method).items():
             row[name] = Cell(number, 1)
         table[run.folder.resolve().name, method] = row
     return table

@@ -26,6 +26,7 @@ from toss.audit.evaluate import Evaluated, evaluated
 from toss.audit.figures import TEMPLATES, histogram, line_chart
 from toss.audit.runs import (
     KNOWN,
+    about,
     demo_words,
     meaning,
     records_of,
@@ -73,6 +74,7 @@ def page(run: Run) -> tuple[str, list[str], int]:
             run=run,
             show=flags.command("-m toss.audit.show", run.folder),
             stages=stages_of(run),
+            about=about(run),
             tokens=tokens,
             shown=shown,
             lacking=lacking,

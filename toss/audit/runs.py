@@ -94,6 +94,25 @@ def stages_of(run: Run) -> dict[str, dict]:
     return run.runfile.section("stages")
 
 
+def about(run: Run) -> dict:
+    """What run.json says of the code and the files: "commit", "versions" and "inputs"."""
+    content = run.runfile.content
+    return {
+        "commit": content.get("commit") or "unknown",
+        "versions": content.get("versions", {}),
+        "inputs": content.get("inputs", {}),
+    }
+
+
+def numbers_of(run: Run, name: str) -> dict[str, float]:
+    """What a method costs, and its d where it has one: by measure."""
+    numbers = cost_of(run, name)
+    record = records_of(run, [name]).get(name, {})
+    if "discard" in record.get("settings", {}):
+        numbers["discard"] = record["settings"]["discard"]
+    return numbers
+
+
 def cost_of(run: Run, name: str) -> dict[str, float]:
     """What a method costs, starting from the base: seconds, tokens trained or scored, peak memory.
 
