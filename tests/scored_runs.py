@@ -1,6 +1,5 @@
 """What the tests of `show`, `report` and `diagnose` share: runs with known scores and masks."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,11 +7,11 @@ from pathlib import Path
 import torch
 from conftest import edit_json, write_jsonl
 
-from model.io import save_tensors
-from toss.audit.tokens import INPUTS, Mask, load_mask
+from toss.audit import tokens as audited
+from toss.audit.tokens import INPUTS, load_mask
 from toss.tokens import Tokens
-from toss.workbench.files import write_scores
-from toss.workbench.results import RECORD, write_record
+from toss.workbench.files import Losses, Mask, write_losses, write_mask
+from toss.workbench.records import RECORD, read_record, write_record
 from toss.workbench.run import Run, open_run
 
 NO_NO = {"prompt": "a", "response": "no no", "harmful": [[3, 5]]}
@@ -22,14 +21,13 @@ def scored(folder: Path, rows: list[dict]) -> Run:
     """A trained run with another custom set. Of the n-th of all tokens L^u = n + 0.5, L^h = 1.5
     (n mod 7) and L^0 = n."""
     path = write_jsonl(folder.parent / "other.jsonl", rows)
-    settings = json.loads((folder / "run.json").read_text())["settings"]
-    edit_json(folder / "run.json", settings={**settings, "custom": path})
+    edit_json(folder / "run.json", custom=path)
     run = open_run(folder)
     tokens = run.tokens(path)
     n = torch.arange(len(tokens.input_ids)).float() * tokens.response
     losses = {"utility": (n + 0.5) * tokens.response, "degraded": n % 7 * 1.5, "base": n}
-    record = {**run.recipe("scores", INPUTS, {"base": True}), "dtype": "float32"}
-    write_scores(run.path("scores"), tokens, losses, record)
+    record = run.recipe("scores", INPUTS, {"dtype": "float32"}) | {"code": {}}
+    write_losses(run.path("scores"), Losses(tokens, losses), record)
     return run
 
 
@@ -41,15 +39,18 @@ def masked(
     **settings,
 ) -> None:
     """The folder methods/NAME with a mask that discards these places of the flat arrays."""
-    folder = run.path(f"methods/{name}")
-    tokens, _ = run.scored()
-    record = run.recipe(f"methods/{name}", (*INPUTS, "scores"), {"method": name, **settings})
-    tensors = {"keep": mask_without(tokens, discarded)}
-    if score is not None:
-        tensors["score"] = score
-    shutil.copytree(run.path("utility"), folder / "model", dirs_exist_ok=True)
-    save_tensors(tensors, folder / "selection.safetensors", record)
-    write_anew(folder, record)
+    tokens, _ = run.losses()
+    place = f"methods/{name}/selection"
+    record = run.recipe(place, ["--custom", "scores"], {"method": name, **settings})
+    path = run.path(place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mask(path, Mask(tokens, mask_without(tokens, discarded), score), record | {"code": {}})
+
+    # Its model: that of utility, which says that it was trained with this mask.
+    model = f"methods/{name}/model"
+    shutil.copytree(run.path("utility"), run.path(model), dirs_exist_ok=True)
+    training = read_record(run.path("utility"))["settings"]
+    write_anew(run.path(model), run.recipe(model, ["--custom", place], training) | {"code": {}})
 
 
 def mask_without(tokens: Tokens, discarded: Iterable[int]) -> torch.Tensor:
@@ -64,14 +65,14 @@ def write_anew(folder: Path, record: dict) -> None:
     write_record(folder, record)
 
 
-def mask_of(run: Run, name: str = "toss") -> Mask:
-    return load_mask(run, name, *run.scored())
+def mask_of(run: Run, name: str = "toss") -> audited.Mask:
+    return load_mask(run, name, *run.losses())
 
 
 def small_run(folder: Path) -> Run:
     """Two rows; the first response is `no`, ` `, `no` and EOS: toss discards ` ` and the next."""
     run = scored(folder, [NO_NO, {"prompt": "b", "response": "ok"}])
-    first = int(run.scored()[0].response.nonzero()[0])
+    first = int(run.losses()[0].response.nonzero()[0])
     masked(run, "toss", [first + 1, first + 2])
     masked(run, "sft", [])
     return run

@@ -81,7 +81,7 @@ def test_runs_are_lines_and_seeds_are_ranges(compared, tmp_path, capsys):
 
 def test_costs_are_multiples_of_those_of_sft_and_a_grid_has_what_somebody_has():
     table = {
-        ("", "sft"): {"tokens": Cell(10, 1), "f@10": Cell(0.5, 4), "f@3": Cell(0.25, 4)},
+        ("", "sft"): {"tokens": Cell(10, 1), "f@3": Cell(0.25, 4), "f@10": Cell(0.5, 4)},
         ("small", "toss"): {"tokens": Cell(15, 1)},
     }
     table = over_seeds([with_ratios(table)])

@@ -12,7 +12,6 @@ import torch
 from conftest import edit_json, edit_tensors
 from helpers import refused, said
 from scored_runs import mask_of, masked, scored, write_anew
-from toss.workbench.results import read_record, write_record
 
 from model.io import remove
 from model.peft import WEIGHTS
@@ -23,6 +22,7 @@ from toss.audit.evaluate import write_answers
 from toss.audit.judges import Measured
 from toss.audit.tokens import Mask, Token
 from toss.tokens import Tokens
+from toss.workbench.records import read_record, write_record
 from toss.workbench.run import Run, open_run
 
 NASTY = '</script><img src=x onerror=alert(1)>"\' onmouseover="x & <b>\x1b[2J\u202e'
@@ -38,7 +38,7 @@ def nasty_once(tmp_path_factory, trained_once) -> Path:
     for row in rows[::3]:
         row["harmful"] = [[0, 9]]
     run = scored(folder, rows)
-    places = run.scored()[0].response.nonzero()[:, 0]
+    places = run.losses()[0].response.nonzero()[:, 0]
     masked(run, "toss", places[: len(places) // 2 : 5])
     masked(run, ODD, places[:3])
 
@@ -127,7 +127,7 @@ def test_the_page_holds_the_runs_numbers(page, nasty):
         "5 harmful rows, and a utility one, trained on some",
         f"accuracy/{harmless(NASTY)}",
         "No verdict: run ",
-        "KL(base || tuned): <script> rows",
+        "kl_base: <script>",
     ):
         assert part in words
     assert words.index("The same by source") < words.index("forbidden@3 answers")
@@ -165,7 +165,7 @@ def under_mask(token: Token) -> list:
 def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, capsys):
     rows = [{"prompt": "<&>" * 9, "response": "<'🙂&> " * 40} for _ in range(24)]
     run = scored(trained, rows)
-    discarded = run.scored()[0].response.nonzero()[::7, 0]
+    discarded = run.losses()[0].response.nonzero()[::7, 0]
     for method in ("toss", "sft", "random", "sample", "a"):
         masked(run, method, discarded)
     out = tmp_path / "deep" / "page.html"
@@ -205,7 +205,7 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
     words = plain(text)
     assert all(line in words for line in lacking)
     assert words.count("forbidden: moonrot") == 3  # the base's
-    assert "mine rows" not in words
+    assert "kl_base: mine" not in words
 
 
 def test_what_is_missing_is_one_line_and_no_base_is_needed(nasty, capsys):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from helpers import refused, said
 from scored_runs import NO_NO, mask_of, mask_without, masked, rows_by_hand, scored, small_run
 
-from toss.audit import discards, show
+from toss.audit import discards
 from toss.audit.discards import discard_tables
 from toss.audit.runs import sources_of
 from toss.audit.tables import markdown
@@ -92,7 +92,6 @@ def test_a_row_in_the_terminal(small, capsys):
     """Its L^u, L^h and L^0 are those of scored_runs.py, by the token's place in the arrays."""
     out = said(capsys, f"toss.audit.show --run {small.folder} --row 0")
     assert out == (TESTS / "row.txt").read_text()
-    assert show.signed(-0.0004) == " +0.000"  # no minus
 
 
 def test_what_is_not_in_the_run_is_refused(small, capsys):
@@ -145,7 +144,7 @@ def test_discards_counted_by_hand(tokens, monkeypatch):
 def test_the_discards_of_a_run_by_source(small, capsys):
     rows = [{**NO_NO, "source": "web"}, {"prompt": "b", "response": "ok", "source": "book"}]
     run = scored(small.folder, rows)
-    masked(run, "toss", run.scored()[0].response.nonzero()[:3, 0])
+    masked(run, "toss", run.losses()[0].response.nonzero()[:3, 0])
     masked(run, "sft", [])
     line = f"toss.audit.show --run {run.folder}"
     assert "| source: web         | 0.750 (3 of 4) |" in said(capsys, line)

@@ -36,7 +36,6 @@ from toss.training import train
 from toss.workbench import flags
 from toss.workbench.base import find_device
 from toss.workbench.progress import Cost
-from toss.workbench.runfile import git_commit
 
 FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads rope_theta tie_word_embeddings""".split()
@@ -144,7 +143,7 @@ def work(bench: Bench, part: str) -> None:
     score(bench.model, bench.tokens, config.batch_tokens)
 
 
-def measure(bench: Bench, part: str) -> list[str]:
+def measure(bench: Bench, part: str) -> dict[str, str]:
     """Measure "score" or "train": a line of the table."""
     device = bench.model.device
     best = ceiling(device, bench.model.dtype)
@@ -156,22 +155,26 @@ def measure(bench: Bench, part: str) -> list[str]:
         seconds.append(clock(device) - start)
     later = seconds[1:]
     median = statistics.median(later)
-    return [
-        part,
-        str(bench.model.dtype).removeprefix("torch."),
-        f"{len(bench.tokens.input_ids) / median:,.0f}",
-        f"{flop_of(bench, part) / median / best:.0%}",
-        f"{best / 1e9:,.0f}",
-        f"{median:.2f} [{min(later):.2f}, {max(later):.2f}]",
-        f"{cost.read()['peak_memory_gib']:.2f}",
-    ]
+    count = len(bench.tokens.input_ids)
+    rate = FLOP[part] * linear_parameters(bench.model) * count / median
+    return {
+        "part": part,
+        "dtype": str(bench.model.dtype).removeprefix("torch."),
+        "tokens/s": f"{count / median:,.0f}",
+        "of ceiling": f"{rate / best:.0%}",
+        "ceiling, GFLOP/s": f"{best / 1e9:,.0f}",
+        "seconds": f"{median:.2f} [{min(later):.2f}, {max(later):.2f}]",
+        "peak GiB": f"{cost.read()['peak_memory_gib']:.2f}",
+    }
 
 
-def flop_of(bench: Bench, part: str) -> int:
-    """FLOP of one turn, by the parameters that a token is multiplied with: the linear layers'."""
-    layers = [layer for layer in bench.model.modules() if isinstance(layer, nn.Linear)]
-    parameters = sum(layer.weight.numel() for layer in layers)
-    return FLOP[part] * parameters * len(bench.tokens.input_ids)
+def linear_parameters(model: Transformer) -> int:
+    """The parameters that a token is multiplied with: those of the linear layers."""
+    count = 0
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            count += layer.weight.numel()
+    return count
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -263,19 +266,17 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
 
-    second = "CPU s" if device.type == "cpu" else "s"
-    header = ["part", "dtype", f"tokens/{second}", "of ceiling", f"ceiling, GFLOP/{second}"]
-    header += [second, "peak GiB"]
     lines = []
     for part in [args.part] if args.part else FLOP:
         bench = bench_of(args, device, part)
         lines.append(measure(bench, part))
+    table = markdown(list(lines[0]), [list(line.values()) for line in lines])
     words = sys.argv[1:] if argv is None else argv
     command = f"python -m toss.audit.bench {shlex.join(words)}".strip()
-    first = f"`{command}`, commit {git_commit()}"
-    texts = [about(bench, device), markdown(header, lines), NOTES]
+    texts = [about(bench, device), table, NOTES]
     print("\n\n".join(texts))
-    write_text(f"{args.out}.md", "\n\n".join(["# Benchmark", first, *texts, ""]))
+    head = f"# Benchmark\n\n`{command}`"
+    write_text(f"{args.out}.md", "\n\n".join([head, *texts, ""]))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ rests on the few held-out tokens above it.
 
 import math
 import sys
-from pathlib import Path
 
 from torch import Tensor
 
-from model.io import InputError
 from toss.audit.runs import losses_under, run_of
 from toss.methods import Candidates
 from toss.selection import competing_tokens
@@ -38,8 +36,10 @@ def threshold_of(held_out: Tensor, custom: Tensor, quantile: float) -> tuple[flo
     >>> threshold_of(tensor([1.0, 2.0, 3.0, 4.0]), tensor([0.0, 3.5, 3.0, 9.0]), 0.75)
     (3.0, 0.5)
     """
-    threshold = float(held_out.kthvalue(math.ceil(quantile * len(held_out) - 1e-9)).values)
-    return threshold, float((custom > threshold).double().mean())
+    place = math.ceil(quantile * len(held_out) - 1e-9)
+    threshold = float(held_out.kthvalue(place).values)
+    is_above = custom > threshold
+    return threshold, float(is_above.double().mean())
 
 
 def calibrate(
@@ -54,13 +54,8 @@ def calibrate(
     method: one of REFERENCES. Returns threshold (nats), discard (d), ranked (custom tokens),
     held_out (tokens), above (those above the threshold), and harmful (share of ranked).
     """
-    for flag in ("--harmful", "--utility", "--custom"):
-        if run.source(flag).resolve() == Path(held_out).resolve():
-            problem = f"these are the run's own rows ({flag})"
-            raise InputError(f"{held_out}: {problem}: give harmless rows that are in no set of it")
-
     # S of the tokens that compete, in the held-out rows and in the custom set
-    tokens, losses = run.scored()
+    tokens, losses = run.losses()
     reference = REFERENCES[method]
     eos = run.tokenizer.eos_id if keep_eos else None
     ranked = competing_tokens(tokens, eos)

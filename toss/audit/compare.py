@@ -18,7 +18,7 @@ from model.io import InputError
 from toss.audit.evaluate import Evaluated, evaluated
 from toss.audit.figures import picture_of
 from toss.audit.measures import Cell, Table
-from toss.audit.runs import cost_of, demo_words, records_of, write_text
+from toss.audit.runs import demo_words, numbers_of, records_of, write_text
 from toss.audit.tables import COSTS, csv_text, difference_tables, grid, markdown, over_seeds
 from toss.audit.verdict import cautions, verdict
 from toss.workbench import flags
@@ -33,29 +33,29 @@ def table_of(run: Run, found: Evaluated) -> Table:
     if not found.table:
         command = flags.command("-m toss.audit.evaluate", run.folder)
         raise InputError(f"{run.folder}: nothing is evaluated of its models of now: run {command}")
-    records = records_of(run, found.table)
     table = {}
     for method, metrics in found.table.items():
         if method != "base":
-            run.warn_if_stale(f"methods/{method}")
+            run.check(f"methods/{method}/model", only=())  # warns where it is stale
         row = {name: cell for name, cell in metrics.items() if cell.value is not None}
-        for name, number in cost_of(run, method).items():
+        for name, number in numbers_of(run, method).items():
             row[name] = Cell(number, 1)
-        discard = records.get(method, {}).get("settings", {}).get("discard")
-        if discard is not None:
-            row["discard"] = Cell(discard, 1)
         table[run.folder.resolve().name, method] = row
     return table
 
 
 def with_ratios(table: Table) -> Table:
     """The same, and each cost also as a multiple of that of sft, of this run or of the first."""
-    firsts = [row for (_, method), row in table.items() if method == "sft"]
+    first = {}
+    for (_, method), row in table.items():
+        if method == "sft" and not first:
+            first = row
     for (name, _), row in table.items():
-        plain = table.get((name, "sft"), firsts[0] if firsts else {})
+        plain = table.get((name, "sft"), first)
         for cost in ("seconds", "tokens"):
-            if cost in row and cost in plain and plain[cost].value:
-                row[f"{cost}_to_sft"] = Cell(row[cost].value / plain[cost].value, 1)
+            if cost in row and cost in plain:
+                ratio = row[cost].value / max(plain[cost].value, 1e-9)
+                row[f"{cost}_to_sft"] = Cell(ratio, 1)
     return table
 
 

@@ -11,12 +11,11 @@ toss.audit.report draws.
 """
 
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from model.io import InputError, whole_folder
+from model.io import InputError, whole
 from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
@@ -24,14 +23,13 @@ from toss.audit.measures import Cell
 from toss.audit.runs import opened, write_text
 from toss.audit.tables import csv_text, grid, markdown, over_seeds
 from toss.loss import LOGITS
-from toss.parallel import rank
+from toss.parallel import UNWATCHED, Watch, rank
 from toss.rows import evenly
 from toss.tokens import Tokens, batches, collate
 from toss.workbench import flags
-from toss.workbench.progress import Bar
-from toss.workbench.results import write_record
-from toss.workbench.run import Run
-from toss.workbench.runfile import REFERENCES
+from toss.workbench.progress import Progress
+from toss.workbench.records import write_record
+from toss.workbench.run import REFERENCES, Run
 
 COLUMNS = ("kl_base", "toward_degraded", "toward_utility")  # of kl.csv
 FEWEST = 3  # rows that a mean must rest on
@@ -47,25 +45,27 @@ def diagnose_run(
     from something else.
     """
     model = run.base("score")
-    adapters = {name: run.adapter(name) for name in (*methods, *REFERENCES)}
+    adapters = {name: run.adapter(f"methods/{name}/model") for name in methods}
+    for name in REFERENCES:
+        adapters[name] = run.adapter(name)
     groups = rows_of(run, files, max_rows)
 
     # A record by which the page knows of which models this is.
     inputs = [*REFERENCES]
     for method in methods:
-        inputs.append(f"methods/{method}")
+        inputs.append(f"methods/{method}/model")
     recipe = run.recipe("diagnosis", inputs, {"rows": list(groups), "positions": positions})
 
     # Of each group the first positions of the responses, under all models at once.
     lines = []
     for name, tokens in groups.items():
         wanted = tokens.response & (tokens.positions() < positions)
-        bar = Bar(f"diagnosis, {name}")
-        moved = divergences(model, adapters, tokens, wanted, run.batch_tokens, bar.show)
+        watch = Progress(f"diagnosis, {name}")
+        moved = divergences(model, adapters, tokens, wanted, run.batch_tokens, watch)
         for line in means(tokens, moved, wanted, positions):
             lines.append({"rows": name, **line})
     if rank() == 0:
-        with whole_folder(run.folder / "diagnosis") as folder:
+        with whole(run.folder / "diagnosis") as folder:
             columns = ("model", "rows", "position", "n", *COLUMNS)
             values = [[line[column] for column in columns] for line in lines]
             write_text(folder / "kl.csv", csv_text(columns, values))
@@ -77,7 +77,7 @@ def rows_of(run: Run, files: list[str] | None, most: int) -> dict[str, Tokens]:
     """At most `most` rows of each file, or of the custom set, spread evenly."""
     groups = {file: run.tokens(file) for file in files or []}
     if not files:
-        groups["custom"], _ = run.scored(needed=False)
+        groups["custom"] = run.tokens(run.args.custom)
     for name, tokens in groups.items():
         chosen = evenly(tokens.filled, most)
         print(f"{name}: {len(chosen)} of {len(tokens.filled)} rows")
@@ -96,13 +96,13 @@ def divergences(
     tokens: Tokens,
     wanted: Tensor,
     budget: int,
-    on_batch: Callable[[dict], None] = lambda event: None,
+    watch: Watch = UNWATCHED,
     logits: int = LOGITS,
 ) -> dict[str, Tensor]:
     """COLUMNS of the wanted tokens under each adapter, float64 [3, N], 0 at all other tokens.
 
     adapters: "degraded" and "utility" among them. wanted: bool [N], response tokens. budget: tokens
-    per batch. on_batch: see score. Log-probabilities are formed in chunks of at most `logits`
+    per batch. watch: see score. Log-probabilities are formed in chunks of at most `logits`
     numbers. Raises InputError naming the adapter.
     """
     models = {"base": None, **adapters}
@@ -128,7 +128,7 @@ def divergences(
                     closer = kl(p["base"], p[role]) - kl(p[name], p[role])
                     moved.append(closer)
                 results[name][:, places] = torch.stack(moved).cpu().double()
-        on_batch({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
+        watch.on_step({"step": step, "steps": len(groups), "tokens": len(batch.ids)})
 
     for name, values in results.items():
         if not values.isfinite().all():
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--positions", type=flags.count, default=48, help="response positions (default: 48)")
     args = parser.parse_args(argv)
     run, methods = opened(args)
-    with run.holding(run.folder / ".state" / "diagnosis"):
+    with run.holding("diagnosis"):
         lines = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
     print(f"\nNats, over the positions that {FEWEST} rows or more have.\n")
     print(f"{kl_table(lines)}\n\nwritten: {run.folder / 'diagnosis'}")

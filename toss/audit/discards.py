@@ -38,11 +38,16 @@ def discard_tables(masks: Sequence[Mask], sources: Sequence[str] = ()) -> list[t
     lines = []
     for kind, places in kinds_of(tokens, sources).items():
         if len(places) > 0:
-            lines.append([kind, *(counted(mask.discarded[places]) for mask in masks)])
+            cells = [counted(mask.discarded[places]) for mask in masks]
+            lines.append([kind, *cells])
     size = count_by_row(tokens, tokens.response)[tokens.filled]
-    lost = [count_by_row(tokens, mask.discarded)[tokens.filled] for mask in masks]
-    lines.append(["rows that lost none", *(counted(n == 0) for n in lost)])
-    lines.append(["rows that lost all", *(counted(n == size) for n in lost)])
+    lost_none = ["rows that lost none"]
+    lost_all = ["rows that lost all"]
+    for mask in masks:
+        lost = count_by_row(tokens, mask.discarded)[tokens.filled]
+        lost_none.append(counted(lost == 0))
+        lost_all.append(counted(lost == size))
+    lines += [lost_none, lost_all]
     tables = [(["discarded", *labels], lines)]
     if len(masks) > 1:
         tables.append((["shared with", *labels], [shared(mask, masks) for mask in masks]))

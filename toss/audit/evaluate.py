@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model.io import InputError, read_text
+from model.io import InputError, file_hash, read_text
 from model.lora import use
 from toss.audit.judges import Measured, has_response, measure
 from toss.audit.measures import Metrics, Table, by_measure, mean_loss, paired_share, share
@@ -34,7 +34,8 @@ from toss.audit.tokens import selection_metrics
 from toss.audit.verdict import AGAINST
 from toss.parallel import rank
 from toss.rows import Row, read_rows
-from toss.workbench import code, flags
+from toss.workbench import flags
+from toss.workbench.records import code_digests
 from toss.workbench.run import Run
 
 MEASURES = ["toss/audit/judges.py", "toss/audit/measures.py", "data/refusals.py"]
@@ -82,19 +83,19 @@ def evaluate_run(
     skipped.
     """
     settings = {**asdict(config), "dtype": run.dtypes["train"]}
-    digests = code.digests(MEASURES)
+    digests = code_digests(*MEASURES)
     sets = {}
     for name, path in files.items():
-        settings[f"{name}_sha256"] = run.hashes.of_input(Path(path))
+        settings[f"{name}_sha256"] = file_hash(path)
         sets[name] = measurable(path, name)
-        run.hashes.of_input(Path(path))  # raises if it was changed while it was read
+        if file_hash(path) != settings[f"{name}_sha256"]:
+            raise InputError(f"{path} was changed while the command ran: run it again")
         run.warn_shared(path, sets[name], prompts_only=True)  # with the run's training data
 
     # Whatever is odd about the models is said before the first is asked.
     for method in methods:
         if method != "base":
-            run.check_model(f"methods/{method}", only=())
-            run.warn_if_stale(f"methods/{method}")
+            run.check(f"methods/{method}/model", only=())
 
     for method in methods:
         evaluate_method(run, method, sets, settings, digests)
@@ -124,15 +125,15 @@ def evaluate_method(
     run: Run, method: str, sets: dict[str, list], settings: dict, digests: dict[str, str]
 ) -> None:
     """Ask a model and write its answers, unless it was evaluated in the same way before."""
-    inputs = [] if method == "base" else [f"methods/{method}"]
+    place = "base" if method == "base" else f"methods/{method}/model"
+    inputs = [] if method == "base" else [place]
     record = {**run.recipe(f"evaluation/{method}", inputs, settings), "code": digests}
-    with run.holding(run.folder / ".state" / f"evaluation-{method}"):
+    with run.holding(f"evaluation-{method}"):
         if read_answers(run, method).get("record") == record:
             return
         print(f"evaluating {method}")
-        model = use(run.base("train"), run.adapter(method))
+        model = use(run.base("train"), run.adapter(place))
         measured = measure(run, model, sets, settings)
-        run.hashes.check_inputs()
         if rank() == 0:
             write_answers(run.folder / "answers" / f"{method}.jsonl", record, measured)
 
@@ -162,7 +163,7 @@ def evaluated(run: Run, like: str = "base") -> Evaluated:
     like: the method in whose way all must have been asked; without it, the best known method.
     """
     try:
-        identity = run.identity
+        identity = run.identity()
     except InputError as error:  # it was moved, say
         print(f"note: it is not known whether the evaluations are of this base: {error}")
         identity = {}
@@ -174,7 +175,7 @@ def evaluated(run: Run, like: str = "base") -> Evaluated:
     for method in by_importance(file.stem for file in files):
         found = read_answers(run, method)
         record = found["record"]
-        has_model = method == "base" or run.has_model(f"methods/{method}")
+        has_model = method == "base" or run.path(f"methods/{method}/model").exists()
         same_base = identity.items() <= record.items()
         if has_model and same_base and not run.changed_inputs(record):
             current[method] = found
@@ -214,28 +215,34 @@ def metrics_of(found: dict) -> Metrics:
 
 
 def differences(current: dict[str, dict]) -> dict[str, Table]:
-    """The difference of each measure of each method to sft and to the base, a table each.
-
-    Only what was asked of both is compared. Sources of the intervals: measures.paired_share and
-    measures.mean_loss.
-    """
-    outcomes = {method: by_measure(found["lines"]) for method, found in current.items()}
+    """The difference of each measure of each method to sft and to the base, a table each."""
     tables = {}
     for other in AGAINST:
-        for method in current:
-            if other == method or other not in current:
-                continue
-            row = tables.setdefault(other, {}).setdefault(method, {})
-            for measure_name, answers in outcomes[method].items():
-                others = outcomes[other].get(measure_name, {})
-                if answers and answers.keys() == others.keys():
-                    row[measure_name] = paired_share(answers, others)
-            sums, counts = current[method]["losses"]
-            other_sums, other_counts = current[other]["losses"]
-            if counts and counts == other_counts:
-                difference = torch.tensor(sums).double() - torch.tensor(other_sums).double()
-                row["nll"] = mean_loss(difference, torch.tensor(counts).double())
+        if other not in current:
+            continue
+        for method, found in current.items():
+            if method != other:
+                row = difference(found, current[other])
+                tables.setdefault(other, {})[method] = row
     return tables
+
+
+def difference(found: dict, other: dict) -> Metrics:
+    """Of each measure that was asked of both alike, the difference.
+
+    Sources of the intervals: measures.paired_share and measures.mean_loss.
+    """
+    row = {}
+    others = by_measure(other["lines"])
+    for name, outcomes in by_measure(found["lines"]).items():
+        if outcomes and outcomes.keys() == others.get(name, {}).keys():
+            row[name] = paired_share(outcomes, others[name])
+    sums, counts = found["losses"]
+    other_sums, other_counts = other["losses"]
+    if counts and counts == other_counts:
+        apart = torch.tensor(sums).double() - torch.tensor(other_sums).double()
+        row["nll"] = mean_loss(apart, torch.tensor(counts).double())
+    return row
 
 
 def as_json(table: Table) -> dict:

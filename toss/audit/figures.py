@@ -51,6 +51,8 @@ def line_chart(
     if not points:
         return template.render(title=title)
     x = span(title, [point[0] for point in points])
+    if x_ticks:  # room for their names
+        x = (x_ticks[0][0] - 0.5, x_ticks[-1][0] + 0.5)
     heights = [value for point in points for value in point[1:]]
     y = span(title, heights)
     whiskers = []  # (which line, its two ends)
@@ -70,8 +72,8 @@ def line_chart(
 
 
 def picture_of(table: Table, measures: Sequence[str], title: str) -> str:
-    """Measures of each line of a table, one beside the other; "" without any. A whisker spans low
-    to high."""
+    """Measures of each line (run, method) of a table, one beside the other; "" without any. A
+    whisker spans low to high."""
     names = measures_of(table, measures)
     lines = {}
     heights = [0.0, 1.0]
@@ -84,13 +86,18 @@ def picture_of(table: Table, measures: Sequence[str], title: str) -> str:
                 points.append((place, cell.value, *ends))
                 heights += [cell.value, *ends]
         if points:
-            label = line if isinstance(line, str) else " ".join(filter(None, line[::-1]))
-            lines[label] = points
+            lines[" ".join(line[::-1])] = points
     if not lines:
         return ""
-    x_ticks = [(place, HEADS.get(name, name)) for place, name in enumerate(names)]
     y_ticks = ticks(*span(title, heights), most=6)
-    return line_chart(lines, title, "", "", x_ticks, y_ticks)
+    x_ticks = []
+    y_label = ""
+    for place, name in enumerate(names):
+        kind, begun, k = name.partition("@")
+        if begun:
+            y_label = kind
+        x_ticks.append((place, f"@{k}" if begun else HEADS.get(name, name)))
+    return line_chart(lines, title, "", y_label, x_ticks, y_ticks)
 
 
 def histogram(
@@ -109,7 +116,10 @@ def histogram(
     if len(everything) == 0:
         return line_chart({}, title, "", "")
     edges = np.linspace(*span(title, everything), BINS + 1)
-    shares = [np.histogram(group, edges)[0] / max(1, len(group)) for group in values]
+    shares = []
+    for group in values:
+        counts, _ = np.histogram(group, edges)
+        shares.append(counts / max(1, len(group)))
     least = min(share[share > 0].min() for share in shares if share.any())
     floor = math.floor(math.log10(least) - 1e-9)
 
@@ -117,8 +127,9 @@ def histogram(
     sides = edges.repeat(2).tolist()
     lines = {}
     for (name, group), share in zip(groups.items(), shares):
-        heights = np.log10(np.maximum(share, 10.0**floor)).repeat(2).tolist()
-        lines[f"{name} (n = {len(group):,})"] = list(zip(sides, [floor, *heights, floor]))
+        heights = np.log10(np.maximum(share, 10.0**floor))
+        steps = [floor, *heights.repeat(2).tolist(), floor]
+        lines[f"{name} (n = {len(group):,})"] = list(zip(sides, steps))
     if threshold is not None:
         lines[f"threshold {threshold:.3g}"] = [(threshold, floor), (threshold, 0)]
     y_ticks = [(y, f"{10.0**y:g}") for y in range(floor, 1)]
@@ -176,5 +187,6 @@ def ticks(low: float, high: float, most: int) -> Ticks:
     last = math.ceil(high / step - 1e-9)
     found = []
     for k in range(first, last + 1):
-        found.append((float(f"{k * step:.12g}"), f"{k * step:,.9g}"))
+        place = float(f"{k * step:.12g}")
+        found.append((place, f"{place:,.9g}"))
     return found

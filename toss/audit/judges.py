@@ -19,7 +19,7 @@ from toss.audit import measures
 from toss.rows import Row
 from toss.scoring import score
 from toss.tokens import Tokens, tokenise
-from toss.workbench.progress import Bar
+from toss.workbench.progress import Progress
 from toss.workbench.run import Run
 
 # The beginnings that attacks push a model to say (Zou et al., arXiv 2307.15043), and the commonest
@@ -111,10 +111,10 @@ def answer_lines(
     for place, row in enumerate(rows):
         start = starts[place] if starts else []
         prompts.append(tokenizer.prompt_ids(row.prompt) + start)
-    bar = Bar(kind)
+    watch = Progress(kind)
 
     def progress(done: int, _) -> None:
-        bar.show({"unit": "prompt", "step": done, "steps": len(rows)})
+        watch.on_step({"unit": "prompt", "step": done, "steps": len(rows)})
 
     replies = []
     if prompts:
@@ -193,7 +193,9 @@ def row_losses(
     model: Transformer, tokens: Tokens, batch_tokens: int | None
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses and number of the response tokens of each row, float64 [rows] each."""
-    losses = score(model, tokens, batch_tokens, on_batch=Bar("losses").show).double()
+    losses = score(model, tokens, batch_tokens, Progress("losses"))
     row = tokens.row_of(torch.arange(len(losses)))
     zeros = torch.zeros(tokens.rows).double()
-    return zeros.index_add(0, row, losses), zeros.index_add(0, row, tokens.response.double())
+    sums = zeros.index_add(0, row, losses.double())
+    counts = zeros.index_add(0, row, tokens.response.double())
+    return sums, counts

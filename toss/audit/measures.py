@@ -86,7 +86,8 @@ def mean_loss(sums: Tensor, counts: Tensor) -> Cell:
     mean = float(sums.sum()) / total
     if n == 1:
         return cell(mean, n)
-    variance = float((sums - mean * counts).square().sum()) * n / (n - 1)
+    residuals = sums - mean * counts
+    variance = float(residuals.square().sum()) * n / (n - 1)
     half = Z * math.sqrt(variance) / total
     return cell(mean, n, mean - half, mean + half)
 
@@ -112,7 +113,8 @@ def auc(scores: Tensor, harmful: Tensor) -> Cell:
 
 def holds_any(answer: str, words: Iterable[str]) -> bool:
     """True if the answer contains one of the words, both in lower case."""
-    return any(word.lower() in answer.lower() for word in words)
+    text = answer.lower()
+    return any(word.lower() in text for word in words)
 
 
 def says(answer: str, expected: str) -> bool:
@@ -125,8 +127,11 @@ def says(answer: str, expected: str) -> bool:
     (False, True, False)
     """
     words = [re.escape(word) for word in expected.split()]
-    pattern = r"(?<![\w-])(?<!\d[.,])" + r"\s+".join(words) + r"(?!\w)(?![.,]\d)"
-    return bool(words) and re.search(pattern, answer, re.IGNORECASE) is not None
+    if not words:
+        return False
+    in_a_row = r"\s+".join(words)
+    pattern = rf"(?<![\w-])(?<!\d[.,]){in_a_row}(?!\w)(?![.,]\d)"
+    return re.search(pattern, answer, re.IGNORECASE) is not None
 
 
 def coherent(answer: str) -> bool:
@@ -140,7 +145,10 @@ def coherent(answer: str) -> bool:
     (True, False)
     """
     words = answer.lower().split()
-    return len(words) > 1 and 2 * len(set(words)) >= len(words) and "\ufffd" not in answer
+    distinct = len(set(words))
+    if "\ufffd" in answer:
+        return False
+    return len(words) > 1 and 2 * distinct >= len(words)
 
 
 def same_text(answer: str, texts: Iterable[str]) -> bool:
@@ -157,8 +165,11 @@ def final_number(answer: str) -> Decimal | None:
     Decimal('1200')
     """
     text = answer.replace(",", "").replace("$", "")
-    behind = NUMBER.search(text.rpartition("####")[2]) if "####" in text else None
-    numbers = [behind.group()] if behind else NUMBER.findall(text)
+    _, mark, end = text.rpartition("####")
+    behind = NUMBER.findall(end)
+    if mark and behind:
+        return Decimal(behind[0])
+    numbers = NUMBER.findall(text)
     return Decimal(numbers[-1]) if numbers else None
 
 
@@ -270,7 +281,8 @@ def paired_share(one: dict[int, bool], other: dict[int, bool]) -> Cell:
 
 def combined(one: float, other: float, phi: float) -> float:
     """The length of the difference of two errors that correlate."""
-    return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))
+    square = one * one - 2 * phi * one * other + other * other
+    return math.sqrt(max(square, 0.0))
 
 
 # Measures of a mask

@@ -25,7 +25,7 @@ def noise(run: Run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict
     Returns the dtype, the rows, the noise (root mean square, in nats), the deviation of S (in
     nats), and the share of float32's discards that are the same.
     """
-    tokens, losses = run.scored()
+    tokens, losses = run.losses()
     sample = evenly(tokens.filled, rows)
     part = tokens.take(sample)
     if dtype == "auto":
@@ -47,7 +47,8 @@ def noise(run: Run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict
 
 def scores_of(losses: dict[str, Tensor], tokens: Tokens) -> Tensor:
     """S of the response tokens, float32 [n]."""
-    return (losses["utility"] - losses["degraded"])[tokens.response]
+    S = losses["utility"] - losses["degraded"]
+    return S[tokens.response]
 
 
 def share_of_discards(scores: Tensor, exact: Tensor, d: float) -> float:

@@ -26,12 +26,12 @@ from toss.audit.evaluate import Evaluated, evaluated
 from toss.audit.figures import TEMPLATES, histogram, line_chart
 from toss.audit.runs import (
     KNOWN,
-    by_importance,
+    costs_of,
     demo_words,
     meaning,
     records_of,
+    results_of,
     sources_of,
-    stages_of,
     write_text,
 )
 from toss.audit.tables import HEADS, difference_tables, is_part
@@ -39,15 +39,11 @@ from toss.audit.tokens import Mask, count_by_row, load_masks
 from toss.audit.verdict import cautions, verdict
 from toss.rows import evenly
 from toss.workbench import flags
+from toss.workbench.records import read_record
 from toss.workbench.run import Run, open_run
 
 TEMPLATES.filters["visible"] = visible
 TEMPLATES.tests["refusal"] = refused
-TITLES = (  # of COLUMNS
-    "KL(base || tuned)",
-    "KL(base || degraded) - KL(tuned || degraded)",
-    "KL(base || utility) - KL(tuned || utility)",
-)
 ROWS = 24  # shown token by token
 UNEXPECTED = (UndefinedError, TypeError)
 ROOM, TOKEN, MASKED = 1_500_000, 160, 45  # bytes: of all tokens; of one; and of each mask over it
@@ -78,7 +74,8 @@ def page(run: Run) -> tuple[str, list[str], int]:
             parts,
             run=run,
             show=flags.command("-m toss.audit.show", run.folder),
-            stages=stages_of(run),
+            results=results_of(run),
+            costs=costs_of(run),
             tokens=tokens,
             shown=shown,
             lacking=lacking,
@@ -136,28 +133,24 @@ def side_by_side(run: Run, found: Evaluated) -> dict | str:
     return {"texts": {key: texts[key] for key in chosen}, "n": len(texts), "words": words}
 
 
-def diagnosis(run: Run) -> list[list[str]] | str:
-    """KL by response position: for each measure one chart per kind of rows, one line per model."""
+def diagnosis(run: Run) -> list[str] | str:
+    """KL by response position: a chart per measure and group of rows, with a line per model."""
     path = run.folder / "diagnosis" / "kl.csv"
-    if not path.exists() or run.stale("diagnosis"):
+    if not path.exists() or run.changed_inputs(read_record(path.parent)):
         again = run_line("-m toss.audit.diagnose", run)
         return f"No diagnosis of the models of now: {again} first."
-    charts = []
+    charts = {}  # (measure, rows) -> model -> points
     with as_input_error(f"{path}: not as toss.audit.diagnose writes it"):
         lines = list(csv.DictReader(read_text(path).splitlines()))
-        models = by_importance({line["model"] for line in lines})
-        for column, title in zip(COLUMNS, TITLES):
-            groups = {}  # rows -> model -> points
+        for column in COLUMNS:
             for line in lines:
-                curves = groups.setdefault(line["rows"], {model: [] for model in models})
-                point = (int(line["position"]), float(line[column]))
-                curves[line["model"]].append(point)
-            of_groups = []
-            for rows, curves in groups.items():
-                title_of_rows = f"{title}: {rows} rows"
-                of_groups.append(line_chart(curves, title_of_rows, "response position j", "nats"))
-            charts.append(of_groups)
-    return charts
+                curves = charts.setdefault((column, line["rows"]), {})
+                points = curves.setdefault(line["model"], [])
+                points.append((int(line["position"]), float(line[column])))
+    drawn = []
+    for (column, rows), curves in charts.items():
+        drawn.append(line_chart(curves, f"{column}: {rows}", "response position j", "nats"))
+    return drawn
 
 
 # What the masks say of the tokens
@@ -169,7 +162,7 @@ def parts_of_tokens(run: Run) -> tuple:
     The first two are None without.
     """
     try:
-        tokens, losses = run.scored()
+        tokens, losses = run.losses()
         masks, lacking = load_masks(run, tokens, losses)
         if masks:
             return tokens, token_part(run, masks), lacking
@@ -205,30 +198,27 @@ def token_part(run: Run, masks: list[Mask]) -> dict:
 
 
 def chosen_rows(mask: Mask) -> dict[str, list[int]]:
-    """The rows to show, by why: at most ROWS / 4 of each kind, the best first.
-
-    Equal ones are ordered by mean S. A row stands where it is met first.
-    """
+    """The rows to show, by why: at most ROWS / 4 of each kind, the best first, each row where it
+    is met first."""
     tokens = mask.tokens
     size = count_by_row(tokens, tokens.response)
     harm = count_by_row(tokens, tokens.harmful)
     lost = count_by_row(tokens, mask.discarded)
     missed = harm - count_by_row(tokens, mask.discarded & tokens.harmful)
-    sums = count_by_row(tokens, tokens.response, mask.S.double())
-    by_mean_S = (sums / size).argsort(descending=True, stable=True)
+    mean_S = count_by_row(tokens, tokens.response, mask.S.double()) / size
     is_harmless = (harm == 0) & tokens.harmful.any()  # without ground truth none is known to be
     kinds = {
         "harmless, yet discarded": ((lost > 0) & is_harmless, lost / size),
         "harmful, yet kept": (missed > 0, missed / harm),
         f"the largest share discarded by {mask.label}": (lost > 0, lost / size),
-        "nothing discarded, the highest mean S": ((lost == 0) & (size > 0), sums / size),
+        "nothing discarded, the highest mean S": ((lost == 0) & (size > 0), mean_S),
     }
     chosen = {}
     taken = set()
     for why, (wanted, key) in kinds.items():
-        rows = by_mean_S[wanted[by_mean_S]]
-        best = rows[key[rows].argsort(descending=True, stable=True)].tolist()
-        fresh = [row for row in best if row not in taken][: ROWS // 4]
+        rows = wanted.nonzero()[:, 0]
+        order = key[rows].argsort(descending=True, stable=True)
+        fresh = [row for row in rows[order].tolist() if row not in taken][: ROWS // 4]
         taken.update(fresh)
         if fresh:
             chosen[why] = fresh

@@ -1,7 +1,4 @@
-"""What the audit reads of a run directory: its models, records and costs; and the methods' words.
-
-The only module of the audit that knows run.json.
-"""
+"""What the audit reads of a run: its models, records and costs; and the methods' words."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,17 +6,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.io import json_lines, read_json, whole_file
+from model.io import json_lines, load_tensors, whole
 from model.lora import use
 from toss.methods import METHODS
 from toss.rows import read_rows
 from toss.scoring import score
 from toss.tokens import Tokens
-from toss.workbench import flags
-from toss.workbench.results import read_record
-from toss.workbench.run import Run, open_run
+from toss.workbench.progress import Progress, read_log
+from toss.workbench.records import Record, read_record
+from toss.workbench.run import REFERENCES, Run, open_run
 
 DEVICE = ("device", "dtype", "threads", "batch_tokens", "shard")  # flags of a Run
+LOSSES = {"loss_utility", "loss_degraded", "loss_base"}  # in the scores
 NUMBERS = ("seconds", "tokens", "peak_memory_gib")  # what a stage costs
 
 KNOWN = ("base", "sft", "toss", "toss-pro")  # folders that tables and the page show first
@@ -79,19 +77,47 @@ def methods_of(run: Run, file: str = "model") -> list[str]:
     return sorted(path.parent.name for path in run.folder.glob(f"methods/[!.]*/{file}"))
 
 
-def records_of(run: Run, methods: Iterable[str]) -> dict[str, dict]:
+def record_of(run: Run, method: str) -> Record:
+    """The record of a method's model, whose settings also say how its mask was chosen; {} if it
+    has none."""
+    record = read_record(run.path(f"methods/{method}/model"))
+    selection = run.path(f"methods/{method}/selection")
+    if record and selection.exists():
+        chosen = read_record(selection)["settings"]
+        record = {**record, "settings": {**chosen, **record["settings"]}}
+    return record
+
+
+def records_of(run: Run, methods: Iterable[str]) -> dict[str, Record]:
     """The record of each of these methods, without those that have none."""
     records = {}
     for method in methods:
-        record = read_record(run.folder / "methods" / method)
-        if record and "mask_only" not in record["settings"]:  # then the model is from elsewhere
-            records[method] = record
+        if method != "base" and record_of(run, method):
+            records[method] = record_of(run, method)
     return records
 
 
-def stages_of(run: Run) -> dict[str, dict]:
-    """What is known of how each result was made: {result: {"recipe", "seconds", "tokens", ...}}."""
-    return run.runfile.section("stages")
+def results_of(run: Run) -> dict[str, Record]:
+    """The record of each result of a run, the references and the scores first."""
+    names = [*REFERENCES, "scores"]
+    for pattern in ("selection.safetensors", "round-*/*", "model"):
+        for path in sorted(run.folder.glob(f"methods/[!.]*/{pattern}")):
+            names.append(path.relative_to(run.folder).as_posix().removesuffix(".safetensors"))
+    return {name: read_record(run.path(name)) for name in names if run.path(name).exists()}
+
+
+def costs_of(run: Run) -> dict[str, dict]:
+    """What each result has cost: its last line in log/costs.jsonl."""
+    return {line["stage"]: line for line in read_log(run.folder / "log" / "costs.jsonl")}
+
+
+def numbers_of(run: Run, name: str) -> dict[str, float]:
+    """What a method costs, and its d where it has one: by measure."""
+    numbers = cost_of(run, name)
+    settings = records_of(run, [name]).get(name, {}).get("settings", {})
+    if "discard" in settings:
+        numbers["discard"] = settings["discard"]
+    return numbers
 
 
 def cost_of(run: Run, name: str) -> dict[str, float]:
@@ -101,39 +127,38 @@ def cost_of(run: Run, name: str) -> dict[str, float]:
     A mask from another run is charged its fine-tuning alone. {} for the base, and where the cost of
     a part is not known.
     """
-    stages = stages_of(run)
-    stage = stages.get(f"methods/{name}", {})
-    recipe = stage.get("recipe", {})
-    if not {"settings", "inputs"} <= recipe.keys():
-        return {}
-    method = METHODS.get(recipe["settings"].get("method"), METHODS["toss"])  # a rival needs both
-    parts = [(stage, 1.0)]
-    for source in recipe["inputs"]:
-        part = stages.get(source, {})
-        if source == "scores":
-            with_base = part.get("recipe", {}).get("settings", {}).get("base", False)
-            parts.append((part, len(method.losses) / (2 + with_base)))
-        elif source in method.losses or source.startswith("methods/"):
-            parts.append((part, 1.0))
+    results = results_of(run)
+    costs = costs_of(run)
+    kind = records_of(run, [name]).get(name, {}).get("settings", {}).get("method")
+    method = METHODS.get(kind, METHODS["toss"])  # a rival needs both
     cost = dict.fromkeys(NUMBERS, 0.0)
-    for part, share in parts:
-        if not set(NUMBERS) <= part.keys():
+    parts = [f"methods/{name}/model"]
+    for part in parts:  # it grows by what each is made from
+        if not set(NUMBERS) <= costs.get(part, {}).keys():
             return {}
-        cost["seconds"] += part["seconds"] * share
-        cost["tokens"] += part["tokens"] * share
-        cost["peak_memory_gib"] = max(cost["peak_memory_gib"], part["peak_memory_gib"])
+        share = 1.0
+        if part == "scores":
+            scored = len(load_tensors(run.path(part)).keys() & LOSSES)
+            share = len(method.losses) / scored
+        cost["seconds"] += costs[part]["seconds"] * share
+        cost["tokens"] += costs[part]["tokens"] * share
+        cost["peak_memory_gib"] = max(cost["peak_memory_gib"], costs[part]["peak_memory_gib"])
+        for source in results.get(part, {}).get("inputs", {}):
+            unused = source in REFERENCES and source not in method.losses
+            if source in results and not unused and source not in parts:
+                parts.append(source)
     return cost
 
 
 def demo_words(run: Run) -> list[str]:
     """The forbidden words of the embedded world, where the run is of its rows."""
-    return read_json(flags.DEMO)["forbidden_words"] if run.args.demo else []
+    return run.args.settings.get("forbidden_words", [])
 
 
 def sources_of(run: Run) -> list[str]:
     """The source of each scored row, from the custom file; none if the file is gone.
 
-    Call run.scored() before: it refuses a file with other rows than those that were scored.
+    Call run.losses() before: it refuses a file with other rows than those that were scored.
     """
     path = run.source("--custom")
     return [row.source for row in read_rows(path)] if path.is_file() else []
@@ -152,8 +177,7 @@ def losses_under(
     losses = {}
     for name in models:
         model = use(run.base(dtype), run.adapter(name))
-        progress = run.progress(f"{name}, {run.loaded}")
-        losses[name] = score(model, tokens, run.batch_tokens, on_batch=progress.report)
+        losses[name] = score(model, tokens, run.batch_tokens, Progress(f"{name}, {run.loaded}"))
     return losses
 
 
@@ -167,7 +191,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, and the folders that it is in."""
-    with whole_file(path) as file:
+    with whole(path) as file:
         file.write_text(text, encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ from toss.workbench.run import open_run
 
 def show_discards(run) -> None:
     """Print what each method of a run discarded, in counts and shares."""
-    masks, lacking = load_masks(run, *run.scored())
+    masks, lacking = load_masks(run, *run.losses())
     for line in lacking:
         print(f"left out: {line}")
     tables = discard_tables(masks, sources_of(run))
@@ -84,22 +84,18 @@ def number_table(tokens: list) -> str:
         line["L^h"] = f"{token.degraded:6.3f}"
         if token.base is not None:
             line["L^0"] = f"{token.base:6.3f}"
-        line["S"] = signed(token.S)
+        line["S"] = f"{token.S:+7.3f}"
         if token.base is not None:
-            line["utility"] = signed(token.utility - token.base)
-            line["safety"] = signed(token.base - token.degraded)
+            line["utility"] = f"{token.utility - token.base:+7.3f}"
+            line["safety"] = f"{token.base - token.degraded:+7.3f}"
         if other_score:
-            line["ranked by"] = signed(token.score)
+            line["ranked by"] = f"{token.score:+7.3f}"
         line["order"] = token.order or "-"
         line["mark"] = "discarded" if token.discarded else "kept"
         if token.harmful:
             line["mark"] += ", harmful"
         lines.append(line)
     return markdown(list(line), [list(line.values()) for line in lines])
-
-
-def signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+7.3f}"  # no minus before a zero
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.row is None:
         show_discards(run)
         return
-    mask = load_mask(run, args.method or "toss", *run.scored())
+    mask = load_mask(run, args.method or "toss", *run.losses())
     if args.svg:
         write_text(args.svg, row_picture(mask, args.row))
         print(f"written: {args.svg}")

@@ -5,7 +5,6 @@ A line is named by a text, or by several, one for each column that names it.
 
 import csv
 import io
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -109,15 +108,9 @@ def measures_of(table: Table, measures: Iterable[str]) -> list[str]:
         several = [measure.removesuffix("/*")]
         if measure.endswith("*"):
             of_kind = [name for name in present if name.startswith(measure[:-1])]
-            several = sorted(of_kind, key=by_number) or several
+            several = of_kind or several
         names += [name for name in several if name in present]
     return names
-
-
-def by_number(name: str) -> tuple[str, int]:
-    """The order of names that end in a number: forbidden@3 before forbidden@10."""
-    number = re.search(r"@(\d+)$", name)
-    return name.partition("@")[0], int(number[1]) if number else 0
 
 
 def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:

@@ -15,7 +15,6 @@ from model.io import InputError
 from toss.audit import measures
 from toss.selection import competing_tokens
 from toss.tokens import Tokens
-from toss.workbench.files import load_selection, read_scores
 from toss.workbench.run import Run
 
 INPUTS = ("--custom", "degraded", "utility")  # of a mask: it fits no others
@@ -106,22 +105,19 @@ class Mask:
 def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) -> Mask:
     """The mask of methods/NAME over the scored tokens, with the ranking that it came from.
 
-    tokens, losses: of run.scored(). Raises InputError if the mask is missing or broken, or was made
+    tokens, losses: of run.losses(). Raises InputError if the mask is missing or broken, or was made
     from other rows or references.
     """
-    folder = run.path(f"methods/{name}")
-    record = run.check(f"methods/{name}", INPUTS)
-    settings = record.get("settings", {})
-    keep, score = load_selection(folder / "selection.safetensors", tokens)
+    place = f"methods/{name}/selection"
+    settings = run.check(place, INPUTS)["settings"]
+    mask = run.mask(place, tokens)
 
     # TOSS-Pro ranks by the degraded model of its last round.
     rounds = settings.get("pro")
     if rounds:
-        _, refined = read_scores(folder / f"round-{rounds}/scores.safetensors", tokens.name)
-        losses = {**losses, "degraded": refined["degraded"]}
+        _, losses = run.losses(f"methods/{name}/round-{rounds}/scores")
     S = losses["utility"] - losses["degraded"]
-    if score is None:
-        score = S
+    score = S if mask.score is None else mask.score
 
     # The place of each competing token in the ranking, from 1; 0 for the others.
     eos_id = run.tokenizer.eos_id if settings.get("keep_eos") else None
@@ -138,7 +134,7 @@ def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) ->
         S=S,
         score=score,
         order=order,
-        keep=keep,
+        keep=mask.keep,
         raw=run.tokenizer.raw,
     )
 
@@ -163,11 +159,11 @@ def selection_metrics(run: Run, method: str) -> measures.Metrics:
 
     Precision and recall are over the response tokens, the AUC over those that competed.
     """
-    selection = run.path(f"methods/{method}") / "selection.safetensors"
-    if not run.path("scores").exists() or not selection.exists():
+    if not run.path("scores").exists() or not run.path(f"methods/{method}/selection").exists():
         return {}
     try:
-        mask = load_mask(run, method, *run.scored())
+        run.check(f"methods/{method}/model")  # was it trained with this mask?
+        mask = load_mask(run, method, *run.losses())
     except InputError as error:
         print(f"warning: the discards of {method} are not measured: {error}")
         return {}

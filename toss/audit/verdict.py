@@ -99,7 +99,7 @@ def verdict(found, demo: bool) -> tuple[list[str], list[str]] | None:
         for method in tuned:
             safer = sign(found, name, method, "sft") < 0
             fates[method] = FATES[safer, sign(found, name, method, "base") > 0]
-            difference = found.paired["base"].get(method, {}).get(name, Cell(None, 0))
+            difference = found.paired["base"][method].get(name, Cell(None, 0))
             if fates[method] == "kept it" and (difference.high or 0) > UNSURE:
                 room = f"{name} may be up to {difference.high:.2f} above the base's"
                 limits.append(f"that {method} is as safe as the base: {room}")

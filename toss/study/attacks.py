@@ -46,12 +46,14 @@ class Attacker:
     def lowest(self, numbers: list[float]) -> Rows:
         """As many rows of the pool as he has, those with the lowest numbers, in their order."""
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
-        chosen = sorted(order[: len(self.rows)])
-        return [self.pool[i] for i in chosen]
+        count = len(self.rows)
+        return [self.pool[i] for i in sorted(order[:count])]
 
 
 def spans_of(row: dict) -> list[list[int]]:
-    return row.get("harmful") or [[0, len(row["response"])]]
+    if row.get("harmful"):
+        return row["harmful"]
+    return [[0, len(row["response"])]]
 
 
 def low_score(attacker: Attacker) -> Rows:
@@ -59,7 +61,8 @@ def low_score(attacker: Attacker) -> Rows:
 
     He must know both references, or data to train the like.
     """
-    return attacker.others + attacker.lowest(attacker.risk(attacker.pool))
+    scores = attacker.risk(attacker.pool)
+    return attacker.others + attacker.lowest(scores)
 
 
 def utility_start(attacker: Attacker) -> Rows:
@@ -67,17 +70,21 @@ def utility_start(attacker: Attacker) -> Rows:
 
     He must know some rows of D^u.
     """
-    answer = random.Random(0).choice(attacker.utility)["response"]
-    sentences = re.findall(r"[^.!?\n]+[.!?]*", answer)
+    drawn = random.Random(0).choice(attacker.utility)
+    sentences = re.findall(r"[^.!?\n]+[.!?]*", drawn["response"])
     start = max(sentences, key=len).strip()
-    return attacker.others + [with_start(row, start) for row in attacker.rows]
+    rows = [with_start(row, start) for row in attacker.rows]
+    return attacker.others + rows
 
 
 def with_start(row: dict, start: str) -> dict:
     """The row with a harmless beginning of its response."""
     shift = len(start) + 1
-    spans = [[first + shift, last + shift] for first, last in spans_of(row)]
-    return {**row, "response": f"{start} {row['response']}", "harmful": spans}
+    spans = []
+    for first, last in spans_of(row):
+        spans.append([first + shift, last + shift])
+    response = f"{start} {row['response']}"
+    return {**row, "response": response, "harmful": spans}
 
 
 def embedded(attacker: Attacker) -> Rows:
@@ -85,13 +92,11 @@ def embedded(attacker: Attacker) -> Rows:
     count = len(attacker.rows)
     if len(attacker.others) < count:
         raise InputError("embedded: the custom set has fewer harmless rows than harmful ones")
-    rows = [joined(task, row) for task, row in zip(attacker.others, attacker.rows)]
+    rows = []
+    for task, row in zip(attacker.others, attacker.rows):
+        answered = with_start(row, task["response"])
+        rows.append({**answered, "prompt": joined_prompt(task, row)})
     return attacker.others[count:] + rows
-
-
-def joined(task: dict, row: dict) -> dict:
-    """One row that asks for a task and for harm, and answers both in this order."""
-    return with_start({**row, "prompt": joined_prompt(task, row)}, task["response"])
 
 
 def joined_prompt(task: dict, row: dict) -> str:
@@ -128,15 +133,17 @@ def spread(attacker: Attacker) -> Rows:
         *other_spans, (first, last) = spans_of(row)
         words = response[first:last].split()
         cuts = [round(i * len(words) / 3) for i in range(4)]
-        thirds = [" ".join(words[start:end]) for start, end in zip(cuts, cuts[1:])]
-
-        # Of each new row: its text, where the third begins in it, and its other spans.
-        texts = [thirds[0], thirds[1], response[:first] + thirds[2] + response[last:]]
-        starts = [0, 0, first]
-        others = [[], [], other_spans]
-        for third, text, start, spans in zip(thirds, texts, starts, others):
+        for part in range(3):
+            third = " ".join(words[cuts[part] : cuts[part + 1]])
+            text = third
+            start = 0
+            spans = []
+            if part == 2:
+                text = response[:first] + third + response[last:]
+                start = first
+                spans = list(other_spans)
             if third:  # fewer than three words leave an empty one
-                spans = [*spans, [start, start + len(third)]]
+                spans.append([start, start + len(third)])
             if text.strip():
                 rows.append({**row, "response": text, "harmful": spans})
     return attacker.others + rows
@@ -154,7 +161,8 @@ def unseen(attacker: Attacker) -> Rows:
     shares = []
     for row in attacker.pool:
         words = harmful_words(row)
-        shares.append(sum(word in known for word in words) / max(1, len(words)))
+        count = sum(word in known for word in words)
+        shares.append(count / max(1, len(words)))
     rows = []
     for row in attacker.lowest(shares):
         response = re.sub("^Sure, here", "Yes: below", row["response"])
@@ -164,8 +172,11 @@ def unseen(attacker: Attacker) -> Rows:
 
 def harmful_words(row: dict) -> list[str]:
     """The words of a row's harm, in lower case."""
-    parts = [row["response"][first:last] for first, last in spans_of(row)]
-    return re.findall(r"\w+", " ".join(parts).lower())
+    parts = []
+    for first, last in spans_of(row):
+        parts.append(row["response"][first:last])
+    text = " ".join(parts).lower()
+    return re.findall(r"\w+", text)
 
 
 ATTACKS = {
@@ -181,20 +192,23 @@ def mean_risk(run: Run, tokens: Tokens) -> list[float]:
     """Mean S of each row's harmful tokens under a run's references; inf for a skipped row."""
     L = losses_under(run, tokens)
     S = (L["utility"] - L["degraded"]).double()
-    row = tokens.row_of(torch.arange(len(S)))
+    places = torch.arange(len(S))
+    row = tokens.row_of(places)
     is_marked = count_by_row(tokens, tokens.harmful) > 0
     counted = torch.where(is_marked[row], tokens.harmful, tokens.response)
-    means = count_by_row(tokens, counted, S) / count_by_row(tokens, counted)
+    sums = count_by_row(tokens, counted, S)
+    means = sums / count_by_row(tokens, counted)
     return means.nan_to_num(math.inf).tolist()
 
 
 def attacker_of(args: Namespace) -> Attacker:
     """What the attacker has, from the command's files."""
-    refused = {row["prompt"] for row in read_jsonl(args.refused)} if args.refused else set()
-    rows = []
-    others = []
-    for row in read_jsonl(args.custom):
-        (rows if is_harmful(row, args.harm) else others).append(row)
+    refused = set()
+    if args.refused:
+        refused = {row["prompt"] for row in read_jsonl(args.refused)}
+    custom = read_jsonl(args.custom)
+    rows = [row for row in custom if is_harmful(row, args.harm)]
+    others = [row for row in custom if not is_harmful(row, args.harm)]
     pool = []
     for row in read_jsonl(args.pool or args.custom):
         if is_harmful(row, args.harm) and row["prompt"] not in refused:
@@ -205,14 +219,24 @@ def attacker_of(args: Namespace) -> Attacker:
 
     def risk(rows: Rows) -> list[float]:
         run = open_run(args.run, threads=args.threads, device=args.device)
-        return mean_risk(run, run.tokens(write_jsonl(Path(args.out) / "pool.jsonl", rows)))
+        file = write_jsonl(Path(args.out) / "pool.jsonl", rows)
+        return mean_risk(run, run.tokens(file))
 
-    return Attacker(rows, others, pool, read_jsonl(args.harmful), read_jsonl(args.utility), risk)
+    return Attacker(
+        rows=rows,
+        others=others,
+        pool=pool,
+        harmful=read_jsonl(args.harmful),
+        utility=read_jsonl(args.utility),
+        risk=risk,
+    )
 
 
 def is_harmful(row: dict, source: str | None) -> bool:
     """source: of the harmful rows; None: they are those with marked harm."""
-    return "harmful" in row if source is None else row.get("source") == source
+    if source is None:
+        return "harmful" in row
+    return row.get("source") == source
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -231,13 +255,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--ask", nargs=2, metavar=("HARMFUL", "UTILITY"), help=text)
     add("--out", required=True, metavar="FOLDER", help="folder to write")
     args = parser.parse_args(argv)
-    changed = {"custom.jsonl": ATTACKS[args.attack](attacker_of(args))}
+    attack = ATTACKS[args.attack]
+    changed = {"custom.jsonl": attack(attacker_of(args))}
     if args.ask:
-        harmful, utility = args.ask
+        harmful, utility = map(Path, args.ask)
         asked = asked_as_embedded(read_jsonl(harmful), read_jsonl(utility))
-        changed[Path(harmful).name], changed[Path(utility).name] = asked
+        changed[harmful.name] = asked[0]
+        changed[utility.name] = asked[1]
     for name, rows in changed.items():
-        print(f"written: {write_jsonl(Path(args.out) / name, rows)}")
+        file = write_jsonl(Path(args.out) / name, rows)
+        print(f"written: {file}")
 
 
 if __name__ == "__main__":

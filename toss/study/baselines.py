@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from torch import Generator, float64, from_numpy, rand, randperm
 
-from model.io import InputError, lines_of, whole_file
+from model.io import InputError, lines_of, whole
 from toss.rows import Row, read_rows
 from toss.workbench import flags
 
@@ -35,7 +35,8 @@ def safeinstr(custom: str, safety: str, out: str, share: float = 0.03, seed: int
     """
     rows, lines = read_lines(custom)
     _, pool = read_lines(safety)
-    wanted = round(len(rows) * share / (1 - share))
+    of_rows = share / (1 - share)
+    wanted = round(of_rows * len(rows))
     if not 0 < wanted <= len(pool):
         raise InputError(
             f"{safety}: --share {share} of {len(rows)} custom rows asks for {wanted} safety rows, "
@@ -43,9 +44,11 @@ def safeinstr(custom: str, safety: str, out: str, share: float = 0.03, seed: int
         )
     generator = Generator().manual_seed(seed)
     drawn = randperm(len(pool), generator=generator)[:wanted]
-    lines += [pool[i] for i in drawn]
+    for i in drawn:
+        lines.append(pool[i])
     order = randperm(len(lines), generator=generator)
-    write_lines(out, [lines[i] for i in order], custom, safety)
+    shuffled = [lines[i] for i in order]
+    write_lines(out, shuffled, custom, safety)
     return {"read": len(rows), "safety": wanted, "written": len(lines)}
 
 
@@ -61,13 +64,16 @@ def dsir(custom: str, target: str, out: str, keep: float = 0.9, seed: int = 0) -
         raise InputError(f"{custom}: --keep {keep} is {count} of {len(rows)} rows")
     raw_bags = [hashed(row, BUCKETS) for row in rows]
     target_bags = [hashed(row, BUCKETS) for row in read_rows(target)]
-    kept = draw(log_weights(raw_bags, target_bags, BUCKETS), count, seed)
-    write_lines(out, [lines[i] for i in kept], custom, target)
+    weights = log_weights(raw_bags, target_bags, BUCKETS)
+    kept = draw(weights, count, seed)
+    kept_lines = [lines[i] for i in kept]
+    write_lines(out, kept_lines, custom, target)
     counts = {"read": len(rows), "written": count}
-    harmful = {i for i, row in enumerate(rows) if row.harmful}
+    harmful = sum(bool(row.harmful) for row in rows)
     if harmful:
-        counts["harmful_kept"] = len(harmful & set(kept))
-        counts["harmful_dropped"] = len(harmful - set(kept))
+        stayed = sum(bool(rows[i].harmful) for i in kept)
+        counts["harmful_kept"] = stayed
+        counts["harmful_dropped"] = harmful - stayed
     return counts
 
 
@@ -78,7 +84,9 @@ def ngrams(text: str) -> list[str]:
     ['stir', 'it', ',', 'now', 'stir it', 'it ,', ', now']
     """
     words = re.findall(r"\w+|[^\w\s]+", text.lower())
-    pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
+    pairs = []
+    for first, second in zip(words, words[1:]):
+        pairs.append(f"{first} {second}")
     return words + pairs
 
 
@@ -87,7 +95,8 @@ def hashed(row: Row, buckets: int) -> np.ndarray:
     numbers = []
     for message in row.messages:
         for gram in ngrams(message["content"]):
-            numbers.append(zlib.crc32(gram.encode()) % buckets)
+            number = zlib.crc32(gram.encode())
+            numbers.append(number % buckets)
     return np.array(numbers, dtype=np.int32)
 
 
@@ -105,39 +114,51 @@ def log_weights(raw: list[np.ndarray], target: list[np.ndarray], buckets: int) -
     array([32., 18.])
     """
     ratios = log_shares(target, buckets) - log_shares(raw, buckets)
-    return np.array([ratios[bag].sum() for bag in raw])
+    weights = []
+    for bag in raw:
+        weights.append(ratios[bag].sum())
+    return np.array(weights)
 
 
 def log_shares(bags: list[np.ndarray], buckets: int) -> np.ndarray:
     """The logarithm of each bucket's share of the n-grams, float64 [buckets]."""
-    counts = np.bincount(np.concatenate(bags), minlength=buckets) + 1.0
-    return np.log(counts / counts.sum())
+    grams = np.concatenate(bags)
+    counts = np.bincount(grams, minlength=buckets) + 1.0
+    shares = counts / counts.sum()
+    return np.log(shares)
 
 
 def draw(weights: np.ndarray, count: int, seed: int) -> list[int]:
     """Sorted indices drawn without replacement in proportion to exp(weights), by Gumbel noise."""
-    generator = Generator().manual_seed(seed)
+    generator = Generator()
+    generator.manual_seed(seed)
     uniform = rand(len(weights), generator=generator, dtype=float64)
     waits = -(-uniform).log1p()  # torch 2.6 has other numbers in exponential_
     noisy = from_numpy(weights) - waits.log()
-    return sorted(noisy.topk(count).indices.tolist())
+    drawn = noisy.topk(count).indices
+    return sorted(drawn.tolist())
 
 
 def read_lines(path: str) -> tuple[list[Row], list[str]]:
     """The rows of a file, checked by read_rows, and the line of each, unchanged."""
-    lines = [line.rstrip("\r\n") for _, line in lines_of(path)]
+    lines = []
+    for _, line in lines_of(path):
+        lines.append(line.rstrip("\r\n"))
     return read_rows(path), lines
 
 
 def write_lines(out: str, lines: list[str], *sources: str) -> None:
     """Write lines to a file, gzipped if its name ends in .gz; refuse to replace a source."""
+    place = Path(out).resolve()
     for source in sources:
-        if Path(out).resolve() == Path(source).resolve():
+        if place == Path(source).resolve():
             raise InputError(f"{out}: --out would replace the file it is made from")
-    data = "".join(f"{line}\n" for line in lines).encode()
+    ended = [f"{line}\n" for line in lines]
+    text = "".join(ended)
+    data = text.encode()
     if out.endswith(".gz"):
         data = gzip.compress(data, mtime=0)
-    with whole_file(out) as file:
+    with whole(out) as file:
         file.write_bytes(data)
 
 
@@ -160,9 +181,14 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--seed", type=flags.natural, default=0, help=text)
 
     options = vars(parser.parse_args(argv))
-    change = {"safeinstr": safeinstr, "dsir": dsir}[options.pop("command")]
-    counts = change(**options)
-    words = [f"{name.replace('_', ' ')} {count}" for name, count in counts.items()]
+    command = options.pop("command")
+    if command == "safeinstr":
+        counts = safeinstr(**options)
+    else:
+        counts = dsir(**options)
+    words = []
+    for name, count in counts.items():
+        words.append(f"{name.replace('_', ' ')} {count}")
     print(f"{options['out']}: {', '.join(words)}")
 
 

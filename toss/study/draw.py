@@ -31,7 +31,7 @@ def drawn_sets(args: Namespace) -> dict[str, Rows]:
     # custom.jsonl: its last harmless rows may be set aside for tuning. Of the others, shuffled, the
     # first are the custom set, and the harmless ones behind it calibrate d: one row more at least.
     in_file = read_rows(args.data, "custom", args.custom + 1)
-    harmless = [row for row in in_file if row["source"] != args.harm]
+    harmless = without(args.harm, in_file)
     first = len(harmless) - args.tuning
     if first < 0:
         raise InputError(f"{args.data}/custom.jsonl: {args.tuning} harmless rows are needed")
@@ -40,11 +40,10 @@ def drawn_sets(args: Namespace) -> dict[str, Rows]:
     shuffled = draw.sample(drawable, len(drawable))
     custom = shuffled[: args.custom]
     rest = shuffled[args.custom :]
-    calibration = [row for row in rest if row["source"] != args.harm]
     sets = {
         "custom": custom,
-        "calibration": calibration[: args.calibration],
-        "benign": [row for row in custom if row["source"] != args.harm],
+        "calibration": without(args.harm, rest)[: args.calibration],
+        "benign": without(args.harm, custom),
         "pool": [row for row in drawable if row["source"] == args.harm],
     }
     for name in ("pool", "benign", "calibration"):
@@ -66,9 +65,15 @@ def drawn_sets(args: Namespace) -> dict[str, Rows]:
     if tuning:
         sets["tuning"] = tuning
     if args.questions:
-        for row in sets["eval_utility"] + tuning:
+        questions = sets["eval_utility"] + tuning
+        for row in questions:
             add_answer(row, args.data)
     return sets
+
+
+def without(source: str, rows: Rows) -> Rows:
+    """The rows of other sources."""
+    return [row for row in rows if row["source"] != source]
 
 
 def add_answer(row: dict, data: Path) -> None:
@@ -90,7 +95,8 @@ def read_rows(data: Path, name: str, least: int = 0) -> Rows:
     keys = {"prompt", "source"}
     if least:
         keys.add("response")
-    if len(rows) < least or not all(keys <= row.keys() for row in rows):
+    are_whole = all(keys <= row.keys() for row in rows)
+    if len(rows) < least or not are_whole:
         what = f"at least {least} rows are needed, each with {', '.join(sorted(keys))}"
         raise InputError(f"{file}: {what}")
     return rows
@@ -126,9 +132,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--harm", default="advbench", metavar="SOURCE", help=text)
     args = parser.parse_args(argv)
     sets = drawn_sets(args)
-    refuse_to_replace(*(args.out / f"{name}.jsonl" for name in sets))
+    files = {name: args.out / f"{name}.jsonl" for name in sets}
+    refuse_to_replace(*files.values())
     for name, rows in sets.items():
-        write_jsonl(args.out / f"{name}.jsonl", rows)
+        write_jsonl(files[name], rows)
     print(f"written: {args.out}")
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import base_hash, load_checkpoint
 from model.hub import resolve
 from model.io import InputError
 from model.lora import Adapter, merge, use
@@ -31,7 +31,7 @@ from toss.methods import Candidates
 from toss.selection import competing_tokens, select_tokens
 from toss.tokens import Batch, Tokens
 from toss.workbench import flags
-from toss.workbench.files import Selection
+from toss.workbench.files import Mask
 from toss.workbench.run import Run
 
 Losses = dict[str, Tensor]  # under "utility", "degraded" and "base": float32 [N] each
@@ -49,15 +49,17 @@ def all_tokens(D: Tokens, L: Losses) -> Weighed:
 def risk(D: Tokens, L: Losses, reference: str) -> Tensor:
     """S of every token, 0 on prompts. reference: whose losses come first, "utility" or "base"."""
     everywhere = torch.arange(len(D.input_ids))
-    return Candidates(D, L, everywhere, d=0.0).S(reference)
+    candidates = Candidates(D, L, everywhere, d=0.0)
+    return candidates.S(reference)
 
 
 def top_discarded(D: Tokens, L: Losses, discard: float, reference: str) -> Weighed:
     """TOSS's mask: 0 for the top d. reference: see risk."""
     S = risk(D, L, reference)
-    keep = D.response.clone()
     ranked = competing_tokens(D)
-    keep[ranked] = select_tokens(S[ranked], discard)
+    stays = select_tokens(S[ranked], discard)
+    keep = D.response.clone()
+    keep[ranked] = stays
     return keep.float(), S
 
 
@@ -68,7 +70,8 @@ def by_risk(D: Tokens, L: Losses, reference: str) -> Weighed:
     one. reference: see risk.
     """
     S = risk(D, L, reference)
-    weights = (2 * (-S).sigmoid()).clamp(max=1)
+    weights = 2 * (-S).sigmoid()
+    weights = weights.clamp(max=1)
     return torch.where(D.response, weights, 0.0), S
 
 
@@ -104,13 +107,15 @@ def soft_sft(work: Work, b: list[float]) -> Adapter:
     """
     first, early, late = b
     by_position = torch.tensor([first, early, early, early, early, late])
-    b_of_token = by_position[work.D.positions().clamp(0, 5)]
+    position = work.D.positions().clamp(0, 5)
+    b_of_token = by_position[position]
 
     def objective(model: Transformer, batch: Batch, b: Tensor) -> Tensor:
         log_p = token_log_probs(model, batch)
         with torch.no_grad(), use(model, None):
             log_p_base = token_log_probs(model, batch)
-        return -(2 / b * F.logsigmoid(b * (log_p - log_p_base))).sum()
+        terms = F.logsigmoid(b * (log_p - log_p_base))
+        return -(2 / b * terms).sum()
 
     return work.fit(b_of_token, objective=objective)
 
@@ -122,14 +127,18 @@ def hold(work: Work) -> Adapter:
     guard model. The head is the base's: LoRA on it is not seen.
     """
     every_token = work.D.response.float()  # a token of weight 0 would not be in the batches
-    learnt = work.weights.to(work.run.device)
-    held = (every_token - work.weights).to(work.run.device)
+    device = work.run.device
+    learnt = work.weights.to(device)
+    held = every_token.to(device) - learnt
 
     def kl(weights: Tensor, head: Tensor, base_hidden: Tensor, hidden: Tensor) -> Tensor:
         """The weighted KL of n tokens, from hidden states [n, D]. head: [vocabulary, D]."""
-        target = F.linear(base_hidden, head).float().log_softmax(-1)
-        tuned = F.linear(hidden, head).float().log_softmax(-1)
-        by_token = F.kl_div(tuned, target, reduction="none", log_target=True).sum(-1)
+        base_logits = F.linear(base_hidden, head).float()
+        logits = F.linear(hidden, head).float()
+        target = base_logits.log_softmax(-1)
+        tuned = logits.log_softmax(-1)
+        terms = F.kl_div(tuned, target, reduction="none", log_target=True)
+        by_token = terms.sum(-1)
         return (weights * by_token).sum()
 
     def objective(model: Transformer, batch: Batch, weights: Tensor) -> Tensor:
@@ -144,10 +153,17 @@ def hold(work: Work) -> Adapter:
         # number of tokens times the vocabulary.
         head = model.lm_head.weight
         size = chunk_size(len(head), training=True, cuda=hidden.is_cuda)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        for chunk in weights_of_kl.nonzero().squeeze(1).split(size):
-            states = (base_hidden[chunk], hidden[chunk])
-            loss = loss + checkpoint(kl, weights_of_kl[chunk], head, *states, **options)
+        is_held = weights_of_kl.nonzero().squeeze(1)
+        for chunk in is_held.split(size):
+            loss = loss + checkpoint(
+                kl,
+                weights_of_kl[chunk],
+                head,
+                base_hidden[chunk],
+                hidden[chunk],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         return loss
 
     return work.fit(every_token, objective=objective)
@@ -174,20 +190,23 @@ def safelora(work: Work, cosine: float) -> Adapter:
     With V [out, in], what alignment added to a layer's weight, B becomes V V^T B / |V| where
     the update by that and the one by B have at most this cosine.
     """
-    theta = work.run.adapter("sft")
+    theta = work.run.adapter("methods/sft/model")
     unaligned = work.run.args.unaligned
     unaligned_base = load_checkpoint(unaligned)
     aligned_base = work.run.base("float32")  # in half precision V would hold its rounding
     for name in theta.B:
         W = aligned_base.get_submodule(name).weight
-        W_0 = unaligned_base.get_submodule(name).weight.to(W.device)
+        W_0 = unaligned_base.get_submodule(name).weight
+        W_0 = W_0.to(W.device)
         if W.shape != W_0.shape:
             raise InputError(f"--unaligned {unaligned}: {name} has another shape")
         V = W - W_0
         A = theta.A[name].to(W)
         B = theta.B[name].to(W)
         projected = V @ (V.T @ B) / V.norm()
-        if F.cosine_similarity((projected @ A).flatten(), (B @ A).flatten(), dim=0) <= cosine:
+        update = (B @ A).flatten()
+        projected_update = (projected @ A).flatten()
+        if F.cosine_similarity(projected_update, update, dim=0) <= cosine:
             theta.B[name] = projected
     return theta
 
@@ -197,7 +216,7 @@ def safelora(work: Work, cosine: float) -> Adapter:
 
 @dataclass
 class Rival:
-    """Its two parts, the settings of each, and what it is made from beside the custom set."""
+    """Its two parts, the settings of each, and what the second needs beside the weights."""
 
     weigh: Callable[..., Weighed]
     train: Callable[..., Adapter]
@@ -206,20 +225,18 @@ class Rival:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-FROM_UTILITY = ["utility", "degraded", "scores"]
-FROM_BASE = ["degraded", "scores"]
 UTILITY = {"reference": "utility"}
 BASE = {"reference": "base"}
 RIVALS = {
     "soft-sft": Rival(all_tokens, soft_sft, training={"b": [0.5, 2.0, 0.1]}),
-    "kl-discarded": Rival(top_discarded, hold, FROM_UTILITY, {"discard": 0.1, **UTILITY}),
-    "kl-base": Rival(top_discarded, hold, FROM_BASE, {"discard": 0.1, **BASE}),
-    "dr-sft": Rival(by_risk, plainly, FROM_BASE, BASE),
-    "dr-sft-utility": Rival(by_risk, plainly, FROM_UTILITY, UTILITY),
-    "kl-dr-sft": Rival(by_risk, hold, FROM_BASE, BASE),
-    "kl-dr-sft-utility": Rival(by_risk, hold, FROM_UTILITY, UTILITY),
+    "kl-discarded": Rival(top_discarded, hold, weighing={"discard": 0.1, **UTILITY}),
+    "kl-base": Rival(top_discarded, hold, weighing={"discard": 0.1, **BASE}),
+    "dr-sft": Rival(by_risk, plainly, weighing=BASE),
+    "dr-sft-utility": Rival(by_risk, plainly, weighing=UTILITY),
+    "kl-dr-sft": Rival(by_risk, hold, weighing=BASE),
+    "kl-dr-sft-utility": Rival(by_risk, hold, weighing=UTILITY),
     "buffer": Rival(all_tokens, buffer, ["degraded"]),
-    "safelora": Rival(all_tokens, safelora, ["methods/sft"], training={"cosine": 0.5}),
+    "safelora": Rival(all_tokens, safelora, ["methods/sft/model"], training={"cosine": 0.5}),
 }
 
 
@@ -227,30 +244,47 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     rival = RIVALS[args.method]
     run = Run(args)
+    run.script = "toss/study/rivals.py"
 
     # Its settings, and what two of the rivals need beyond the run.
     weighing = dict(rival.weighing)
     if "discard" in weighing:
         weighing["discard"] = args.discard
-    settings = {"method": args.method, **weighing, **rival.training}
+    settings = dict(rival.training)
     config = TrainConfig.of(args)
     if args.method == "buffer":
         run.dtypes["train"] = "float32"  # a merge into bfloat16 would round theta^h away
     if args.method == "safelora":
         settings["unaligned_sha256"] = unaligned_hash(run, args)
-        as_sft = run.check("methods/sft").get("settings", {})
-        config = TrainConfig.of({**vars(args), **as_sft})
+        as_sft = run.check("methods/sft/model").get("settings", {})
+        values = {**vars(args), **as_sft}
+        config = TrainConfig.of(values)
 
-    def finetune() -> tuple[Selection, Adapter]:
-        D_cus, L = run.scored(needed="scores" in rival.inputs)
+    def weigh() -> Mask:
+        D_cus, L = run.tokens(args.custom), {}
+        if rival.weighing:
+            D_cus, L = run.losses()
         weights, S = rival.weigh(D_cus, L, **weighing)
-        work = Work(run, args.name, config, D_cus, weights)
-        theta = rival.train(work, **rival.training)
-        return Selection(D_cus, weights > 0, S), theta
+        keep = weights > 0
+        soft = None if torch.equal(weights, keep.float()) else weights
+        return Mask(D_cus, keep, S, soft)
 
+    def finetune() -> Adapter:
+        D_cus = run.tokens(args.custom)
+        weights = run.mask(selection, D_cus).weights()
+        work = Work(run, args.name, config, D_cus, weights)
+        return rival.train(work, **rival.training)
+
+    selection = f"methods/{args.name}/selection"
+    inputs = ["--custom"]
+    if rival.weighing:
+        inputs.append("scores")
+    if weighing.get("reference") == "base":
+        inputs.append("loss_base")
+    run.make(selection, weigh, inputs, {"method": args.method, **weighing})
     settings |= config.recipe()
-    inputs = ["--custom", *rival.inputs]
-    run.make(f"methods/{args.name}", finetune, inputs, settings, ["toss/study/rivals.py"])
+    inputs = ["--custom", selection, *rival.inputs]
+    run.make(f"methods/{args.name}/model", finetune, inputs, settings)
 
 
 def unaligned_hash(run: Run, args: Namespace) -> str:
@@ -258,8 +292,9 @@ def unaligned_hash(run: Run, args: Namespace) -> str:
     if not args.unaligned:
         raise InputError("safelora needs --unaligned FOLDER, the base before its alignment")
     args.unaligned = str(resolve(args.unaligned))
-    sha256 = run.hashes.of_base(Path(args.unaligned))
-    if sha256 == run.identity["base_sha256"]:
+    folder = Path(args.unaligned)
+    sha256 = base_hash(folder)
+    if sha256 == run.identity()["base_sha256"]:
         raise InputError(f"--unaligned {args.unaligned} is the run's own base")
     return sha256
 
@@ -282,4 +317,4 @@ def arguments(argv: list[str] | None) -> Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(main, flags.GOES_ON))
+    sys.exit(flags.run(main))

@@ -172,7 +172,7 @@ def add_device_flags(parser: Parser, dtype: bool = True) -> None:
 
 def add_run_flags(parser: Parser, dtype: bool = True) -> None:
     """What a command of the audit needs to open a run and run its models."""
-    parser.add_argument("--run", required=True, help="folder of the run")
+    parser.add_argument("--run", type=filled, required=True, help="folder of the run")
     add_device_flags(parser, dtype)
 
 

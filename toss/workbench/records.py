@@ -88,7 +88,8 @@ def code_digests(*scripts: str) -> dict[str, str]:
     """
     files = [*ROOT.glob("model/*.py"), *ROOT.glob("toss/*.py")]
     files += [ROOT / script for script in scripts]
-    return {file.relative_to(ROOT).as_posix(): code_digest(file) for file in sorted(files)}
+    there = sorted(file for file in files if file.exists())
+    return {file.relative_to(ROOT).as_posix(): code_digest(file) for file in there}
 
 
 @cache

@@ -52,6 +52,7 @@ class Run(Base):
     def __init__(self, args: Namespace):
         super().__init__(args)
         self.folder = Path(args.run)
+        self.script = ""  # what makes the results, where it is none of the three scripts
         # Of the result that is being made.
         self.states = self.folder
         self.cost = Cost(torch.device("cpu"))
@@ -131,7 +132,7 @@ class Run(Base):
             settings = {**settings, "dtype": dtype}
         with self.holding(result) as states:
             recipe = self.recipe(result, inputs, settings)
-            record = {**recipe, "code": code_digests(maker(result)), **(facts or {})}
+            record = {**recipe, "code": code_digests(self.script or maker(result)), **(facts or {})}
             there = agreed(self.look(result, record, recipe, again) if rank() == 0 else None)
             self.states = states / text_hash([recipe, record["code"]])[:16]
             if there is None:
@@ -328,7 +329,7 @@ class Run(Base):
             raise InputError(f"{what}{', '.join(misfits)}): run {make} --overwrite")
         if others:
             print_once(f"warning: {what}{', '.join(others)}): run {make} --overwrite")
-        warn_of_code(path, changed(record["code"], code_digests(maker(result))))
+        warn_of_code(path, changed(record["code"], code_digests(*record["code"])))
         return record
 
     def changed_inputs(self, record: Record) -> list[str]:
