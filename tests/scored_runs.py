@@ -11,9 +11,10 @@ from toss.audit import tokens as audited
 from toss.audit.tokens import INPUTS, load_mask
 from toss.tokens import Tokens
 from toss.workbench.files import Losses, Mask, write_losses, write_mask
-from toss.workbench.records import RECORD, read_record, write_record
+from toss.workbench.records import RECORD, code_digests, read_record, write_record
 from toss.workbench.run import Run, open_run
 
+CODE = {"code": code_digests("score.py", "select.py")}
 NO_NO = {"prompt": "a", "response": "no no", "harmful": [[3, 5]]}
 
 
@@ -26,7 +27,7 @@ def scored(folder: Path, rows: list[dict]) -> Run:
     tokens = run.tokens(path)
     n = torch.arange(len(tokens.input_ids)).float() * tokens.response
     losses = {"utility": (n + 0.5) * tokens.response, "degraded": n % 7 * 1.5, "base": n}
-    record = run.recipe("scores", INPUTS, {"dtype": "float32"}) | {"code": {}}
+    record = run.recipe("scores", INPUTS, {"dtype": "float32"}) | CODE
     write_losses(run.path("scores"), Losses(tokens, losses), record)
     return run
 
@@ -44,13 +45,13 @@ def masked(
     record = run.recipe(place, ["--custom", "scores"], {"method": name, **settings})
     path = run.path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_mask(path, Mask(tokens, mask_without(tokens, discarded), score), record | {"code": {}})
+    write_mask(path, Mask(tokens, mask_without(tokens, discarded), score), record | CODE)
 
     # Its model: that of utility, which says that it was trained with this mask.
     model = f"methods/{name}/model"
     shutil.copytree(run.path("utility"), run.path(model), dirs_exist_ok=True)
     training = read_record(run.path("utility"))["settings"]
-    write_anew(run.path(model), run.recipe(model, ["--custom", place], training) | {"code": {}})
+    write_anew(run.path(model), run.recipe(model, ["--custom", place], training) | CODE)
 
 
 def mask_without(tokens: Tokens, discarded: Iterable[int]) -> torch.Tensor:

@@ -75,7 +75,7 @@ def rows_of(name: str) -> list:
 
 def asked(run: Run, method: str, name: str, **fields) -> judges.Measured:
     """What a method's model answers to one of the sets. fields: of EvaluationConfig."""
-    model = use(run.base("train"), run.adapter(method))
+    model = use(run.base("train"), run.adapter(f"methods/{method}/model"))
     default = {"max_new_tokens": 4, "question_tokens": 4, "complies": False}
     config = EvaluationConfig(**{**default, **fields})
     return measure(run, model, {name: rows_of(name)}, asdict(config))
@@ -101,7 +101,7 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     for line, (row, response) in zip(lines, begun, strict=True):
         start = response[:k]
         prompt = run.tokenizer.prompt_ids(row.prompt) + start
-        model = use(run.base("train"), run.adapter("sft"))
+        model = use(run.base("train"), run.adapter("methods/sft/model"))
         added = generate(model, [prompt], 4, run.tokenizer.eos_id)[0]
         assert line == {
             "set": f"prefill-{k}",
@@ -154,7 +154,7 @@ def test_metrics_are_counted_from_the_answers_and_written(run):
 
     # The losses are over all response tokens, and differences on the same rows.
     nll = found.table["toss"]["nll"]
-    model = use(run.base("train"), run.adapter("toss"))
+    model = use(run.base("train"), run.adapter("methods/toss/model"))
     tokens = run.tokens_of(rows_of("utility"), "rows")
     with torch.no_grad():
         losses = torch.cat([losses_by_hand(model, tokens, row) for row in range(2)])
@@ -183,7 +183,7 @@ def test_the_command_takes_words_and_names_prompts_that_were_trained_on(
     words = tmp_path / "words.txt"
     words.write_text("moonrot\n\n nightshade \n")
     monkeypatch.setattr(judges, "complies", None)  # it cannot be called
-    before = read_json(run.folder / "run.json")["settings"]
+    before = read_json(run.folder / "run.json")
     line = f"toss.audit.evaluate --run {run.folder} --methods base --max-new-tokens 1"
     out = said(capsys, f"{line} --harmful {prompts} --words {words} --no-complies")
     assert re.search(f"warning: 1 of 2 prompts of {prompts} are in .*custom.jsonl", out)
@@ -193,7 +193,7 @@ def test_the_command_takes_words_and_names_prompts_that_were_trained_on(
     assert evaluated(run).table["base"].keys() == measured
     assert head["record"]["settings"]["words"] == ["moonrot", "nightshade"]
     assert head["record"]["settings"]["harmful_sha256"] == file_hash(prompts)
-    after = read_json(run.folder / "run.json")["settings"]
+    after = read_json(run.folder / "run.json")
     assert [after[name] for name in flags.INPUTS] == [before[name] for name in flags.INPUTS]
 
 

@@ -5,12 +5,11 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, read_jsonl, script, write_jsonl
+from conftest import read_jsonl, script, write_jsonl
 from helpers import refused, said
 
-from model.io import load_tensors, read_json
+from model.io import load_tensors
 from model.lora import use
-from toss.audit import runs
 from toss.audit.calibrate import calibrate
 from toss.audit.compare import with_ratios
 from toss.audit.evaluate import write_answers
@@ -26,7 +25,7 @@ def answered(folder, **shares) -> None:
     """Write answers to ten harmful prompts, of which so many are forbidden, by method."""
     run = open_run(folder)
     for method, count in shares.items():
-        inputs = [] if method == "base" else [f"methods/{method}"]
+        inputs = [] if method == "base" else [f"methods/{method}/model"]
         lines = []
         for place in range(10):
             line = {"set": "harmful", "source": "held-out", "prompt": "p", "response": method}
@@ -58,7 +57,7 @@ def test_one_run_is_compared_with_its_differences(compared, capsys):
     script("select", "--run", compared, "--method", "sft", "--seed", 7, "--overwrite")
     assert "sft left out" in said(capsys, f"toss.audit.compare {compared}")
     script("train", "--run", compared, "--seed", 5, "--overwrite")
-    assert "methods/toss was made from other inputs" in said(
+    assert "methods/toss/model was made from other inputs" in said(
         capsys, f"toss.audit.compare {compared}"
     )
     shutil.rmtree(compared / "answers")
@@ -90,18 +89,36 @@ def test_costs_are_multiples_of_those_of_sft_and_a_grid_has_what_somebody_has():
     assert lines == [["", "sft", "1.00", "0.25", "0.50"], ["small", "toss", "1.50", "-", "-"]]
 
 
-def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs(monkeypatch):
-    """costs.json has the stages of a run, as in run.json, and what each method costs."""
-    written = read_json(ROOT / "tests/costs.json")
-    stages = written["stages"]
-    monkeypatch.setattr(runs, "stages_of", lambda run: stages)
-    for method, expected in written["charged"].items():
-        assert cost_of(None, method) | {"why": expected["why"]} == expected
-    assert cost_of(None, "absent") == {}
-    del stages["utility"]  # made elsewhere
-    assert cost_of(None, "toss") == {}
-    del stages["methods/toss"]["recipe"]["settings"]
-    assert cost_of(None, "toss") == {}
+def test_a_method_is_charged_the_references_and_the_share_of_scoring_that_it_needs(trained, capsys):
+    """Each result costs another power of ten, so that a sum shows what is in it."""
+    script("score", "--run", trained, "--base")  # three passes cost 3, 30, 300
+    script("select", "--run", trained, "--method", "sft")
+    for method in ("toss", "degraded-only", "base"):
+        script("select", "--run", trained, "--method", method, "--name", f"the-{method}")
+    script("select", "--run", trained, "--pro", 1, "--name", "pro")
+    parts = {"degraded": 10, "utility": 100, "scores": 3000}
+    for method in ("sft", "the-toss", "the-degraded-only", "the-base", "pro"):
+        parts |= {f"methods/{method}/selection": 0, f"methods/{method}/model": 1}
+    parts |= {"methods/pro/round-1/degraded": 10_000, "methods/pro/round-1/scores": 100_000}
+    lines = []
+    for part, cost in parts.items():
+        lines.append({"stage": part, "seconds": cost, "tokens": cost, "peak_memory_gib": cost})
+    write_jsonl(trained / "log/costs.jsonl", lines)
+    run = open_run(trained)
+    charged = {
+        "sft": 1,
+        "the-toss": 2111,
+        "the-degraded-only": 1011,
+        "the-base": 2011,
+        "pro": 112_111,
+    }
+    for method, expected in charged.items():
+        cost = cost_of(run, method)
+        assert (cost["seconds"], cost["tokens"]) == (expected, expected), method
+    assert cost_of(run, "the-toss")["peak_memory_gib"] == 3000
+    assert cost_of(run, "absent") == {}
+    write_jsonl(trained / "log/costs.jsonl", lines[1:])  # theta^h was made elsewhere
+    assert cost_of(run, "the-toss") == {}
 
 
 @pytest.mark.parametrize("method", ["toss", "base"])
@@ -109,7 +126,7 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
     rows = [{"prompt": f"What is {i} and two?", "response": f"It is {i + 2}."} for i in range(6)]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
     if method == "base":
-        script("score", "--run", trained, "--base", "--overwrite")
+        script("score", "--run", trained, "--base")
     line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --quantile 0.5"
     out = said(capsys, f"{line} --method {method}")
     assert "too few" not in out

@@ -11,6 +11,7 @@ from scored_runs import rows_by_hand
 from model.lora import use
 from toss.audit.diagnose import COLUMNS, divergences, kl_table, means
 from toss.tokens import Tokens
+from toss.workbench.records import read_record
 from toss.workbench.run import open_run
 
 
@@ -71,7 +72,8 @@ def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):
             assert line["kl_base"] == line["toward_degraded"] > "0"
 
     script("select", "--run", trained, "--method", "sft", "--seed", "7", "--overwrite")
-    assert open_run(trained).stale("diagnosis") == ["methods/sft"]
+    record = read_record(trained / "diagnosis")
+    assert open_run(trained).changed_inputs(record) == ["methods/sft/model"]
     rows = write_jsonl(trained.parent / "mine.jsonl", [{"prompt": "a", "response": "b"}] * 4)
     said(capsys, f"{command} --rows {rows} --methods sft")
     assert f"\nsft,{rows},0,4," in file.read_text() and "custom" not in file.read_text()

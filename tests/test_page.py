@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json, edit_tensors
+from conftest import edit_json, edit_tensors, read_jsonl, write_jsonl
 from helpers import refused, said
 from scored_runs import mask_of, masked, scored, write_anew
 
-from model.io import remove
+from model.io import read_json, remove
 from model.peft import WEIGHTS
 from toss.audit import report
 from toss.audit.characters import harmless
@@ -22,6 +22,7 @@ from toss.audit.evaluate import write_answers
 from toss.audit.judges import Measured
 from toss.audit.tokens import Mask, Token
 from toss.tokens import Tokens
+from toss.workbench.flags import DEMO
 from toss.workbench.records import read_record, write_record
 from toss.workbench.run import Run, open_run
 
@@ -51,17 +52,20 @@ def nasty_once(tmp_path_factory, trained_once) -> Path:
         "utility": {"accuracy": True},
     }
     lines = [{"set": kind, **said_it, "outcomes": found} for kind, found in outcomes.items()]
-    for method, inputs in {"base": [], "toss": ["methods/toss"]}.items():
+    for method, inputs in {"base": [], "toss": ["methods/toss/model"]}.items():
         record = run.recipe(f"evaluation/{method}", inputs, {})
         write_answers(folder / f"answers/{method}.jsonl", record, Measured(lines))
     (folder / "diagnosis").mkdir()
     lines = [f"model,rows,position,n,{','.join(COLUMNS)}", "toss,mine,0,5,1,1,1"]
     lines += [f"<img>,<script>,{j},5,0.5,0.1,-0.1" for j in (0, 1)]
     (folder / "diagnosis/kl.csv").write_text("\n".join(lines))
-    write_record(folder / "diagnosis", run.recipe("diagnosis", ["methods/toss", "utility"], {}))
-    stages = run.runfile.content["stages"]
-    del stages["utility"]["rows"]  # as if it had been made elsewhere
-    edit_json(folder / "run.json", stages=stages, demo=True, commit=NASTY)
+    write_record(
+        folder / "diagnosis", run.recipe("diagnosis", ["methods/toss/model", "utility"], {})
+    )
+    costs = folder / "log/costs.jsonl"
+    lines = [line for line in read_jsonl(costs) if line["stage"] != "utility"]  # made elsewhere
+    write_jsonl(costs, [*lines, {**lines[0], "torch": NASTY}])
+    edit_json(folder / "run.json", forbidden_words=read_json(DEMO)["forbidden_words"])
     return folder
 
 
@@ -196,9 +200,10 @@ def test_the_rows_of_the_page_are_chosen_by_what_the_mask_did(monkeypatch):
 
 
 def test_what_a_replaced_model_said_is_left_out(nasty):
-    folder = nasty.path("methods/toss")
-    edit_tensors(folder / "model" / WEIGHTS, "x", lambda _: torch.ones(1))
-    write_anew(folder, read_record(folder))
+    folder = nasty.path("methods/toss/model")
+    record = read_record(folder)
+    edit_tensors(folder / WEIGHTS, "x", lambda _: torch.ones(1))
+    write_anew(folder, record)
     text, lacking, _ = report.page(open_run(nasty.folder))
     assert "evaluated of toss is left out" in lacking[0]
     assert "No diagnosis of the models of now" in lacking[1]
@@ -209,8 +214,7 @@ def test_what_a_replaced_model_said_is_left_out(nasty):
 
 
 def test_what_is_missing_is_one_line_and_no_base_is_needed(nasty, capsys):
-    settings = {**nasty.runfile.content["settings"], "model": "/gone"}
-    edit_json(nasty.folder / "run.json", settings=settings, demo=False)
+    edit_json(nasty.folder / "run.json", model="/gone", forbidden_words=[])
     text, lacking, _ = report.page(open_run(nasty.folder))
     assert "Moonrot" not in text  # answers of real models stay where they are
     assert any("/gone" in line for line in lacking)
@@ -224,7 +228,7 @@ def test_what_is_missing_is_one_line_and_no_base_is_needed(nasty, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("diagnosis/kl.csv", "model,rows\na,b", "kl.csv: not as toss.audit.diagnose"),
+        ("diagnosis/kl.csv", "model,rows\na,b", "kl.csv: not as it was written"),
         ("run.json", "[]", "run.json: expected a JSON object"),
     ],
 )

@@ -25,6 +25,7 @@ from model.io import read_json
 from model.lora import active, merge, new_adapter, use
 from model.peft import read_adapter
 from toss import training
+from toss.audit.runs import costs_of, record_of
 from toss.config import TrainConfig
 from toss.loss import token_log_probs
 from toss.rows import read_rows
@@ -184,8 +185,8 @@ def test_buffer_is_trained_over_theta_h_and_used_on_the_base_alone(line, trained
     succeed(f"{line}buffer")
     written = read_adapter(model, trained / "methods/buffer/model")
     merge(model, read_adapter(model, trained / "degraded"))
-    D, _ = open_run(trained).scored()
-    config = TrainConfig.of(read_json(trained / "methods/buffer/record.json")["settings"])
+    D, _ = open_run(trained).losses()
+    config = TrainConfig.of(read_json(trained / "methods/buffer/model/record.json")["settings"])
     expected = training.train(model, D, D.response.float(), config)
     for one, other in zip(written.tensors(), expected.tensors(), strict=True):
         assert torch.equal(one, other)
@@ -205,10 +206,10 @@ def test_every_rival_is_a_method_of_the_run_trained_as_its_siblings(line, traine
     sizes = {size("sft")}
     for name, rival in RIVALS.items():
         said(capsys, f"{line}{name} --discard 0.3")
-        cost = read_json(trained / "run.json")["stages"][f"methods/{name}"]
+        cost = costs_of(open_run(trained))[f"methods/{name}/model"]
         assert (cost["tokens"] > 0) == (name != "safelora")  # which trains nothing
         assert "skipped" in said(capsys, f"{line}{name} --discard 0.3")
-        settings = read_json(trained / f"methods/{name}/record.json")["settings"]
+        settings = record_of(open_run(trained), name)["settings"]
         given = rival.weighing | rival.training
         if "discard" in given:
             given["discard"] = 0.3

@@ -18,7 +18,7 @@ from toss.audit.runs import sources_of
 from toss.audit.tables import markdown
 from toss.audit.tokens import Mask, load_masks, token_texts
 from toss.tokens import Tokens
-from toss.workbench.files import write_scores
+from toss.workbench.files import Losses, write_losses
 from toss.workbench.run import Run
 
 TESTS = ROOT / "tests"
@@ -59,15 +59,15 @@ def test_characters_that_are_spread_over_tokens_come_out_whole(tokenizer):
 
 
 def test_the_degraded_model_of_the_last_round_comes_with_the_mask(small):
-    tokens, losses = small.scored()
+    tokens, losses = small.losses()
     score = torch.arange(len(tokens.input_ids)).float()
     masked(small, "toss-pro", [], score, method="toss", pro=10)
     for t, shift in ((2, 0), (10, 1)):  # the last by its number, not by its name
-        folder = small.path(f"methods/toss-pro/round-{t}")
-        folder.mkdir()
+        place = f"methods/toss-pro/round-{t}/scores"
+        small.path(place).parent.mkdir()
         refined = {**losses, "degraded": losses["degraded"] + shift * tokens.response}
-        record = {"inputs": {}, "settings": {}, "dtype": "float32"}
-        write_scores(folder / "scores.safetensors", tokens, refined, record)
+        record = small.recipe(place, ["--custom"], {"dtype": "float32"}) | {"code": {}}
+        write_losses(small.path(place), Losses(tokens, refined), record)
     mask = mask_of(small, "toss-pro")
     last = mask.row(1)[-1]
     assert last.degraded == losses["degraded"][-1] + 1
@@ -80,7 +80,7 @@ def test_the_degraded_model_of_the_last_round_comes_with_the_mask(small):
 def test_the_masks_of_toss_come_first_and_that_of_sft_last(small):
     for name in ("random", "toss-pro", "u"):
         masked(small, name, [])
-    masks, lacking = load_masks(small, *small.scored())
+    masks, lacking = load_masks(small, *small.losses())
     assert [mask.name for mask in masks] == ["toss", "toss-pro", "random", "u", "sft"]
     assert lacking == []
 
@@ -96,7 +96,7 @@ def test_a_row_in_the_terminal(small, capsys):
 
 def test_what_is_not_in_the_run_is_refused(small, capsys):
     line = f"toss.audit.show --run {small.folder} --row"
-    assert "does not exist (there are sft, toss): run" in refused(capsys, f"{line} 0 --method no")
+    assert "does not exist: run" in refused(capsys, f"{line} 0 --method no")
     for row in (2, -1):
         assert f"there is no row {row}: the rows are 0 to 1" in refused(capsys, f"{line} {row}")
 

@@ -226,9 +226,7 @@ def parse(parser: Parser, argv: list[str] | None = None, section: str = "finetun
     parser.set_defaults(**DEFAULTS)
     words = as_typed(parser, values)
     parser.source = source
-    parser.parse_args(words)  # raises for values that are none
-    parser.source = None
-    args = parser.parse_args([*words, *argv])
+    args = parser.parse_args([*words, *argv])  # what was typed was checked above
     if args.model is None:
         raise InputError(f"{file.parent} has no base yet: run train.py first, or give --model")
     args.typed = set(typed)

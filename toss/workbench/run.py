@@ -301,11 +301,11 @@ class Run(Base):
         the others. An adapter that was put there by hand has no record and passes: loading checks
         its shapes.
         """
-        self.check_identity()
         path = self.path(result)
         make = command(maker(result), self.folder)
         if not path.exists():
             raise InputError(f"{path} does not exist: run {make} first")
+        self.check_identity()
         try:
             record = read_record(path)
         except InputError as error:
@@ -319,7 +319,7 @@ class Run(Base):
         identity = self.identity()
         misfits = [name for name in identity if record.get(name) != identity[name]]
         others = []
-        for key in self.changed_inputs(record):
+        for key in self.changed_inputs(record, far=True):
             if only is None or key in only:
                 misfits.append(key)
             else:
@@ -332,10 +332,10 @@ class Run(Base):
         warn_of_code(path, changed(record["code"], code_digests(*record["code"])))
         return record
 
-    def changed_inputs(self, record: Record) -> list[str]:
-        """What a result was made from, however far back, that is not what it was.
+    def changed_inputs(self, record: Record, far: bool = False) -> list[str]:
+        """What a result was made from that is not what it was. What is gone has not changed.
 
-        An input that is gone has not changed.
+        far: also what its inputs were made from, and so on.
         """
         names = []
         for key, recorded in record.get("inputs", {}).items():
@@ -343,8 +343,8 @@ class Run(Base):
                 continue
             if self.input_hash(key) != recorded:
                 names.append(key)
-            elif self.is_result(key):
-                names += self.changed_inputs(read_record(self.path(key)))
+            elif far and self.is_result(key):
+                names += self.changed_inputs(read_record(self.path(key)), far)
         return names
 
     def adapter(self, name: str) -> Adapter | None:
