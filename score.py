@@ -26,15 +26,11 @@ def main(argv=None):
 
     run = Run(args)
 
-    models = ["utility", "degraded"]
-    if args.base:
-        models.append("base")
-
     def score_all():
         D_cus = run.tokens(args.custom)
         L = {}
-        for name in models:  # adapters are swapped on the one base, never merged
-            L[name] = run.score(f"scores-{name}", name, D_cus)
+        for name in ("utility", "degraded", *(["base"] if args.base else [])):
+            L[name] = run.score(f"scores-{name}", name, D_cus)  # adapters are never merged
         return Losses(D_cus, L)
 
     def add_base():

@@ -12,7 +12,6 @@ refines the degraded model over T rounds.
 
 SELECTION is a selection.safetensors, also of another run. Writes RUN/methods/NAME: the mask in
 selection.safetensors and the adapter in model/; NAME is the method, toss-pro with --pro, or --name.
-With --mask-only there is no adapter; --mask with another --name trains from such a mask.
 """
 
 import sys
@@ -30,11 +29,9 @@ if __name__ == "select":
     sys.modules["select"] = module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["select"])
 else:
-    import torch
-
     from model.io import InputError
     from toss.config import TrainConfig
-    from toss.methods import METHODS, Candidates
+    from toss.methods import METHODS, Candidates, choose
     from toss.selection import competing_tokens, riskiest_rows, select_tokens
     from toss.workbench import flags
     from toss.workbench.files import Losses, Mask
@@ -47,32 +44,29 @@ def main(argv=None):
     run = Run(args)
     config = TrainConfig.of(args)
     here = f"methods/{args.name}"
+    inputs = ["--custom"]  # of the mask
+    scores = "scores"
 
     # TOSS-Pro: theta^h is refined, round by round.
-    scores = "scores"
     added = []
     for t in range(1, args.pro + 1):
         scores, added = refine(run, args, t, scores, added)
 
     # The loss mask: which response tokens are learnt. A discarded one stays in the input.
     def choose_tokens():
-        if args.method == "mask":
-            return run.mask("--mask", run.tokens(args.custom))
         D_cus, L = run.losses(scores) if needed else (run.tokens(args.custom), {})
-        ranked = ranked_tokens(run, args, D_cus)
+        if args.mask:
+            return run.mask("--mask", D_cus)
+        ranked = competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
         keep = D_cus.response.clone()
         if args.method == "toss":
             S = L["utility"] - L["degraded"]  # high: theta^h expects the token, theta^u does not
             keep[ranked] = select_tokens(S[ranked], args.discard)  # one ranking; the top d go
             return Mask(D_cus, keep, S)
-        candidates = Candidates(D_cus, L, ranked, args.discard, args.seed)
-        keep[ranked], values = METHODS[args.method].choose(candidates)
-        if values is None:
-            return Mask(D_cus, keep)
-        return Mask(D_cus, keep, torch.zeros(len(keep)).index_put((ranked,), values.float()))
+        keep, score = choose(args.method, Candidates(D_cus, L, ranked, args.discard, args.seed))
+        return Mask(D_cus, keep, score)
 
-    needed = () if args.method == "mask" else METHODS[args.method].losses
-    inputs = ["--custom"]
+    needed = METHODS[args.method].losses
     if needed:
         inputs.append(scores)
     if "base" in needed:
@@ -88,8 +82,7 @@ def main(argv=None):
         return run.train(args.name, D_cus, w, config)
 
     if not args.mask_only:
-        inputs = ["--custom", f"{here}/selection"]
-        run.make(f"{here}/model", finetune, inputs, config.recipe())
+        run.make(f"{here}/model", finetune, ["--custom", f"{here}/selection"], config.recipe())
     if args.merge:
         run.merge(f"{here}/model")
     evaluate = flags.command("-m toss.audit.evaluate", run.folder)
@@ -104,7 +97,7 @@ def refine(run, args, t, scores, added):
     """
     reference = run.reference_config()  # how theta^h was trained
     D_cus, L = run.losses(scores)
-    ranked = ranked_tokens(run, args, D_cus)
+    ranked = competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
     S = (L["utility"] - L["degraded"])[ranked]
     k = args.pro_samples or max(1, round(0.06 * D_cus.rows))  # the paper names no k
     riskiest = riskiest_rows(S, D_cus.row_of(ranked), [row for row, _ in added], k)
@@ -128,9 +121,18 @@ def refine(run, args, t, scores, added):
     return f"{here}/scores", record["added"]  # of a round that is there, what it was trained on
 
 
-def ranked_tokens(run, args, D_cus):
-    """The places of the tokens that compete: all response tokens, maybe without the EOS."""
-    return competing_tokens(D_cus, run.tokenizer.eos_id if args.keep_eos else None)
+def settings_of(args):
+    """The settings that decide the mask."""
+    settings = {"method": args.method}
+    if args.method not in ("sft", "mask"):
+        settings["keep_eos"] = args.keep_eos
+        if METHODS[args.method].uses_d:
+            settings["discard"] = args.discard
+        if args.method == "toss":
+            settings["pro"] = args.pro
+        else:
+            settings["seed"] = args.seed
+    return settings
 
 
 def arguments(argv):
@@ -138,62 +140,35 @@ def arguments(argv):
     parser = flags.script_parser(
         "select.py", __doc__, custom="custom set D^cus", harmful="D^h, for --pro"
     )
-    add = parser.add_argument_group("selection").add_argument
-    add("--method", choices=METHODS, default="toss", help="which tokens to discard")
-    text = "use the mask in this selection.safetensors, also of another run"
-    add("--mask", type=flags.path, metavar="FILE", help=text)
-    text = "folder in RUN/methods (default: the method, or toss-pro)"
-    add("--name", type=flags.method, help=text)
-    text = "d, share of tokens to discard"
-    add("--discard", type=flags.share, default=0.1, metavar="D", help=text)
-    add("--keep-eos", action="store_true", help="leave end-of-sequence tokens out of the ranking")
-    add("--pro", type=flags.natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")
-    text = "TOSS-Pro: rows added per round (default: 6 %% of the custom rows)"
-    add("--pro-samples", type=flags.count, metavar="K", help=text)
-    add("--mask-only", action="store_true", help="write the mask, and do not train")
-    text = "also write the merged checkpoint, in the dtype of the base's files"
-    add("--merge", action="store_true", help=text)
+    flags.add_selection_flags(parser)
     flags.add_training_flags(parser)
     args = flags.parse(parser, argv)
 
     # Flags that contradict each other.
-    choosing = {"method", "discard", "keep_eos", "pro", "pro_samples"} & args.typed
-    if args.mask and choosing:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(choosing))
-        raise InputError(f"--mask says which tokens go, so it cannot be combined with {names}")
-    if args.pro and args.method != "toss":
-        raise InputError("--pro is an option of --method toss")
-    if not args.pro and "pro_samples" in args.typed:
-        raise InputError("--pro-samples needs --pro T")
-    if "discard" in args.typed and not METHODS[args.method].uses_d:
-        raise InputError(f"--discard decides nothing for --method {args.method}: leave it out")
-    if args.mask_only and args.merge:
-        raise InputError("--mask-only trains nothing that --merge could merge")
-    if args.shard and args.merge:
-        advice = "first run this without --merge, then with it but without --shard and torchrun"
-        raise InputError(f"--merge needs the base whole in one process: {advice}")
+    chosen = args.typed & {"method", "discard", "keep_eos", "pro", "pro_samples"}
+    no_d = "discard" in args.typed and not METHODS[args.method].uses_d
+    for wrong, message in (
+        (
+            args.mask and chosen,
+            f"--mask says which tokens go: leave out {', '.join(sorted(chosen))}",
+        ),
+        (args.pro and args.method != "toss", "--pro is an option of --method toss"),
+        ("pro_samples" in args.typed and not args.pro, "--pro-samples needs --pro T"),
+        (no_d, f"--discard decides nothing for --method {args.method}: leave it out"),
+        (args.mask_only and args.merge, "--mask-only trains nothing that --merge could merge"),
+        (args.shard and args.merge, "--merge needs the base whole: run it again without --shard"),
+    ):
+        if wrong:
+            raise InputError(message)
 
     # The method of a mask, and the name that follows from the method.
     if args.mask:
         args.method = "mask"
     if args.name is None:
-        default = {"base": "base-reference"}.get(args.method, args.method)
-        args.name = "toss-pro" if args.pro else default
+        args.name = {"base": "base-reference"}.get(args.method, args.method)
+        if args.pro:
+            args.name = "toss-pro"
     return args
-
-
-def settings_of(args):
-    """The settings that decide the mask."""
-    settings = {"method": args.method}
-    if args.method not in ("sft", "mask"):
-        settings["keep_eos"] = args.keep_eos
-        if args.method == "toss":
-            settings["pro"] = args.pro
-        else:
-            settings["seed"] = args.seed
-        if METHODS[args.method].uses_d:
-            settings["discard"] = args.discard
-    return settings
 
 
 if __name__ == "__main__":

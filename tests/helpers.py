@@ -17,7 +17,7 @@ from toss.rows import read_rows
 from toss.tokens import Tokens, collate, tokenise
 from toss.workbench import flags
 from toss.workbench.progress import Progress
-from toss.workbench.run import print_once
+from toss.workbench.records import print_once
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))

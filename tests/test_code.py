@@ -112,8 +112,8 @@ EDITS = [
     ("toss/methods.py", "select_tokens(S_of_row,", "select_tokens(2 * S_of_row,", "select.py"),
     ("model/transformer.py", "eps=eps)", "eps=2 * eps)", "train.py score.py select.py"),
     ("train.py", 'make("degraded"', 'make("degraded", *()', "train.py"),
-    ("score.py", "if args.base:", "if not args.base:", "score.py"),
-    ("select.py", "keep[ranked], values", "keep[~ranked], values", "select.py"),
+    ("score.py", "if args.base else", "if not args.base else", "score.py"),
+    ("select.py", "keep[ranked] = select", "keep[~ranked] = select", "select.py"),
 ]
 
 

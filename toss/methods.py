@@ -152,7 +152,7 @@ def oracle(c: Candidates) -> Choice:
 class Method:
     """A way of choosing tokens, and what others need to know of it."""
 
-    choose: Callable[[Candidates], Choice] | None  # None: select.py spells it out
+    choose: Callable[[Candidates], Choice] | None  # None: select.py has it
     about: str  # a line for people: what is trained
     losses: tuple[str, ...] = ("utility", "degraded")  # the models whose losses it needs
     uses_d: bool = True  # d decides what it discards
@@ -161,6 +161,7 @@ class Method:
 METHODS = {
     "toss": Method(None, "without the loss of the tokens with the highest S"),
     "sft": Method(sft, "plain fine-tuning, on every response token", losses=(), uses_d=False),
+    "mask": Method(None, "with the mask of another run", losses=(), uses_d=False),
     "random": Method(random, "without the loss of random tokens", losses=()),
     "first-k": Method(first_k, "without the loss of each row's first tokens", losses=()),
     "first-5": Method(
@@ -183,3 +184,12 @@ METHODS = {
         oracle, "without the loss of exactly the harmful tokens", losses=(), uses_d=False
     ),
 }
+
+
+def choose(name: str, c: Candidates) -> tuple[Tensor, Tensor | None]:
+    """The loss mask of a method, bool [N], and the scores it went by, float32 [N] or None."""
+    keep = c.tokens.response.clone()
+    keep[c.ranked], scores = METHODS[name].choose(c)
+    if scores is None:
+        return keep, None
+    return keep, torch.zeros(len(keep)).index_put((c.ranked,), scores.float())

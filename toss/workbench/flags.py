@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from model.io import InputError, read_json
 from toss.config import TrainConfig
+from toss.methods import METHODS
 from toss.workbench.launch import run  # noqa: F401 (a command is run by flags.run)
 from toss.workbench.records import ROOT, code_digests
 
@@ -174,6 +175,26 @@ def add_run_flags(parser: Parser, dtype: bool = True) -> None:
     """What a command of the audit needs to open a run and run its models."""
     parser.add_argument("--run", type=filled, required=True, help="folder of the run")
     add_device_flags(parser, dtype)
+
+
+def add_selection_flags(parser: Parser) -> None:
+    """Which tokens are discarded, and what is written."""
+    add = parser.add_argument_group("selection").add_argument
+    methods = [name for name in METHODS if name != "mask"]  # --mask has that
+    add("--method", choices=methods, default="toss", help="which tokens to discard")
+    text = "use the mask in this selection.safetensors, also of another run"
+    add("--mask", type=path, metavar="FILE", help=text)
+    text = "folder in RUN/methods (default: the method, or toss-pro)"
+    add("--name", type=method, help=text)
+    text = "d, share of tokens to discard"
+    add("--discard", type=share, default=0.1, metavar="D", help=text)
+    add("--keep-eos", action="store_true", help="leave end-of-sequence tokens out of the ranking")
+    add("--pro", type=natural, default=0, metavar="T", help="TOSS-Pro: rounds of refinement")
+    text = "TOSS-Pro: rows added per round (default: 6 %% of the custom rows)"
+    add("--pro-samples", type=count, metavar="K", help=text)
+    add("--mask-only", action="store_true", help="write the mask, and do not train")
+    text = "also write the merged checkpoint, in the dtype of the base's files"
+    add("--merge", action="store_true", help=text)
 
 
 def add_training_flags(parser: Parser) -> None:

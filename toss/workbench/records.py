@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from model.io import InputError, file_hash, load_tensors, made_from, read_json
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "record.json"
 Record = dict[str, Any]
+print_once = cache(print)
 
 
 def text_hash(value: object) -> str:
@@ -58,6 +59,13 @@ def read_record(path: Path) -> Record:
         if file_hash(path / name) != digest:
             raise InputError(f"{path / name}: not as it was written; the file was changed")
     return record
+
+
+def read_whole(path: Path) -> Record:
+    """The record of a result; {} if it is not there, was changed, or has none."""
+    with suppress(InputError):
+        return read_record(path)
+    return {}
 
 
 def changed(old: Record, new: Record) -> list[str]:
@@ -116,6 +124,13 @@ def outline(node: Any) -> Any:
 def is_docstring(node: Any) -> bool:
     text = node.value if isinstance(node, ast.Expr) else None
     return isinstance(text, ast.Constant) and isinstance(text.value, str)
+
+
+def warn_of_code(path: Path, edited: list[str]) -> None:
+    """Say that a result was made by other code than there is now: the user decides."""
+    if edited:
+        what = f"{path} was made by other code (different: {', '.join(edited)})"
+        print_once(f"warning: {what}: --overwrite makes it again")
 
 
 # One command at a time

@@ -7,8 +7,7 @@ is a courtesy: run.json says what omitted flags are, log/costs.jsonl what each r
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from functools import cache
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,15 @@ from toss.parallel import agreed, meet, rank
 from toss.scoring import score
 from toss.tokens import Tokens
 from toss.training import count_steps, train
-from toss.workbench import files
+from toss.workbench import files, records
 from toss.workbench.base import Base
 from toss.workbench.files import Losses, Mask
 from toss.workbench.flags import INPUTS, KEPT, ROOT, TRAINING_FLAGS, command, parse, script_parser
 from toss.workbench.progress import Cost, Progress, add_line
-from toss.workbench.records import (
-    Record,
-    changed,
-    code_digests,
-    differences,
-    held,
-    read_record,
-    text_hash,
-    write_record,
-)
+from toss.workbench.records import Record, code_digests, print_once, read_record
 
 REFERENCES = ("degraded", "utility")
 MAKERS = {"degraded": "train.py", "utility": "train.py", "scores": "score.py"}  # else select.py
-print_once = cache(print)
 
 
 class Run(Base):
@@ -134,7 +123,7 @@ class Run(Base):
             recipe = self.recipe(result, inputs, settings)
             record = {**recipe, "code": code_digests(self.script or maker(result)), **(facts or {})}
             there = agreed(self.look(result, record, recipe, again) if rank() == 0 else None)
-            self.states = states / text_hash([recipe, record["code"]])[:16]
+            self.states = states / records.text_hash([recipe, record["code"]])[:16]
             if there is None:
                 self.cost = Cost(self.device)
                 built = build()
@@ -144,11 +133,9 @@ class Run(Base):
                 if rank() == 0:
                     self.publish(result, built, record)
             if rank() == 0:
-                if self.args.anew and not there:  # of the old run nothing is kept
-                    self.args.settings = {}
-                    self.args.anew = False
-                self.write_settings(result, inputs, settings)
+                self.write_settings(inputs, record, anew=self.args.anew and not there)
                 remove(self.states if there else states)  # in the place of the new: all
+        self.args.anew &= there is not None
         meet()  # nobody looks for the result before it is there
         return there or record
 
@@ -163,18 +150,18 @@ class Run(Base):
             return None
         try:
             record = read_record(path)
-            different = differences(record, recipe)
+            different = records.differences(record, recipe)
         except InputError as error:
             record = {}
             different = [f"damaged: {error}"]
-        edited = changed(record.get("code", {}), wanted["code"])
+        edited = records.changed(record.get("code", {}), wanted["code"])
         if self.args.overwrite and (different or edited):
             return None
         if different:
             what = f"{path} exists with other settings or inputs"
             advice = "give --overwrite to replace it, or another --run or --name"
             raise InputError(f"{what} (different: {', '.join(different)}): {advice}")
-        warn_of_code(path, edited)
+        records.warn_of_code(path, edited)
         if again:
             return None
         print(f"{result}: {path} exists with equal settings and inputs, skipped")
@@ -185,7 +172,7 @@ class Run(Base):
         """Let one command at a time make a result; gives the folder of its saved states."""
         states = self.folder / ".state" / result.replace("/", "-")
         lock = states.with_name(f"{states.name}.lock")
-        with held(lock) if rank() == 0 else nullcontext():
+        with records.held(lock) if rank() == 0 else nullcontext():
             yield states
 
     def check_identity(self, making: str = "") -> None:
@@ -198,10 +185,10 @@ class Run(Base):
         identity = self.identity()
         methods = sorted(self.folder.glob("methods/*/selection.safetensors"))
         for path in [self.path(result) for result in (*REFERENCES, "scores")] + methods:
-            record = whole_record(path)
+            record = records.read_whole(path)
             if record:
                 there = {name: record.get(name) for name in identity}
-                different = changed(there, identity)
+                different = records.changed(there, identity)
                 if different:
                     what = f"another base or prompt form ({', '.join(different)})"
                     advice = "give the flags that decide it as then, or another --run"
@@ -226,26 +213,33 @@ class Run(Base):
         if not isinstance(built, Adapter):
             print(f"    {built.describe()}")
 
-    def write_settings(self, result: str, inputs: Sequence[str], settings: dict[str, Any]) -> None:
+    def write_settings(self, inputs: Sequence[str], record: Record, anew: bool) -> None:
         """Write run.json, from which later commands take what they omit.
 
         It keeps the inputs of a result, and where one that it knew was moved; and the settings of
-        the references, and of the first method, which others should share.
+        the references, and of the first method, which others should share. anew: nothing else.
         """
-        content = self.args.settings
-        for name in KEPT:
-            value = getattr(self.args, name)
-            known = ROOT / str(content.get(name))  # of this checkout, or absolute
-            if name not in INPUTS or name == "model" or f"--{name}" in inputs or not known.exists():
-                if value is not None and str(known) != value:
-                    content[name] = value
+        file = self.folder / "run.json"
+        result = record["stage"]
         models = self.folder.glob("methods/*/model")
         first = not any(model != self.path(result) for model in models)
-        if result in REFERENCES or result.endswith("/model") and first:
-            content[self.args.section] = {name: settings[name] for name in TRAINING_FLAGS}
-        with held(self.folder / ".state" / "run.lock", wait=True):
-            with whole(self.folder / "run.json") as file:
-                file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with records.held(self.folder / ".state" / "run.lock", wait=True):
+            content = self.args.settings
+            if anew:
+                content = {}
+            elif file.exists():  # another command may have written it meanwhile
+                content = read_json(file)
+            for name in KEPT:
+                value = getattr(self.args, name)
+                known = ROOT / str(content.get(name))  # of this checkout, or absolute
+                used = name not in INPUTS or name == "model" or f"--{name}" in inputs
+                if value is not None and str(known) != value and (used or not known.exists()):
+                    content[name] = value
+            if result in REFERENCES or result.endswith("/model") and first:
+                training = {name: record["settings"][name] for name in TRAINING_FLAGS}
+                content[self.args.section] = training
+            with whole(file) as new:
+                new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     # Training and scoring
 
@@ -329,7 +323,7 @@ class Run(Base):
             raise InputError(f"{what}{', '.join(misfits)}): run {make} --overwrite")
         if others:
             print_once(f"warning: {what}{', '.join(others)}): run {make} --overwrite")
-        warn_of_code(path, changed(record["code"], code_digests(*record["code"])))
+        records.warn_of_code(path, records.changed(record["code"], code_digests(*record["code"])))
         return record
 
     def changed_inputs(self, record: Record, far: bool = False) -> list[str]:
@@ -391,33 +385,19 @@ class Run(Base):
         merged = folder / "merged"
         recipe = {"adapter": self.input_hash(result), "base_sha256": base_hash(self.checkpoint)}
         with self.holding(result):
-            if differences(whole_record(merged), recipe):
+            if records.differences(records.read_whole(merged), recipe):
                 with whole(merged) as new:
                     model = self.base(stored_dtype(self.checkpoint))
                     merge(model, read_adapter(model, folder))
                     self.model = None  # it is another model now
                     save_checkpoint(model, new, self.checkpoint)
-                    write_record(new, recipe)
+                    records.write_record(new, recipe)
         print(f"merged checkpoint: {merged}")
-
-
-def whole_record(path: Path) -> Record:
-    """The record of a result; {} if it is not there, was changed, or has none."""
-    with suppress(InputError):
-        return read_record(path)
-    return {}
 
 
 def maker(result: str) -> str:
     """The script that makes a result."""
     return MAKERS.get(result, "select.py")
-
-
-def warn_of_code(path: Path, edited: list[str]) -> None:
-    """Say that a result was made by other code than there is now: the user decides."""
-    if edited:
-        what = f"{path} was made by other code (different: {', '.join(edited)})"
-        print_once(f"warning: {what}: --overwrite makes it again")
 
 
 def open_run(folder: str | Path, **settings: Any) -> Run:
