@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.offset = config.norm_offset
-        self.weight = nn.Parameter(torch.ones(size) - self.offset)
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.offset)
@@ -192,7 +192,9 @@ class Body(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # The layer's own normal_() would import torch._dynamo on the meta device, in a second.
+        embeddings = torch.randn(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*embeddings.shape, _weight=embeddings)
         block = FourNormBlock if config.output_norms else Block
         self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, config.hidden_size)

@@ -246,7 +246,7 @@ def difference(found: dict, other: dict) -> Metrics:
 
 
 def as_json(table: Table) -> dict:
-    """The same with a dictionary for each cell."""
+    """A table with a dictionary for each cell."""
     rows = {}
     for line, row in table.items():
         rows[line] = {name: cell._asdict() for name, cell in row.items()}

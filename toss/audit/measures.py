@@ -57,7 +57,7 @@ def share(outcomes: Iterable[bool]) -> Cell:
 
 
 def wilson(yes: int, n: int) -> Cell:
-    """The same from counts. Source of the interval: Wilson, JASA 22 (1927)."""
+    """A share from counts. Source of the interval: Wilson, JASA 22 (1927)."""
     if n == 0:
         return cell(None, 0)
     p, low, high = interval(yes, n)
