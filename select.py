@@ -44,13 +44,22 @@ def main(argv=None):
     run = Run(args)
     config = TrainConfig.of(args)
     here = f"methods/{args.name}"
-    inputs = ["--custom"]  # of the mask
     scores = "scores"
 
     # TOSS-Pro: theta^h is refined, round by round.
     added = []
     for t in range(1, args.pro + 1):
         scores, added = refine(run, args, t, scores, added)
+
+    # What the mask is made from: a method says which losses it needs.
+    needed = METHODS[args.method].losses
+    inputs = ["--custom"]
+    if needed:
+        inputs.append(scores)
+    if "base" in needed:
+        inputs.append("loss_base")
+    if args.mask:
+        inputs.append("--mask")
 
     # The loss mask: which response tokens are learnt. A discarded one stays in the input.
     def choose_tokens():
@@ -66,13 +75,6 @@ def main(argv=None):
         keep, score = choose(args.method, Candidates(D_cus, L, ranked, args.discard, args.seed))
         return Mask(D_cus, keep, score)
 
-    needed = METHODS[args.method].losses
-    if needed:
-        inputs.append(scores)
-    if "base" in needed:
-        inputs.append("loss_base")
-    if args.mask:
-        inputs.append("--mask")
     run.make(f"{here}/selection", choose_tokens, inputs, settings_of(args))
 
     # Fine-tuning of the base on what is kept.
@@ -109,16 +111,16 @@ def refine(run, args, t, scores, added):
         return run.train(f"{args.name}-round-{t}", D, D.response.float(), reference)
 
     def rescore():
-        L["degraded"] = run.score(f"{args.name}-round-{t}-scores", theta_h, D_cus)
-        return Losses(D_cus, L)  # L^u as it was
+        L_h = run.score(f"{args.name}-round-{t}-scores", theta_h, D_cus)
+        return Losses(D_cus, {**L, "degraded": L_h})  # L^u as it was
 
-    here = f"methods/{args.name}/round-{t}"
-    theta_h = f"{here}/degraded"
+    folder = f"methods/{args.name}/round-{t}"
+    theta_h = f"{folder}/degraded"
     settings = {**reference.recipe(), "keep_eos": args.keep_eos, "pro_samples": k}
     inputs = ["--harmful", "--custom", scores]
     record = run.make(theta_h, retrain, inputs, settings, facts={"added": added})
-    run.make(f"{here}/scores", rescore, ["--custom", scores, theta_h], settings={})
-    return f"{here}/scores", record["added"]  # of a round that is there, what it was trained on
+    run.make(f"{folder}/scores", rescore, ["--custom", scores, theta_h], settings={})
+    return f"{folder}/scores", record["added"]  # of a round that is there, what it was trained on
 
 
 def settings_of(args):

@@ -218,9 +218,9 @@ def digest(tensors: dict, record: dict) -> str:
 def whole(path: str | Path) -> Iterator[Path]:
     """A place beside `path` to write a file or a folder to, which replaces it at the end.
 
-    After an error the old one stays. A process that dies leaves the old one or the new one (in the
-    instant between the two renames of a folder, neither), and perhaps a part of the new one beside
-    it, which the next writer removes.
+    After an error the old one stays. A process that dies leaves the old one or the new one. In the
+    instant between the two renames of a folder it leaves neither: then what lies beside the place,
+    as .NAME.old and .NAME.new, is not taken up again, and the next writer removes it.
     """
     path = Path(path)
     new = path.with_name(f".{path.name}.new")

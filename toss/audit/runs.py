@@ -100,7 +100,7 @@ def records_of(run: Run, methods: Iterable[str]) -> dict[str, Record]:
 def results_of(run: Run) -> dict[str, Record]:
     """The record of each result of a run, the references and the scores first."""
     names = [*REFERENCES, "scores"]
-    for pattern in ("selection.safetensors", "round-*/*", "model"):
+    for pattern in ("selection.safetensors", "round-*/[!.]*", "model"):
         for path in sorted(run.folder.glob(f"methods/[!.]*/{pattern}")):
             names.append(path.relative_to(run.folder).as_posix().removesuffix(".safetensors"))
     return {name: read_record(run.path(name)) for name in names if run.path(name).exists()}

@@ -40,7 +40,7 @@ class Base:
         self.model: Transformer | None = None
         self.loaded = ""  # the dtype of `model`
         self.datasets: dict[str, Tokens] = {}  # by file
-        self.sha256: dict[str, str] = {}  # of these files, as they were read
+        self.sha256: dict[str, str] = {}  # of inputs as they were read, see Run.input_hash
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -125,7 +125,9 @@ class Base:
         if path is None:
             raise InputError(f"{self.args.run} was begun without these rows: name their file")
         if path not in self.datasets:
-            self.sha256[path] = file_hash(path)
+            for flag in ("harmful", "utility", "custom"):
+                if path == getattr(self.args, flag):
+                    self.sha256[f"--{flag}"] = file_hash(path)
             self.datasets[path] = self.tokens_of(read_rows(path), path)
         return self.datasets[path]
 

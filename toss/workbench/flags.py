@@ -1,8 +1,9 @@
 """The command line: flags, and where the values of omitted ones come from.
 
-The value of a setting is, first match: the command line; the run's run.json; data/demo.json, for a
-run begun without inputs; the default, the paper's. run.json has demo.json's form: inputs and prompt
-form, and how the references and the methods are trained ("reference", "finetune").
+The value of a setting is, first match: the command line; one file, the run's run.json, or where
+there is none and no input is typed, data/demo.json; the default, the paper's. run.json has the form
+of demo.json: inputs and prompt form, and how the references and the methods are trained
+("reference", "finetune"). Before a first method is trained, methods train as the references.
 """
 
 import argparse
@@ -29,13 +30,15 @@ INPUTS = ("model", "harmful", "utility", "custom")
 # What a run keeps: its inputs, and how text becomes ids.
 FORM = ("revision", "template", "date", "max_length", "chat_template_kwargs", "skip_empty")
 KEPT = (*INPUTS, *FORM)
-OTHERS = ("discard", "base", "threads")  # what only data/demo.json sets
+DEMO_ONLY = ("discard", "base", "threads")  # what only data/demo.json sets
 TRAINING_FLAGS = tuple(f.name for f in fields(TrainConfig) if f.metadata)
 # What a script has where it has no such flag.
 DEFAULTS = {**dict.fromkeys((*INPUTS, "mask")), "gradient_checkpointing": False}
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
-METHOD_NAME = r"(?!(base|degraded|utility)$)[\w=+-][\w.=+-]{0,99}"
-METHOD_WORDS = "at most 100 letters, digits and . _ = + -; not base, degraded or utility"
+METHOD_NAME = r"(?!(base|degraded|utility|costs|.*-round-\d+)$)[\w=+-][\w.=+-]{0,99}"
+METHOD_WORDS = (
+    "at most 100 letters, digits and . _ = + -; not base, degraded, utility, costs or ...-round-1"
+)
 
 
 # The parser
@@ -131,8 +134,8 @@ filled = number(str, len, "a value: it is empty")
 
 def script_parser(prog: str, doc: str, **inputs: str) -> Parser:
     """A script's parser, with the flags that all three have. inputs: its files, {flag: help}."""
-    epilog = "Omitted flags come from run.json, then data/demo.json (if no input is given), then "
-    parser = Parser(prog, doc, epilog=f"{epilog}the defaults.")
+    epilog = "Omitted flags come from run.json (if there is none and no input is given, from "
+    parser = Parser(prog, doc, epilog=f"{epilog}data/demo.json), then they have the defaults.")
     add = parser.add_argument_group("run").add_argument
     add("--run", type=filled, default="runs/demo", help="folder of the run")
     text = "make again what has other settings, inputs or code"
@@ -238,7 +241,7 @@ def parse(parser: Parser, argv: list[str] | None = None, section: str = "finetun
     anew = begins and "overwrite" in typed  # the run is begun anew, and inherits nothing
     values = {}
     if not anew:
-        values = {name: settings[name] for name in (*KEPT, *OTHERS) if name in settings}
+        values = {name: settings[name] for name in (*KEPT, *DEMO_ONLY) if name in settings}
         values |= settings.get(section, settings.get("reference", {}))
     if typed.get("model", values.get("model")) != values.get("model"):
         values.pop("revision", None)  # it is of the hub id that the base had

@@ -90,7 +90,7 @@ def differences(record: Record, recipe: Record) -> list[str]:
 
 
 def code_digests(*scripts: str) -> dict[str, str]:
-    """A digest of each file of model/ and toss/, and of these: {path in the project: digest}.
+    """A digest of each file right in model/ and toss/, and of these: {path in the project: digest}.
 
     Comments, docstrings and layout do not count, and every version of Python gives the same.
     """

@@ -65,6 +65,13 @@ class Run(Base):
         return not key.startswith("--") and key != "loss_base"
 
     def input_hash(self, key: str) -> str:
+        """The hash of an input; InputError if it is not what it was when it was read."""
+        value = self.hash_of(key)
+        if self.sha256.get(key, value) != value:
+            raise InputError(f"{self.source(key)} was changed while the command ran: run it again")
+        return value
+
+    def hash_of(self, key: str) -> str:
         """The hash of an input: of earlier results and masks, the tensors and not the record.
 
         Of an adapter also its configuration, which alone has rank and scale. "loss_base" is what
@@ -82,10 +89,7 @@ class Run(Base):
         if key.startswith("--") and not file.exists():
             raise InputError(f"{file}: file not found; give its new path with {key}")
         if key in ("--custom", "--harmful", "--utility"):
-            value = file_hash(file)
-            if self.sha256.get(str(file), value) != value:
-                raise InputError(f"{file} was changed while the command ran: run it again")
-            return value
+            return file_hash(file)
         tensors = load_tensors(file)
         tensors.pop("loss_base", None)
         config = read_json(file.with_name(CONFIG)) if file.name == WEIGHTS else {}
@@ -134,7 +138,10 @@ class Run(Base):
                     self.publish(result, built, record)
             if rank() == 0:
                 self.write_settings(inputs, record, anew=self.args.anew and not there)
-                remove(self.states if there else states)  # in the place of the new: all
+                if there:
+                    remove(self.states)  # of a process that died after it had published
+                else:
+                    remove(states)  # also those of other recipes, in whose place this is
         self.args.anew &= there is not None
         meet()  # nobody looks for the result before it is there
         return there or record
@@ -169,7 +176,10 @@ class Run(Base):
 
     @contextmanager
     def holding(self, result: str) -> Iterator[Path]:
-        """Let one command at a time make a result; gives the folder of its saved states."""
+        """Let one command at a time look for a result and make it.
+
+        Gives the folder of its saved states.
+        """
         states = self.folder / ".state" / result.replace("/", "-")
         lock = states.with_name(f"{states.name}.lock")
         with records.held(lock) if rank() == 0 else nullcontext():
@@ -216,8 +226,9 @@ class Run(Base):
     def write_settings(self, inputs: Sequence[str], record: Record, anew: bool) -> None:
         """Write run.json, from which later commands take what they omit.
 
-        It keeps the inputs of a result, and where one that it knew was moved; and the settings of
-        the references, and of the first method, which others should share. anew: nothing else.
+        It keeps the prompt form; the inputs of a result, and where one that it knew was moved; how
+        the references were trained, and the first method: others should share that, and while it is
+        the only one that has a model, what it is trained with may change. anew: nothing else.
         """
         file = self.folder / "run.json"
         result = record["stage"]
@@ -349,7 +360,7 @@ class Run(Base):
         return read_adapter(self.model or self.base("score"), self.path(name))
 
     def reference_config(self) -> TrainConfig:
-        """How theta^h was trained, so that TOSS-Pro can train it again."""
+        """How theta^h was trained, but for the dtype, so that TOSS-Pro can train it again."""
         record = self.check("degraded")
         if not record:
             print("theta^h has no record: it is trained again with this command's settings")
@@ -361,6 +372,7 @@ class Run(Base):
         What is scored again will be in the same dtype.
         """
         record = self.check(result)
+        self.sha256[result] = self.input_hash(result)
         found = files.read_losses(self.path(result), self.args.custom)
         if not found.S().any():
             reason = "both references give each token the same loss, so every S is 0"
