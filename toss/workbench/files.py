@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.io import InputError, load_tensors, made_from, save_tensors, whole
+from model.io import InputError, digest, load_tensors, made_from, read_json, save_tensors, whole
 from model.lora import Adapter
-from model.peft import write_adapter
+from model.peft import CONFIG, WEIGHTS, write_adapter
 from model.transformer import Transformer
 from toss.tokens import Tokens
 from toss.workbench.records import Record, write_record
@@ -64,6 +64,25 @@ def fingerprint(tokens: Tokens) -> str:
     for tensor in (tokens.input_ids, tokens.offsets, tokens.response):
         state.update(tensor.numpy())
     return state.hexdigest()
+
+
+def content_hash(file: Path, of_base: bool = False) -> str:
+    """sha256 of what a result or a mask holds, and not of its record.
+
+    Of an adapter: also its configuration, which alone has rank and scale. Of scores: all but the
+    losses under the base, which may be added later; with `of_base` these alone.
+    """
+    tensors = load_tensors(file)
+    base = tensors.pop("loss_base", None)
+    if of_base:
+        if base is None:
+            raise InputError(f"{file} has no losses under the base: run score.py --base")
+        tensors = {"loss_base": base}
+    config = {}
+    if file.name == WEIGHTS:
+        config = read_json(file.with_name(CONFIG))
+        config.pop("base_model_name_or_path", None)  # a base may be moved
+    return digest(tensors, config)
 
 
 # Adapters

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash, save_checkpoint, stored_dtype
-from model.io import InputError, digest, file_hash, load_tensors, read_json, remove, whole
+from model.io import InputError, file_hash, read_json, remove, whole
 from model.lora import Adapter, merge, use
-from model.peft import CONFIG, WEIGHTS, read_adapter
+from model.peft import WEIGHTS, read_adapter
 from toss.config import TrainConfig
 from toss.loss import token_loss
 from toss.parallel import agreed, meet, rank
@@ -72,17 +72,10 @@ class Run(Base):
         return value
 
     def hash_of(self, key: str) -> str:
-        """The hash of an input: of earlier results and masks, the tensors and not the record.
+        """The hash of an input: of a file of rows its bytes, of results and masks what they hold.
 
-        Of an adapter also its configuration, which alone has rank and scale. "loss_base" is what
-        --base adds to the scores, which are the same without it.
+        "loss_base" is what --base adds to the scores, which are the same without it.
         """
-        if key == "loss_base":
-            tensors = load_tensors(self.path("scores"))
-            if key not in tensors:
-                advice = f"run {command('score.py', self.folder)} --base"
-                raise InputError(f"{self.path('scores')} has no losses under the base: {advice}")
-            return digest({key: tensors[key]}, {})
         file = self.source(key)
         if file == Path():
             raise InputError(f"{key} must be given: {self.folder} knows none")
@@ -90,11 +83,7 @@ class Run(Base):
             raise InputError(f"{file}: file not found; give its new path with {key}")
         if key in ("--custom", "--harmful", "--utility"):
             return file_hash(file)
-        tensors = load_tensors(file)
-        tensors.pop("loss_base", None)
-        config = read_json(file.with_name(CONFIG)) if file.name == WEIGHTS else {}
-        config.pop("base_model_name_or_path", None)  # a base may be moved
-        return digest(tensors, config)
+        return files.content_hash(file, of_base=key == "loss_base")
 
     def recipe(self, result: str, inputs: Sequence[str], settings: dict[str, Any]) -> Record:
         """Everything that decides a result."""
@@ -125,7 +114,11 @@ class Run(Base):
             settings = {**settings, "dtype": dtype}
         with self.holding(result) as states:
             recipe = self.recipe(result, inputs, settings)
-            record = {**recipe, "code": code_digests(self.script or maker(result)), **(facts or {})}
+            record = {
+                **recipe,
+                "code": code_digests(self.script or MAKERS.get(result, "select.py")),
+                **(facts or {}),
+            }
             there = agreed(self.look(result, record, recipe, again) if rank() == 0 else None)
             self.states = states / records.text_hash([recipe, record["code"]])[:16]
             if there is None:
@@ -176,10 +169,7 @@ class Run(Base):
 
     @contextmanager
     def holding(self, result: str) -> Iterator[Path]:
-        """Let one command at a time look for a result and make it.
-
-        Gives the folder of its saved states.
-        """
+        """Let one command at a time look for a result and make it; gives the folder of states."""
         states = self.folder / ".state" / result.replace("/", "-")
         lock = states.with_name(f"{states.name}.lock")
         with records.held(lock) if rank() == 0 else nullcontext():
@@ -307,7 +297,7 @@ class Run(Base):
         its shapes.
         """
         path = self.path(result)
-        make = command(maker(result), self.folder)
+        make = command(MAKERS.get(result, "select.py"), self.folder)
         if not path.exists():
             raise InputError(f"{path} does not exist: run {make} first")
         self.check_identity()
@@ -405,11 +395,6 @@ class Run(Base):
                     save_checkpoint(model, new, self.checkpoint)
                     records.write_record(new, recipe)
         print(f"merged checkpoint: {merged}")
-
-
-def maker(result: str) -> str:
-    """The script that makes a result."""
-    return MAKERS.get(result, "select.py")
 
 
 def open_run(folder: str | Path, **settings: Any) -> Run:
