@@ -150,5 +150,23 @@ def test_the_time_left_is_printed_ever_more_rarely(monkeypatch, capsys):
         progress.on_step({"step": step, "steps": 150})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "toss: step 50 of 150 was reached before; it goes on from there"
-    assert lines[1] == "toss: step 51 of 150, 16.5 minutes left"
+    assert lines[1] == "toss: step 51 of 150"  # it also pays for warming up
+    assert lines[2] == "toss: step 53 of 150, 16.2 minutes left"
     assert 10 < len(lines) < 40
+
+
+def test_the_prompts_of_a_batch_share_its_time(monkeypatch, capsys):
+    """They are reported one behind the other; nothing is known until a second batch has ended."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    progress = Progress("benign")
+    for prompt in range(1, 31):
+        if prompt % 10 == 1:
+            now += 60
+        progress.on_step({"step": prompt, "steps": 60, "unit": "prompt"})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "benign: prompt 1 of 60",
+        "benign: prompt 11 of 60",
+        "benign: prompt 21 of 60, 3.9 minutes left",
+    ]

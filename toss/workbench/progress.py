@@ -21,9 +21,11 @@ class Progress(Watch):
     """Lines about one piece of work, and if they are given places, its log and its states.
 
     A line comes after 5 seconds, and then whenever the work has lasted a tenth longer, but not
-    within 10 seconds. log: JSONL, a line per step of training. states: a folder that belongs to one
-    recipe and one version of the code, so that a state is never taken for another's. minutes:
-    between two states.
+    within 10 seconds. The time that is left is told by finished steps after the first, which also
+    pays for compilation and warm-up; the prompts of a batch are reported one behind the other.
+
+    log: JSONL, a line per step of training. states: a folder that belongs to one recipe and one
+    version of the code, so that a state is never taken for another's. minutes: between two states.
     """
 
     def __init__(
@@ -42,6 +44,9 @@ class Progress(Watch):
         self.started = time.monotonic()
         self.next_line = self.started + 5
         self.last_save = self.started
+        # Step and time: when the first batch had ended, and of the last report.
+        self.warm = (0, math.inf)
+        self.latest = (0, self.started)
 
     # Lines and the log
 
@@ -56,12 +61,24 @@ class Progress(Watch):
         if rank() == 0 and self.log and "loss" in event:
             self.write_step(event)
         now = time.monotonic()
-        if step > self.first and now > self.next_line:
-            elapsed = now - self.started
-            self.next_line = now + max(10, 0.1 * elapsed)
+        if step <= self.first:
+            return
+        of_the_first = self.latest == self.warm and now - self.latest[1] < 0.01
+        if self.latest[0] <= self.first or of_the_first:
+            self.warm = (step, now)
+        if now > self.next_line:
+            self.next_line = now + max(10, 0.1 * (now - self.started))
             loss = f", loss {event['loss']:.3f}" if "loss" in event else ""
-            left = elapsed / (step - self.first) * (event["steps"] - step) / 60
-            print(f"{place}{loss}, {left:.1f} minutes left")
+            print(f"{place}{loss}{self.time_left(event['steps'] - step)}")
+        self.latest = (step, now)
+
+    def time_left(self, steps: int) -> str:
+        """The time for so many steps, in words; "" while it is not known."""
+        done = self.latest[0] - self.warm[0]
+        if done <= 0:
+            return ""
+        seconds = (self.latest[1] - self.warm[1]) / done * steps
+        return f", {seconds / 60:.1f} minutes left"
 
     def write_step(self, event: dict[str, Any]) -> None:
         """Add a step to the log, in place of those that a process which died made after it."""
