@@ -105,7 +105,7 @@ def test_a_method_in_the_registry_is_one_of_select(trained, monkeypatch):
     entry = methods.Method(surprising, "what the base expects", losses=("base",))
     assert '`"surprising": Method(surprising, "what the base expects", losses=("base",))`' in README
     monkeypatch.setitem(methods.METHODS, "surprising", entry)
-    script("score", "--run", trained, "--base", "--overwrite")
+    script("score", "--run", trained, "--base")
     script("select", "--run", trained, "--method", "surprising", "--mask-only")
     scores = load_file(trained / "scores.safetensors")
     keep = load_file(trained / "methods/surprising/selection.safetensors")["keep"]
