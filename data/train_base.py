@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from data.corpus import sample, tokenizer_text
 from model.config import Config
@@ -106,8 +105,7 @@ def train(model: Transformer, tokenizer: Tokenizer, stages: list, device: str) -
     for name, aligned, steps, rate in stages:
         rng = random.Random(f"{name} {SEED}")
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
-        bar = tqdm(range(steps), desc=name)
-        for step in bar:
+        for step in range(steps):
             # 50 steps up, then half a cosine down to zero.
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 50, cosine)
@@ -126,7 +124,7 @@ def train(model: Transformer, tokenizer: Tokenizer, stages: list, device: str) -
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{total:.3f}")
+                print(f"{name}: step {step} of {steps}, loss {total:.3f}")
 
 
 def save(model: Transformer, tokenizer: Tokenizer, shape: dict, folder: Path, note: dict) -> None:

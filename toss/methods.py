@@ -35,7 +35,7 @@ class Candidates:
     def loss(self, model: str) -> Tensor:
         """Losses of the ranked tokens under "utility", "degraded" or "base", float32 [n]."""
         if model not in self.losses:
-            advice = "run score.py --base with this --run, and --overwrite if it has scores"
+            advice = "run score.py --base with this --run"
             raise InputError(f"no losses under the {model} model: {advice}")
         return self.losses[model][self.ranked]
 

@@ -152,7 +152,10 @@ def read_mask(path: Path, tokens: Tokens) -> Mask:
     on_prompts = int((keep & ~tokens.response).sum())
     if on_prompts:
         print(f"{path}: keep is true on {on_prompts} tokens of prompts, which have no loss")
-    return Mask(tokens, keep & tokens.response, tensors.get("score"), tensors.get("weights"))
+    soft = tensors.get("weights")
+    if soft is not None:
+        soft = soft * tokens.response
+    return Mask(tokens, keep & tokens.response, tensors.get("score"), soft)
 
 
 def write_selection(
