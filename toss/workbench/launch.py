@@ -41,4 +41,4 @@ def joined(main: Callable[[], int | None]) -> None:
         meet()  # a process that left early would look failed to those still at work
     except (InputError, RuntimeError) as error:
         process = f"process {dist.get_rank()} of {dist.get_world_size()}"
-        raise InputError(f"{process}: {error}") from None
+        raise InputError(f"{process}: {error} (torchrun's report below says no more)") from None
