@@ -46,6 +46,8 @@ def main(argv=None):
     here = f"methods/{args.name}"
     scores = "scores"
 
+    run.expect(f"{here}/selection", settings_of(args))
+
     # TOSS-Pro: theta^h is refined, round by round.
     added = []
     for t in range(1, args.pro + 1):
@@ -105,6 +107,8 @@ def refine(run, args, t, scores, added):
     riskiest = riskiest_rows(S, D_cus.row_of(ranked), [row for row, _ in added], k)
     added = added + [[row, int(ranked[i])] for row, i in riskiest]
     print(f"TOSS-Pro round {t}: {len(riskiest)} rows join D^h")
+    if not riskiest:
+        raise InputError("no row is left that could join D^h: lower --pro or --pro-samples")
 
     def retrain():
         D = run.tokens(args.harmful) + D_cus.take([row for row, _ in added])

@@ -242,12 +242,12 @@ def put_in_place(new: Path, path: Path) -> None:
     """Rename a new file or folder. An old folder goes aside first; a file is replaced at once."""
     old = path.with_name(f".{path.name}.old")
     remove(old)
-    if path.is_dir():
+    if path.is_dir() or new.is_dir() and os.path.lexists(path):
         os.rename(path, old)
     try:
         os.replace(new, path)
     except OSError:
-        if old.exists():
+        if os.path.lexists(old):
             os.rename(old, path)
         raise
     remove(old)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from helpers import said, succeed
+from helpers import refused, said, succeed
 from safetensors.torch import load_file
 
 from model import load_checkpoint
@@ -114,3 +114,8 @@ def test_a_round_that_is_there_is_not_made_again(trained, capsys):
     folders = [trained / f"methods/toss-pro/round-{t}/degraded" for t in (1, 2)]
     first, second = (read_record(folder)["added"] for folder in folders)
     assert second[:2] == first
+
+
+def test_a_round_without_a_row_to_add_is_refused(trained, capsys):
+    line = f"select.py --run {trained} --pro 2 --pro-samples 10"  # all rows join in the first
+    assert "no row is left that could join D^h" in refused(capsys, line)

@@ -155,6 +155,8 @@ def read_mask(path: Path, tokens: Tokens) -> Mask:
     soft = tensors.get("weights")
     if soft is not None:
         soft = soft * tokens.response
+        if (soft < 0).any() or not torch.equal(soft > 0, keep & tokens.response):
+            raise InputError(f"{path}: keep must be where weights are above 0, and none below")
     return Mask(tokens, keep & tokens.response, tensors.get("score"), soft)
 
 

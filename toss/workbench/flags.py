@@ -13,17 +13,17 @@ import re
 import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.io import InputError, read_json
+from model.io import InputError, read_json, whole
 from toss.config import TrainConfig
 from toss.methods import METHODS
 from toss.workbench.launch import run  # noqa: F401 (a command is run by flags.run)
-from toss.workbench.records import ROOT, code_digests
+from toss.workbench.records import ROOT, Record, code_digests, held
 
 DEMO = ROOT / "data" / "demo.json"
 INPUTS = ("model", "harmful", "utility", "custom")
@@ -265,10 +265,40 @@ def read_run(file: Path) -> dict[str, Any]:
     content = read_json(file)
     if "stages" in content:
         raise InputError(f"{file} was written by an earlier version: choose another --run")
-    for section in ("reference", "finetune"):
-        if not isinstance(content.get(section, {}), dict):
-            raise InputError(f"{file}: {section} is no object; is the file damaged?")
+    kinds = {"reference": dict, "finetune": dict, **dict.fromkeys(INPUTS, str)}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name, kind()), kind):
+            raise InputError(f"{file}: {name} is no {kind.__name__}; is the file damaged?")
     return content
+
+
+def write_run(
+    args: Namespace, inputs: Sequence[str], record: Record, first: bool, anew: bool
+) -> None:
+    """Write run.json after a result was made or found, for what later commands omit.
+
+    It keeps the prompt form, the result's inputs, and how the references and the first method were
+    trained: others should share that, and while no other has a model (`first`) it may change. anew:
+    of an old run nothing stays.
+    """
+    file = Path(args.run) / "run.json"
+    result = record["stage"]
+    with held(file.parent / ".state" / "run.lock", wait=True):
+        content = args.settings
+        if anew:
+            content = {}
+        elif file.exists():  # another command may have written it meanwhile
+            content = read_json(file)
+        for name in KEPT:
+            value = getattr(args, name)
+            known = str(ROOT / str(content.get(name)))  # of this checkout, or absolute
+            used = anew or name not in INPUTS or name == "model" or f"--{name}" in inputs
+            if used and value is not None and known != value:
+                content[name] = value
+        if result in ("degraded", "utility") or result.endswith("/model") and first:
+            content[args.section] = {name: record["settings"][name] for name in TRAINING_FLAGS}
+        with whole(file) as new:
+            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def as_typed(parser: Parser, values: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,13 @@ class Cost:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
+    def add_line_of(self, result: str, folder: Path) -> None:
+        """Begin with what a result that is added to has cost, by its last line."""
+        for line in read_log(folder / "log" / "costs.jsonl"):
+            if line["stage"] == result:
+                self.tokens = line["tokens"]
+                self.earlier_seconds = line["seconds"]
+
     def read(self) -> dict[str, Any]:
         """The cost so far. Memory: what was allocated on CUDA, on the CPU the process's peak."""
         if self.device.type == "cuda":
@@ -168,16 +176,23 @@ class Cost:
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    """The lines of a log; none if there is no such file. A last line that was torn is left out."""
+    """The lines of a log; none if there is no such file. A line that was torn is left out."""
     if not log.exists():
         return []
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # torn when a process died, or by a full disk
+            found.append(json.loads(line))
+    return found
 
 
 def add_line(log: Path, values: dict[str, Any]) -> None:
     """Add a line to a log, and make the log if it is not there."""
     with as_input_error(f"{log}: cannot be written", OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
+        with open(log, "a+", encoding="utf-8") as file:
+            file.seek(0)
+            text = file.read()
+            if text and not text.endswith("\n"):  # the last line was torn
+                file.write("\n")
             file.write(json.dumps(values) + "\n")

@@ -4,7 +4,6 @@ A result carries its own record, by which it is skipped, refused or made; see re
 is a courtesy: run.json says what omitted flags are, log/costs.jsonl what each result has cost.
 """
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import base_hash, save_checkpoint, stored_dtype
-from model.io import InputError, file_hash, read_json, remove, whole
+from model.io import InputError, file_hash, remove, whole
 from model.lora import Adapter, merge, use
 from model.peft import WEIGHTS, read_adapter
 from toss.config import TrainConfig
@@ -27,7 +26,7 @@ from toss.training import count_steps, train
 from toss.workbench import files, records
 from toss.workbench.base import Base
 from toss.workbench.files import Losses, Mask
-from toss.workbench.flags import INPUTS, KEPT, ROOT, TRAINING_FLAGS, command, parse, script_parser
+from toss.workbench.flags import command, parse, script_parser, write_run
 from toss.workbench.progress import Cost, Progress, add_line
 from toss.workbench.records import Record, code_digests, print_once, read_record
 
@@ -123,6 +122,8 @@ class Run(Base):
             self.states = states / records.text_hash([recipe, record["code"]])[:16]
             if there is None:
                 self.cost = Cost(self.device)
+                if again:
+                    self.cost.add_line_of(result, self.folder)
                 built = build()
                 if self.recipe(result, inputs, settings) != recipe:
                     raise InputError(f"{result}: an input was changed meanwhile: run it again")
@@ -130,7 +131,9 @@ class Run(Base):
                 if rank() == 0:
                     self.publish(result, built, record)
             if rank() == 0:
-                self.write_settings(inputs, record, anew=self.args.anew and not there)
+                models = self.folder.glob("methods/*/model")
+                first = not any(model != self.path(result) for model in models)
+                write_run(self.args, inputs, record, first, anew=self.args.anew and not there)
                 if there:
                     remove(self.states)  # of a process that died after it had published
                 else:
@@ -157,15 +160,28 @@ class Run(Base):
         edited = records.changed(record.get("code", {}), wanted["code"])
         if self.args.overwrite and (different or edited):
             return None
-        if different:
-            what = f"{path} exists with other settings or inputs"
-            advice = "give --overwrite to replace it, or another --run or --name"
-            raise InputError(f"{what} (different: {', '.join(different)}): {advice}")
+        self.refuse(path, different)
+        if again and edited:
+            what = f"{path} was made by other code (different: {', '.join(edited)})"
+            raise InputError(f"{what}: nothing can be added; --overwrite makes it again")
         records.warn_of_code(path, edited)
         if again:
             return None
         print(f"{result}: {path} exists with equal settings and inputs, skipped")
         return record
+
+    def refuse(self, path: Path, different: list[str]) -> None:
+        """Raise InputError if what is there has something that is different."""
+        if different:
+            what = f"{path} exists with other settings or inputs"
+            advice = "give --overwrite to replace it, or another --run or --name"
+            raise InputError(f"{what} (different: {', '.join(different)}): {advice}")
+
+    def expect(self, result: str, settings: dict[str, Any]) -> None:
+        """Refuse at once what make would refuse in the end: other settings of what is there."""
+        record = records.read_whole(self.path(result))
+        if record and not self.args.overwrite:
+            self.refuse(self.path(result), records.changed(record["settings"], settings))
 
     @contextmanager
     def holding(self, result: str) -> Iterator[Path]:
@@ -212,35 +228,6 @@ class Run(Base):
         print(f"    {work}, peak memory {cost['peak_memory_gib']:.2f} GiB")
         if not isinstance(built, Adapter):
             print(f"    {built.describe()}")
-
-    def write_settings(self, inputs: Sequence[str], record: Record, anew: bool) -> None:
-        """Write run.json, from which later commands take what they omit.
-
-        It keeps the prompt form; the inputs of a result, and where one that it knew was moved; how
-        the references were trained, and the first method: others should share that, and while it is
-        the only one that has a model, what it is trained with may change. anew: nothing else.
-        """
-        file = self.folder / "run.json"
-        result = record["stage"]
-        models = self.folder.glob("methods/*/model")
-        first = not any(model != self.path(result) for model in models)
-        with records.held(self.folder / ".state" / "run.lock", wait=True):
-            content = self.args.settings
-            if anew:
-                content = {}
-            elif file.exists():  # another command may have written it meanwhile
-                content = read_json(file)
-            for name in KEPT:
-                value = getattr(self.args, name)
-                known = ROOT / str(content.get(name))  # of this checkout, or absolute
-                used = name not in INPUTS or name == "model" or f"--{name}" in inputs
-                if value is not None and str(known) != value and (used or not known.exists()):
-                    content[name] = value
-            if result in REFERENCES or result.endswith("/model") and first:
-                training = {name: record["settings"][name] for name in TRAINING_FLAGS}
-                content[self.args.section] = training
-            with whole(file) as new:
-                new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     # Training and scoring
 
@@ -297,7 +284,9 @@ class Run(Base):
         its shapes.
         """
         path = self.path(result)
-        make = command(MAKERS.get(result, "select.py"), self.folder)
+        make = f"the select.py command that makes {Path(result).parts[-2:][0]}"
+        if result in MAKERS:
+            make = command(MAKERS[result], self.folder)
         if not path.exists():
             raise InputError(f"{path} does not exist: run {make} first")
         self.check_identity()
@@ -314,7 +303,7 @@ class Run(Base):
         identity = self.identity()
         misfits = [name for name in identity if record.get(name) != identity[name]]
         others = []
-        for key in self.changed_inputs(record, far=True):
+        for key in dict.fromkeys(self.changed_inputs(record, far=True)):
             if only is None or key in only:
                 misfits.append(key)
             else:
@@ -351,10 +340,15 @@ class Run(Base):
 
     def reference_config(self) -> TrainConfig:
         """How theta^h was trained, but for the dtype, so that TOSS-Pro can train it again."""
-        record = self.check("degraded")
-        if not record:
-            print("theta^h has no record: it is trained again with this command's settings")
-        return TrainConfig.of({**vars(self.args), **record.get("settings", {})})
+        settings = self.check("degraded").get("settings", self.args.settings.get("reference"))
+        if settings is None:
+            print("it is not known how theta^h was trained: it is trained as this command has it")
+            settings = {}
+        dtype = settings.get("dtype", self.dtypes["train"])
+        if dtype != self.dtypes["train"]:
+            again = self.dtypes["train"]
+            print(f"note: theta^h was trained in {dtype}, and is trained again in {again}")
+        return TrainConfig.of({**vars(self.args), **settings})
 
     def losses(self, result: str = "scores") -> tuple[Tokens, dict[str, Tensor]]:
         """The custom set's tokens as they were scored, and their losses under each model.
