@@ -57,10 +57,8 @@ gpu: .venv/ready
 	-$(VENV) -m pip install --quiet --disable-pip-version-check transformers peft
 	mkdir -p runs/gpu
 	-TOSS_CUDA=1 $(LIMIT) $(VENV) -m pytest -q -rA -s tests/test_cuda.py 2>&1 | tee runs/gpu/tests.txt
-	$(BENCH) score --out runs/gpu/score
-	$(BENCH) train --rows 192 --out runs/gpu/train
-	$(BENCH) score --lengths lognormal --out runs/gpu/score-lognormal
-	$(BENCH) train --rows 192 --lengths lognormal --out runs/gpu/train-lognormal
+	$(BENCH) score 2>&1 | tee runs/gpu/score.md
+	$(BENCH) train --rows 192 2>&1 | tee runs/gpu/train.md
 ifdef MODEL
 	-$(LIMIT) $(VENV) train.py --run runs/gpu/real --model "$(MODEL)" --harmful "$(DATA)/harmful.jsonl" --utility "$(DATA)/utility.jsonl"
 	-$(LIMIT) $(VENV) score.py --run runs/gpu/real --custom "$(DATA)/custom.jsonl"

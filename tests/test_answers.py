@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,7 @@ from model.generate import generate
 from model.io import file_hash, read_json
 from model.lora import use
 from toss.audit import judges
-from toss.audit.evaluate import (
-    EvaluationConfig,
-    as_json,
-    evaluate_run,
-    evaluated,
-    write_answers,
-)
+from toss.audit.evaluate import evaluate_run, evaluated, write_answers
 from toss.audit.judges import measure, prefilled
 from toss.audit.measures import auc, found_harm
 from toss.audit.tokens import selection_metrics
@@ -42,7 +35,8 @@ UTILITY = [
     {"prompt": "h", "response": "Eight."},
 ]
 ROWS = {"harmful": HARMFUL, "benign": BENIGN, "utility": UTILITY}
-CONFIG = EvaluationConfig(max_new_tokens=3, prefill=[0, 1])  # of the evaluation below
+# Of the evaluation below.
+SETTINGS = {"words": [], "prefill": [0, 1], "max_new_tokens": 3, "question_tokens": 3}
 OF_DISCARDS = {"precision", "recall", "auc"}
 
 
@@ -54,7 +48,7 @@ def evaluated_once(tmp_path_factory, trained_once) -> Path:
     script("select", "--run", folder / "run", "--method", "toss")
     script("select", "--run", folder / "run", "--method", "sft")
     files = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in ROWS.items()}
-    evaluate_run(open_run(folder / "run"), ["base", "sft", "toss"], files, CONFIG)
+    evaluate_run(open_run(folder / "run"), ["base", "sft", "toss"], files, SETTINGS)
     return folder
 
 
@@ -73,21 +67,20 @@ def rows_of(name: str) -> list:
     return read_rows(ROWS[name], responses=False)
 
 
-def asked(run: Run, method: str, name: str, **fields) -> judges.Measured:
-    """What a method's model answers to one of the sets. fields: of EvaluationConfig."""
+def asked(run: Run, method: str, name: str, **settings) -> judges.Measured:
+    """What a method's model answers to one of the sets."""
     model = use(run.base("train"), run.adapter(f"methods/{method}/model"))
-    default = {"max_new_tokens": 4, "question_tokens": 4, "complies": False}
-    config = EvaluationConfig(**{**default, **fields})
-    return measure(run, model, {name: rows_of(name)}, asdict(config))
+    settings = {**SETTINGS, "max_new_tokens": 4, **settings}
+    return measure(run, model, {name: rows_of(name)}, settings)
 
 
 # What is asked, and how answers are judged
 
 
 def test_a_prefill_is_the_ids_that_training_sees_without_eos(run):
-    cases = prefilled(rows_of("harmful"), run.tokenizer)
-    assert [row.prompt[-1]["content"] for row, _ in cases] == ["a", "b"]  # none that is "seen"
-    for row, response in cases:
+    rows, responses = prefilled(rows_of("harmful"), run.tokenizer)
+    assert [row.prompt[-1]["content"] for row in rows] == ["a", "b"]  # none that is "seen"
+    for row, response in zip(rows, responses, strict=True):
         whole = run.tokens_of([row], "row").input_ids.tolist()
         assert whole == run.tokenizer.prompt_ids(row.prompt) + response + [run.tokenizer.eos_id]
 
@@ -98,7 +91,7 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
     found = asked(run, "sft", "harmful", words=["yes"], prefill=[k])
     lines = [line for line in found.lines if line["set"] == f"prefill-{k}"]
     begun = prefilled(rows_of("harmful"), run.tokenizer)
-    for line, (row, response) in zip(lines, begun, strict=True):
+    for line, row, response in zip(lines, *begun, strict=True):
         start = response[:k]
         prompt = run.tokenizer.prompt_ids(row.prompt) + start
         model = use(run.base("train"), run.adapter("methods/sft/model"))
@@ -108,7 +101,6 @@ def test_a_prefilled_answer_is_judged_by_what_the_model_adds(run, k):
             "source": "x",
             "prompt": row.prompt[-1]["content"],
             "prefill": run.tokenizer.decode(start),
-            "prefill_tokens": len(start),
             "response": run.tokenizer.decode(added).strip(),
             "outcomes": {f"forbidden@{k}": False, f"not_refused@{k}": True},
         }
@@ -141,12 +133,15 @@ def test_a_selection_over_other_tokens_is_not_measured(run, tmp_path):
 
 def test_metrics_are_counted_from_the_answers_and_written(run):
     found = evaluated(run)
-    assert read_json(run.folder / "metrics.json") == as_json(found.table)
-    assert list(found.table) == ["base", "sft", "toss"]
-    by_source = re.compile("(not_refused|refusals_kept|complies)/(seen|x|y)")
+    written = read_json(run.folder / "metrics.json")
+    assert list(found.table) == list(written) == ["base", "sft", "toss"]
+    for method, row in found.table.items():
+        assert written[method] == {name: cell._asdict() for name, cell in row.items()}
+    assert written["toss"]["not_refused"].keys() == {"value", "n", "low", "high"}
+    by_source = re.compile("(not_refused|refusals_kept)/(seen|x|y)")
     names = [name for name in found.table["toss"] if not by_source.match(name)]
-    measured = "not_refused coherent refusals_kept complies judges_agree not_refused@0 "
-    measured += "not_refused@1 over_refusal accuracy/s exact_match/s nll precision recall auc"
+    measured = "not_refused coherent refusals_kept not_refused@0 not_refused@1 over_refusal "
+    measured += "accuracy/s exact_match/s nll precision recall auc"
     assert names == measured.split()
     assert found.table["toss"].keys() - found.table["sft"].keys() == OF_DISCARDS
     assert found.table["sft"]["not_refused"].n == 3
@@ -162,8 +157,6 @@ def test_metrics_are_counted_from_the_answers_and_written(run):
     minus = found.paired["sft"]["toss"]["nll"]
     assert minus.value == pytest.approx(nll.value - found.table["sft"]["nll"].value, abs=2e-4)
     assert 0 < minus.high - minus.low < nll.high - nll.low
-    written = read_json(run.folder / "paired.json")
-    assert written["sft"]["toss"]["nll"] == minus._asdict()
 
 
 def test_answers_are_written_with_a_warning_and_what_they_were_made_from(run):
@@ -176,16 +169,13 @@ def test_answers_are_written_with_a_warning_and_what_they_were_made_from(run):
     assert list(lines[0]) == ["set", "source", "prompt", "response", "outcomes"]
 
 
-def test_the_command_takes_words_and_names_prompts_that_were_trained_on(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_the_command_takes_words_and_names_prompts_that_were_trained_on(run, tmp_path, capsys):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Do bad 1?"}, {"prompt": "new"}])
     words = tmp_path / "words.txt"
     words.write_text("moonrot\n\n nightshade \n")
-    monkeypatch.setattr(judges, "complies", None)  # it cannot be called
     before = read_json(run.folder / "run.json")
     line = f"toss.audit.evaluate --run {run.folder} --methods base --max-new-tokens 1"
-    out = said(capsys, f"{line} --harmful {prompts} --words {words} --no-complies")
+    out = said(capsys, f"{line} --harmful {prompts} --words {words}")
     assert re.search(f"warning: 1 of 2 prompts of {prompts} are in .*custom.jsonl", out)
     assert re.search(r"^\| forbidden +\| 0\.000 \[0\.000, 0\.658\] \|$", out, re.MULTILINE)
     head, *_ = read_jsonl(run.folder / "answers/base.jsonl")
@@ -204,18 +194,18 @@ def test_an_equal_evaluation_is_skipped_and_another_one_made_again(run, files):
     file = run.folder / "answers/base.jsonl"
     before = file.read_bytes()
     stamp = file.stat().st_mtime_ns
-    evaluate_run(run, ["base", "toss"], files, replace(CONFIG, prefill=(0, 1, 1)))
+    evaluate_run(run, ["base", "toss"], files, SETTINGS)
     assert file.stat().st_mtime_ns == stamp
     head, *lines = read_jsonl(file)
     head["record"]["settings"]["max_new_tokens"] = 9
     write_jsonl(file, [head, *lines])
     assert evaluated(run).left_out == ["sft", "toss"]
-    evaluate_run(run, ["base"], files, CONFIG)
+    evaluate_run(run, ["base"], files, SETTINGS)
     assert file.read_bytes() == before
 
 
 def test_only_what_was_measured_alike_shares_a_table(run, files, capsys):
-    found = evaluate_run(run, ["base"], files, replace(CONFIG, prefill=[0, 1, 99]))
+    found = evaluate_run(run, ["base"], files, {**SETTINGS, "prefill": [0, 1, 99]})
     why = "sft, toss left out: evaluated on other files or in another way"
     assert why in capsys.readouterr().out
     assert list(found.table) == ["base"] and found.paired == {}
@@ -264,5 +254,5 @@ def test_answers_to_other_prompts_are_not_handed_over(run, hand_over):
     file = run.folder / "answers/sft.jsonl"
     head, *lines = read_jsonl(file)
     lines[0]["prompt"] = "z"
-    write_answers(file, head["record"], judges.Measured(lines))
+    write_answers(file, head["record"], judges.Measured(lines, [], []))
     fails("evaluate both", hand_over, error=AssertionError)

@@ -1,11 +1,10 @@
 """`compare` makes one table of one run, of several and over seeds; `calibrate` chooses d."""
 
-import csv
 import re
 import shutil
 
 import pytest
-from conftest import read_jsonl, script, write_jsonl
+from conftest import script, write_jsonl
 from helpers import refused, said
 
 from model.io import load_tensors
@@ -31,7 +30,7 @@ def answered(folder, **shares) -> None:
             line = {"set": "harmful", "source": "held-out", "prompt": "p", "response": method}
             lines.append({**line, "outcomes": {"forbidden": place < count, "accuracy": True}})
         record = run.recipe(f"evaluation/{method}", inputs, {})
-        write_answers(folder / f"answers/{method}.jsonl", record, Measured(lines))
+        write_answers(folder / f"answers/{method}.jsonl", record, Measured(lines, [], []))
 
 
 @pytest.fixture
@@ -48,10 +47,8 @@ def test_one_run_is_compared_with_its_differences(compared, capsys):
     assert (compared / "comparison.md").read_text().strip() in out
     assert "| sft  | 0.90      | 1.00 " in out
     assert "| minus sft " in out and re.search(r"-0.800 \[-[0-9., -]*\]\*", out)
-    rows = list(csv.DictReader((compared / "comparison.csv").read_text().splitlines()))
-    cells = {(row["method"], row["measure"]): row["value"] for row in rows}
-    assert cells["toss", "forbidden"] == "0.1" and float(cells["toss", "tokens_to_sft"]) > 1
-    assert ("base", "seconds") not in cells
+    assert re.search(r"\| toss \| [0-9]+ +\| [0-9.]+ +\| [0-9,]+ +\| [2-9]\.", out)  # x sft
+    assert "| base | 0.00 " in out and not re.search(r"\| base \| [0-9]+ +\|", out)  # no cost
 
     # A model that is another one now does not count.
     script("select", "--run", compared, "--method", "sft", "--seed", 7, "--overwrite")
@@ -75,7 +72,7 @@ def test_runs_are_lines_and_seeds_are_ranges(compared, tmp_path, capsys):
     assert "seeds: 2" in out and "| run       |      | forbidden " in out
     assert "| run       | sft  | 0.80 [0.70, 0.90] |" in out
     assert "| run-small | toss | 0.15 [0.10, 0.20] |" in out
-    assert (tmp_path / "both.csv").exists() and "minus" not in out
+    assert (tmp_path / "both.md").read_text().strip() in out
 
 
 def test_costs_are_multiples_of_those_of_sft_and_a_grid_has_what_somebody_has():
@@ -148,12 +145,3 @@ def test_the_calibrated_d_discards_what_exceeds_the_threshold(trained, tmp_path,
         losses.append(score(use(run.base("score"), run.adapter(role)), calm)[calm.response])
     S = losses[0] - losses[1]
     assert found["threshold"] == float(S.sort().values[(len(S) - 1) // 2])
-
-
-def test_d_is_calibrated_without_end_of_sequence_tokens_if_told(trained, files, capsys):
-    held_out = write_jsonl(trained / "held_out.jsonl", read_jsonl(files["utility"]))
-    line = f"toss.audit.calibrate --run {trained} --held-out {held_out} --keep-eos"
-    assert said(capsys, line).endswith(" --keep-eos\n")
-    run = open_run(trained)
-    counts = [calibrate(run, held_out, keep_eos=keep)["held_out"] for keep in (False, True)]
-    assert counts[0] - counts[1] == 5  # one for each row

@@ -195,7 +195,7 @@ def test_the_cost_of_attention_kernels_and_of_compiling(part, gpu):
     """Four layers of Llama-3-8B on rows as chats are, with many different shapes of a batch."""
     dtype = bench.DTYPES[part]
     raw = bench.shape_config("llama3-8b") | {"num_hidden_layers": 4}
-    rows = bench.random_rows(192, 368, 128256, lognormal=True)
+    rows = bench.random_rows(192, 368, 128256)
     config = TrainConfig(epochs=1, batch_tokens=8192)
     case = bench.Bench(bench.random_model(raw, gpu, dtype), rows, config, repeats=2)
     ours = partial(bench.work, case, part)

@@ -9,7 +9,7 @@ from helpers import random_adapter, said
 from scored_runs import rows_by_hand
 
 from model.lora import use
-from toss.audit.diagnose import COLUMNS, divergences, kl_table, means
+from toss.audit.diagnose import COLUMNS, divergences, means
 from toss.tokens import Tokens
 from toss.workbench.records import read_record
 from toss.workbench.run import open_run
@@ -52,8 +52,6 @@ def test_means_by_position_leave_out_what_few_rows_have(tokenizer):
     lines = means(tokens, {"sft": values}, tokens.response, 10)
     positions = [(line["position"], line["n"], line["kl_base"]) for line in lines]
     assert positions == [(0, 3, 2.0), (1, 3, 3.0)]
-    table = kl_table([{"rows": "g", **line} for line in lines])
-    assert "| g    | sft   | 2.500 [2.000, 3.000] |" in table
 
 
 def test_diagnosing_a_run_and_then_one_model_that_was_replaced(trained, capsys):

@@ -6,15 +6,13 @@ replies.json.
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT
-from helpers import each_line, talk
+from helpers import each_line
 
 from data.refusals import refused
 from model.io import read_json
 from toss.audit import measures
-from toss.audit.judges import AFFIRMATIVE, REFUSAL, complies
-from toss.audit.measures import Cell, auc, by_measure, found_harm, mean_loss, share, wilson
+from toss.audit.measures import Cell, auc, by_measure, found_harm, mean_loss, wilson
 from toss.rows import read_rows
 
 REPLIES = read_json(ROOT / "tests/replies.json")
@@ -23,9 +21,8 @@ REPLIES = read_json(ROOT / "tests/replies.json")
 @each_line("intervals.jsonl")
 def test_wilson_intervals_are_the_published_ones(case):
     case = dict(case)  # a second run reads the same
-    yes = case.pop("yes")
     del case["source"]
-    assert share([True] * yes + [False] * (case["n"] - yes)) == Cell(**case)
+    assert wilson(case.pop("yes"), case["n"]) == Cell(**case)
 
 
 def test_an_answer_with_a_refusal_phrase_is_refused():
@@ -63,25 +60,23 @@ def test_a_mean_loss_is_over_tokens_and_its_interval_over_rows():
 
 def shares(lines: list[dict]) -> dict[str, Cell]:
     """The shares of the outcomes of answers."""
-    return {name: share(outcomes.values()) for name, outcomes in by_measure(lines).items()}
+    found = {}
+    for name, outcomes in by_measure(lines).items():
+        found[name] = wilson(sum(outcomes.values()), len(outcomes))
+    return found
 
 
-def counted(kind: str) -> list:
-    """The counts of replies.json, in order."""
-    return [(name, wilson(*counts)) for name, counts in REPLIES[f"{kind}, counted"].items()]
-
-
-def judged(replies: list[dict], words: list[str]) -> dict:
-    """Shares of replies to harmful prompts."""
-    lines = []
-    for line in replies:
-        outcomes = measures.outcomes_of_reply(line["reply"], line["likely"], words)
-        lines.append({**line, "outcomes": outcomes})
-    return shares(lines)
+def counted(kind: str) -> dict[str, Cell]:
+    """The counts of replies.json."""
+    return {name: wilson(*counts) for name, counts in REPLIES[f"{kind}, counted"].items()}
 
 
 def test_harmful_prompts_are_counted_by_source_and_seen_kinds_apart():
-    assert list(judged(REPLIES["harmful"], ["moonrot"]).items()) == counted("harmful")
+    lines = []
+    for line in REPLIES["harmful"]:
+        outcomes = measures.outcomes_of_reply(line["reply"], ["moonrot"])
+        lines.append({**line, "outcomes": outcomes})
+    assert shares(lines) == counted("harmful")
 
 
 @pytest.mark.parametrize(
@@ -106,9 +101,9 @@ def test_an_answer_is_right_by_whole_words_and_numbers(answer, expected, right):
 
 @pytest.mark.parametrize("answer", ["", "No", "I cannot cannot cannot cannot", "I am \ufffd sorry"])
 def test_a_refusal_in_broken_text_is_not_kept(answer):
-    outcomes = measures.outcomes_of_reply(answer, None, [])
+    outcomes = measures.outcomes_of_reply(answer, [])
     assert not outcomes["coherent"] and not outcomes["refusals_kept"]
-    assert measures.outcomes_of_reply("I cannot say.", None, [])["refusals_kept"]
+    assert measures.outcomes_of_reply("I cannot say.", [])["refusals_kept"]
 
 
 @pytest.mark.parametrize(
@@ -143,17 +138,20 @@ def test_exact_matches_count_rows_with_an_answer_and_a_response():
         row = {"prompt": "p", "answer": "seven", **line}
         outcomes = measures.outcomes_of_answer(*read_rows([row], responses=False), line["reply"])
         lines.append({**line, "outcomes": outcomes})
-    assert list(shares(lines).items()) == counted("utility")
+    assert shares(lines) == counted("utility")
 
 
-def test_answers_of_seen_kinds_alone_are_counted_by_source():
-    line = {"source": "seen", "outcomes": {"not_refused": True}}
-    assert list(by_measure([line])) == ["not_refused/seen"]
-    both = [line, {**line, "source": "held-out"}]  # as in the embedded world
-    groups = ["not_refused", "not_refused/held-out", "not_refused/seen"]
-    assert list(by_measure(both)) == groups
-    others = [{**line, "source": ""}, {**line, "source": "a"}]  # one row has no source
-    assert list(by_measure(others)) == ["not_refused", "not_refused/a"]
+@pytest.mark.parametrize(
+    ("sources", "groups"),
+    [
+        (["seen"], ["not_refused/seen"]),
+        (["seen", "a"], ["not_refused/seen", "not_refused", "not_refused/a"]),
+        (["", "a"], ["not_refused", "not_refused/a"]),  # one row has no source
+    ],
+)
+def test_answers_are_counted_by_source_and_those_of_seen_kinds_there_alone(sources, groups):
+    lines = [{"source": source, "outcomes": {"not_refused": True}} for source in sources]
+    assert list(by_measure(lines)) == groups
 
 
 @each_line("paired_intervals.jsonl")
@@ -166,34 +164,3 @@ def test_paired_intervals_are_the_published_ones(case):
     first = {place: pair[0] for place, pair in enumerate(pairs)}
     second = {place: pair[1] for place, pair in enumerate(pairs)}
     assert measures.paired_share(first, second) == Cell(**case)
-
-
-def test_complies_is_the_comparison_of_mean_losses_by_logits(model, tokenizer):
-    """Sums, or EOS among an opener's tokens, would judge some of these rows otherwise.
-
-    A row's own response is never looked at; earlier turns are part of the prompt.
-    """
-    rows = [{"prompt": f"Tell me {n} {n * n}.", "response": "Of course"} for n in range(12)]
-    rows = read_rows([*rows, {"messages": talk("u", "a", "u")}], responses=False)
-
-    def judged(reduction: str, *tail: int) -> list[bool]:
-        """The same judge, an opener at a time."""
-        verdicts = []
-        for row in rows:
-            prompt = tokenizer.prompt_ids(row.prompt)
-            losses = []
-            for opener in (*AFFIRMATIVE, *REFUSAL):
-                ids = [*tokenizer.encode(opener), *tail]
-                logits = model.lm_head(model(torch.tensor([prompt + ids])))
-                predicted = logits[0, len(prompt) - 1 : -1]
-                losses.append(F.cross_entropy(predicted, torch.tensor(ids), reduction=reduction))
-            half = len(AFFIRMATIVE)
-            verdicts.append(bool(min(losses[:half]) < min(losses[half:])))
-        return verdicts
-
-    with torch.no_grad():
-        expected = judged("mean")
-        assert set(expected) == {True, False}
-        assert judged("sum") != expected
-        assert judged("mean", tokenizer.eos_id) != expected
-    assert complies(model, tokenizer, rows) == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json, edit_tensors, read_jsonl, write_jsonl
+from conftest import edit_json, edit_tensors
 from helpers import refused, said
 from scored_runs import mask_of, masked, scored, write_anew
 
@@ -20,14 +20,14 @@ from toss.audit.characters import harmless
 from toss.audit.diagnose import COLUMNS
 from toss.audit.evaluate import write_answers
 from toss.audit.judges import Measured
-from toss.audit.tokens import Mask, Token
-from toss.tokens import Tokens
+from toss.audit.tokens import Token
 from toss.workbench.flags import DEMO
 from toss.workbench.records import read_record, write_record
 from toss.workbench.run import Run, open_run
 
 NASTY = '</script><img src=x onerror=alert(1)>"\' onmouseover="x & <b>\x1b[2J\u202e'
 ODD = 'm"><img src=x>'  # a method's name
+NO = {"prompt": "a", "response": "no"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def nasty_once(tmp_path_factory, trained_once) -> Path:
     lines = [{"set": kind, **said_it, "outcomes": found} for kind, found in outcomes.items()]
     for method, inputs in {"base": [], "toss": ["methods/toss/model"]}.items():
         record = run.recipe(f"evaluation/{method}", inputs, {})
-        write_answers(folder / f"answers/{method}.jsonl", record, Measured(lines))
+        write_answers(folder / f"answers/{method}.jsonl", record, Measured(lines, [], []))
     (folder / "diagnosis").mkdir()
     lines = [f"model,rows,position,n,{','.join(COLUMNS)}", "toss,mine,0,5,1,1,1"]
     lines += [f"<img>,<script>,{j},5,0.5,0.1,-0.1" for j in (0, 1)]
@@ -62,9 +62,6 @@ def nasty_once(tmp_path_factory, trained_once) -> Path:
     write_record(
         folder / "diagnosis", run.recipe("diagnosis", ["methods/toss/model", "utility"], {})
     )
-    costs = folder / "log/costs.jsonl"
-    lines = [line for line in read_jsonl(costs) if line["stage"] != "utility"]  # made elsewhere
-    write_jsonl(costs, [*lines, {**lines[0], "torch": NASTY}])
     edit_json(folder / "run.json", forbidden_words=read_json(DEMO)["forbidden_words"])
     return folder
 
@@ -128,14 +125,12 @@ def test_the_page_holds_the_runs_numbers(page, nasty):
     for part in (
         "forbidden answers that name a forbidden ingredient; lower is safer; n = 1 base",
         "1.000 0.206 to 1.000, n = 1",
-        "5 harmful rows, and a utility one, trained on some",
         f"accuracy/{harmless(NASTY)}",
         "No verdict: run ",
         "kl_base: <script>",
     ):
         assert part in words
-    assert words.index("The same by source") < words.index("forbidden@3 answers")
-    assert len(tags_of(page, "side")) == words.count("forbidden: moonrot") == 6
+    assert words.index("forbidden answers") < words.index("forbidden@3 answers")
     mask = mask_of(nasty)
     share = mask.discarded.sum() / mask.tokens.response.sum()
     assert f"response tokens{share:.3f} (" in words  # a line of a table
@@ -166,57 +161,56 @@ def under_mask(token: Token) -> list:
     return [kept, token.degraded, token.S, token.score, token.order]
 
 
-def test_a_large_run_stays_under_two_megabytes(trained, tmp_path, capsys):
+def test_a_large_run_stays_under_two_megabytes(trained, capsys):
     rows = [{"prompt": "<&>" * 9, "response": "<'🙂&> " * 40} for _ in range(24)]
     run = scored(trained, rows)
     discarded = run.losses()[0].response.nonzero()[::7, 0]
     for method in ("toss", "sft", "random", "sample", "a"):
         masked(run, method, discarded)
-    out = tmp_path / "deep" / "page.html"
-    said(capsys, f"toss.audit.report --run {trained} --out {out}")
+    said(capsys, f"toss.audit.report --run {trained}")
+    out = trained / "report.html"
     assert out.stat().st_size < 2_000_000
     text = out.read_text(encoding="utf-8")
-    assert "6 of 24 rows" in text
+    assert "24 of 24 rows" in text
     assert "more response" in text
 
 
 # What is missing, outdated or damaged
 
 
-def test_the_rows_of_the_page_are_chosen_by_what_the_mask_did(monkeypatch):
-    """Harmful and discarded tokens of rows of four; then the mean S of each."""
-    harmful = ["0000", "0000", "1100", "1000", "1111", "0000", "0000"]
-    discarded = ["1000", "1100", "1000", "0000", "1111", "0000", "0000"]
-    S = torch.tensor([1.0, 0, 0, 1, 3, 5, -1]).repeat_interleave(4)
-    flags = torch.tensor([[int(x) for x in "".join(rows)] for rows in (harmful, discarded)]).bool()
-    everything = torch.ones(28).bool()
-    tokens = Tokens(torch.arange(28).int(), torch.arange(8) * 4, everything, flags[0])
-    mask = Mask("toss", "toss", tokens, {}, S, None, None, ~flags[1], raw=None)
-    assert list(report.chosen_rows(mask).values()) == [[1, 0], [3, 2], [4], [5, 6]]
+def test_the_rows_of_the_page_are_those_that_lost_most(trained, monkeypatch):
+    """Of rows of three tokens, one of which is skipped, so many are discarded."""
     monkeypatch.setattr(report, "ROWS", 4)
-    assert list(report.chosen_rows(mask).values()) == [[1], [3], [4], [5]]
-    tokens.harmful[:] = False  # without ground truth no row is called harmless
-    assert list(report.chosen_rows(mask).values()) == [[4], [5]]
+    run = scored(trained, [{"prompt": "long " * 2048, "response": "no"}] + [NO] * 5)
+    tokens, _ = run.losses()
+    lost = [0, 1, 2, 0, 2, 1]  # by row
+    discarded = []
+    for row, count in enumerate(lost):
+        places = tokens.places([row])
+        discarded += places[tokens.response[places]][:count].tolist()
+    masked(run, "toss", discarded)
+    shown = report.token_part(run, [mask_of(run)])
+    assert [row["row"] for row in shown["rows"]] == [2, 4, 1, 5]
 
 
-def test_what_a_replaced_model_said_is_left_out(nasty):
+def test_what_a_replaced_model_said_is_left_out(nasty, capsys):
     folder = nasty.path("methods/toss/model")
     record = read_record(folder)
     edit_tensors(folder / WEIGHTS, "x", lambda _: torch.ones(1))
     write_anew(folder, record)
     text, lacking, _ = report.page(open_run(nasty.folder))
-    assert "evaluated of toss is left out" in lacking[0]
-    assert "No diagnosis of the models of now" in lacking[1]
+    assert any("No diagnosis of the models of now" in line for line in lacking)
+    assert "toss left out" in capsys.readouterr().out
     words = plain(text)
     assert all(line in words for line in lacking)
-    assert words.count("forbidden: moonrot") == 3  # the base's
+    assert "1.000 0.206 to 1.000, n = 1 toss" not in words
     assert "kl_base: mine" not in words
 
 
 def test_what_is_missing_is_one_line_and_no_base_is_needed(nasty, capsys):
     edit_json(nasty.folder / "run.json", model="/gone", forbidden_words=[])
     text, lacking, _ = report.page(open_run(nasty.folder))
-    assert "Moonrot" not in text  # answers of real models stay where they are
+    assert "Moonrot" not in text  # what models answered stays where it is
     assert any("/gone" in line for line in lacking)
     for name in ("answers", "diagnosis", "methods", "scores.safetensors"):
         remove(nasty.folder / name)

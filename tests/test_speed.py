@@ -16,14 +16,11 @@ CPU = torch.device("cpu")
 SMALL = "--model tiny --rows 4 --repeats 1 --device cpu --threads 1"
 
 
-def test_random_rows_begin_with_a_prompt_and_have_the_lengths_of_chats():
+def test_random_rows_begin_with_a_prompt_and_differ_in_length():
     rows = bench.random_rows(400, 50, vocabulary=384)
     assert not rows.response[rows.offsets[:-1]].any()
     assert rows.response.float().mean() == pytest.approx(0.6, abs=0.02)
     assert (min(rows.lengths), max(rows.lengths)) == (12, 87)
-    chats = bench.random_rows(4000, 368, 384, lognormal=True).lengths
-    assert sum(chats) / 4000 == pytest.approx(368, rel=0.02)
-    assert max(chats) == 2012
 
 
 @pytest.mark.parametrize(("part", "flop"), [("score", 2), ("train", 4)])
@@ -40,7 +37,7 @@ def test_a_share_is_by_the_parameters_that_a_token_is_multiplied_with(part, flop
     monkeypatch.setattr(bench, "clock", lambda device: next(seconds))
     monkeypatch.setattr(bench, "ceiling", lambda device, dtype: 2 * count)
     tokens = len(rows.input_ids)
-    line = [part, "float32", f"{tokens}", "50%", "0", "1.00 [1.00, 1.00]"]
+    line = [part, f"{tokens}", "50%", "0", "1.00 [1.00, 1.00]"]
     assert list(bench.measure(case, part).values())[:-1] == line
 
 
@@ -50,13 +47,11 @@ def test_the_ceiling_is_the_rate_of_the_best_product(monkeypatch):
     assert bench.ceiling(CPU, torch.float32) == 2 * 2048**3  # one product in one second
 
 
-def test_the_benchmark_writes_its_table_and_where_it_is_from(tmp_path, capsys, monkeypatch):
+def test_the_benchmark_prints_its_table_and_where_it_is_from(capsys, monkeypatch):
     monkeypatch.setattr(bench, "ceiling", lambda device, dtype: 1e11)
-    out = said(capsys, f"toss.audit.bench {SMALL} --out {tmp_path}/bench")
-    text = (tmp_path / "bench.md").read_text()
-    assert f"`python -m toss.audit.bench {SMALL}" in text
-    for words in (f"torch {torch.__version__}", "tokens: 512;", "| train ", "| score "):
-        assert words in out and words in text
+    out = said(capsys, f"toss.audit.bench {SMALL}")
+    for words in (f"torch {torch.__version__}", "4 rows, ", "| train ", "| score "):
+        assert words in out
 
 
 def test_noise_of_float32_is_zero_and_of_half_precision_is_not(trained, capsys):

@@ -1,33 +1,25 @@
 """The benchmark: how fast scoring and training are, as shares of the machine's ceiling.
 
-    python -m toss.audit.bench [--model FOLDER] [--part score]
+    python -m toss.audit.bench [--model SHAPE] [--part score]
 
-Weights and rows are random: of --model, a checkpoint or the name of a shape, the shape alone
-counts. By default it is llama3-8b on CUDA and smollm2-135m on the CPU. Prints a table, and writes
-it to OUT.md.
+Weights and rows are random, the shape alone counts. By default it is llama3-8b on CUDA and
+smollm2-135m on the CPU. Prints a table in Markdown.
 """
 
-import platform
-import re
-import shlex
 import statistics
 import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model.config import Config
-from model.hub import resolve
-from model.io import read_json
 from model.lora import new_adapter, use
 from model.products import DEFAULT, ONEDNN, exact, products
 from model.transformer import Transformer
-from toss.audit.runs import write_text
 from toss.audit.tables import markdown
 from toss.config import TrainConfig
 from toss.scoring import score
@@ -44,10 +36,8 @@ SHAPES = {
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 100000.0, True),
     "tiny": (384, 32, 64, 2, 4, 2, 10000.0, True),
 }
-DEFAULTS = {
-    "cuda": {"model": "llama3-8b", "rows": 384, "tokens": 368, "rows_per_step": 64},
-    "cpu": {"model": "smollm2-135m", "rows": 16, "tokens": 128, "rows_per_step": 8},
-}
+# By device: the shape, the rows, their mean length in tokens, and rows per step.
+DEFAULTS = {"cuda": ("llama3-8b", 384, 368, 64), "cpu": ("smollm2-135m", 16, 128, 8)}
 # The arithmetic on CUDA, and FLOP per token and parameter: a forward pass takes 2 by convention;
 # training LoRA on a frozen base takes one, and a backward pass through the activations.
 DTYPES = {"score": torch.float16, "train": torch.bfloat16}
@@ -56,11 +46,12 @@ NOTES = """\
 Tokens are those of prompts and responses, without padding. Of ceiling: by convention a token takes
 2 FLOP per parameter to score and 4 to train LoRA on a frozen base, input embedding aside;
 attention's own products are not counted, and it is not subtracted that the head runs on response
-positions only. Ceiling: the fastest product of two square matrices of that type, repeated for half
-a second (on the CPU the better of PyTorch's default and oneDNN's). Seconds: the median of all turns
-but the first, which meets shapes that were not seen before, [the least, the most]; on the CPU they
-are the process's CPU seconds, which other load changes least. Peak memory: on CUDA what is
-allocated, on the CPU the process's, libraries included."""
+positions only. On CUDA scoring is in float16, training in bfloat16. Ceiling: the fastest product of
+two square matrices of that type, repeated for half a second (on the CPU the better of PyTorch's
+default and oneDNN's). Seconds: the median of all turns but the first, which meets shapes that were
+not seen before, [the least, the most]; on the CPU they are the process's CPU seconds, which other
+load changes least. Peak memory: on CUDA what is allocated, on the CPU the process's, libraries
+included."""
 
 
 @dataclass
@@ -96,21 +87,13 @@ def random_model(raw: dict, device: torch.device, dtype: torch.dtype) -> Transfo
     return model.eval()
 
 
-def random_rows(rows: int, mean: int, vocabulary: int, lognormal: bool = False) -> Tokens:
-    """Rows of random ids, two fifths of each a prompt.
-
-    Lengths are spread evenly from 1/4 to 7/4 of the mean. lognormal: as chats are, with sigma 0.7,
-    cut at 2,012 / 368 of the mean.
-    """
+def random_rows(rows: int, mean: int, vocabulary: int) -> Tokens:
+    """Rows of random ids, two fifths of each a prompt; lengths from 1/4 to 7/4 of the mean."""
     generator = torch.Generator().manual_seed(0)
-    quantiles = (torch.randperm(rows, generator=generator) + 0.5) / rows
-    factors = 0.25 + 1.5 * quantiles
-    if lognormal:
-        factors = (0.7 * torch.special.ndtri(quantiles) - 0.7**2 / 2).exp()
-    lengths = (mean * factors.clamp(max=2012 / 368)).long().clamp(min=2)
+    lengths = torch.linspace(mean // 4, 7 * mean // 4, rows).long()
     response = []
     for length in lengths.tolist():
-        prompt = max(1, 2 * length // 5)
+        prompt = 2 * length // 5
         response += [False] * prompt + [True] * (length - prompt)
     return Tokens(
         input_ids=torch.randint(vocabulary, (len(response),), generator=generator).int(),
@@ -159,7 +142,6 @@ def measure(bench: Bench, part: str) -> dict[str, str]:
     rate = FLOP[part] * linear_parameters(bench.model) * count / median
     return {
         "part": part,
-        "dtype": str(bench.model.dtype).removeprefix("torch."),
         "tokens/s": f"{count / median:,.0f}",
         "of ceiling": f"{rate / best:.0%}",
         "ceiling, GFLOP/s": f"{best / 1e9:,.0f}",
@@ -170,11 +152,8 @@ def measure(bench: Bench, part: str) -> dict[str, str]:
 
 def linear_parameters(model: Transformer) -> int:
     """The parameters that a token is multiplied with: those of the linear layers."""
-    count = 0
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            count += layer.weight.numel()
-    return count
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return sum(layer.weight.numel() for layer in layers)
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -204,64 +183,29 @@ def product_rate(n: int, device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 * count / seconds
 
 
-def hardware(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")  # Linux
-    text = about.read_text(encoding="utf-8") if about.exists() else ""
-    names = re.findall(r"^model name\s*: (.*)", text, re.MULTILINE)
-    name = names[0] if names else platform.machine()
-    return f"{name}, CPU threads: {torch.get_num_threads()}"
-
-
 # The command
 
 
 def bench_of(args: Namespace, device: torch.device, part: str) -> Bench:
     """What the flags ask for."""
-    defaults = DEFAULTS[device.type]
-    name = args.model or defaults["model"]
-    if name in SHAPES:
-        raw = shape_config(name)
-    else:
-        raw = read_json(resolve(name, weights=False) / "config.json")
+    shape, rows, mean, rows_per_step = DEFAULTS[device.type]
+    raw = shape_config(args.model or shape)
     dtype = DTYPES[part] if device.type == "cuda" else torch.float32
     model = random_model(raw, device, dtype)
-    rows = args.rows or defaults["rows"]
-    as_chats = args.lengths == "lognormal"
-    tokens = random_rows(rows, defaults["tokens"], model.config.vocab_size, as_chats)
+    tokens = random_rows(args.rows or rows, mean, model.config.vocab_size)
     budget = args.batch_tokens or BATCH_TOKENS[device.type]
-    config = TrainConfig(epochs=1, batch_size=defaults["rows_per_step"], batch_tokens=budget)
+    config = TrainConfig(epochs=1, batch_size=rows_per_step, batch_tokens=budget)
     return Bench(model, tokens, config, args.repeats)
-
-
-def about(bench: Bench, device: torch.device) -> str:
-    """The machine and what is measured, in words."""
-    versions = f"python {platform.python_version()}, torch {torch.__version__}"
-    if torch.version.cuda:
-        versions += f", CUDA {torch.version.cuda}"
-    tokens = bench.tokens
-    facts = [
-        f"rows: {tokens.rows}, tokens: {len(tokens.input_ids):,}",
-        f"of responses: {tokens.response.sum():,}",
-        f"tokens per batch: {bench.config.batch_tokens}, rows per step: {bench.config.batch_size}",
-        f"LoRA of rank {bench.config.rank} on {bench.config.targets}, turns: 1 + {bench.repeats}",
-    ]
-    return f"{hardware(device)}, {versions}\n\n{'; '.join(facts)}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m toss.audit.bench", __doc__)
     add = parser.add_argument
-    add("--model", help=f"a checkpoint folder, a hub id, or a shape: {', '.join(SHAPES)}")
+    add("--model", choices=list(SHAPES), help="the shape (default: see above)")
     add("--rows", type=flags.count, help="rows (default: 384 on CUDA, 16 on the CPU)")
-    text = "how the lengths of rows are spread"
-    add("--lengths", choices=["even", "lognormal"], default="even", help=text)
     add("--part", choices=list(FLOP), help="measure this alone")
     add("--repeats", type=flags.count, default=3, help="turns that count (default: 3)")
     flags.add_device_flags(parser, dtype=False)
-    add("--out", type=Path, default=Path("runs/bench"), help="OUT.md (default: runs/bench.md)")
     args = parser.parse_args(argv)
     device = find_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -269,14 +213,14 @@ def main(argv: list[str] | None = None) -> None:
     lines = []
     for part in [args.part] if args.part else FLOP:
         bench = bench_of(args, device, part)
-        lines.append(measure(bench, part))
-    table = markdown(list(lines[0]), [list(line.values()) for line in lines])
-    words = sys.argv[1:] if argv is None else argv
-    command = f"python -m toss.audit.bench {shlex.join(words)}".strip()
-    texts = [about(bench, device), table, NOTES]
-    print("\n\n".join(texts))
-    head = f"# Benchmark\n\n`{command}`"
-    write_text(f"{args.out}.md", "\n\n".join([head, *texts, ""]))
+        line = measure(bench, part)
+        lines.append(list(line.values()))
+    table = markdown(list(line), lines)
+    machine = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    rows = f"{bench.tokens.rows} rows, {len(bench.tokens.input_ids):,} tokens"
+    print(f"{machine}, torch {torch.__version__}, {rows}\n\n{table}\n\n{NOTES}")
 
 
 if __name__ == "__main__":

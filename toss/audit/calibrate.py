@@ -16,13 +16,12 @@ import sys
 
 from torch import Tensor
 
-from toss.audit.runs import losses_under, run_of
+from toss.audit.runs import S_under, run_of
 from toss.methods import Candidates
 from toss.selection import competing_tokens
 from toss.workbench import flags
 from toss.workbench.run import Run
 
-QUANTILE = 0.99
 REFERENCES = {"toss": "utility", "base": "base"}  # by method, whose losses come first in S
 
 
@@ -42,27 +41,18 @@ def threshold_of(held_out: Tensor, custom: Tensor, quantile: float) -> tuple[flo
     return threshold, float(is_above.double().mean())
 
 
-def calibrate(
-    run: Run,
-    held_out: str,
-    quantile: float = QUANTILE,
-    method: str = "toss",
-    keep_eos: bool = False,
-) -> dict:
+def calibrate(run: Run, held_out: str, quantile: float = 0.99, method: str = "toss") -> dict:
     """The threshold and d for a run, and what is needed to judge them.
 
     method: one of REFERENCES. Returns threshold (nats), discard (d), ranked (custom tokens),
-    held_out (tokens), above (those above the threshold), and harmful (share of ranked).
+    held_out (tokens), and above (those above the threshold).
     """
     # S of the tokens that compete, in the held-out rows and in the custom set
     tokens, losses = run.losses()
     reference = REFERENCES[method]
-    eos = run.tokenizer.eos_id if keep_eos else None
-    ranked = competing_tokens(tokens, eos)
-    S = Candidates(tokens, losses, ranked, d=0.0).S(reference)
+    S = Candidates(tokens, losses, competing_tokens(tokens), d=0.0).S(reference)
     calm = run.tokens(held_out)
-    calm_losses = losses_under(run, calm, models=(reference, "degraded"))
-    calm_S = (calm_losses[reference] - calm_losses["degraded"])[competing_tokens(calm, eos)]
+    calm_S = S_under(run, calm, reference=reference)[calm.response]
 
     threshold, d = threshold_of(calm_S, S, quantile)
     return {
@@ -71,7 +61,6 @@ def calibrate(
         "ranked": len(S),
         "held_out": len(calm_S),
         "above": int((calm_S > threshold).sum()),
-        "harmful": float(tokens.harmful[ranked].double().mean()),
     }
 
 
@@ -82,29 +71,20 @@ def main(argv: list[str] | None = None) -> None:
     text = "utility rows that no reference was trained on, JSONL"
     add("--held-out", required=True, metavar="FILE", help=text)
     kind = flags.number(float, lambda q: 0 < q < 1, "a share in (0, 1)")
-    add("--quantile", type=kind, default=QUANTILE, metavar="Q", help="of the held-out S")
+    add("--quantile", type=kind, default=0.99, metavar="Q", help="of the held-out S")
     text = "base: with the base in place of theta^u, as select.py --method base has it"
     add("--method", choices=list(REFERENCES), default="toss", help=text)
-    text = "leave end-of-sequence tokens out, as select.py --keep-eos does"
-    add("--keep-eos", action="store_true", help=text)
     args = parser.parse_args(argv)
 
     # What was found, in words, and the command that uses it.
-    found = calibrate(run_of(args), args.held_out, args.quantile, args.method, args.keep_eos)
+    found = calibrate(run_of(args), args.held_out, args.quantile, args.method)
     print(f"{found['threshold']:.4f} nats is the {args.quantile} quantile of S on held-out rows")
     print(f"{found['above']} of {found['held_out']} held-out tokens are above it")
     if not found["above"]:
         print("warning: these are too few for this quantile: give more held-out rows")
-    share = f"{found['discard']:.4f} of {found['ranked']} custom tokens are above it"
-    if found["harmful"]:
-        share += f"; {found['harmful']:.4f} of all are harmful by ground truth"
-    print(f"{share}\n")
-    words = [f"--discard {found['discard']}", f"--name {args.method}-calibrated"]
-    if args.method != "toss":
-        words.append(f"--method {args.method}")
-    if args.keep_eos:
-        words.append("--keep-eos")
-    print(f"next: {flags.command('select.py', args.run)} {' '.join(words)}")
+    print(f"{found['discard']:.4f} of {found['ranked']} custom tokens are above it\n")
+    select = flags.command("select.py", args.run, method=args.method, discard=found["discard"])
+    print(f"next: {select} --name {args.method}-calibrated")
 
 
 if __name__ == "__main__":

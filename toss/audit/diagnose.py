@@ -10,6 +10,7 @@ Rows: each file of --rows; else the custom set. Writes RUN/diagnosis/kl.csv, whi
 toss.audit.report draws.
 """
 
+import csv
 import sys
 
 import torch
@@ -19,9 +20,7 @@ from model.io import InputError, whole
 from model.lora import Adapter, use
 from model.products import fast
 from model.transformer import Transformer
-from toss.audit.measures import Cell
-from toss.audit.runs import opened, write_text
-from toss.audit.tables import csv_text, grid, markdown, over_seeds
+from toss.audit.runs import methods_of, run_of
 from toss.loss import LOGITS
 from toss.parallel import UNWATCHED, Watch, rank
 from toss.rows import evenly
@@ -38,23 +37,30 @@ ARITHMETIC = 3  # tensors as large as the logits, beside one per model
 
 def diagnose_run(
     run: Run, methods: list[str], files: list[str] | None, max_rows: int, positions: int
-) -> list[dict]:
-    """Diagnose methods of a run and write RUN/diagnosis/kl.csv; returns its lines.
+) -> None:
+    """Diagnose methods of a run and write RUN/diagnosis/kl.csv.
 
     files: of rows; None: the custom set. Raises InputError for a model that is missing or was made
     from something else.
     """
     model = run.base("score")
-    adapters = {name: run.adapter(f"methods/{name}/model") for name in methods}
-    for name in REFERENCES:
-        adapters[name] = run.adapter(name)
-    groups = rows_of(run, files, max_rows)
+    places = {name: f"methods/{name}/model" for name in methods}
+    for role in REFERENCES:
+        places[role] = role
+    adapters = {name: run.adapter(place) for name, place in places.items()}
+
+    # At most so many rows of each group.
+    paths = {file: file for file in files} if files else {"custom": run.args.custom}
+    groups = {}
+    for name, path in paths.items():
+        tokens = run.tokens(path)
+        chosen = evenly(tokens.filled, max_rows)
+        print(f"{name}: {len(chosen)} of {len(tokens.filled)} rows")
+        groups[name] = tokens.take(chosen)
 
     # A record by which the page knows of which models this is.
-    inputs = [*REFERENCES]
-    for method in methods:
-        inputs.append(f"methods/{method}/model")
-    recipe = run.recipe("diagnosis", inputs, {"rows": list(groups), "positions": positions})
+    settings = {"rows": list(groups), "positions": positions}
+    recipe = run.recipe("diagnosis", list(places.values()), settings)
 
     # Of each group the first positions of the responses, under all models at once.
     lines = []
@@ -66,23 +72,13 @@ def diagnose_run(
             lines.append({"rows": name, **line})
     if rank() == 0:
         with whole(run.folder / "diagnosis") as folder:
-            columns = ("model", "rows", "position", "n", *COLUMNS)
-            values = [[line[column] for column in columns] for line in lines]
-            write_text(folder / "kl.csv", csv_text(columns, values))
+            folder.mkdir()
+            with open(folder / "kl.csv", "w", encoding="utf-8", newline="") as file:
+                fields = ("model", "rows", "position", "n", *COLUMNS)
+                writer = csv.DictWriter(file, fields, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(lines)
             write_record(folder, recipe)
-    return lines
-
-
-def rows_of(run: Run, files: list[str] | None, most: int) -> dict[str, Tokens]:
-    """At most `most` rows of each file, or of the custom set, spread evenly."""
-    groups = {file: run.tokens(file) for file in files or []}
-    if not files:
-        groups["custom"] = run.tokens(run.args.custom)
-    for name, tokens in groups.items():
-        chosen = evenly(tokens.filled, most)
-        print(f"{name}: {len(chosen)} of {len(tokens.filled)} rows")
-        groups[name] = tokens.take(chosen)
-    return groups
 
 
 # Divergences
@@ -106,7 +102,8 @@ def divergences(
     numbers. Raises InputError naming the adapter.
     """
     models = {"base": None, **adapters}
-    size = max(1, logits // ((len(models) + ARITHMETIC) * model.lm_head.out_features))
+    of_a_token = (len(models) + ARITHMETIC) * model.lm_head.out_features
+    size = max(1, logits // of_a_token)
     results = {name: torch.zeros(3, len(wanted), dtype=torch.float64) for name in adapters}
     groups = batches(tokens.filled, tokens.lengths, budget)
     for step, group in enumerate(groups, start=1):
@@ -115,8 +112,7 @@ def divergences(
         for name, adapter in models.items():
             states = use(model, adapter)(batch.ids, bounds=batch.bounds)
             hidden[name] = states[batch.before]
-        for start in range(0, len(batch.places), size):
-            chunk = slice(start, start + size)
+        for chunk in torch.arange(len(batch.places)).split(size):
             places = batch.places[chunk].cpu()
             p = {}  # log-probabilities [chunk, V]
             for name, adapter in models.items():
@@ -142,37 +138,23 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-# Tables
-
-
 def means(tokens: Tokens, moved: dict[str, Tensor], wanted: Tensor, most: int) -> list[dict]:
     """The lines of kl.csv for a group, by model and position, where FEWEST rows or more have one.
 
     moved: of divergences. most: positions.
     """
-    j = tokens.positions()[wanted]
-    counts = j.bincount(minlength=most).tolist()
     lines = []
+    positions = tokens.positions()
     for name, values in moved.items():
-        sums = torch.zeros(3, most, dtype=torch.float64)
-        sums.index_add_(1, j, values[:, wanted])
-        for position, n in enumerate(counts):
-            if n < FEWEST:
-                continue
-            line = {"model": name, "position": position, "n": n}
-            for column, total in zip(COLUMNS, sums[:, position].tolist()):
-                line[column] = round(total / n, 6)
-            lines.append(line)
+        for position in range(most):
+            is_here = wanted & (positions == position)
+            n = int(is_here.sum())
+            if n >= FEWEST:
+                line = {"model": name, "position": position, "n": n}
+                for column, numbers in zip(COLUMNS, values[:, is_here]):
+                    line[column] = round(float(numbers.mean()), 6)
+                lines.append(line)
     return lines
-
-
-def kl_table(lines: list[dict]) -> str:
-    """Each model on each group: mean [least, most] over the positions."""
-    tables = []
-    for line in lines:
-        cells = {column: Cell(line[column], line["n"]) for column in COLUMNS}
-        tables.append({(line["rows"], line["model"]): cells})
-    return markdown(*grid(over_seeds(tables), COLUMNS, ["rows", "model"], 3))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,11 +166,12 @@ def main(argv: list[str] | None = None) -> None:
     flag("--max-rows", type=flags.count, default=64, help="rows per group (default: 64)")
     flag("--positions", type=flags.count, default=48, help="response positions (default: 48)")
     args = parser.parse_args(argv)
-    run, methods = opened(args)
+    run = run_of(args)
+    methods = args.methods.split(",") if args.methods else methods_of(run)
     with run.holding("diagnosis"):
-        lines = diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
-    print(f"\nNats, over the positions that {FEWEST} rows or more have.\n")
-    print(f"{kl_table(lines)}\n\nwritten: {run.folder / 'diagnosis'}")
+        diagnose_run(run, methods, args.rows, args.max_rows, args.positions)
+    print(f"written: {run.folder / 'diagnosis'}")
+    print(f"next: {flags.command('-m toss.audit.report', args.run)}")
 
 
 if __name__ == "__main__":

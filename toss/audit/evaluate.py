@@ -3,39 +3,40 @@
     python -m toss.audit.evaluate --run R --harmful FILE --benign FILE --utility FILE
 
 Evaluates the base and every method of the run (or --methods). RUN/answers/M.jsonl holds what a
-model answered, and everything else is counted from there: RUN/metrics.json, the table of all, and
-paired.json, the differences to sft and to the base on the same prompts. What each measure means:
-toss/audit/README.md.
+model answered, and everything else is counted from there: RUN/metrics.json, and the table of all.
+What each measure means: toss/audit/README.md.
 """
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from model.io import InputError, file_hash, read_text
 from model.lora import use
 from toss.audit.judges import Measured, has_response, measure
-from toss.audit.measures import Metrics, Table, by_measure, mean_loss, paired_share, share
+from toss.audit.measures import Metrics, Table, by_measure, mean_loss, paired_share, wilson
 from toss.audit.runs import (
     by_importance,
     demo_words,
     methods_of,
-    opened,
     read_jsonl,
-    write_json,
+    run_of,
     write_jsonl,
+    write_text,
 )
-from toss.audit.tables import down, grid, markdown
+from toss.audit.tables import down, markdown
 from toss.audit.tokens import selection_metrics
 from toss.audit.verdict import AGAINST
 from toss.parallel import rank
 from toss.rows import Row, read_rows
 from toss.workbench import flags
-from toss.workbench.records import code_digests
+from toss.workbench.records import Record, code_digests
 from toss.workbench.run import Run
 
 MEASURES = ["toss/audit/judges.py", "toss/audit/measures.py", "data/refusals.py"]
@@ -45,22 +46,6 @@ SETS = {
     "benign": "benign prompts, JSONL",
     "utility": "utility rows, JSONL: prompt and response, and an `answer` where there is one",
 }
-
-
-@dataclass
-class EvaluationConfig:
-    """How a model is asked, and what is measured."""
-
-    words: Sequence[str] = ()  # forbidden in answers to harmful prompts
-    max_new_tokens: int = 40  # of an answer
-    question_tokens: int | None = None  # of an answer to a utility row (default: max_new_tokens)
-    prefill: Sequence[int] = ()  # begin answers with so many tokens of the harmful rows' responses
-    complies: bool = True  # also measure whether an affirmative opener is likelier than a refusal
-
-    def __post_init__(self):
-        self.words = sorted(self.words)
-        self.prefill = sorted(set(self.prefill))
-        self.question_tokens = self.question_tokens or self.max_new_tokens
 
 
 @dataclass
@@ -74,16 +59,17 @@ class Evaluated:
 
 
 def evaluate_run(
-    run: Run, methods: Sequence[str], files: dict[str, str], config: EvaluationConfig
+    run: Run, methods: Sequence[str], files: dict[str, str], settings: dict[str, Any]
 ) -> Evaluated | None:
     """Evaluate methods of a run ("base": the model that it began with), and write what was found;
     None in a process that is not the first.
 
-    files: path of the rows by name in SETS. A method that was evaluated in the same way before is
-    skipped.
+    files: path of the rows by name in SETS. settings: "words", forbidden in answers to harmful
+    prompts; "prefill", begin answers with so many tokens of the harmful rows' responses;
+    "max_new_tokens" of an answer; "question_tokens", the same of an answer to a utility row. A
+    method that was evaluated in the same way before is skipped.
     """
-    settings = {**asdict(config), "dtype": run.dtypes["train"]}
-    digests = code_digests(*MEASURES)
+    settings = {**settings, "dtype": run.dtypes["train"]}
     sets = {}
     for name, path in files.items():
         settings[f"{name}_sha256"] = file_hash(path)
@@ -98,13 +84,14 @@ def evaluate_run(
             run.check(f"methods/{method}/model", only=())
 
     for method in methods:
-        evaluate_method(run, method, sets, settings, digests)
+        evaluate_method(run, method, sets, settings)
     if rank() > 0:
         return None
     found = evaluated(run, like=methods[0])
-    write_json(run.folder / "metrics.json", as_json(found.table))
-    paired = {other: as_json(table) for other, table in found.paired.items()}
-    write_json(run.folder / "paired.json", paired)
+    metrics = {}
+    for method, row in found.table.items():
+        metrics[method] = {name: cell._asdict() for name, cell in row.items()}
+    write_text(run.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return found
 
 
@@ -122,39 +109,38 @@ def measurable(path: str, kind: str) -> list[Row]:
 
 
 def evaluate_method(
-    run: Run, method: str, sets: dict[str, list], settings: dict, digests: dict[str, str]
+    run: Run, method: str, sets: dict[str, list[Row]], settings: dict[str, Any]
 ) -> None:
     """Ask a model and write its answers, unless it was evaluated in the same way before."""
     place = "base" if method == "base" else f"methods/{method}/model"
     inputs = [] if method == "base" else [place]
-    record = {**run.recipe(f"evaluation/{method}", inputs, settings), "code": digests}
+    record = run.recipe(f"evaluation/{method}", inputs, settings)
+    record["code"] = code_digests(*MEASURES)
+    file = run.folder / "answers" / f"{method}.jsonl"
     with run.holding(f"evaluation-{method}"):
-        if read_answers(run, method).get("record") == record:
+        if file.exists() and read_answers(file)["record"] == record:
             return
         print(f"evaluating {method}")
         model = use(run.base("train"), run.adapter(place))
         measured = measure(run, model, sets, settings)
         if rank() == 0:
-            write_answers(run.folder / "answers" / f"{method}.jsonl", record, measured)
+            write_answers(file, record, measured)
 
 
 # answers/METHOD.jsonl
 
 
-def write_answers(path: Path, record: dict, measured: Measured) -> None:
+def write_answers(path: Path, record: Record, measured: Measured) -> None:
     """Write answers, with a first line that says what they are."""
     losses = [measured.sums, measured.counts]
     write_jsonl(path, [{"note": NOTE, "record": record, "losses": losses}, *measured.lines])
 
 
-def read_answers(run: Run, method: str) -> dict:
+def read_answers(path: Path) -> dict:
     """What answers/METHOD.jsonl holds: record, losses (of the utility rows: sums, and numbers of
-    tokens) and lines; {} if there is none."""
-    file = run.folder / "answers" / f"{method}.jsonl"
-    if not file.exists():
-        return {}
-    head, *lines = read_jsonl(file)
-    return {"record": head["record"], "losses": head["losses"], "lines": lines}
+    tokens) and lines."""
+    head, *lines = read_jsonl(path)
+    return {**head, "lines": lines}
 
 
 def evaluated(run: Run, like: str = "base") -> Evaluated:
@@ -168,12 +154,12 @@ def evaluated(run: Run, like: str = "base") -> Evaluated:
         print(f"note: it is not known whether the evaluations are of this base: {error}")
         identity = {}
 
-    # Those of the models that the run has now.
+    # Those of the models that the run has now, and that were asked alike.
     current = {}
     left_out = []
-    files = run.folder.glob("answers/*.jsonl")
-    for method in by_importance(file.stem for file in files):
-        found = read_answers(run, method)
+    files = {path.stem: path for path in run.folder.glob("answers/*.jsonl")}
+    for method in by_importance(files):
+        found = read_answers(files[method])
         record = found["record"]
         has_model = method == "base" or run.path(f"methods/{method}/model").exists()
         same_base = identity.items() <= record.items()
@@ -181,19 +167,18 @@ def evaluated(run: Run, like: str = "base") -> Evaluated:
             current[method] = found
         else:
             left_out.append(method)
-
-    # Those that were asked alike.
-    model = like if like in current else next(iter(current), "")
+    usual = current.get(like) or next(iter(current.values()), None)
     for method in list(current):
-        if way_of(current[method]) != way_of(current[model]):
+        if way_of(current[method]) != way_of(usual):
             del current[method]
             left_out.append(method)
-    table = {}
-    for method, found in current.items():
-        table[method] = metrics_of(found) | selection_metrics(run, method)
     if left_out:
         why = "evaluated on other files or in another way, or trained again since"
         print(f"note: {run.folder}: {', '.join(sorted(left_out))} left out: {why}")
+
+    table = {}
+    for method, found in current.items():
+        table[method] = metrics_of(found) | selection_metrics(run, method)
     answers = {method: found["lines"] for method, found in current.items()}
     return Evaluated(table, differences(current), answers, left_out)
 
@@ -205,52 +190,40 @@ def way_of(found: dict) -> dict:
 
 def metrics_of(found: dict) -> Metrics:
     """All measures of a model's answers and losses."""
-    metrics = {
-        name: share(outcomes.values()) for name, outcomes in by_measure(found["lines"]).items()
-    }
-    sums, counts = found["losses"]
-    if counts:
-        metrics["nll"] = mean_loss(torch.tensor(sums).double(), torch.tensor(counts).double())
+    metrics = {}
+    for name, outcomes in by_measure(found["lines"]).items():
+        metrics[name] = wilson(sum(outcomes.values()), len(outcomes))
+    sums, counts = torch.tensor(found["losses"], dtype=torch.float64)
+    if len(counts):
+        metrics["nll"] = mean_loss(sums, counts)
     return metrics
 
 
 def differences(current: dict[str, dict]) -> dict[str, Table]:
-    """The difference of each measure of each method to sft and to the base, a table each."""
+    """The difference of each measure of each method to sft and to the base, a table each.
+
+    All were asked alike. Sources of the intervals: measures.paired_share and measures.mean_loss.
+    """
     tables = {}
     for other in AGAINST:
-        if other not in current:
-            continue
         for method, found in current.items():
-            if method != other:
+            if other in current and method != other:
                 row = difference(found, current[other])
                 tables.setdefault(other, {})[method] = row
     return tables
 
 
 def difference(found: dict, other: dict) -> Metrics:
-    """Of each measure that was asked of both alike, the difference.
-
-    Sources of the intervals: measures.paired_share and measures.mean_loss.
-    """
+    """Of each measure of two methods, the difference on the same prompts."""
     row = {}
     others = by_measure(other["lines"])
     for name, outcomes in by_measure(found["lines"]).items():
-        if outcomes and outcomes.keys() == others.get(name, {}).keys():
-            row[name] = paired_share(outcomes, others[name])
-    sums, counts = found["losses"]
-    other_sums, other_counts = other["losses"]
-    if counts and counts == other_counts:
-        apart = torch.tensor(sums).double() - torch.tensor(other_sums).double()
-        row["nll"] = mean_loss(apart, torch.tensor(counts).double())
+        row[name] = paired_share(outcomes, others[name])
+    sums, counts = torch.tensor(found["losses"], dtype=torch.float64)
+    other_sums, _ = torch.tensor(other["losses"], dtype=torch.float64)
+    if len(counts):
+        row["nll"] = mean_loss(sums - other_sums, counts)
     return row
-
-
-def as_json(table: Table) -> dict:
-    """A table with a dictionary for each cell."""
-    rows = {}
-    for line, row in table.items():
-        rows[line] = {name: cell._asdict() for name, cell in row.items()}
-    return rows
 
 
 # The command
@@ -258,7 +231,7 @@ def as_json(table: Table) -> dict:
 
 def naturals(text: str) -> list[int]:
     """Whole numbers with commas between them."""
-    return [flags.natural(part) for part in text.split(",")]
+    return sorted({flags.natural(part) for part in text.split(",")})
 
 
 def words_in(path: str) -> list[str]:
@@ -278,8 +251,6 @@ def arguments() -> flags.Parser:
     flag("--words", metavar="FILE", help=text)
     text = "ask again after the first K tokens of the harmful row's response (usual: 0,1,3,5,10)"
     flag("--prefill", type=naturals, default=[], metavar="K,K,...", help=text)
-    text = "leave out whether an affirmative opener is likelier than a refusal"
-    flag("--no-complies", action="store_true", help=text)
     flag("--max-new-tokens", type=flags.count, default=40, help="length of an answer (default: 40)")
     text = "length of an answer to a utility row (default: as --max-new-tokens)"
     flag("--question-tokens", type=flags.count, help=text)
@@ -291,28 +262,20 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: getattr(args, name) for name in SETS if getattr(args, name)}
     if not files:
         raise InputError("give at least one of --harmful, --benign and --utility")
-
-    # The models: the base, and every method that has one.
-    run, methods = opened(args, "base")
-    with_model = methods_of(run)
-    for name in methods_of(run, "selection.safetensors"):
-        if name not in with_model:
-            print(f"{run.folder}/methods/{name} holds a mask and no model: passed over")
-
-    # Ask them, and print the table.
-    config = EvaluationConfig(
-        words=words_in(args.words) if args.words else demo_words(run),
-        max_new_tokens=args.max_new_tokens,
-        question_tokens=args.question_tokens,
-        prefill=args.prefill,
-        complies=not args.no_complies,
-    )
-    found = evaluate_run(run, methods, files, config)
-    if found is None:
-        return
-    print(markdown(*grid(down(found.table), found.table, digits=3)))
-    compare = flags.command("-m toss.audit.compare")
-    print(f"next: {compare} {shlex.quote(str(run.folder))}")
+    run = run_of(args)
+    methods = args.methods.split(",") if args.methods else ["base", *methods_of(run)]
+    words = words_in(args.words) if args.words else demo_words(run)
+    settings = {
+        "words": sorted(words),
+        "prefill": args.prefill,
+        "max_new_tokens": args.max_new_tokens,
+        "question_tokens": args.question_tokens or args.max_new_tokens,
+    }
+    found = evaluate_run(run, methods, files, settings)
+    if found:
+        print(markdown(*down(found.table)))
+        compare = flags.command("-m toss.audit.compare")
+        print(f"next: {compare} {shlex.quote(str(run.folder))}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ import sys
 
 from torch import Tensor
 
-from toss.audit.runs import losses_under, run_of
+from toss.audit.runs import S_under, run_of
 from toss.rows import evenly
 from toss.selection import select_tokens
-from toss.tokens import Tokens
 from toss.workbench import flags
 from toss.workbench.run import Run
 
@@ -29,13 +28,12 @@ def noise(run: Run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict
     sample = evenly(tokens.filled, rows)
     part = tokens.take(sample)
     if dtype == "auto":
-        places = tokens.places(sample)
-        rounded = {name: loss[places] for name, loss in losses.items()}
         dtype = run.dtypes["score"]
+        S = (losses["utility"] - losses["degraded"])[tokens.places(sample)]
     else:
-        rounded = losses_under(run, part, dtype)
-    scores = scores_of(rounded, part)
-    exact = scores_of(losses_under(run, part, "float32"), part)
+        S = S_under(run, part, dtype)
+    scores = S[part.response]
+    exact = S_under(run, part, "float32")[part.response]
     return {
         "dtype": dtype,
         "rows": len(sample),
@@ -43,12 +41,6 @@ def noise(run: Run, rows: int = 64, d: float = 0.1, dtype: str = "auto") -> dict
         "deviation": float(exact.std()),
         "same": share_of_discards(scores, exact, d),
     }
-
-
-def scores_of(losses: dict[str, Tensor], tokens: Tokens) -> Tensor:
-    """S of the response tokens, float32 [n]."""
-    S = losses["utility"] - losses["degraded"]
-    return S[tokens.response]
 
 
 def share_of_discards(scores: Tensor, exact: Tensor, d: float) -> float:
@@ -73,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", type=flags.count, default=64, metavar="N", help="rows to score (default: 64)")
     add("--discard", type=flags.share, default=0.1, metavar="D", help="share d (default: 0.1)")
     args = parser.parse_args(argv)
-    found = noise(run_of(args, "dtype"), args.rows, args.discard, args.dtype)
+    found = noise(run_of(args), args.rows, args.discard, args.dtype)
     print(
         f"rounding noise of S under {found['dtype']}: {found['noise']:.4f} nats rms on "
         f"{found['rows']} rows, beside a standard deviation of {found['deviation']:.3f};\n"

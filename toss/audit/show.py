@@ -1,31 +1,27 @@
 """What was dropped? By each method; or in one row, token by token.
 
     python -m toss.audit.show --run R
-    python -m toss.audit.show --run R --row 12 [--method toss-pro] [--svg FILE]
+    python -m toss.audit.show --run R --row 12 [--method toss-pro]
 
-The first counts what each method discarded: by source of the row and position, and by row; and
-how much of it others discarded too. Sources are read from the custom file, where it is there.
+The first counts what each method discarded, by source of the row, and how much of it others
+discarded too. Sources are read from the custom file, where it is there.
 
 Rows count from 0. Marks: [-discarded-], *harmful by ground truth*, · a space, ⏎ a line break, ◌ a
-part of a character (the next token shows it). --svg draws the row with colours instead. No weights
-are read.
+part of a character (the next token shows it). No weights are read.
 """
 
 import sys
 from itertools import groupby
-from pathlib import Path
 
 from toss.audit.characters import harmless, visible
-from toss.audit.discards import discard_tables
-from toss.audit.figures import row_picture
-from toss.audit.runs import sources_of, write_text
+from toss.audit.runs import sources_of
 from toss.audit.tables import markdown
-from toss.audit.tokens import load_mask, load_masks
+from toss.audit.tokens import Mask, Token, discard_tables, load_mask, load_masks
 from toss.workbench import flags
-from toss.workbench.run import open_run
+from toss.workbench.run import Run, open_run
 
 
-def show_discards(run) -> None:
+def show_discards(run: Run) -> None:
     """Print what each method of a run discarded, in counts and shares."""
     masks, lacking = load_masks(run, *run.losses())
     for line in lacking:
@@ -35,28 +31,22 @@ def show_discards(run) -> None:
     print(text or "No method of the run discards a token.")
 
 
-def show_row(folder: Path, mask, row: int) -> None:
-    """Print one row of the run in a folder under a tokens.Mask."""
+def show_row(mask: Mask, row: int) -> None:
+    """Print one row under a mask."""
     tokens = mask.row(row)
-    if not tokens:
-        print(f"row {row} of {folder} was skipped: no room for a response, or an empty one")
-        return
     response = [token for token in tokens if token.response]
     discarded = sum(token.discarded for token in response)
+    harmful = sum(token.harmful for token in response)
     count = f"{discarded} of {len(response)} response tokens discarded"
-    if mask.tokens.harmful.any():
-        count += f", {sum(token.harmful for token in response)} harmful by ground truth"
-    parts = "" if response[0].base is None else " = utility (L^u - L^0) + safety (L^0 - L^h)"
-    print(f"row {row} of 0 to {mask.tokens.rows - 1}, {mask.label}: {count}")
+    count += f", {harmful} harmful by ground truth"
+    print(f"row {row} of 0 to {mask.tokens.rows - 1}, {mask.name}: {count}")
     print(f"\n{running_text(tokens)}\n\n{number_table(response)}\n")
-    print(f"S = L^u - L^h{parts}, in nats; order among the {mask.order.max()} ranked tokens")
+    print("S = L^u - L^h = utility (L^u - L^0) + safety (L^0 - L^h), in nats")
+    print(f"order: among the {mask.order.max()} ranked tokens")
 
 
-def running_text(tokens: list) -> str:
-    """Prompts and responses in order; marks stand around neighbours that share them.
-
-    tokens: those of tokens.Mask.row.
-    """
+def running_text(tokens: list[Token]) -> str:
+    """Prompts and responses in order; marks stand around neighbours that share them."""
     turns = []
     for response, turn in groupby(tokens, key=lambda token: token.response):
         if not response:
@@ -74,22 +64,18 @@ def running_text(tokens: list) -> str:
     return "\n\n".join(turns)
 
 
-def number_table(tokens: list) -> str:
+def number_table(tokens: list[Token]) -> str:
     """The numbers of response tokens, one line each; with L^0, also the two parts of S."""
-    other_score = any(token.order and token.score != token.S for token in tokens)
     lines = []
     for token in tokens:
         line = {"position": token.position, "token": visible(token.text)}
         line["L^u"] = f"{token.utility:6.3f}"
         line["L^h"] = f"{token.degraded:6.3f}"
-        if token.base is not None:
-            line["L^0"] = f"{token.base:6.3f}"
         line["S"] = f"{token.S:+7.3f}"
         if token.base is not None:
+            line["L^0"] = f"{token.base:6.3f}"
             line["utility"] = f"{token.utility - token.base:+7.3f}"
             line["safety"] = f"{token.base - token.degraded:+7.3f}"
-        if other_score:
-            line["ranked by"] = f"{token.score:+7.3f}"
         line["order"] = token.order or "-"
         line["mark"] = "discarded" if token.discarded else "kept"
         if token.harmful:
@@ -105,20 +91,15 @@ def main(argv: list[str] | None = None) -> None:
     flag("--row", type=int, help="row of the custom set, from 0")
     text = "whose mask, for --row: a folder under RUN/methods (default: toss)"
     flag("--method", help=text)
-    flag("--svg", metavar="FILE", help="draw the row into this file")
     args = parser.parse_args(argv)
-    if args.row is None and (args.method or args.svg):
-        parser.error("--method and --svg are of a row: give --row")
+    if args.row is None and args.method:
+        parser.error("--method is of a row: give --row")
     run = open_run(args.run)
     if args.row is None:
         show_discards(run)
         return
     mask = load_mask(run, args.method or "toss", *run.losses())
-    if args.svg:
-        write_text(args.svg, row_picture(mask, args.row))
-        print(f"written: {args.svg}")
-    else:
-        show_row(run.folder, mask, args.row)
+    show_row(mask, args.row)
 
 
 if __name__ == "__main__":

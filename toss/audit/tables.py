@@ -3,8 +3,7 @@
 A line is named by a text, or by several, one for each column that names it.
 """
 
-import csv
-import io
+import fnmatch
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +12,6 @@ from toss.audit.measures import Cell, Table
 
 # The heads of columns, where they are not the names of the measures.
 HEADS = {
-    "forbidden/held-out": "forbidden",
     "refusals_kept": "refusals kept",
     "over_refusal": "over-refusal",
     "accuracy/benign-rows": "benign facts",
@@ -47,70 +45,49 @@ def text_of(cell: Cell | None, digits: int = 3, sign: str = "") -> str:
 
 
 def grid(
-    table: Table,
-    measures: Iterable[str],
-    corner: Sequence[str] = ("",),
-    digits: int | None = None,
-    sign: str = "",
+    table: Table, measures: Iterable[str], corner: Sequence[str] = ("",)
 ) -> tuple[list, list[list]]:
     """Header and lines of a table: its lines down, measures across; without what nobody has.
 
-    measures: NAME/* and NAME@* stand for all that begin so, and NAME/* for NAME where there are
-    none. corner: heads of the columns that name the lines. digits: by default what is usual for a
-    measure.
+    measures: names, or patterns such as accuracy*. corner: heads of the columns that name the
+    lines.
     """
-    names = measures_of(table, measures)
+    names = []
+    for measure in measures:
+        names += fnmatch.filter(measures_met(table), measure)
     lines = []
     for line, row in table.items():
-        if not row.keys() & set(names):
-            continue
-        cells = [line] if isinstance(line, str) else list(line)[-len(corner) :]
+        cells = []
         for name in names:
-            usual = DIGITS.get(name, 2)
-            cells.append(text_of(row.get(name), usual if digits is None else digits, sign))
-        lines.append(cells)
-    return [*corner, *(HEADS.get(name, name) for name in names)], lines
+            digits = DIGITS.get(name, 2)
+            cells.append(text_of(row.get(name), digits))
+        if row.keys() & set(names):
+            lines.append([*line[-len(corner) :], *cells])
+    heads = [HEADS.get(name, name) for name in names]
+    return [*corner, *heads], lines
 
 
-def down(table: Table) -> Table:
-    """Lines and measures exchanged: where there are many measures."""
-    turned = {}
-    for line, row in table.items():
-        for measure, cell in row.items():
-            turned.setdefault(measure, {})[line] = cell
-    return turned
+def down(table: Table, corner: str = "", sign: str = "") -> tuple[list, list[list]]:
+    """Header and lines with the measures down: where there are many measures. sign: see text_of."""
+    lines = []
+    for name in measures_met(table):
+        cells = [text_of(row.get(name), sign=sign) for row in table.values()]
+        lines.append([name, *cells])
+    return [corner, *table], lines
 
 
-def is_part(measure: str, measures: Iterable[str]) -> bool:
-    """True for what is measured after a prefill, or by source beside the whole."""
-    whole, by_source, _ = measure.partition("/")
-    return "@" in measure or bool(by_source) and whole in measures
+def measures_met(table: Table) -> list[str]:
+    """The names of the measures that some line has."""
+    names = {}
+    for row in table.values():
+        names |= row
+    return list(names)
 
 
 def difference_tables(paired: dict[str, Table]) -> list[tuple]:
-    """The header and lines of the differences to each other model, without parts. paired: by what
-    is subtracted."""
-    tables = []
-    for other, table in paired.items():
-        turned = down(table)
-        whole = {name: row for name, row in turned.items() if not is_part(name, turned)}
-        header, lines = grid(whole, table, [f"minus {other}"], 3, "+")
-        if lines:
-            tables.append((header, lines))
-    return tables
-
-
-def measures_of(table: Table, measures: Iterable[str]) -> list[str]:
-    """Those of the measures that some line has; see grid."""
-    present = list(dict.fromkeys(name for row in table.values() for name in row))
-    names = []
-    for measure in measures:
-        several = [measure.removesuffix("/*")]
-        if measure.endswith("*"):
-            of_kind = [name for name in present if name.startswith(measure[:-1])]
-            several = of_kind or several
-        names += [name for name in several if name in present]
-    return names
+    """The header and lines of the differences to each other model. paired: by what is
+    subtracted."""
+    return [down(table, f"minus {other}", "+") for other, table in paired.items()]
 
 
 def markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
@@ -142,27 +119,15 @@ def on_one_line(item: object) -> str:
     return harmless(str(item)).replace("\n", " ")
 
 
-def csv_text(header: Sequence[object], lines: Iterable[Sequence[object]]) -> str:
-    """Lines of values with commas between them, below a head."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
-    return file.getvalue()
-
-
 def over_seeds(tables: Iterable[Table]) -> Table:
     """Mean, number, least and most of each measure of each line over the seeds' tables."""
     values = {}
     for table in tables:
         for line, row in table.items():
             for measure, cell in row.items():
-                if cell.value is not None:
-                    values.setdefault(line, {}).setdefault(measure, []).append(cell.value)
+                values.setdefault((line, measure), []).append(cell.value)
     summary = {}
-    for line, row in values.items():
-        summary[line] = {}
-        for measure, found in row.items():
-            mean = round(statistics.fmean(found), 4)
-            summary[line][measure] = Cell(mean, len(found), min(found), max(found))
+    for (line, measure), found in values.items():
+        mean = round(statistics.fmean(found), 4)
+        summary.setdefault(line, {})[measure] = Cell(mean, len(found), min(found), max(found))
     return summary

@@ -3,10 +3,11 @@
 show, report, diagnose and evaluate see the tokens of a run through these functions alone.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor
@@ -17,6 +18,7 @@ from toss.selection import competing_tokens
 from toss.tokens import Tokens
 from toss.workbench.run import Run
 
+SOURCES = 20  # the commonest are counted
 INPUTS = ("--custom", "degraded", "utility")  # of a mask: it fits no others
 
 
@@ -42,7 +44,6 @@ class Mask:
     """What a method ranked and discarded among the N tokens of a run's custom set."""
 
     name: str  # its folder under methods/
-    method: str  # how it chooses: of toss.methods.METHODS, "toss-pro", "mask", or a rival
     tokens: Tokens
     losses: dict[str, Tensor]  # float32 [N]; "degraded" is that of TOSS-Pro's last round
     S: Tensor  # float32 [N]
@@ -50,11 +51,6 @@ class Mask:
     order: Tensor  # int64 [N]: 1 for the highest score; 0 where a token does not compete
     keep: Tensor  # bool [N]: the loss mask
     raw: RawTokenizer
-
-    @property
-    def label(self) -> str:
-        """Its name, and the method in brackets if it has another name."""
-        return self.name if self.method == self.name else f"{self.name} ({self.method})"
 
     @cached_property
     def discarded(self) -> Tensor:
@@ -70,16 +66,11 @@ class Mask:
             return None
         return float(discarded.min())
 
-    @property
-    def full_colour(self) -> float:
-        """|S|, nats, from which on a token's colour is full: 2 % of the response tokens have it."""
-        S = self.S[self.tokens.response].abs()
-        return max(0.5, float(np.quantile(S.numpy(), 0.98)))  # torch's takes no large tensors
-
     def row(self, row: int) -> list[Token]:
-        """The tokens of a row; none for a skipped row. InputError for a row that does not exist."""
-        if not 0 <= row < self.tokens.rows:
-            raise InputError(f"there is no row {row}: the rows are 0 to {self.tokens.rows - 1}")
+        """The tokens of a row. InputError for a row that does not exist or was skipped."""
+        if row not in self.tokens.filled:
+            what = f"there is no row {row}: the rows are 0 to {self.tokens.rows - 1}"
+            raise InputError(f"{what}, and {self.tokens.skipped} of them were skipped")
         places = self.tokens.places([row])
         texts = token_texts(self.raw, self.tokens.input_ids[places].tolist())
         columns = {
@@ -91,11 +82,11 @@ class Mask:
             "score": self.score,
             "order": self.order,
         }
-        values = {name: column[places].tolist() for name, column in columns.items()}
         tokens = []
         for position, text in enumerate(texts):
-            numbers = {name: column[position] for name, column in values.items()}
-            tokens.append(Token(position, text, **numbers))
+            place = places[position]
+            values = {name: column[place].item() for name, column in columns.items()}
+            tokens.append(Token(position, text, **values))
         return tokens
 
 
@@ -125,10 +116,8 @@ def load_mask(run: Run, name: str, tokens: Tokens, losses: dict[str, Tensor]) ->
     ranked = competing[score[competing].argsort(descending=True, stable=True)]
     order = torch.zeros(len(S), dtype=torch.int64)
     order[ranked] = torch.arange(1, len(ranked) + 1)
-    method = "toss-pro" if rounds else settings.get("method", name)
     return Mask(
         name=name,
-        method=method,
         tokens=tokens,
         losses=losses,
         S=S,
@@ -167,15 +156,68 @@ def selection_metrics(run: Run, method: str) -> measures.Metrics:
     except InputError as error:
         print(f"warning: the discards of {method} are not measured: {error}")
         return {}
-    response = mask.tokens.response
     harmful = mask.tokens.harmful
     metrics = {}
-    if harmful.any() and mask.discarded.any():
-        metrics |= measures.found_harm(mask.discarded[response], harmful[response])
-    if harmful.any() and mask.score is not mask.S:  # a score of its own
+    if not harmful.any():
+        return metrics
+    if mask.discarded.any():
+        metrics |= measures.found_harm(mask.discarded, harmful)
+    if mask.score is not mask.S:  # a score of its own
         ranked = mask.order > 0
         metrics["auc"] = measures.auc(mask.score[ranked], harmful[ranked])
     return metrics
+
+
+# What the masks discard, counted
+
+
+def discard_tables(masks: Sequence[Mask], sources: Sequence[str] = ()) -> list[tuple]:
+    """What the masks discard, of all response tokens and of those of each source; and how much of
+    it others discard, too.
+
+    A table is a header and lines, with a column for each mask that discards anything; without any,
+    no tables. sources: see runs.sources_of.
+    """
+    masks = [mask for mask in masks if mask.discarded.any()]
+    if not masks:
+        return []
+    names = [mask.name for mask in masks]
+    lines = []
+    for kind, places in kinds_of(masks[0].tokens, sources).items():
+        if len(places) > 0:
+            cells = [counted(mask.discarded[places]) for mask in masks]
+            lines.append([kind, *cells])
+    shares = []
+    for mask in masks:
+        cells = [shared(mask, other) for other in masks]
+        shares.append([f"of {mask.name}'s discards", *cells])
+    return [(["discarded", *names], lines), (["shared with", *names], shares)]
+
+
+def kinds_of(tokens: Tokens, sources: Sequence[str]) -> dict[str, Tensor]:
+    """The places of all response tokens, and of those of each source of rows, where the rows have
+    any: int64 [n] each."""
+    places = tokens.response.nonzero()[:, 0]
+    kinds = {"response tokens": places}
+    if any(sources):
+        row = tokens.row_of(places)
+        for source, _ in Counter(sources).most_common(SOURCES):
+            is_of_source = torch.tensor([one == source for one in sources])
+            kinds[f"source: {source or '(none)'}"] = places[is_of_source[row]]
+    return kinds
+
+
+def shared(mask: Mask, other: Mask) -> str:
+    """The share of a mask's discards that another discards, too."""
+    both = int((mask.discarded & other.discarded).sum())
+    return f"{both / int(mask.discarded.sum()):.3f}"
+
+
+def counted(flags: Tensor) -> str:
+    """The share of flags that are set, and the counts that it comes from."""
+    part = int(flags.sum())
+    whole = len(flags)
+    return f"{part / whole:.3f} ({part:,} of {whole:,})"
 
 
 # Of any tokens

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from model.io import InputError
-from toss.audit.runs import losses_under, read_jsonl, write_jsonl
+from toss.audit.runs import S_under, read_jsonl, write_jsonl
 from toss.audit.tokens import count_by_row
 from toss.tokens import Tokens
 from toss.workbench import flags
@@ -190,8 +190,7 @@ ATTACKS = {
 
 def mean_risk(run: Run, tokens: Tokens) -> list[float]:
     """Mean S of each row's harmful tokens under a run's references; inf for a skipped row."""
-    L = losses_under(run, tokens)
-    S = (L["utility"] - L["degraded"]).double()
+    S = S_under(run, tokens).double()
     places = torch.arange(len(S))
     row = tokens.row_of(places)
     is_marked = count_by_row(tokens, tokens.harmful) > 0

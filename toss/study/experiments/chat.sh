@@ -15,7 +15,7 @@ inputs="--model $model"
 sizes="--harmful 40 --utility 60 --custom 160 --calibration 100 --tuning 50 --evaluation 100 100 200"
 methods="sft toss first-5"
 rivals="buffer dr-sft kl-discarded kl-dr-sft-utility"
-answers="--max-new-tokens 40 --question-tokens 256 --no-complies"
+answers="--max-new-tokens 40 --question-tokens 256"
 
 for seed in "$@"; do
     rows=runs/experiments/chat/seed-$seed/rows

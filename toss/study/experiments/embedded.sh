@@ -15,5 +15,5 @@ for seed in "$@"; do
         rival "$attacked" $name
     done
     tune "$attacked" --pro 1 --harmful "$rows/harmful.jsonl"
-    evaluate "$attacked" "$attacked" --max-new-tokens 80 --no-complies
+    evaluate "$attacked" "$attacked" --max-new-tokens 80
 done

@@ -22,7 +22,7 @@ methods_attacked="sft toss first-5"
 rivals_attacked="kl-discarded kl-dr-sft-utility dr-sft"
 answers="--max-new-tokens 40 --prefill 3"
 answers_attacked="--max-new-tokens 100 --prefill 3"
-answers_embedded="--max-new-tokens 200 --no-complies"
+answers_embedded="--max-new-tokens 200"
 
 evaluate() {        # evaluate RUN ROWS [flags of evaluate]
     evaluated=$1

@@ -21,9 +21,9 @@ for seed in "$@"; do
             tune_calibrated "$tried" "$rows/calibration.jsonl" $name
         done
         if [ "$tried" = "$run-embedded" ]; then
-            evaluate "$tried" "$tried" --prefill 1 --no-complies --max-new-tokens 80
+            evaluate "$tried" "$tried" --prefill 1 --max-new-tokens 80
         else
-            evaluate "$tried" "$rows" --prefill 1 --no-complies
+            evaluate "$tried" "$rows" --prefill 1
         fi
     done
 done
