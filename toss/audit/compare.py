@@ -7,14 +7,18 @@
 Shows what `evaluate` found of the models of now. Runs whose folders have the same name are seeds of
 one line: mean [least, most]; other names, as `demo-small` above, are a column. Below it, of the
 first run: what may be concluded, and the differences on the same prompts. What each measure means:
-toss/audit/README.md. Writes PREFIX.md.
+toss/audit/README.md. Writes PREFIX.md; PREFIX.csv, a line per seed, method and measure; and where
+answers were begun (forbidden@k), PREFIX.svg.
 """
 
+import csv
+import io
 import sys
 from pathlib import Path
 
 from model.io import InputError
 from toss.audit.evaluate import Evaluated, evaluated
+from toss.audit.figures import line_chart
 from toss.audit.measures import Cell, Table
 from toss.audit.runs import cost_of, record_of, records_of, write_text
 from toss.audit.tables import COSTS, difference_tables, grid, markdown, over_seeds
@@ -68,6 +72,31 @@ def conclusions(run: Run, found: Evaluated) -> list[str]:
     return texts
 
 
+def as_csv(seeds: dict[Path, Table]) -> str:
+    """A line per number, with a head."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["seed", "run", "method", "measure", *Cell._fields])
+    for folder, table in seeds.items():
+        for line, row in table.items():
+            for measure, cell in row.items():
+                lines.writerow([folder.name, *line, measure, *cell])
+    return text.getvalue()
+
+
+def picture_of(table: Table) -> str:
+    """forbidden@k over k, a line per method, as SVG; "" without."""
+    lines = {}
+    for (run, method), row in table.items():
+        for measure, cell in row.items():
+            name, _, begun = measure.partition("@")
+            if name == "forbidden" and begun.isdigit():
+                lines.setdefault(f"{run}, {method}", []).append((int(begun), cell.value))
+    if not lines:
+        return ""
+    return line_chart(lines, "forbidden", "tokens of a harmful answer it begins with", "share")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser("python -m toss.audit.compare", __doc__)
     add = parser.add_argument
@@ -102,7 +131,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nruns: {len(args.runs)}, seeds: {len(seeds)}\n\n{text}\n")
     prefix = args.out or args.runs[0] / "comparison"
     write_text(f"{prefix}.md", f"{text}\n")
-    print(f"written: {prefix}.md")
+    write_text(f"{prefix}.csv", as_csv(seeds))
+    picture = picture_of(table)
+    if picture:
+        write_text(f"{prefix}.svg", picture)
+    print(f"written: {prefix}.md, .csv{', .svg' if picture else ''}")
 
 
 if __name__ == "__main__":
