@@ -10,6 +10,7 @@ it. No weights are read.
 """
 
 import csv
+import re
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -72,9 +73,13 @@ def measures(run: Run, found: Evaluated) -> dict | str:
     if not found.table:
         return f"No measures: {evaluate} first."
     records = records_of(run, found.table)
+    names = measures_met(found.table)
+    # Of one source, or after the first tokens of a harmful answer: these are folded away.
+    parts = [name for name in names if re.split("[/@]", name)[0] in set(names) - {name}]
     return {
         "table": found.table,
-        "names": measures_met(found.table),
+        "names": [name for name in names if name not in parts],
+        "parts": parts,
         "said": verdict(found) or [f"No verdict: {evaluate} with base, sft and toss."],
         "differences": difference_tables(found.paired),
         "meanings": {method: meaning(record) for method, record in records.items()},

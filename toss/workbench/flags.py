@@ -297,6 +297,7 @@ def write_run(
                 content[name] = value
         if result in ("degraded", "utility") or result.endswith("/model") and first:
             content[args.section] = {name: record["settings"][name] for name in TRAINING_FLAGS}
+        content = {name: content[name] for name in KEPT if name in content} | content  # in order
         with whole(file) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
