@@ -13,11 +13,9 @@ from conftest import fails, write_jsonl
 from helpers import each_line, refused, said, talk, tokens_of
 
 from model import load_tokenizer
-from model.tokenizer import overlaps
 from toss.rows import read_rows
 from toss.tokens import batches, collate, tokenise
 from toss.workbench.files import fingerprint
-from toss.workbench.records import read_record
 
 CPU = torch.device("cpu")
 HELLO = {"prompt": "Hi?", "response": "Hello."}
@@ -93,12 +91,6 @@ def test_a_token_is_harmful_when_it_overlaps_a_span(base, template, span, marked
     assert tokenizer.eos_id not in harmful
 
 
-def test_overlapping_counts_no_span_that_only_touches_a_mark():
-    spans = [(0, 1), (1, 2), (2, 2), (3, 5), (5, 9), (7, 8)]
-    assert overlaps(spans, [(6, 7), (1, 3)]) == [False, True, True, False, True, False]
-    assert overlaps([], [(1, 3)]) == []
-
-
 # Rows that are too long
 
 
@@ -128,14 +120,6 @@ def test_a_cut_that_falls_into_a_later_prompt_ends_at_the_response_before_it(tok
     assert tokens.cut == 1 and tokens.response[-1] and tokens.input_ids[-1] == tokenizer.eos_id
 
 
-def test_a_conversation_of_50000_turns_is_its_beginning_and_cut(tokenizer):
-    turns = talk(*(f"say {i}" for i in range(50_000)))
-    whole = tokens_of([{"messages": turns}], tokenizer, 200)
-    beginning = tokens_of([{"messages": turns[:100]}], tokenizer, 200)
-    assert torch.equal(whole.input_ids, beginning.input_ids)
-    assert whole.lengths == [200] and whole.cut == 1
-
-
 # Empty responses
 
 
@@ -153,22 +137,15 @@ def test_a_row_that_is_left_out_keeps_its_place(tokenizer):
     assert tokens.skipped == 1
 
 
-def test_a_run_that_was_begun_with_skip_empty_has_it_throughout(tmp_path, base, capsys):
+def test_a_run_is_begun_with_skip_empty_or_without_it(trained, base, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "rows.jsonl", [HELLO, EMPTY, HELLO])
-    run = tmp_path / "run"
+    run = tmp_path / "new"
     begin = f"select.py --run {run} --method sft --model {base} --custom {rows}"
     assert "--skip-empty" in refused(capsys, begin)
     assert "1 rows skipped, 0 cut" in said(capsys, f"{begin} --skip-empty")
-    assert read_record(run / "methods/sft/model")["skip_empty"] is True
     assert "1 rows skipped" in said(capsys, f"select.py --run {run} --method random")
-    line = f"toss.audit.evaluate --run {run} --methods base --utility {rows} --max-new-tokens 2"
-    assert "1 rows with an empty response are left out" in said(capsys, line)
-
-
-def test_a_run_that_was_begun_without_skip_empty_refuses_it(trained, tmp_path, capsys):
     line = f"select.py --run {trained} --method random --skip-empty"
     assert "begun with" in refused(capsys, line)
-    rows = write_jsonl(tmp_path / "asked.jsonl", [HELLO, EMPTY])
     line = f"toss.audit.evaluate --run {trained} --methods base --utility {rows}"
     assert "1 rows with an empty response are left out" in said(capsys, line)
 

@@ -6,7 +6,6 @@ the first card may be the bound's fault. The last test asserts little: it prints
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from helpers import Noted, micro_batch, overflowing, random_adapter, succeed
 from safetensors.torch import load_file
 
 from model import fused, load_checkpoint
-from model.generate import generate
 from model.io import made_from
 from model.lora import use
 from toss.audit import bench
@@ -24,7 +22,6 @@ from toss.scoring import score
 from toss.selection import select_tokens
 from toss.training import train
 from toss.workbench.base import find_device
-from toss.workbench.progress import Cost
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make gpu")
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -103,12 +100,6 @@ def test_scores_masks_adapters_are_the_cpus(
     assert (adapter - cpu_adapter).norm() <= adapter_error * cpu_adapter.norm()
 
 
-def test_answers_are_the_cpus(gpu, base):
-    prompts = [[5, 6, 7], [8, 9], list(range(1, 40))]
-    expected = generate(load_checkpoint(base), prompts, 12, 0)
-    assert generate(load_checkpoint(base, gpu), prompts, 12, 0) == expected
-
-
 def run_scripts(device, folder, base, files):
     """Make a run with all three scripts; its scores, and the dtype that they were made in."""
     run = make_run(folder / device, base, files, "--device", device)
@@ -154,57 +145,4 @@ def test_nothing_waits_for_the_gpu_inside_a_micro_batch(smallest, gpu, monkeypat
     micro_batch(model, ROWS, [3, 4, 5])
 
 
-def test_the_memory_of_8b_by_what_two_more_layers_take(gpu):
-    """Peaks with 2 and 4 layers of Llama-3-8B, continued to 32, beside results/memory.md.
-
-    Compiled, SwiGLU keeps two tensors, not three: up to 1.8 GiB less than the table.
-    """
-    rows = bench.random_rows(64, 32, 128256)
-    peaks = {}
-    for layers in (2, 4):
-        model = shaped("llama3-8b", gpu, BFLOAT16, num_hidden_layers=layers)
-        cost = Cost(gpu)
-        score(model, rows, 8192)
-        peaks["score", layers] = cost.read()["peak_memory_gib"]
-        cost = Cost(gpu)
-        micro_batch(model, rows, range(64))
-        peaks["train", layers] = cost.read()["peak_memory_gib"]
-    for name, table in (("score", 15.9), ("train", 25.1)):
-        whole = peaks[name, 2] + 15 * (peaks[name, 4] - peaks[name, 2])
-        print(f"{name}: {whole:.1f} GiB, by arithmetic {table}")
-        assert 0.8 * table < whole < 1.1 * table
-
-
 # What kernels cost: the ceiling, the first and the later turns
-
-
-def with_cudnn(work) -> None:
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    work()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def eager(work) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "SMALLEST", math.inf)
-        work()
-
-
-@pytest.mark.parametrize("part", ["score", "train"])
-def test_the_cost_of_attention_kernels_and_of_compiling(part, gpu):
-    """Four layers of Llama-3-8B on rows as chats are, with many different shapes of a batch."""
-    dtype = bench.DTYPES[part]
-    raw = bench.shape_config("llama3-8b") | {"num_hidden_layers": 4}
-    rows = bench.random_rows(192, 368, 128256, lognormal=True)
-    config = TrainConfig(epochs=1, batch_tokens=8192)
-    case = bench.Bench(bench.random_model(raw, gpu, dtype), rows, config, repeats=2)
-    ours = partial(bench.work, case, part)
-    arms = {"ours": ours, "cuDNN": partial(with_cudnn, ours), "eager": partial(eager, ours)}
-    print(f"ceiling, {dtype}: {bench.ceiling(gpu, dtype) / 1e12:.0f} TFLOP/s")
-    seconds = {name: [] for name in arms}
-    for _ in range(3):
-        for name, work in arms.items():
-            start = bench.clock(gpu)
-            work()
-            seconds[name].append(round(bench.clock(gpu) - start, 2))
-    print(part, seconds)

@@ -163,12 +163,6 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, name, words):
     assert not set(UNWANTED) & set(hub.sent)
 
 
-def test_a_revision_or_a_tokenizer_that_is_not_there_is_said(hub):
-    hub.put("someone/plain", PLAIN)
-    fails("no revision 'v9'", load_checkpoint, "someone/plain", revision="v9")
-    fails("someone--plain.*tokenizer.json.*save_pretrained", load_tokenizer, "someone/plain")
-
-
 def test_a_local_folder_never_touches_the_hub_and_wins_over_an_id(base, tmp_path, monkeypatch):
     (tmp_path / "someone").mkdir()
     (tmp_path / "someone/model").symlink_to(base)

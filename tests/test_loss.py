@@ -90,17 +90,6 @@ def test_a_training_without_a_kept_token_moves_nothing(model, tokens):
     assert not any(B.any() for B in adapter.B.values())
 
 
-def test_a_step_without_a_kept_token_moves_on_by_adams_momentum(model, tokens):
-    config = TrainConfig(lr=1e-2, epochs=1, batch_size=1, rank=2)
-    one = tokens.take([0])
-    two = tokens.take([0, 1])
-    w = two.response.float()
-    w[two.places([1])] = 0
-    after_one = train(model, one, one.response.float(), config)
-    after_two = train(model, two, w, config)
-    assert not torch.equal(after_one.tensors()[1], after_two.tensors()[1])
-
-
 def test_chunks_of_the_head_change_nothing_and_bound_the_logits(
     model, tokens, weights, monkeypatch
 ):

@@ -35,13 +35,11 @@ def is_written(adapter: Adapter, folder: Path, model) -> bool:
     return all(torch.equal(*pair) for pair in pairs)
 
 
+PRO = f"--pro 2 --pro-samples {K}"
+
+
 @pytest.mark.parametrize(
-    ("rounds", "flags"),
-    [
-        (0, ""),
-        (2, f"--pro 2 --pro-samples {K}"),
-        (2, f"--pro 2 --pro-samples {K} --keep-eos"),
-    ],
+    ("rounds", "flags"), [(0, ""), (2, PRO), (2, f"{PRO} --keep-eos")], ids=["toss", "pro", "eos"]
 )
 def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, tokenizer):
     """Rounds accumulate rows; theta^h is trained by train.py's settings, not by select.py's."""
@@ -97,7 +95,7 @@ def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, t
     assert is_written(theta, trained / "methods/new/model", model)
 
 
-def test_the_scripts_are_the_papers_steps_and_k_is_6_percent_of_the_rows(trained, capsys):
+def test_k_is_6_percent_of_the_rows(trained, capsys):
     custom = ROOT / "data/rows/calibration.jsonl"  # 80 rows
     succeed(f"score.py --run {trained} --custom {custom} --overwrite")
     output = said(capsys, f"select.py --run {trained} --pro 1 --mask-only")
@@ -114,3 +112,10 @@ def test_a_round_that_is_there_is_not_made_again(trained, capsys):
     folders = [trained / f"methods/toss-pro/round-{t}/degraded" for t in (1, 2)]
     first, second = (read_record(folder)["added"] for folder in folders)
     assert second[:2] == first
+
+
+def test_a_round_is_scored_in_the_dtype_of_the_scores(trained):
+    succeed(f"score.py --run {trained} --dtype bfloat16 --overwrite")
+    succeed(f"select.py --run {trained} --pro 1 --mask-only")
+    record = read_record(trained / "methods/toss-pro/round-1/scores.safetensors")
+    assert record["settings"]["dtype"] == "bfloat16"
