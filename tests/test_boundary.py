@@ -9,7 +9,7 @@ import gzip
 
 import pytest
 import torch
-from conftest import fails, write_jsonl
+from conftest import write_jsonl
 from helpers import each_line, refused, said, talk, tokens_of
 
 from model import load_tokenizer
@@ -70,13 +70,6 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(base
     assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
 
 
-def test_every_assistant_turn_is_a_response_with_its_own_eos(tokenizer):
-    tokens = tokens_of([{"messages": talk("a", "One.", "b", "2")}], tokenizer)
-    response = tokens.input_ids[tokens.response].tolist()
-    text = tokenizer.raw.decode(response, skip_special_tokens=False)
-    assert text == "One.<|im_end|>2<|im_end|>"
-
-
 # What is harmful
 
 
@@ -121,12 +114,6 @@ def test_a_cut_that_falls_into_a_later_prompt_ends_at_the_response_before_it(tok
 
 
 # Empty responses
-
-
-def test_empty_responses_are_counted_and_the_first_three_named(tokenizer):
-    rows = [HELLO, EMPTY, EMPTY, HELLO, EMPTY, EMPTY]
-    message = r"4 of 6 rows have \(row 1 .*, row 2 .*, row 4 [^,]*\): --skip-empty"
-    fails(message, tokens_of, rows, tokenizer)
 
 
 def test_a_row_that_is_left_out_keeps_its_place(tokenizer):

@@ -105,25 +105,6 @@ def test_comments_docstrings_and_layout_change_nothing(project, trained, capsys)
         assert "other code" not in output, line
 
 
-EDITS = [
-    (*LOSS, "train.py score.py select.py"),
-    ("toss/methods.py", "select_tokens(S_of_row,", "select_tokens(2 * S_of_row,", "select.py"),
-    ("score.py", "if args.base:", "if not args.base:", "score.py"),
-]
-
-
-@pytest.mark.parametrize(("name", "old", "new", "scripts"), EDITS)
-def test_a_change_of_what_computed_a_result_counts(
-    name, old, new, scripts, project, trained, capsys
-):
-    succeed(f"select.py --run {trained} --method local")
-    edit(project, name, old, new)
-    for script in scripts.split():
-        flags = "--method local" if script == "select.py" else ""
-        output = said(capsys, f"{script} --run {trained} {flags}")
-        assert f"other code (different: {name})" in output, script
-
-
 def test_a_state_of_other_code_is_not_resumed(project, trained, monkeypatch, capsys):
     def stop():
         raise KeyboardInterrupt

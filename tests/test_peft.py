@@ -189,13 +189,6 @@ def test_an_adapter_belongs_to_the_weights_that_it_was_trained_on_not_to_a_name(
     assert read_adapter(stranger, adapter)
 
 
-def test_a_merged_model_is_another_base_whose_hash_nobody_knows(model, tmp_path):
-    adapter = random_adapter(model)
-    write_adapter(adapter, merge(model, adapter), tmp_path)
-    assert "base_sha256" not in made_from(tmp_path / WEIGHTS)
-    assert read_json(tmp_path / CONFIG)["base_model_name_or_path"] == ""
-
-
 # With transformers and peft installed
 
 
@@ -203,7 +196,6 @@ def test_a_merged_model_is_another_base_whose_hash_nobody_knows(model, tmp_path)
 def test_through_transformers_and_peft_and_back(folder, tmp_path):
     pytest.importorskip("peft")
     figures = agreement.round_trip(folder, tmp_path)
-    assert figures.pop("tensors, split by transformers") == 0
     assert figures["losses of the tokens, live"] < BOUND
     moved = figures.pop("moved")
     size = figures.pop("size")

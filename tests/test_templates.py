@@ -158,17 +158,6 @@ def test_a_turns_end_that_is_not_the_eos_is_taken_out(tmp_path):
     assert other.segments(talk("a", "b", "c")) == segments  # whose caller adds the EOS
 
 
-def test_every_token_of_a_response_knows_its_characters(tmp_path):
-    """Metaspace tokenizers put a space before any text, except after a newline."""
-    tokenizer = family(tmp_path, "chatml", "metaspace")
-    segments = tokenizer.segments(talk("Bread?", "Yes, easy. Also, bake."))
-    text, _ = segments[1]
-    ids, spans = tokenizer.encode_segments([segments])[0][1]
-    tokens = [tokenizer.raw.id_to_token(id).replace("▁", " ") for id in ids]
-    assert [text[start:end] for start, end in spans] == tokens
-    assert "".join(tokens) == text
-
-
 LEAVES_OUT = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
 
 

@@ -16,7 +16,6 @@ from model import load_checkpoint, load_tokenizer
 from model.config import FAMILIES, Config
 from model.generate import generate
 from model.io import file_hash, read_json
-from model.packed import Rows
 from model.transformer import rope_table
 
 BOUND = 1e-4
@@ -50,14 +49,6 @@ def test_frequencies_are_rounded_as_in_transformers():
     cosine, sine = rope_table(rope, torch.tensor([4096]), 128)
     assert cosine.flatten().equal((4096 * inv_freq).cos())
     assert sine.flatten().equal((4096 * inv_freq).sin())
-
-
-def test_a_mask_exists_only_where_a_row_is_longer_than_the_window():
-    rows = Rows(torch.zeros(1, 3))
-    assert rows.masks(3, None) == (None, None)
-    full, windowed = rows.masks(2, None)
-    assert full is None
-    assert windowed.int().tolist() == [[[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]]
 
 
 @pytest.mark.parametrize("name", VARIED)
