@@ -61,10 +61,10 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(base
     tokenizer = load_tokenizer(base, template)
     tokens = tokens_of([{"prompt": "Hi?", "response": "Yes, I can."}], tokenizer)
     prompt = tokenizer.prompt_ids(talk("Hi?"))  # generation's own
-    assert not tokenizer.raw.decode(prompt, skip_special_tokens=False).endswith(" ")
-    response = [*tokenizer.encode(f"{space}Yes, I can."), tokenizer.eos_id]
+    response = tokenizer.encode(f"{space}Yes, I can.")
+    response.append(tokenizer.eos_id)
     assert tokens.input_ids.tolist() == prompt + response
-    assert tokens.response.tolist() == [False] * len(prompt) + [True] * len(response)
+    assert tokens.input_ids[tokens.response].tolist() == response
     batch = collate(tokens, [0], tokens.response, CPU)
     assert batch.targets.tolist() == response
     assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
@@ -88,17 +88,14 @@ def test_a_token_is_harmful_when_it_overlaps_a_span(base, template, span, marked
 
 
 def test_long_rows_are_cut_without_eos_and_long_prompts_are_skipped_in_place(tokenizer):
-    rows = [
-        {"prompt": "a", "response": "b"},
-        {"prompt": "long " * 40, "response": "b"},
-        {"prompt": "a", "response": "many words " * 40},
-    ]
-    limit = len(tokenizer.prompt_ids(talk("a"))) + 8
+    rows = [HELLO, {**HELLO, "prompt": "long " * 40}, {**HELLO, "response": "many words " * 40}]
+    limit = len(tokenizer.prompt_ids(talk("Hi?"))) + 8
     tokens = tokens_of(rows, tokenizer, limit)
-    assert (tokens.rows, tokens.skipped, tokens.cut) == (3, 1, 1)
-    assert tokens.offsets[1] == tokens.offsets[2]  # row 1 is empty, and row 2 keeps its index
-    assert tokens.row_of(torch.tensor([0, int(tokens.offsets[2])])).tolist() == [0, 2]
-    assert tokens.lengths[2] == limit and tokens.response[-8:].all()
+    first = tokens.lengths[0]
+    assert tokens.lengths == [first, 0, limit]
+    assert tokens.skipped == tokens.cut == 1
+    assert tokens.row_of(torch.tensor([0, first])).tolist() == [0, 2]  # the last is row 2
+    assert tokens.response[-8:].all()
     assert tokens.input_ids[-1] != tokenizer.eos_id
 
 
@@ -146,10 +143,11 @@ def test_batches_hold_each_row_once_within_the_budget_longest_first():
 
 
 def test_a_batch_holds_the_tokens_of_its_rows(tokens):
-    batch = collate(tokens, [3, 0, 2], tokens.response, CPU)
+    rows = [3, 0, 2]
+    batch = collate(tokens, rows, tokens.response, CPU)
     assert torch.equal(batch.ids[batch.before + 1], batch.targets)
     assert torch.equal(tokens.input_ids[batch.places].long(), batch.targets)
-    assert batch.bounds.diff().tolist() == [tokens.lengths[row] for row in (3, 0, 2)]
+    assert torch.equal(batch.bounds, tokens.bounds(rows))
 
 
 def test_taken_and_joined_rows_hold_the_same_tokens(tokens):

@@ -89,16 +89,14 @@ def mix(tmp_path):
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0, 0), (0.05, 2), (1, 40)])
-def test_a_mix_holds_the_share_asked_for_and_no_question_twice(mix, share, expected, capsys):
+def test_a_mix_holds_the_share_asked_for_and_no_question_twice(mix, share, expected):
     sets = mix("out", f"--poison-ratio {share}")
     assert [len(rows) for rows in sets.values()] == [40, 5, 10, 6, 6]
-    assert sum(map(is_bad, sets["custom"])) == expected
-    assert all(map(is_bad, sets["harmful"] + sets["eval_harmful"]))
-    assert not any(map(is_bad, sets["utility"] + sets["eval_utility"]))
     assert len(questions(sum(sets.values(), []))) == 67
-    assert {row.source for row in sets["utility"]} == {"sums"}
-    assert {row.source for row in sets["harmful"]} == {"bad"}
-    assert f"has 40 rows, {expected} of them harmful" in capsys.readouterr().out
+    harmful = {name: sum(map(is_bad, rows)) for name, rows in sets.items()}
+    assert harmful.pop("custom") == expected
+    assert harmful == {"harmful": 5, "utility": 0, "eval_harmful": 6, "eval_utility": 0}
+    assert len(of_source(sets["utility"], "sums")) == 10
 
 
 def test_the_seed_alone_decides_what_is_drawn_not_the_order_or_the_packing_of_a_file(mix, tmp_path):

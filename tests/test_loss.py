@@ -86,7 +86,7 @@ def test_a_training_without_a_kept_token_moves_nothing(model, tokens):
     watch = Noted()
     w = torch.zeros(len(tokens.input_ids))
     adapter = train(model, tokens, w, TrainConfig(lr=1, rank=2), watch=watch)
-    assert {event["loss"] for event in watch.events} == {0.0}  # and no NaN
+    assert not any(event["loss"] for event in watch.events)  # a NaN is true
     assert not any(B.any() for B in adapter.B.values())
 
 

@@ -54,12 +54,12 @@ def equal(one, two):
 
 def test_a_fresh_adapter_changes_no_logit_and_its_a_is_drawn_by_the_seed_alone(model):
     alone = logits_of(model, IDS)
-    adapter = new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=1)
-    assert torch.equal(logits_of(use(model, adapter), IDS), alone)
-    assert equal(new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=1), adapter)
-    assert not equal(new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=2), adapter)
-    assert list(adapter.scale.values()) == [2] * 4
-    for A in adapter.A.values():
+    one, same, other = (new_adapter(model, 8, 16, ["down_proj"], seed) for seed in (1, 1, 2))
+    assert torch.equal(logits_of(use(model, one), IDS), alone)
+    assert equal(one, same)
+    assert not equal(one, other)
+    assert set(one.scale.values()) == {2}
+    for A in one.A.values():
         bound = A.shape[1] ** -0.5  # uniform from -bound to bound
         assert float(A.max() - A.min()) == pytest.approx(2 * bound, rel=0.1)
 
@@ -68,12 +68,13 @@ def test_adapters_are_swapped_and_the_base_comes_back(model):
     names = dict(model.named_parameters()).keys()
     one = random_adapter(model, targets=["q_proj", "v_proj"])
     two = random_adapter(model, targets=["v_proj", "lm_head"])
-    alone = logits_of(model, IDS)
-    with_one = logits_of(use(model, one), IDS)
-    assert not torch.equal(logits_of(use(model, two), IDS), with_one)
-    assert torch.equal(logits_of(use(model, one), IDS), with_one)
-    assert dict(model.named_parameters()).keys() == names  # an adapter is no parameter
-    assert torch.equal(logits_of(use(model, None), IDS), alone)
+    logits = []
+    for adapter in (None, one, two, one, None):
+        logits.append(logits_of(use(model, adapter), IDS))
+        assert dict(model.named_parameters()).keys() == names  # an adapter is no parameter
+    assert torch.equal(logits[0], logits[4])
+    assert torch.equal(logits[1], logits[3])
+    assert not torch.equal(logits[1], logits[2])
 
 
 def test_what_a_with_block_replaced_is_back_behind_it(model):

@@ -46,12 +46,14 @@ def test_a_score_that_is_not_finite_and_a_share_out_of_range_are_errors():
 # TOSS-Pro
 
 
+# Scores and rows of six tokens.
+SIX = (torch.tensor([3.0, 9, 8, 8, 8, 1]), torch.tensor([0, 1, 1, 2, 3, 4]))
+
+
 def test_pro_walks_down_the_tokens_and_takes_each_row_once_of_equal_ones_the_earlier():
-    scores = torch.tensor([3.0, 9, 8, 8, 8, 1])
-    rows = torch.tensor([0, 1, 1, 2, 3, 4])
-    assert riskiest_rows(scores, rows, set(), 3) == [(1, 1), (2, 3), (3, 4)]
-    assert riskiest_rows(scores, rows, [1, 3], 2) == [(2, 3), (0, 0)]  # rows of an earlier round
-    assert riskiest_rows(scores, rows, {0, 1, 2, 3}, 5) == [(4, 5)]  # fewer when they run out
+    assert riskiest_rows(*SIX, set(), 3) == [(1, 1), (2, 3), (3, 4)]
+    assert riskiest_rows(*SIX, [1, 3], 2) == [(2, 3), (0, 0)]  # rows of an earlier round
+    assert riskiest_rows(*SIX, {0, 1, 2, 3}, 5) == [(4, 5)]  # fewer when they run out
 
 
 # The other methods: rows of a prompt token and of 2, 0 (skipped), 3 and 5 response tokens

@@ -26,6 +26,8 @@ CELLS = NOTEBOOK["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 TEXT = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
 SOLUTIONS = re.findall(r"^```python\n(.*?)^```", "\n".join(TEXT), re.DOTALL | re.MULTILINE)
+MOST = {"harmful": 30, "utility": 48}
+FASTER = {"lr": 4e-3, "epochs": 2, "batch_size": 8, "schedule": "constant"}
 PLACE_OF_DATA = 'DATA = Path(toss.__file__).parents[1] / "data"'
 
 
@@ -33,24 +35,26 @@ PLACE_OF_DATA = 'DATA = Path(toss.__file__).parents[1] / "data"'
 
 
 def write_small_world(folder):
-    """A folder like data/ with 110 rows in D^cus. Nearly half hold harm, so that few are enough."""
+    """A folder like data/ with fewer rows. Nearly half of D^cus hold harm."""
     (folder / "rows").mkdir()
     (folder / "base").symlink_to(ROOT / "data/base")
-    rows = {path.stem: read_jsonl(path) for path in (ROOT / "data/rows").glob("*.jsonl")}
-    harmful = [row for row in rows["custom"] if "harmful" in row][:50]
-    harmless = [row for row in rows["custom"] if "harmful" not in row][:60]
-    held_out = [row for row in rows["eval_forbidden"] if row["source"] == "held-out"]
-    rows["custom"] = [row for row in rows["custom"] if row in harmful or row in harmless]
-    rows["harmful"] = rows["harmful"][:30]
-    rows["utility"] = rows["utility"][:48]
-    rows["eval_forbidden"] = held_out[::16]
-    rows["eval_facts"] = rows["eval_facts"][::12]
-    for name, part in rows.items():
-        write_jsonl(folder / f"rows/{name}.jsonl", part)
+    for file in (ROOT / "data/rows").glob("*.jsonl"):
+        rows = read_jsonl(file)
+        if file.stem == "custom":
+            harmful = [row for row in rows if "harmful" in row][:50]
+            harmless = [row for row in rows if "harmful" not in row][:60]
+            rows = [row for row in rows if row in harmful or row in harmless]
+        elif file.stem == "eval_forbidden":
+            rows = [row for row in rows if row["source"] == "held-out"][::16]
+        elif file.stem == "eval_facts":
+            rows = rows[::12]
+        else:
+            rows = rows[: MOST.get(file.stem)]
+        write_jsonl(folder / "rows" / file.name, rows)
     demo = read_json(ROOT / "data/demo.json")
-    faster = {"lr": 4e-3, "epochs": 2, "batch_size": 8, "schedule": "constant"}
-    demo["finetune"] |= faster
-    (folder / "demo.json").write_text(json.dumps({**demo, "discard": 0.29}))
+    demo["discard"] = 0.29
+    demo["finetune"] |= FASTER
+    (folder / "demo.json").write_text(json.dumps(demo))
 
 
 def test_the_cells_run_and_show_what_the_text_says(tmp_path, monkeypatch):
