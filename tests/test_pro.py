@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers import said, succeed
 from safetensors.torch import load_file
 
@@ -92,6 +93,13 @@ def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, t
     assert torch.equal(selection["score"], S)
     theta = train(model, D_cus, keep.float(), FINAL)
     assert is_written(theta, trained / "methods/new/model", model)
+
+
+def test_the_scripts_are_the_papers_steps_and_k_is_6_percent_of_the_rows(trained, capsys):
+    custom = ROOT / "data/rows/calibration.jsonl"  # 80 rows
+    succeed(f"score.py --run {trained} --custom {custom} --overwrite")
+    output = said(capsys, f"select.py --run {trained} --pro 1 --mask-only")
+    assert "TOSS-Pro round 1: 5 rows join D^h" in output
 
 
 def test_a_round_that_is_there_is_not_made_again(trained, capsys):

@@ -11,8 +11,8 @@ import json
 import shutil
 
 import pytest
-from agreement import GOLDENS
-from conftest import ROOT, edit_json, fails
+from agreement import GOLDENS, REAL
+from conftest import ROOT, edit_json, fails, read_jsonl
 from helpers import each_line, spoil, talk
 
 from model import load_tokenizer
@@ -83,6 +83,8 @@ def same_prompts(expected, tokenizer, messages):
     if isinstance(expected, str):  # of a long prompt
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest() == expected
     assert text_of(tokenizer, ids) == text_of(tokenizer, expected)
+    first, _ = tokenizer.encode_segments([tokenizer.segments(messages)])[0][0]
+    assert ids[: len(first)] == expected[: len(first)]  # the first prompt is, to the id
     return ids == expected
 
 
@@ -266,3 +268,19 @@ def test_a_conversation_that_a_template_cannot_cut_is_refused(folder, case):
 
 
 # Commands
+
+
+@pytest.mark.skipif(not REAL, reason="TOSS_REAL_CHECKPOINT names no checkpoint folder")
+def test_a_real_checkpoints_prompts_are_transformers():
+    """On 300 of the project's rows of one turn, and on those joined into rows of three turns."""
+    transformers = pytest.importorskip("transformers")
+    ours = load_tokenizer(REAL)
+    theirs = transformers.AutoTokenizer.from_pretrained(REAL)
+    texts = []
+    for row in read_jsonl(ROOT / "data/rows/custom.jsonl")[:300]:
+        texts += [row["prompt"], row["response"]]
+    conversations = [talk(prompt) for prompt in texts[::2]]
+    conversations += [talk(*texts[i : i + 5]) for i in range(0, 600, 6)]
+    settings = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
+    for messages in conversations:
+        assert ours.prompt_ids(messages) == theirs.apply_chat_template(messages, **settings)
