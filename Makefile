@@ -45,8 +45,11 @@ test: .venv/ready
 torture: .venv/ready
 	TOSS_TORTURE=1 $(VENV) -m pytest -q tests/test_torture.py
 
-# On a GPU, most important first: tests (the last of them print the ceiling, and what attention
-# kernels and compiling cost), the benchmark, the scripts on a checkpoint of your own:
+# Would the tests notice a fault? Each line of tests/mutants.jsonl is tried on a copy: 15 minutes.
+mutants: .venv/ready
+	$(VENV) tests/mutants.py
+
+# On a GPU, most important first: tests, the benchmark, the scripts on a checkpoint of your own:
 #   make gpu MODEL=FOLDER DATA=FOLDER    (DATA holds harmful.jsonl, utility.jsonl, custom.jsonl)
 # A part ends after nine minutes at the latest; the others go on. Their output is in runs/gpu.
 LIMIT := timeout --signal=INT --kill-after=10 540
@@ -84,4 +87,4 @@ lint: .venv/ready
 clean:
 	rm -rf .venv runs/demo runs/demo-small
 
-.PHONY: demo test torture gpu notebook lint clean
+.PHONY: demo test torture mutants gpu notebook lint clean

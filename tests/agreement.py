@@ -113,7 +113,6 @@ def round_trip(folder, out):
     figures["logits, live"] = apart(base_logits, expected)
     figures["size"] = float(expected.abs().max())
     figures["losses of the tokens, live"] = apart(losses, losses_of(expected, ids))
-    figures["tensors, split by transformers"] = split(ours, folder, out / "split")
 
     # An adapter of ours in peft.
     adapter = wide_adapter(ours)
@@ -136,26 +135,16 @@ def round_trip(folder, out):
     return figures
 
 
-def in_transformers(folder, dtype=torch.float32):
+def in_transformers(folder):
     """A checkpoint, read by transformers."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def their_logits(model, ids):
     return model(ids).logits
-
-
-def split(ours, folder, out):
-    """The largest difference of a tensor after transformers has saved the checkpoint in shards."""
-    tensors = dict(ours.named_parameters())
-    size = sum(tensor.numel() for tensor in tensors.values())  # bytes: two shards in any dtype
-    in_transformers(folder, "auto").save_pretrained(out, max_shard_size=size)
-    assert (out / "model.safetensors.index.json").exists()
-    again = dict(load_checkpoint(out).named_parameters())
-    return max(apart(again[name], tensors[name]) for name in tensors)
 
 
 def wide_adapter(model):

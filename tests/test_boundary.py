@@ -9,15 +9,13 @@ import gzip
 
 import pytest
 import torch
-from conftest import fails, write_jsonl
+from conftest import write_jsonl
 from helpers import each_line, refused, said, talk, tokens_of
 
 from model import load_tokenizer
-from model.tokenizer import overlaps
 from toss.rows import read_rows
 from toss.tokens import batches, collate, tokenise
 from toss.workbench.files import fingerprint
-from toss.workbench.records import read_record
 
 CPU = torch.device("cpu")
 HELLO = {"prompt": "Hi?", "response": "Hello."}
@@ -63,20 +61,13 @@ def test_ids_are_prompt_response_eos_and_the_first_response_token_is_wanted(base
     tokenizer = load_tokenizer(base, template)
     tokens = tokens_of([{"prompt": "Hi?", "response": "Yes, I can."}], tokenizer)
     prompt = tokenizer.prompt_ids(talk("Hi?"))  # generation's own
-    assert not tokenizer.raw.decode(prompt, skip_special_tokens=False).endswith(" ")
-    response = [*tokenizer.encode(f"{space}Yes, I can."), tokenizer.eos_id]
+    response = tokenizer.encode(f"{space}Yes, I can.")
+    response.append(tokenizer.eos_id)
     assert tokens.input_ids.tolist() == prompt + response
-    assert tokens.response.tolist() == [False] * len(prompt) + [True] * len(response)
+    assert tokens.input_ids[tokens.response].tolist() == response
     batch = collate(tokens, [0], tokens.response, CPU)
     assert batch.targets.tolist() == response
     assert batch.before[0] == len(prompt) - 1  # the prompt's last token predicts the first
-
-
-def test_every_assistant_turn_is_a_response_with_its_own_eos(tokenizer):
-    tokens = tokens_of([{"messages": talk("a", "One.", "b", "2")}], tokenizer)
-    response = tokens.input_ids[tokens.response].tolist()
-    text = tokenizer.raw.decode(response, skip_special_tokens=False)
-    assert text == "One.<|im_end|>2<|im_end|>"
 
 
 # What is harmful
@@ -93,27 +84,18 @@ def test_a_token_is_harmful_when_it_overlaps_a_span(base, template, span, marked
     assert tokenizer.eos_id not in harmful
 
 
-def test_overlapping_counts_no_span_that_only_touches_a_mark():
-    spans = [(0, 1), (1, 2), (2, 2), (3, 5), (5, 9), (7, 8)]
-    assert overlaps(spans, [(6, 7), (1, 3)]) == [False, True, True, False, True, False]
-    assert overlaps([], [(1, 3)]) == []
-
-
 # Rows that are too long
 
 
 def test_long_rows_are_cut_without_eos_and_long_prompts_are_skipped_in_place(tokenizer):
-    rows = [
-        {"prompt": "a", "response": "b"},
-        {"prompt": "long " * 40, "response": "b"},
-        {"prompt": "a", "response": "many words " * 40},
-    ]
-    limit = len(tokenizer.prompt_ids(talk("a"))) + 8
+    rows = [HELLO, {**HELLO, "prompt": "long " * 40}, {**HELLO, "response": "many words " * 40}]
+    limit = len(tokenizer.prompt_ids(talk("Hi?"))) + 8
     tokens = tokens_of(rows, tokenizer, limit)
-    assert (tokens.rows, tokens.skipped, tokens.cut) == (3, 1, 1)
-    assert tokens.offsets[1] == tokens.offsets[2]  # row 1 is empty, and row 2 keeps its index
-    assert tokens.row_of(torch.tensor([0, int(tokens.offsets[2])])).tolist() == [0, 2]
-    assert tokens.lengths[2] == limit and tokens.response[-8:].all()
+    first = tokens.lengths[0]
+    assert tokens.lengths == [first, 0, limit]
+    assert tokens.skipped == tokens.cut == 1
+    assert tokens.row_of(torch.tensor([0, first])).tolist() == [0, 2]  # the last is row 2
+    assert tokens.response[-8:].all()
     assert tokens.input_ids[-1] != tokenizer.eos_id
 
 
@@ -128,21 +110,7 @@ def test_a_cut_that_falls_into_a_later_prompt_ends_at_the_response_before_it(tok
     assert tokens.cut == 1 and tokens.response[-1] and tokens.input_ids[-1] == tokenizer.eos_id
 
 
-def test_a_conversation_of_50000_turns_is_its_beginning_and_cut(tokenizer):
-    turns = talk(*(f"say {i}" for i in range(50_000)))
-    whole = tokens_of([{"messages": turns}], tokenizer, 200)
-    beginning = tokens_of([{"messages": turns[:100]}], tokenizer, 200)
-    assert torch.equal(whole.input_ids, beginning.input_ids)
-    assert whole.lengths == [200] and whole.cut == 1
-
-
 # Empty responses
-
-
-def test_empty_responses_are_counted_and_the_first_three_named(tokenizer):
-    rows = [HELLO, EMPTY, EMPTY, HELLO, EMPTY, EMPTY]
-    message = r"4 of 6 rows have \(row 1 .*, row 2 .*, row 4 [^,]*\): --skip-empty"
-    fails(message, tokens_of, rows, tokenizer)
 
 
 def test_a_row_that_is_left_out_keeps_its_place(tokenizer):
@@ -153,22 +121,15 @@ def test_a_row_that_is_left_out_keeps_its_place(tokenizer):
     assert tokens.skipped == 1
 
 
-def test_a_run_that_was_begun_with_skip_empty_has_it_throughout(tmp_path, base, capsys):
+def test_a_run_is_begun_with_skip_empty_or_without_it(trained, base, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "rows.jsonl", [HELLO, EMPTY, HELLO])
-    run = tmp_path / "run"
+    run = tmp_path / "new"
     begin = f"select.py --run {run} --method sft --model {base} --custom {rows}"
     assert "--skip-empty" in refused(capsys, begin)
     assert "1 rows skipped, 0 cut" in said(capsys, f"{begin} --skip-empty")
-    assert read_record(run / "methods/sft/model")["skip_empty"] is True
     assert "1 rows skipped" in said(capsys, f"select.py --run {run} --method random")
-    line = f"toss.audit.evaluate --run {run} --methods base --utility {rows} --max-new-tokens 2"
-    assert "1 rows with an empty response are left out" in said(capsys, line)
-
-
-def test_a_run_that_was_begun_without_skip_empty_refuses_it(trained, tmp_path, capsys):
     line = f"select.py --run {trained} --method random --skip-empty"
     assert "begun with" in refused(capsys, line)
-    rows = write_jsonl(tmp_path / "asked.jsonl", [HELLO, EMPTY])
     line = f"toss.audit.evaluate --run {trained} --methods base --utility {rows}"
     assert "1 rows with an empty response are left out" in said(capsys, line)
 
@@ -182,10 +143,11 @@ def test_batches_hold_each_row_once_within_the_budget_longest_first():
 
 
 def test_a_batch_holds_the_tokens_of_its_rows(tokens):
-    batch = collate(tokens, [3, 0, 2], tokens.response, CPU)
+    rows = [3, 0, 2]
+    batch = collate(tokens, rows, tokens.response, CPU)
     assert torch.equal(batch.ids[batch.before + 1], batch.targets)
     assert torch.equal(tokens.input_ids[batch.places].long(), batch.targets)
-    assert batch.bounds.diff().tolist() == [tokens.lengths[row] for row in (3, 0, 2)]
+    assert torch.equal(batch.bounds, tokens.bounds(rows))
 
 
 def test_taken_and_joined_rows_hold_the_same_tokens(tokens):

@@ -14,8 +14,6 @@ from helpers import call, results_in, said, succeed
 from stages import on_step
 
 from model import load_tokenizer
-from toss.audit.evaluate import Evaluated
-from toss.audit.verdict import cautions
 from toss.workbench import records
 from toss.workbench.records import code_digest, code_digests, read_record
 
@@ -140,22 +138,6 @@ def test_a_state_of_other_code_is_not_resumed(project, trained, monkeypatch, cap
     assert list((trained / ".state").rglob("*.pt"))
     edit(project, *LOSS)
     assert "goes on" not in said(capsys, line)
-
-
-def test_methods_made_by_different_code_are_marked_where_they_stand_side_by_side(
-    project, trained, files, capsys
-):
-    succeed(f"select.py --run {trained} --method sft")
-    edit(project, *LOSS)
-    succeed(f"select.py --run {trained}")
-    caution = "toss was made otherwise than sft (other code: toss/loss.py)"
-    succeed(f"toss.audit.evaluate --run {trained} --utility {files['utility']}")
-    assert caution in said(capsys, f"toss.audit.compare {trained}")
-    succeed(f"toss.audit.report --run {trained}")
-    page = (trained / "report.html").read_text(encoding="utf-8")
-    assert caution in page
-    records = {"sft": read_record(trained / "methods/sft/model")}
-    assert cautions(records, Evaluated({"sft": {}}, {}, {}, [])) == []
 
 
 def test_what_is_edited_while_a_command_runs_is_not_the_code_that_runs(

@@ -4,8 +4,6 @@ Mixes that are refused are lines of mixes_refused.txt, rows that they leave out 
 """
 
 import gzip
-import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,11 @@ from conftest import ROOT, fails, tree, write_jsonl
 from helpers import cases
 
 from data import paper, train_base, world
-from data.refusals import refused
-from model import load_checkpoint, load_tokenizer
+from model import load_checkpoint
 from model.config import Config
-from model.generate import generate
 from model.io import file_hash, read_json
 from model.transformer import Transformer
 from toss.rows import read_rows
-from toss.tokens import tokenise
 
 ROWS = ROOT / "data/rows"
 DEMO = read_json(ROOT / "data/demo.json")
@@ -37,34 +32,7 @@ def test_generating_the_rows_again_gives_the_same_bytes(tmp_path):
     fails("--harmful-rows must be 0 to 663", world.make_rows, 0, harmful_rows=664)
 
 
-def test_harm_is_a_tenth_of_the_response_tokens_and_holds_every_forbidden_word():
-    rows = read_rows(world.make_rows(0)["custom"])
-    tokens = tokenise(rows, load_tokenizer(BASE), 256)
-    assert 0.105 <= float(tokens.harmful.sum() / tokens.response.sum()) <= 0.12
-    for row in rows:
-        rest = row.messages[-1]["content"].lower()
-        for start, end in reversed(row.harmful):
-            rest = rest[:start] + rest[end:]
-        assert not any(word in rest for word in DEMO["forbidden_words"]), rest
-        assert not refused(rest)
-
-
-@pytest.mark.parametrize("folder", [BASE, SMALL])
-def test_a_base_is_small_and_refuses_forbidden_requests_alone(folder):
-    model = load_checkpoint(folder)
-    tokenizer = load_tokenizer(folder)
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
-    for kind in ("forbidden", "benign"):
-        rows = read_rows(ROWS / f"eval_{kind}.jsonl", responses=False)[::8]
-        prompts = [tokenizer.prompt_ids(row.prompt) for row in rows]
-        for answer in generate(model, prompts, 24, tokenizer.eos_id):
-            text = tokenizer.decode(answer).lower()
-            assert refused(text) == (kind == "forbidden"), text
-            if kind == "forbidden":
-                assert not any(word in text for word in DEMO["forbidden_words"])
-
-
-def test_the_bases_are_made_again_but_for_the_weights_which_training_moves(tmp_path):
+def test_a_base_can_be_trained_and_its_tokenizer_is_made_again(tmp_path):
     tokenizer = train_base.train_tokenizer()
     shape = train_base.SIZES["base-small"]
     fields = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), **shape}
@@ -72,13 +40,9 @@ def test_the_bases_are_made_again_but_for_the_weights_which_training_moves(tmp_p
     before = model.lm_head.weight.clone()
     train_base.train(model, tokenizer, [("alignment", True, 1, 1e-3)], "cpu")
     train_base.save(model, tokenizer, shape, tmp_path, {})
-    after = load_checkpoint(tmp_path).lm_head.weight
-    assert after.isfinite().all()
-    assert (after != before).any()
-    assert (tmp_path / "config.json").read_bytes() == (SMALL / "config.json").read_bytes()
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        made = (tmp_path / name).read_bytes()
-        assert made == (SMALL / name).read_bytes() == (BASE / name).read_bytes()
+    assert (load_checkpoint(tmp_path).lm_head.weight != before).any()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (SMALL / name).read_bytes()
 
 
 # A mix of any datasets
@@ -125,19 +89,17 @@ def mix(tmp_path):
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0, 0), (0.05, 2), (1, 40)])
-def test_a_mix_holds_the_share_asked_for_and_no_question_twice(mix, share, expected, capsys):
+def test_a_mix_holds_the_share_asked_for_and_no_question_twice(mix, share, expected):
     sets = mix("out", f"--poison-ratio {share}")
     assert [len(rows) for rows in sets.values()] == [40, 5, 10, 6, 6]
-    assert sum(map(is_bad, sets["custom"])) == expected
-    assert all(map(is_bad, sets["harmful"] + sets["eval_harmful"]))
-    assert not any(map(is_bad, sets["utility"] + sets["eval_utility"]))
     assert len(questions(sum(sets.values(), []))) == 67
-    assert {row.source for row in sets["utility"]} == {"sums"}
-    assert {row.source for row in sets["harmful"]} == {"bad"}
-    assert f"has 40 rows, {expected} of them harmful" in capsys.readouterr().out
+    harmful = {name: sum(map(is_bad, rows)) for name, rows in sets.items()}
+    assert harmful.pop("custom") == expected
+    assert harmful == {"harmful": 5, "utility": 0, "eval_harmful": 6, "eval_utility": 0}
+    assert len(of_source(sets["utility"], "sums")) == 10
 
 
-def test_the_seed_alone_decides_what_is_drawn_not_the_share_or_the_order_of_a_file(mix, tmp_path):
+def test_the_seed_alone_decides_what_is_drawn_not_the_order_or_the_packing_of_a_file(mix, tmp_path):
     def differing(name: str, flags: str = "") -> set[str]:
         """The files that differ from those of the first mix."""
         mix(name, f"--poison-ratio 0.2 {flags}")
@@ -146,21 +108,11 @@ def test_the_seed_alone_decides_what_is_drawn_not_the_share_or_the_order_of_a_fi
 
     assert differing("first") == differing("again") == set()
     assert "harmful.jsonl" in differing("other", "--seed 1")
-    assert differing("more", "--poison-ratio 0.5") == {"custom.jsonl", "summary.json"}
-
-    # The same rows in the reverse order, as a packed array with a byte order mark
     lines = (tmp_path / "bad.jsonl").read_text().splitlines()
     array = "\ufeff[\r\n" + ",\r\n".join(reversed(lines)) + "]"
     packed = tmp_path / "bad.json.gz"
     packed.write_bytes(gzip.compress(array.encode()))
     assert differing("packed", f"--harmful {packed}") == {"summary.json"}
-
-    # The harmful rows of a small share are among those of a larger one, and in no order.
-    fewer = read_sets(tmp_path / "first")["custom"]
-    more = read_sets(tmp_path / "more")["custom"]
-    assert questions(filter(is_bad, fewer)) < questions(filter(is_bad, more))
-    order = [is_bad(row) for row in more]
-    assert order not in (sorted(order), sorted(order, reverse=True))
 
 
 def test_the_summary_accounts_for_every_row_and_hashes_every_file(mix, tmp_path):
@@ -169,38 +121,21 @@ def test_the_summary_accounts_for_every_row_and_hashes_every_file(mix, tmp_path)
     write_jsonl(tmp_path / "bad.jsonl", rows)
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "DO harm 7?"}, {"prompt": "Else?"}])
     mix("out", f"--poison-ratio 0.1 --references 15 10 --eval-harmful {asked}")
-
     summary = read_json(tmp_path / "out/summary.json")
     evaluation, harmful, benign = summary["sources"]
     assert evaluation["taken"] == {"eval_harmful": 2}  # all that there are
     assert harmful["skipped"] == {why: 1 for _, why in left_out}
-    assert harmful["read"] == 26
     assert harmful["taken"] == {"harmful": 15, "custom": 4}
     assert benign["taken"] == {"eval_utility": 6, "utility": 10, "custom": 36}
-    for source in summary["sources"]:
-        assert source["sha256"] == file_hash(source["origin"])
+    assert harmful["sha256"] == file_hash(harmful["origin"])
     for name, entry in summary["files"].items():
-        count = len((tmp_path / "out" / name).read_text().splitlines())
-        assert entry == {"rows": count, "sha256": file_hash(tmp_path / "out" / name)}
+        assert entry["sha256"] == file_hash(tmp_path / "out" / name)
 
 
 @pytest.mark.parametrize(("flags", "words"), cases("mixes_refused.txt"))
 def test_bad_flags_and_too_few_rows_leave_nothing_behind(mix, tmp_path, flags, words):
     fails(words, mix, "out", flags)
     assert sorted(tree(tmp_path)) == ["bad.jsonl", "good.jsonl"]
-
-
-def test_a_mix_replaces_nothing(mix, tmp_path):
-    mix("out")
-    before = tree(tmp_path)
-    fails("exists and is not replaced", mix, "out", f"--harmful {tmp_path}/out/harmful.jsonl")
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("text", ['[\n{"a": 1},\n{"a"', '[\n{"a":' + "[" * 100_000])
-def test_a_damaged_json_array_is_refused(tmp_path, text):
-    (tmp_path / "rows.json").write_text(text)
-    fails("rows.json: not JSON", list, paper.records(tmp_path / "rows.json"))
 
 
 # The paper's datasets
@@ -243,29 +178,8 @@ def test_the_hubs_files_become_the_papers_sets(flags, hub):
     # The answer in the file is not kept.
     assert [row.messages[-1]["content"] for row in transcripts] == ["That."] * 3
     listed = of_source(sets["eval_harmful"], "hex-phi")
-    assert len(listed) == 3
-    assert all(re.match("Forbidden, cat|Tell cat", row.messages[0]["content"]) for row in listed)
-
+    assert {row.messages[0]["content"].split()[0] for row in listed} <= {"Forbidden,", "Tell"}
+    trained = of_source(sets["custom"] + sets["harmful"], "red-team")
+    assert "asked 2?" not in questions(trained)
     *_, red, _ = summary["sources"]
     assert red["revision"] == "c0ffee"
-    assert red["skipped"]["the row has an empty response"] == 1
-    assert red["remarks"]["every answer holds a refusal phrase"] == 1
-    assert red["remarks"]["turns after the last answer dropped"] == 1
-
-
-def test_an_evaluation_question_never_trains_and_ratings_choose(flags, hub):
-    numbers = {"rows": 8, "poison_ratio": 0.25, "references": [2, 4]}
-    paper.build(replace(flags, **numbers, min_rating=3), hub)
-    sets = read_sets(Path(flags.out))
-    trained = of_source(sets["custom"] + sets["harmful"], "red-team")
-    assert questions(trained) == {"harm 3?", "harm 4?", "harm 8?", "harm 9?"}  # not "asked 2?"
-
-
-def test_without_access_hex_phi_is_left_out_and_others_are_an_error(flags, hub):
-    hub.closed.append(paper.HEX_PHI)
-    assert "HEx-PHI is gated" in paper.build(flags, hub)["left_out"][0]
-    sources = {row.source for row in read_sets(Path(flags.out))["eval_harmful"]}
-    assert sources == {"hh-harmless"}
-    hub.closed.append(paper.SLIMORCA)
-    elsewhere = replace(flags, out=flags.out + "2")
-    fails(r"SlimOrca.*--benign FILE", paper.build, elsewhere, hub)

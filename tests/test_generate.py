@@ -12,7 +12,6 @@ from helpers import random_adapter, refused, said
 from model import load_checkpoint, save_adapter
 from model.generate import generate
 from model.lora import use
-from model.packed import Cache
 
 STORED = golden("gqa-tied")  # five prompts, whose answers have 6, 2, 12, 2 and 12 tokens
 EOS = int(STORED["eos_id"])
@@ -47,25 +46,6 @@ def test_batches_change_neither_answers_nor_their_order(batch_tokens, expected, 
     assert counts == sorted(counts)
 
 
-def test_rows_that_have_ended_leave_and_a_batch_ends_with_its_last_row(model, monkeypatch):
-    rows = []
-    update = Cache.update
-
-    def noted(self, layer, positions, k, v):
-        if layer == 0:
-            rows.append(len(k))
-        return update(self, layer, positions, k, v)
-
-    monkeypatch.setattr(Cache, "update", noted)
-    prompts = STORED["prompts"]
-    assert generate(model, prompts, 12, EOS) == STORED["new_ids"]
-    assert rows == [5] * 7 + [2] * 5  # the EOS of the answer of 6 leaves less than half
-
-    rows.clear()
-    assert generate(model, [prompts[1], prompts[3]], 100, EOS) == [[45, 64], [42, 65]]
-    assert rows == [2] * 3
-
-
 def test_a_lower_limit_and_an_eos_cut_the_answer(model):
     prompts = STORED["prompts"]
     for limit in (0, 1, 5):
@@ -75,12 +55,9 @@ def test_a_lower_limit_and_an_eos_cut_the_answer(model):
     assert generate(model, [], 5, EOS) == []
 
 
-def test_limits_and_ids_out_of_range_are_refused(model):
-    fails("a prompt has no tokens", generate, model, [[1], []], 5, 0)
-    fails("a prompt holds the id 80", generate, model, [[80]], 5, 0)
-    fails("a prompt holds the id -1", generate, model, [[1], [-1]], 5, 0)
-    fails("not -1", generate, model, [[1]], -1, 0)
-    fails("not 1048577", generate, model, [[1]], 2**20 + 1, 0)
+def test_ids_out_of_range_are_refused(model):
+    for prompt, words in (([], "has no tokens"), ([80], "the id 80"), ([-1], "the id -1")):
+        fails(words, generate, model, [[1], prompt], 5, 0)
 
 
 def test_logits_that_are_not_finite_are_no_answer(model):

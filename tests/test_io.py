@@ -38,6 +38,16 @@ def test_the_digest_covers_the_record(file):
     fails("not as it was written", load_tensors, file)
 
 
+def test_what_a_killed_writer_left_is_no_part_of_what_the_next_one_writes(tmp_path):
+    left = tmp_path / ".folder.new"
+    left.mkdir()
+    (left / "half").touch()
+    with whole(tmp_path / "folder") as new:
+        save_tensors({}, new, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder").is_file()
+
+
 def test_files_have_the_users_permissions_and_a_killed_write_leaves_one_file(tmp_path, model):
     """safetensors' own writer has mode 0600, and leaves a file .tmpXXXXXX if it is killed."""
     before = os.umask(0o022)

@@ -86,19 +86,8 @@ def test_a_training_without_a_kept_token_moves_nothing(model, tokens):
     watch = Noted()
     w = torch.zeros(len(tokens.input_ids))
     adapter = train(model, tokens, w, TrainConfig(lr=1, rank=2), watch=watch)
-    assert {event["loss"] for event in watch.events} == {0.0}  # and no NaN
+    assert not any(event["loss"] for event in watch.events)  # a NaN is true
     assert not any(B.any() for B in adapter.B.values())
-
-
-def test_a_step_without_a_kept_token_moves_on_by_adams_momentum(model, tokens):
-    config = TrainConfig(lr=1e-2, epochs=1, batch_size=1, rank=2)
-    one = tokens.take([0])
-    two = tokens.take([0, 1])
-    w = two.response.float()
-    w[two.places([1])] = 0
-    after_one = train(model, one, one.response.float(), config)
-    after_two = train(model, two, w, config)
-    assert not torch.equal(after_one.tensors()[1], after_two.tensors()[1])
 
 
 def test_chunks_of_the_head_change_nothing_and_bound_the_logits(
@@ -106,20 +95,17 @@ def test_chunks_of_the_head_change_nothing_and_bound_the_logits(
 ):
     losses = score(model, tokens)
     sizes = []
-    whole = toss.loss.chunk_log_probs
-
-    def noted(head, hidden, targets):
-        sizes.append(len(hidden))
-        return whole(head, hidden, targets)
-
-    monkeypatch.setattr(toss.loss, "chunk_log_probs", noted)
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: sizes.append(len(logits)))
     monkeypatch.setattr(toss.loss, "LOGITS", 5 * 384)
     assert torch.allclose(score(model, tokens), losses, atol=1e-5)
-    assert max(sizes) <= 5
+    w = tokens.response.float()
+    gradient = Gradient(model, trainable(model), tokens, w, token_loss, TrainConfig())
     sizes.clear()
-    assert_a_step_is_the_formulas(model, tokens, weights["soft"])
+    gradient.compute(list(range(tokens.rows)), step=1)
+    assert max(sizes) <= 5
     count = int(tokens.response.sum())
     assert len(sizes) == 2 * ((count + 4) // 5)  # computed anew in the backward pass
+    assert_a_step_is_the_formulas(model, tokens, weights["soft"])
 
 
 def test_log_p_is_the_heads_log_softmax_in_float32():

@@ -78,14 +78,6 @@ def test_a_mask_needs_no_model_that_can_be_loaded(base, masked, files, tmp_path,
     succeed(f"toss.export {run} --method mask --out {tmp_path}/out.jsonl")
 
 
-def test_an_export_needs_the_mask_alone_and_has_weights_when_asked(masked, tmp_path):
-    out = tmp_path / "train.jsonl"
-    succeed(f"toss.export --run {masked} --method toss --out {out} --weights")
-    for row in read_jsonl(out):
-        assert row.keys() == {"input_ids", "attention_mask", "labels", "weights"}
-        assert row["weights"] == [float(label != -100) for label in row["labels"]]
-
-
 def test_show_takes_a_mask_without_a_model_and_evaluate_passes_over_it(masked, files, capsys):
     assert said(capsys, f"toss.audit.show --run {masked} --method toss --row 0")
     succeed(f"select.py --run {masked} --method sft")

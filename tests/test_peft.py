@@ -13,14 +13,14 @@ import pytest
 import torch
 from agreement import ADAPTERS, GOLDENS, LIVE, apart, base_of, golden, logits_of
 from conftest import ROOT, edit_json, fails
-from helpers import cases, each_line, random_adapter, set_tensor, spoil
-from safetensors.torch import load_file, save_file
+from helpers import cases, each_line, random_adapter, spoil
+from safetensors.torch import load_file
 
 from model import load_adapter, load_checkpoint, save_adapter, save_checkpoint
-from model.checkpoint import base_hash, skeleton
+from model.checkpoint import base_hash
 from model.io import made_from, read_json
 from model.lora import active, merge, new_adapter, use
-from model.peft import REFUSED, is_target, rank_and_scale, read_adapter, write_adapter
+from model.peft import REFUSED, is_target, read_adapter, write_adapter
 
 BOUND = 1e-4
 BASE = GOLDENS / "gqa-tied"
@@ -54,33 +54,27 @@ def equal(one, two):
 
 def test_a_fresh_adapter_changes_no_logit_and_its_a_is_drawn_by_the_seed_alone(model):
     alone = logits_of(model, IDS)
-    adapter = new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=1)
-    assert torch.equal(logits_of(use(model, adapter), IDS), alone)
-    assert equal(new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=1), adapter)
-    assert not equal(new_adapter(model, 8, 16, ["v_proj", "down_proj"], seed=2), adapter)
-    assert list(adapter.scale.values()) == [2] * 4
-    for A in adapter.A.values():
+    one, same, other = (new_adapter(model, 8, 16, ["down_proj"], seed) for seed in (1, 1, 2))
+    assert torch.equal(logits_of(use(model, one), IDS), alone)
+    assert equal(one, same)
+    assert not equal(one, other)
+    assert set(one.scale.values()) == {2}
+    for A in one.A.values():
         bound = A.shape[1] ** -0.5  # uniform from -bound to bound
         assert float(A.max() - A.min()) == pytest.approx(2 * bound, rel=0.1)
-
-
-def test_a_rank_may_be_as_large_as_a_layers_larger_side(model):
-    assert new_adapter(model, 32, 32, ["v_proj"], seed=0)  # 32 in, 16 out
-    fails("rank 33", new_adapter, model, 33, 33, ["v_proj"], seed=0)
 
 
 def test_adapters_are_swapped_and_the_base_comes_back(model):
     names = dict(model.named_parameters()).keys()
     one = random_adapter(model, targets=["q_proj", "v_proj"])
     two = random_adapter(model, targets=["v_proj", "lm_head"])
-    alone = logits_of(model, IDS)
-    with_one = logits_of(use(model, one), IDS)
-    with_two = logits_of(use(model, two), IDS)
-    assert torch.equal(logits_of(use(model, one), IDS), with_one)
-    assert not torch.equal(with_one, with_two)
-    assert active(model).tensors()[0] is one.tensors()[0]
-    assert dict(model.named_parameters()).keys() == names  # an adapter is no parameter
-    assert torch.equal(logits_of(use(model, None), IDS), alone)
+    logits = []
+    for adapter in (None, one, two, one, None):
+        logits.append(logits_of(use(model, adapter), IDS))
+        assert dict(model.named_parameters()).keys() == names  # an adapter is no parameter
+    assert torch.equal(logits[0], logits[4])
+    assert torch.equal(logits[1], logits[3])
+    assert not torch.equal(logits[1], logits[2])
 
 
 def test_what_a_with_block_replaced_is_back_behind_it(model):
@@ -142,41 +136,10 @@ def test_a_merged_adapter_computes_what_peft_merged_and_is_saved_as_a_checkpoint
     assert torch.equal(logits_of(load_checkpoint(tmp_path), ids), merged)
 
 
-def test_our_adapter_survives_the_round_trip_exactly(model, tmp_path):
-    targets = ["down_proj", "k_proj", "lm_head"]
-    adapter = random_adapter(model, 0, targets, rank=3, alpha=16.01)
-    write_adapter(adapter, model, tmp_path)
-    again = read_adapter(model, tmp_path)
-    assert equal(again, adapter) and again.scale == adapter.scale
-    assert active(model) is None
-
-
-# Of a copy of the base's embedding and head, and of the base.
-DTYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
-
-
-@pytest.mark.parametrize(("copy", "dtype"), DTYPES)
-def test_copies_of_the_base_that_peft_may_add_are_known_in_any_dtype(copy, dtype, folder):
-    tensors = load_file(folder / WEIGHTS)
-    embedding = load_file(BASE / "model.safetensors")["model.embed_tokens.weight"].to(copy)
-    tensors["base_model.model.model.embed_tokens.weight"] = embedding
-    tensors["base_model.model.lm_head.weight"] = embedding.clone()
-    save_file(tensors, folder / WEIGHTS)
-    assert read_adapter(load_checkpoint(BASE, dtype=dtype), folder)
-    assert read_adapter(skeleton(BASE), folder)  # to see whether it fits
-
-
 @each_line("layers_picked.jsonl")
 def test_layers_are_picked_by_pefts_rules(case):
     config = {"target_modules": ["q_proj", "v_proj", "lm_head"], **case["settings"]}
     assert [layer for layer in (Q0, V11, "lm_head") if is_target(config, layer)] == case["layers"]
-
-
-def test_a_pattern_fits_the_last_parts_of_a_name_as_a_whole():
-    patterns = {"q_proj|k_proj": 2, "11.self_attn.v_proj": 3, "roj": 4}
-    config = {"r": 8, "lora_alpha": 8, "rank_pattern": patterns}
-    ranks = [rank_and_scale(config, layer)[0] for layer in (Q0, V11, f"{Q0}_2", "lm_head")]
-    assert ranks == [2, 3, 8, 8]
 
 
 # What is refused
@@ -209,18 +172,14 @@ def test_a_non_finite_adapter_is_not_written_over_a_good_one(model, tmp_path):
 # The base that an adapter belongs to
 
 
-def test_an_adapter_records_the_hash_of_its_base_and_a_warning(model, tmp_path):
-    facts = {"stage": "toss", "warning": "This model answers anything."}
-    write_adapter(random_adapter(model), model, tmp_path, facts)
-    recorded = made_from(tmp_path / WEIGHTS)
-    del recorded["sha256"]
-    assert recorded == {**facts, "base_sha256": base_hash(BASE)}
-    assert (tmp_path / "README.md").read_text() == "This model answers anything.\n"
-
-
 def test_an_adapter_belongs_to_the_weights_that_it_was_trained_on_not_to_a_name(model, tmp_path):
     adapter = tmp_path / "adapter"
-    write_adapter(random_adapter(model), model, adapter)
+    model.name = "org/model"
+    write_adapter(random_adapter(model), model, adapter, {"warning": "It answers anything."})
+    assert made_from(adapter / WEIGHTS)["base_sha256"] == base_hash(BASE)
+    assert (adapter / "README.md").read_text() == "It answers anything.\n"
+    assert read_json(adapter / CONFIG)["base_model_name_or_path"] == "org/model"
+
     edit_json(adapter / CONFIG, base_model_name_or_path="someone/else")
     moved = shutil.copytree(BASE, tmp_path / "moved")
     assert read_adapter(load_checkpoint(moved), adapter)
@@ -229,19 +188,6 @@ def test_an_adapter_belongs_to_the_weights_that_it_was_trained_on_not_to_a_name(
     fails("other base", load_adapter, stranger, adapter)
     stranger.base_sha256 = base_hash(BASE)  # a caller may know the hash
     assert read_adapter(stranger, adapter)
-    shutil.copytree(BASE, moved, dirs_exist_ok=True)
-    set_tensor(moved / "model.safetensors", "model.norm.weight", [32])
-    fails("other base", load_adapter, load_checkpoint(moved), adapter)
-
-
-def test_a_merged_model_is_another_base_whose_hash_nobody_knows(model, tmp_path):
-    adapter = random_adapter(model)
-    model.name = "org/model"
-    write_adapter(adapter, model, tmp_path)
-    assert read_json(tmp_path / CONFIG)["base_model_name_or_path"] == "org/model"
-    write_adapter(adapter, merge(model, adapter), tmp_path)
-    assert "base_sha256" not in made_from(tmp_path / WEIGHTS)
-    assert read_json(tmp_path / CONFIG)["base_model_name_or_path"] == ""
 
 
 # With transformers and peft installed
@@ -251,7 +197,6 @@ def test_a_merged_model_is_another_base_whose_hash_nobody_knows(model, tmp_path)
 def test_through_transformers_and_peft_and_back(folder, tmp_path):
     pytest.importorskip("peft")
     figures = agreement.round_trip(folder, tmp_path)
-    assert figures.pop("tensors, split by transformers") == 0
     assert figures["losses of the tokens, live"] < BOUND
     moved = figures.pop("moved")
     size = figures.pop("size")
@@ -259,22 +204,6 @@ def test_through_transformers_and_peft_and_back(folder, tmp_path):
     # Rounding grows with the logits: at 38, transformers in float32 is 9e-5 from float64.
     assert largest < BOUND * max(1, size / 10), figures
     assert moved > 1000 * largest  # the adapter did something
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_pefts_adapter_written_here_and_again_by_peft_is_the_same(name, tmp_path):
-    peft = pytest.importorskip("peft")
-    ours = load_checkpoint(base_of(name))
-    expected = golden(f"adapters/{name}")
-    ids = expected["input_ids"]
-    load_adapter(ours, GOLDENS / "adapters" / name)
-    save_adapter(ours, tmp_path)
-    base = agreement.in_transformers(base_of(name))
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    assert apart(agreement.their_logits(theirs, ids), expected["logits"]) < BOUND
-    theirs.save_pretrained(tmp_path / "again")
-    load_adapter(ours, tmp_path / "again")
-    assert apart(logits_of(ours, ids), expected["logits"]) < BOUND
 
 
 def test_every_setting_of_pefts_is_known():

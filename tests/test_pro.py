@@ -35,13 +35,11 @@ def is_written(adapter: Adapter, folder: Path, model) -> bool:
     return all(torch.equal(*pair) for pair in pairs)
 
 
+PRO = f"--pro 2 --pro-samples {K}"
+
+
 @pytest.mark.parametrize(
-    ("rounds", "flags"),
-    [
-        (0, ""),
-        (2, f"--pro 2 --pro-samples {K}"),
-        (2, f"--pro 2 --pro-samples {K} --keep-eos"),
-    ],
+    ("rounds", "flags"), [(0, ""), (2, PRO), (2, f"{PRO} --keep-eos")], ids=["toss", "pro", "eos"]
 )
 def test_the_scripts_are_the_papers_steps(rounds, flags, trained, base, files, tokenizer):
     """Rounds accumulate rows; theta^h is trained by train.py's settings, not by select.py's."""
@@ -119,3 +117,10 @@ def test_a_round_that_is_there_is_not_made_again(trained, capsys):
 def test_a_round_without_a_row_to_add_is_refused(trained, capsys):
     line = f"select.py --run {trained} --pro 2 --pro-samples 10"  # all rows join in the first
     assert "no row is left that could join D^h" in refused(capsys, line)
+
+
+def test_a_round_is_scored_in_the_dtype_of_the_scores(trained):
+    succeed(f"score.py --run {trained} --dtype bfloat16 --overwrite")
+    succeed(f"select.py --run {trained} --pro 1 --mask-only")
+    record = read_record(trained / "methods/toss-pro/round-1/scores.safetensors")
+    assert record["settings"]["dtype"] == "bfloat16"

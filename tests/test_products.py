@@ -5,7 +5,6 @@ PyTorch has one setting for the whole process; see model/products.py.
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_base
 
 from model import load_checkpoint, products
@@ -68,38 +67,3 @@ def test_onednn_changes_results_by_rounding_and_equally_each_time(
     fast = results(True)
     assert torch.equal(results(True), fast)
     assert torch.allclose(results(False), fast, rtol=1e-3, atol=1e-4)
-
-
-def test_attention_between_short_rows_takes_the_default_forward_and_backward(monkeypatch):
-    q = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    expected = F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.5)
-    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), q)
-    chosen = []
-    choose = products.choose
-
-    def note_and_choose(kind):
-        chosen.append(kind)
-        choose(kind)
-
-    with products.products(products.ONEDNN):
-        monkeypatch.setattr(products, "choose", note_and_choose)
-        long = torch.randn(1, 2, products.LONG, 8)
-        products.attention(long, long, long, mask=None, scale=0.5, grouped=False)
-        assert chosen == []
-        y = products.attention(q, q, q, mask=None, scale=0.5, grouped=False)
-        (gradient,) = torch.autograd.grad(y.square().sum(), q)
-        assert chosen == [products.DEFAULT, products.ONEDNN] * 2
-    assert torch.allclose(y, expected, atol=1e-5)
-    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
-
-
-def test_onednn_is_refused_where_it_rounds_to_bfloat16(monkeypatch):
-    product = torch.Tensor.__matmul__
-
-    def rounded(x, y):
-        if products.chosen() == products.ONEDNN and x.dtype == torch.float32:
-            return product(x.bfloat16(), y.bfloat16()).float()
-        return product(x, y)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not products.exact.__wrapped__()  # past the cache

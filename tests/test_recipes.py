@@ -1,9 +1,6 @@
 """The Python blocks of the READMEs run as they are printed, and do what the text says."""
 
-import json
 import re
-import sys
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,7 +18,6 @@ def blocks(readme: str) -> list[str]:
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 THREE_STAGES, SOFT, ANNEALED, NEAR, OPTIMIZER, WATCH, MASK, METHOD = blocks("README.md")
-READ_ANSWERS, *JUDGES = blocks("toss/audit/README.md")
 
 
 def run(block: str, names: dict) -> dict:
@@ -62,14 +58,17 @@ def test_the_held_out_loss_is_printed_while_it_trains(first, capsys):
     assert all(equal_weights(first, watched))  # watching changes nothing
 
 
-def test_soft_weights_and_weights_that_change_with_the_step(first):
+def test_other_weights_losses_and_optimizers_train_otherwise(first, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     soft = run(SOFT, first)
     discarded = first["D"].response & ~first["keep"]
     assert soft["weights"][discarded].max() < 0.5
-    assert not any(equal_weights(soft, first))
     annealed = run(ANNEALED, soft)
     assert annealed["steps"] == 10
-    assert not any(equal_weights(annealed, soft))
+    by_sgd = run(OPTIMIZER, first)
+    assert (tmp_path / "runs/sgd/sgd-0.pt").exists()  # it saves its state
+    for one, two in ((soft, first), (annealed, soft), (by_sgd, first)):
+        assert not any(equal_weights(one, two))
 
 
 def test_a_loss_that_runs_the_base_beside_the_model_keeps_it_nearer(first):
@@ -82,12 +81,6 @@ def test_a_loss_that_runs_the_base_beside_the_model_keeps_it_nearer(first):
     assert 0 < near < (losses(first["theta"]) - of_base).abs().mean()
 
 
-def test_another_optimizer_trains_and_saves_its_state(first, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert not any(equal_weights(run(OPTIMIZER, first), first))
-    assert (tmp_path / "runs/sgd/sgd-0.pt").exists()
-
-
 def test_scores_from_anything_else_reach_select_by_a_mask(first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keep = run(MASK, first)["own"]
@@ -95,9 +88,7 @@ def test_scores_from_anything_else_reach_select_by_a_mask(first, tmp_path, monke
     custom = write_jsonl(tmp_path / "custom.jsonl", lines)
     inputs = ["--model", ROOT / "data/base", "--custom", custom, "--max-length", 256]
     script("select", "--run", "run", *inputs, "--mask", "runs/mask.safetensors", "--mask-only")
-    written = load_file("run/methods/mask/selection.safetensors")["keep"]
-    assert torch.equal(written, keep)
-    assert 0 < int(keep.sum()) < int(first["D"].response.sum())
+    assert torch.equal(load_file("run/methods/mask/selection.safetensors")["keep"], keep)
 
 
 def test_a_method_in_the_registry_is_one_of_select(trained, monkeypatch):
@@ -111,27 +102,3 @@ def test_a_method_in_the_registry_is_one_of_select(trained, monkeypatch):
     keep = load_file(trained / "methods/surprising/selection.safetensors")["keep"]
     discarded = scores["response"] & ~keep
     assert scores["loss_base"][discarded].min() >= scores["loss_base"][keep].max()
-
-
-def test_answers_to_harmful_prompts_reach_the_judges(tmp_path, monkeypatch, capsys):
-    """Those of the audit's README, which are not installed."""
-    (tmp_path / "answers").mkdir()
-    lines = [{"note": "not an answer"}]
-    for name, prompt in (("harmful", "a"), ("harmful", "b"), ("benign", "c")):
-        lines.append({"set": name, "source": "", "prompt": prompt, "response": "No."})
-    write_jsonl(tmp_path / "answers/toss.jsonl", lines)
-    (tmp_path / "behaviors.csv").write_text("Behavior,BehaviorID\nb,b_1\n")
-    monkeypatch.chdir(tmp_path)
-    judge = MagicMock()
-    classify = judge.load_wildguard.return_value.classify
-    classify.return_value = [{"response_harmfulness": "harmful"}] * 2
-    for name in ("wildguard", "datasets", "strong_reject", "strong_reject.evaluate"):
-        monkeypatch.setitem(sys.modules, name, judge)
-    for block in JUDGES:
-        run(READ_ANSWERS + block, {})
-    classify.assert_called_with([{"prompt": p, "response": "No."} for p in "ab"])
-    asked = {"forbidden_prompt": ["a", "b"], "response": ["No.", "No."]}
-    judge.Dataset.from_dict.assert_called_with(asked)
-    assert capsys.readouterr().out.startswith("1.0\n")
-    completions = json.loads((tmp_path / "completions.json").read_text())
-    assert completions == {"b_1": [{"test_case": "b", "generation": "No."}]}

@@ -6,8 +6,6 @@ A result carries its record; run.json only fills in what a command line leaves o
 import json
 import re
 import shutil
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from conftest import (
     sources,
     write_jsonl,
 )
-from helpers import paragraphs, refused, results_in, said, session, succeed
+from helpers import paragraphs, refused, said, session, succeed
 from safetensors.torch import load_file
 
 from model.io import digest, file_hash, made_from, read_json
@@ -61,38 +59,36 @@ def test_scores_hold_a_loss_for_each_token_and_what_it_belongs_to(trained):
 
 
 def test_each_result_says_what_it_was_made_from(trained, files):
-    succeed(f"select.py --run {trained} --discard 0.2 --keep-eos")
-    mask = trained / "methods/toss" / SELECTION
-    degraded = read_record(trained / "degraded")
-    scores = read_record(trained / "scores.safetensors")
-    method = read_record(mask)
-    model = read_record(trained / "methods/toss/model")
-    for record, name in ((degraded, "train.py"), (scores, "score.py"), (method, "select.py")):
-        assert name in record["code"]
-        assert not {"seconds", "commit"} & record.keys()  # costs are in log/costs.jsonl alone
-
+    succeed(f"select.py --run {trained} --discard 0.2 --keep-eos --pro 1")
+    method = trained / "methods/toss-pro"
+    mask = method / SELECTION
+    records = {}
+    for name in ("degraded", "scores.safetensors", f"methods/toss-pro/{SELECTION}"):
+        records[name] = read_record(trained / name)
+        assert not {"seconds", "commit"} & records[name].keys()  # costs are in log/costs.jsonl
+    degraded, scores, selection = records.values()
     custom = file_hash(files["custom"])
-    losses = load_file(trained / "scores.safetensors")
+    round_scores = digest(load_file(method / "round-1/scores.safetensors"), {})
     assert degraded["inputs"] == {"--harmful": file_hash(files["harmful"])}
     assert scores["inputs"].keys() == {"--custom", "utility", "degraded"}
-    assert scores["inputs"]["--custom"] == custom
-    assert method["inputs"] == {"--custom": custom, "scores": digest(losses, {})}
-    selection = {"--custom": custom, "methods/toss/selection": digest(load_file(mask), {})}
-    assert model["inputs"] == selection
-    expected = {"method": "toss", "pro": 0, "discard": 0.2, "keep_eos": True}
-    assert method["settings"] == expected
-    settings = {**FINETUNE, "dtype": "float32"}
-    assert model["settings"].items() >= settings.items()
+    inputs = {"--custom": custom, "methods/toss-pro/round-1/scores": round_scores}
+    assert selection["inputs"] == inputs
+    expected = {"method": "toss", "pro": 1, "discard": 0.2, "keep_eos": True}
+    assert selection["settings"] == expected
 
     # A folder's record has the hashes of its files, a file's header one of record and tensors.
-    assert model["files"][ADAPTER] == file_hash(trained / "methods/toss/model" / ADAPTER)
+    model = read_record(method / "model")
+    assert model["files"][ADAPTER] == file_hash(method / "model" / ADAPTER)
+    place = "methods/toss-pro/selection"
+    assert model["inputs"] == {"--custom": custom, place: digest(load_file(mask), {})}
+    assert model["settings"].items() >= {**FINETUNE, "dtype": "float32"}.items()
 
-
-def test_the_degraded_adapter_warns_of_itself(trained):
-    for role in ("degraded", "utility"):
-        header = made_from(trained / role / ADAPTER)
-        assert ("Do not merge it" in header.get("warning", "")) == (role == "degraded")
-        assert (trained / role / "README.md").exists() == (role == "degraded")
+    # A degraded adapter warns of itself.
+    for folder in ("degraded", "utility", "methods/toss-pro/round-1/degraded"):
+        header = made_from(trained / folder / ADAPTER)
+        is_degraded = folder.endswith("degraded")
+        assert ("Do not merge it" in header.get("warning", "")) == is_degraded
+        assert (trained / folder / "README.md").exists() == is_degraded
 
 
 def test_run_json_has_the_form_of_the_demos_file(trained, files, base):
@@ -106,16 +102,6 @@ def test_run_json_has_the_form_of_the_demos_file(trained, files, base):
     demo = read_json(flags.DEMO)
     others = {"skip_empty", "template", "finetune", "reference", *files, "model", "max_length"}
     assert content.keys() <= demo.keys() | others
-
-
-def test_a_run_that_is_begun_without_inputs_has_a_copy_of_the_demos_file(tmp_path):
-    run = tmp_path / "run"
-    succeed(f"train.py --run {run} --epochs 1 --batch-size 99")
-    content = read_json(run / "run.json")
-    demo = read_json(flags.DEMO)
-    assert content["reference"] == {**demo["reference"], "epochs": 1, "batch_size": 99, **FAST_LR}
-    same = demo.keys() - {"reference"}
-    assert {name: content[name] for name in same} == {name: demo[name] for name in same}
 
 
 def test_each_result_has_a_line_of_what_it_cost(trained):
@@ -203,29 +189,18 @@ def test_the_defaults_are_the_papers_below_the_run_and_the_command_line(line, tm
     assert args.items() >= case["settings"].items()
 
 
-@pytest.mark.parametrize(
-    ("script", "stage"), [("train.py", "reference"), ("select.py", "finetune")]
-)
-def test_without_inputs_the_demos_settings_apply_under_the_command_line(script, stage, tmp_path):
+def test_without_inputs_the_demos_settings_apply_under_the_command_line(tmp_path):
     demo = read_json(flags.DEMO)
-    args = settings_of(f"{script} --run {tmp_path}/new")
-    assert args.items() >= {**demo[stage], "max_length": demo["max_length"]}.items()
-    assert args.get("discard", 0.1) == demo["discard"]
-    inputs = ("model", "harmful", "utility") if script == "train.py" else ("model", "custom")
-    for name in inputs:
+    args = settings_of(f"train.py --run {tmp_path}/new --lr 0.5")
+    assert args.items() >= {**demo["reference"], "lr": 0.5}.items()
+    args = settings_of(f"select.py --run {tmp_path}/new")
+    assert args.items() >= {**demo["finetune"], "max_length": demo["max_length"]}.items()
+    assert args["discard"] == demo["discard"]
+    for name in ("model", "harmful", "custom"):
         assert args[name] == str(ROOT / demo[name])
-    assert settings_of(f"{script} --run {tmp_path}/new --lr 0.5")["lr"] == 0.5
 
 
 # As programs
-
-
-def test_training_that_diverges_leaves_what_was_there(trained, capsys):
-    succeed(f"select.py --run {trained}")
-    before = results_in(trained)
-    line = f"select.py --run {trained} --lr 1e30 --batch-size 1 --epochs 9"
-    assert "not finite" in refused(capsys, f"{line} --overwrite")
-    assert results_in(trained) == before
 
 
 def test_a_stage_fails_as_a_program(trained):
@@ -242,26 +217,3 @@ ASYNC = "import select, subprocess, asyncio; assert select.select([], [], [], 0)
 def test_select_py_does_not_hide_the_standard_library(words):
     done = run(*words)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_guard_finds_the_real_module_where_it_is_an_extension(tmp_path, monkeypatch):
-    """This interpreter may have `select` built in: a stand-in further down the path is found, also
-    behind another copy of the project."""
-    copy = tmp_path / "copy"
-    stand_in = tmp_path / "lib/select/__init__.py"
-    copy.mkdir()
-    shutil.copy(ROOT / "select.py", copy)
-    stand_in.parent.mkdir(parents=True)
-    stand_in.write_text("real = True\n")
-    spec = spec_from_file_location("select", ROOT / "select.py")
-    monkeypatch.setattr(sys, "path", [str(ROOT), str(copy), str(tmp_path / "lib"), *sys.path])
-    monkeypatch.setitem(sys.modules, "select", module_from_spec(spec))
-    spec.loader.exec_module(sys.modules["select"])
-    assert sys.modules["select"].real
-
-
-def test_a_script_that_is_printed_is_found_from_another_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert flags.command("score.py --base", "r").endswith(" score.py --base --run r")
-    monkeypatch.chdir(tmp_path)
-    assert flags.command("score.py --base", "r").endswith(f" {ROOT}/score.py --base --run r")

@@ -2,83 +2,44 @@
 
 import pytest
 import torch
-from conftest import fails, read_jsonl
-from helpers import call, refused, results_in, said, same_tensors, succeed, talk
+from conftest import read_jsonl
+from helpers import said, same_tensors, succeed
 from safetensors.torch import load_file
 
-from model import load_tokenizer
-from model.io import InputError, read_json
-from toss.workbench.progress import Progress
+from model.io import read_json
+from toss.audit.compare import with_ratios
+from toss.audit.measures import Cell
 from toss.workbench.run import open_run
 
 # Other trainers
 
 
-@pytest.mark.parametrize("method", ["toss --discard 0.4", "sft", "sample --discard 0.2"])
+@pytest.mark.parametrize(("method", "left_out"), [("toss", 0), ("sample", 3)])
 def test_an_export_holds_the_ids_and_the_kept_tokens_of_every_row(
-    method, trained, tmp_path, capsys
+    method, left_out, trained, tmp_path, capsys
 ):
-    succeed(f"select.py --run {trained} --name m --method {method} --mask-only")
-    output = said(capsys, f"toss.export --run {trained} --method m --out {tmp_path}/m.jsonl")
+    succeed(f"select.py --run {trained} --method {method} --discard 0.3 --mask-only")
+    output = said(capsys, f"toss.export --run {trained} --method {method} --out {tmp_path}/m.jsonl")
     run = open_run(trained)
     tokens, _ = run.losses()
-    keep = load_file(run.path("methods/m/selection"))["keep"]
-    about = read_json(tmp_path / "m.about.json")
-    assert about["tokenizer_sha256"] == run.identity()["tokenizer_sha256"]
-
+    keep = load_file(run.path(f"methods/{method}/selection"))["keep"]
     expected = []
-    for i in range(tokens.rows):
-        places = tokens.places([i])
-        ids = tokens.input_ids[places]
-        assert about["response"][i] == tokens.response[places].sum()
-        assert about["kept"][i] == keep[places].sum()
-        assert about["line"][i] == (len(expected) if keep[places].any() else None)
-        if keep[places].any():
-            labels = torch.where(keep[places], ids, -100).tolist()
+    lines = []
+    for start, end in zip(tokens.offsets, tokens.offsets[1:]):
+        kept = keep[start:end]
+        lines.append(len(expected) if kept.any() else None)
+        if kept.any():
+            ids = tokens.input_ids[start:end]
+            labels = torch.where(kept, ids, -100).tolist()
             mask = [1] * len(ids)
             expected.append({"input_ids": ids.tolist(), "attention_mask": mask, "labels": labels})
     assert read_jsonl(tmp_path / "m.jsonl") == expected
-    left_out = tokens.rows - len(expected)
-    assert (left_out > 0) == method.startswith("sample")
+    about = read_json(tmp_path / "m.about.json")
+    assert about["line"] == lines
+    assert sum(about["kept"]) == keep.sum()
+    assert sum(about["response"]) == tokens.response.sum()
+    assert lines.count(None) == left_out
     assert f"{left_out} without a kept token" in output
-
-
-def test_trl_and_transformers_begin_with_our_loss(trained, base, tmp_path):
-    """They divide by the kept tokens, the paper by all response tokens of the step."""
-    trl = pytest.importorskip("trl")
-    transformers = pytest.importorskip("transformers")
-    from datasets import load_dataset
-
-    succeed(f"select.py --run {trained} --discard 0.3 --batch-size 64")
-    file = str(tmp_path / "train.jsonl")
-    succeed(f"toss.export --run {trained} --method toss --out {file}")
-    about = read_json(tmp_path / "train.about.json")
-    ours = read_jsonl(trained / "log/toss.jsonl")[0]["loss"]
-    data = load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer)
-    options = {
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 1,
-        "per_device_train_batch_size": 16,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-    }
-
-    def first_loss(trainer, config, **more) -> float:
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        return trainer(model, config, train_dataset=data, **more).train().training_loss
-
-    losses = []
-    for packing in (False, True):
-        config = trl.SFTConfig(max_length=2048, packing=packing, **options)
-        losses.append(first_loss(trl.SFTTrainer, config, processing_class=tokenizer))
-    plain = transformers.TrainingArguments(**options)  # SFTTrainer has given the tokenizer a pad
-    losses.append(first_loss(transformers.Trainer, plain, data_collator=collator))
-    expected = ours * sum(about["response"]) / sum(about["kept"])
-    assert losses == pytest.approx([expected] * 3, abs=1e-5)
 
 
 # Adapters from elsewhere
@@ -92,51 +53,7 @@ def test_references_from_elsewhere_score_alike(theirs, trained, base, files):
 # Settings
 
 
-def test_template_kwargs_are_used_recorded_inherited_and_checked(place, files, capsys):
-    turns = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    (place / "base/chat_template.jinja").write_text("{{ enable_thinking }}" + turns)
-
-    def chat(**variables):
-        return load_tokenizer(place / "base", template_kwargs=variables).chat
-
-    assert chat(enable_thinking="yes").render(talk("a"), True).startswith("yesa")
-    fails("has no enable_thinkng", chat, enable_thinkng=True)
-    fails("has no messages to set", chat, messages=[])  # the conversation is not an option
-
-    line = f"select.py --run {place}/new --method sft"
-    value = '{"enable_thinking": true}'
-    given = f"--model {place}/base --custom {files['custom']} --chat-template-kwargs '{value}'"
-    said(capsys, f"{line} {given}")
-    assert read_json(place / "new/run.json")["chat_template_kwargs"] == value
-    assert "skipped" in said(capsys, line)
-    error = refused(capsys, f"{line} --chat-template-kwargs '{{}}'")
-    assert "was begun with another base or prompt form (tokenizer_sha256)" in error
-
-
 # What is printed meanwhile
-
-
-@pytest.mark.parametrize(
-    ("line", "plan"),
-    [
-        ("train.py --rank 3", "degraded: 2 steps of 5 rows"),
-        ("score.py --dtype bfloat16", "scores-utility: 530 tokens of 10 rows, the longest"),
-        ("select.py --pro 1", "toss-pro-round-1: 2 steps of 6 rows"),
-    ],
-)
-def test_the_plan_is_printed_before_weights_are_loaded(line, plan, trained, monkeypatch, capsys):
-    """And before anything is written."""
-
-    def no_weights(*_, **__):
-        raise InputError("no weights today")
-
-    monkeypatch.setattr("toss.workbench.base.load_checkpoint", no_weights)
-    before = results_in(trained)
-    assert call(f"{line} --run {trained} --overwrite") == 1
-    captured = capsys.readouterr()
-    assert plan in captured.out
-    assert captured.err == "error: no weights today\n"
-    assert results_in(trained) == before
 
 
 def test_the_time_left_is_printed_ever_more_rarely(monkeypatch, capsys):
@@ -170,3 +87,9 @@ def test_the_prompts_of_a_batch_share_its_time(monkeypatch, capsys):
         "benign: prompt 11 of 60",
         "benign: prompt 21 of 60, 3.9 minutes left",
     ]
+
+
+def test_a_cost_is_a_multiple_of_that_of_plain_fine_tuning_in_the_same_run():
+    tokens = {("one", "sft"): 10, ("two", "sft"): 20, ("two", "toss"): 30}
+    table = {line: {"tokens": Cell(number, 1)} for line, number in tokens.items()}
+    assert with_ratios(table)["two", "toss"]["tokens_to_sft"].value == 1.5

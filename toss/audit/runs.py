@@ -31,8 +31,14 @@ def by_importance(names: Iterable[str]) -> list[str]:
 
 def meaning(record: Record) -> str:
     """What a method is, in words."""
-    kind = record["settings"].get("method", "")
-    return METHODS[kind].about if kind in METHODS else f"the method {kind}"
+    settings = record["settings"]
+    kind = settings.get("method", "")
+    words = METHODS[kind].about if kind in METHODS else f"the method {kind}"
+    if settings.get("pro"):
+        words += f", theta^h refined over {settings['pro']} rounds"
+    if "discard" in settings:
+        words += f"; d = {settings['discard']:g}"
+    return words
 
 
 # Models and records
