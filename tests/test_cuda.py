@@ -6,6 +6,7 @@ the first card may be the bound's fault.
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch

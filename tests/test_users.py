@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from model.io import read_json
 from toss.audit.compare import with_ratios
 from toss.audit.measures import Cell
+from toss.workbench.progress import Progress
 from toss.workbench.run import open_run
 
 # Other trainers
